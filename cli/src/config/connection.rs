@@ -1,0 +1,1105 @@
+//! `connections.<name>`, from a file or from VICI's `load-conn`, to a [`ConnectionDefinition`].
+//!
+//! Each option of swanctl.conf(5) is known here. One that we serve is typed and checked; one that we do not serve
+//! is an error where its neglect would weaken the protection or break the setup, and a warning elsewhere; one
+//! that nobody knows is an error. An error refuses the whole connection, as charon does.
+
+use std::collections::HashSet;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ike::config::{
+    AddressRange, Child, ConfiguredSelector, Connection, DpdAction, Fragmentation, SendCert, StartAction, TcpPolicy,
+    Unique,
+};
+use ike::crypto::parse_proposals;
+use ipsec::plane::{Lifetime, Mode};
+use ipsec::transform::{Proposal, Protocol};
+use pad::{AuthClass, Identity, IdentityPattern, LocalAuth, PadEntry};
+
+use crate::config::certificate::{certificate_der, is_authority, read_certificate, subject};
+use crate::config::trap::Selectors;
+use crate::config::values::{self, Address};
+use crate::config::{ConnectionDefinition, Report, Severity, TrapActions};
+use crate::tree::{Node, Origin, Section, Value};
+
+/// Default of `tcp_delay`: with the TCP and IKE round trips after it, a tunnel is up about half a second later.
+pub const DEFAULT_TCP_DELAY: Duration = Duration::from_secs(2);
+
+const DEFAULT_IKE_REKEY: Duration = Duration::from_secs(4 * 3600);
+const DEFAULT_CHILD_REKEY: Duration = Duration::from_secs(3600);
+/// The kernel's limit (XFRMA_REPLAY_ESN_MAX).
+const MAX_REPLAY_WINDOW: u64 = 4096;
+
+/// Which folder a certificate's name is relative to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CertificateKind {
+    /// `x509`.
+    EndEntity,
+    /// `x509ca`.
+    Authority,
+}
+
+/// Turns what `certs` and `cacerts` say into a certificate.
+pub trait CertificateSource {
+    /// The certificate's DER.
+    ///
+    /// # Errors
+    /// A text for humans.
+    fn certificate(&self, kind: CertificateKind, value: &Value) -> Result<Vec<u8>, String>;
+}
+
+/// Certificates as VICI carries them: the value is the certificate.
+#[derive(Clone, Copy, Debug)]
+pub struct InlineCertificates;
+
+impl CertificateSource for InlineCertificates {
+    fn certificate(&self, _: CertificateKind, value: &Value) -> Result<Vec<u8>, String> {
+        certificate_der(&value.bytes)
+    }
+}
+
+/// What became of a connection.
+#[derive(Debug)]
+pub struct Outcome {
+    /// The connection; `None` if one of the reports is an error.
+    pub definition: Option<ConnectionDefinition>,
+    /// Findings, in order.
+    pub reports: Vec<Report>,
+}
+
+/// Reads one connection.
+pub fn connection(name: &str, section: &Section, certificates: &dyn CertificateSource) -> Outcome {
+    let mut reports = Vec::new();
+    let definition = {
+        let options = Options::new(format!("connections.{name}"), section, &mut reports);
+        read_connection(name, options, certificates)
+    };
+    let refused = reports.iter().any(|report| report.severity == Severity::Error);
+    Outcome { definition: definition.filter(|_| !refused), reports }
+}
+
+fn read_connection(
+    name: &str,
+    mut options: Options<'_, '_>,
+    certificates: &dyn CertificateSource,
+) -> Option<ConnectionDefinition> {
+    if name.is_empty() || name.len() > 255 {
+        options.error(options.section.origin.clone(), "a connection's name has 1 to 255 octets");
+    }
+    match options.number("version", 2) {
+        Some(0 | 2) | None => {}
+        Some(_) => options.refuse("version", "IKEv1 is not served; write 2"),
+    }
+    let (local_addrs, local_ranges) = options.addresses("local_addrs");
+    let (remote_addrs, remote_ranges) = options.addresses("remote_addrs");
+    let local_port = options.port("local_port", 500);
+    let remote_port = options.port("remote_port", 500);
+    let proposals = options.proposals("proposals", Protocol::IKE);
+    let force_encapsulation = options.boolean("encap", false);
+    let fragmentation = options.choice(
+        "fragmentation",
+        Fragmentation::Yes,
+        &[
+            (&["yes", "true", "enabled", "1"], Fragmentation::Yes),
+            (&["accept"], Fragmentation::Accept),
+            (&["no", "false", "disabled", "0"], Fragmentation::No),
+            (&["force"], Fragmentation::Force),
+        ],
+    );
+    let send_certreq = options.boolean("send_certreq", true);
+    let send_cert = options.choice(
+        "send_cert",
+        SendCert::IfAsked,
+        &[
+            (&["ifasked"], SendCert::IfAsked),
+            (&["always", "yes", "true", "enabled", "1"], SendCert::Always),
+            (&["never", "no", "false", "disabled", "0"], SendCert::Never),
+        ],
+    );
+    let dpd_delay = options.time("dpd_delay").unwrap_or_default();
+    let keyingtries = options.number("keyingtries", u32::MAX.into()).map_or(1, narrow_u32);
+    let unique = options.choice(
+        "unique",
+        Unique::No,
+        &[
+            (&["never"], Unique::Never),
+            (&["no", "false", "disabled", "0"], Unique::No),
+            (&["keep"], Unique::Keep),
+            (&["replace", "yes", "true", "enabled", "1"], Unique::Replace),
+        ],
+    );
+    let times = ike_times(&mut options);
+    let tcp = options.choice(
+        "tcp",
+        TcpPolicy::Fallback,
+        &[
+            (&["fallback"], TcpPolicy::Fallback),
+            (&["no", "false", "disabled", "0"], TcpPolicy::No),
+            (&["yes", "true", "enabled", "1"], TcpPolicy::Yes),
+        ],
+    );
+    let tcp_delay = options.time("tcp_delay").unwrap_or(DEFAULT_TCP_DELAY);
+    let tcp_remote_port = options.port("tcp_remote_port", 4500);
+
+    options.refuse_unless("vips", &[], "virtual addresses are not served yet");
+    options.refuse_unless("pools", &[], "address pools are not served yet");
+    options.refuse_unless("ppk_id", &[], "post-quantum preshared keys (RFC 8784) are not served yet");
+    options.refuse_unless("ppk_required", NO, "post-quantum preshared keys (RFC 8784) are not served yet");
+    options.refuse_unless("if_id_in", ZERO, "XFRM interfaces are not served yet");
+    options.refuse_unless("if_id_out", ZERO, "XFRM interfaces are not served yet");
+    options.refuse_unless("mediation", NO, "mediation is not served");
+    options.refuse_unless("mediated_by", &[], "mediation is not served");
+    options.refuse_unless("mediation_peer", &[], "mediation is not served");
+    // With `force` the peer expects an IKE_AUTH without Child SA, which we send only when asked to.
+    options.refuse_unless("childless", &["allow", "prefer", "never"], "is not served yet; write 'allow'");
+    options.warn_unless("childless", &["allow"]);
+    options.warn_unless("aggressive", NO);
+    options.warn_unless("pull", YES);
+    options.warn_unless("dscp", &["000000"]);
+    options.warn_unless("mobike", NO);
+    options.warn_unless("dpd_timeout", &["0", "0s"]);
+    options.warn_unless("ocsp", &["reply", "never"]);
+
+    let local = local_auth(&mut options, certificates);
+    let remote = remote_auth(name, &mut options, certificates);
+    let children = children(&mut options);
+    for (child, traps) in &children {
+        let trapped = traps.start || traps.close || child.dpd_action == DpdAction::Trap;
+        if trapped && let Err(reason) = Selectors::of(child, &local_addrs, &remote_addrs) {
+            let message = format!("the trap of '{}' cannot be installed: {reason}", child.name);
+            options.warning("children", &message);
+        }
+    }
+    let traps = children.iter().map(|(child, traps)| (child.name.clone(), *traps)).collect();
+    let children = children.into_iter().map(|(child, _)| child).collect();
+    options.finish(&["local", "remote"]);
+
+    let (local_id, local_auth) = local?;
+    let connection = Connection {
+        name: name.to_owned(),
+        local_addrs: local_ranges,
+        remote_addrs: remote_ranges,
+        local_port,
+        remote_port,
+        proposals,
+        local_id,
+        local_auth,
+        remote: remote?,
+        children,
+        fragmentation,
+        force_encapsulation,
+        send_cert,
+        send_certreq,
+        dpd_delay,
+        rekey_time: times.rekey,
+        reauth_time: times.reauth,
+        over_time: times.over,
+        rand_time: times.rand,
+        keyingtries,
+        unique,
+        tcp,
+        tcp_delay,
+        tcp_remote_port,
+    };
+    Some(ConnectionDefinition { connection: Arc::new(connection), local_addrs, remote_addrs, traps })
+}
+
+struct IkeTimes {
+    rekey: Duration,
+    reauth: Duration,
+    over: Duration,
+    rand: Duration,
+}
+
+fn ike_times(options: &mut Options<'_, '_>) -> IkeTimes {
+    let (rekey, reauth) = (options.time("rekey_time"), options.time("reauth_time"));
+    let default_rekey = if reauth.is_none() { DEFAULT_IKE_REKEY } else { Duration::ZERO };
+    let (rekey, reauth) = (rekey.unwrap_or(default_rekey), reauth.unwrap_or_default());
+    let longest = rekey.max(reauth);
+    let over = options.time("over_time").unwrap_or(longest / 10);
+    // Taking more than half would let SAs be rekeyed twice as often as asked for.
+    let rand = options.time("rand_time").unwrap_or(over.min(longest / 2));
+    IkeTimes { rekey, reauth, over, rand }
+}
+
+/// The one section whose name begins with `kind`; several rounds of authentication (RFC 4739) are refused.
+fn auth_section<'s, 'r>(options: &'r mut Options<'s, '_>, kind: &str) -> Option<Options<'s, 'r>> {
+    let section = options.section;
+    let mut rounds = section.sections().filter(|(name, _)| name.starts_with(kind));
+    let first = rounds.next();
+    if let Some((name, more)) = rounds.next() {
+        let message = format!(
+            "invalid section: {name}, config discarded: several rounds of authentication (RFC 4739) are not served"
+        );
+        options.error(more.origin.clone(), &message);
+    }
+    let (name, section) = first?;
+    Some(Options::new(format!("{}.{name}", options.path), section, options.reports))
+}
+
+fn local_auth(
+    options: &mut Options<'_, '_>,
+    certificates: &dyn CertificateSource,
+) -> Option<(Option<Identity>, LocalAuth)> {
+    let Some(mut auth) = auth_section(options, "local") else {
+        let auth = LocalAuth { class: AuthClass::PublicKey, certificates: Vec::new(), rsa_pss: false };
+        return Some((None, auth));
+    };
+    auth.known("round");
+    auth.refuse_unless("pubkeys", &[], "raw public keys are not served yet; name a certificate in 'certs'");
+    for option in ["eap_id", "aaa_id", "xauth_id"] {
+        auth.warn_unless(option, &[]);
+    }
+    let class = auth.auth_class();
+    let certs = auth.certificates("certs", "cert", CertificateKind::EndEntity, certificates);
+    let id = match auth.text("id") {
+        None | Some("%any") => None,
+        Some(text) => match Identity::parse(text) {
+            Ok(id) => Some(id),
+            Err(error) => {
+                auth.invalid("id", &error.to_string());
+                None
+            }
+        },
+    };
+    auth.finish(&["cert"]);
+    let id = id.or_else(|| certs.first().and_then(|certificate| subject(certificate)));
+    Some((id, LocalAuth { class: class?, certificates: certs, rsa_pss: false }))
+}
+
+fn remote_auth(name: &str, options: &mut Options<'_, '_>, certificates: &dyn CertificateSource) -> Option<PadEntry> {
+    let mut entry = PadEntry {
+        name: name.to_owned(),
+        remote_id: IdentityPattern::any(),
+        class: AuthClass::PublicKey,
+        cacerts: Vec::new(),
+        certs: Vec::new(),
+    };
+    let Some(mut auth) = auth_section(options, "remote") else {
+        let message = "no 'remote' section: each peer with a certificate of a loaded CA is admitted";
+        options.report(Severity::Warning, options.section.origin.clone(), message);
+        return Some(entry);
+    };
+    auth.known("round");
+    auth.refuse_unless("pubkeys", &[], "raw public keys are not served yet; name a certificate in 'certs'");
+    auth.refuse_unless("groups", &[], "group membership cannot be checked yet, so this would admit too many");
+    auth.refuse_unless("cert_policy", &[], "certificate policies cannot be checked yet, so this would admit too many");
+    auth.refuse_unless(
+        "ca_id",
+        &[],
+        "the CA's identity cannot be checked yet, so this would admit too many; use 'cacerts'",
+    );
+    auth.refuse_unless("revocation", &["relaxed"], "revocation cannot be checked yet");
+    for option in ["eap_id", "xauth_id"] {
+        auth.warn_unless(option, &["%any"]);
+    }
+    let class = auth.auth_class();
+    entry.certs = auth.certificates("certs", "cert", CertificateKind::EndEntity, certificates);
+    entry.cacerts = auth.certificates("cacerts", "cacert", CertificateKind::Authority, certificates);
+    if let Some(text) = auth.text("id") {
+        match IdentityPattern::parse(text) {
+            Ok(pattern) => entry.remote_id = pattern,
+            Err(error) => auth.invalid("id", &error.to_string()),
+        }
+    }
+    auth.finish(&["cert", "cacert"]);
+    entry.class = class?;
+    Some(entry)
+}
+
+fn children(options: &mut Options<'_, '_>) -> Vec<(Arc<Child>, TrapActions)> {
+    options.known("children");
+    let section = options.section;
+    let Some(children) = section.section("children") else {
+        if let Some(node) = section.node("children") {
+            options.error(node.origin().clone(), "invalid value for: children, config discarded: it is a section");
+        }
+        return Vec::new();
+    };
+    let mut read = Vec::new();
+    for (name, node) in &children.entries {
+        let path = format!("{}.children.{name}", options.path);
+        match node {
+            Node::Section(section) => read.push(child(name, Options::new(path, section, options.reports))),
+            other => {
+                let message = format!("unknown option: {name}, config discarded: 'children' has sections only");
+                options.error(other.origin().clone(), &message);
+            }
+        }
+    }
+    read
+}
+
+fn child(name: &str, mut options: Options<'_, '_>) -> (Arc<Child>, TrapActions) {
+    if name.is_empty() || name.len() > 200 {
+        options.error(options.section.origin.clone(), "a child's name has 1 to 200 octets");
+    }
+    let rekey_time = options.time("rekey_time").unwrap_or(DEFAULT_CHILD_REKEY);
+    let life_time = options.time("life_time").unwrap_or(rekey_time + rekey_time / 10);
+    let rand_time = options.time("rand_time").unwrap_or(life_time.saturating_sub(rekey_time));
+    if !life_time.is_zero() && !rekey_time.is_zero() && life_time <= rekey_time {
+        options.warning("life_time", "life_time is not longer than rekey_time: the SA ends before it is rekeyed");
+    }
+    let (soft_bytes, hard_bytes) = options.volumes("rekey_bytes", "life_bytes", values::size);
+    let (soft_packets, hard_packets) = options.volumes("rekey_packets", "life_packets", values::number);
+    let mode = options.choice("mode", Mode::Tunnel, &[(&["tunnel"], Mode::Tunnel), (&["transport"], Mode::Transport)]);
+    let actions: &[(&[&str], (StartAction, bool))] = &[
+        (&["none", "clear"], (StartAction::None, false)),
+        (&["trap", "route"], (StartAction::Trap, true)),
+        (&["start", "restart"], (StartAction::Start, false)),
+        (&["trap|start", "start|trap"], (StartAction::Start, true)),
+    ];
+    let (start_action, trap_at_start) = options.choice("start_action", (StartAction::None, false), actions);
+    let (close_action, trap_at_close) = options.choice("close_action", (StartAction::None, false), actions);
+    let read = Child {
+        name: name.to_owned(),
+        local_ts: options.selectors("local_ts"),
+        remote_ts: options.selectors("remote_ts"),
+        esp_proposals: options.proposals("esp_proposals", Protocol::ESP),
+        mode,
+        rekey_time,
+        life_time,
+        rand_time,
+        lifetime: Lifetime { soft_bytes, hard_bytes, soft_packets, hard_packets },
+        replay_window: options.number("replay_window", MAX_REPLAY_WINDOW).map_or(32, narrow_u32),
+        start_action,
+        close_action,
+        dpd_action: options.choice(
+            "dpd_action",
+            DpdAction::Clear,
+            &[
+                (&["clear", "none"], DpdAction::Clear),
+                (&["trap", "route"], DpdAction::Trap),
+                (&["restart", "start"], DpdAction::Restart),
+            ],
+        ),
+        reqid: options.number("reqid", u32::MAX.into()).map_or(0, narrow_u32),
+        copy_df: options.boolean("copy_df", true),
+        copy_ecn: options.boolean("copy_ecn", true),
+        updown: options.text("updown").filter(|text| !text.is_empty()).map(str::to_owned),
+    };
+
+    options.refuse_unless("ah_proposals", &[], "AH is not served; use 'esp_proposals'");
+    options.refuse_unless("sha256_96", NO, "the truncation to 96 bits is not served");
+    options.refuse_unless("policies", YES, "SAs without policies are not served yet");
+    options.refuse_unless("interface", &[], "policies for one interface are not served yet");
+    options.refuse_unless("label", &[], "security labels are not served yet");
+    options.refuse_unless("tfc_padding", &["0"], "traffic flow confidentiality padding is not served yet");
+    options.refuse_unless("hw_offload", &["no", "auto"], "hardware offload is not served yet; write 'no'");
+    for mark in ["mark_in", "mark_out", "set_mark_in", "set_mark_out"] {
+        options.refuse_unless(mark, &["0", "0/0", "0/0x0", "0/0x00000000", "0x0"], "marks are not served yet");
+    }
+    options.refuse_unless("mark_in_sa", NO, "marks are not served yet");
+    for id in ["if_id_in", "if_id_out"] {
+        options.refuse_unless(id, ZERO, "XFRM interfaces are not served yet");
+    }
+    options.warn_unless("rand_bytes", ZERO);
+    options.warn_unless("rand_packets", ZERO);
+    options.warn_unless("hostaccess", NO);
+    options.warn_unless("policies_fwd_out", NO);
+    options.warn_unless("ipcomp", NO);
+    options.warn_unless("inactivity", &["0", "0s"]);
+    options.warn_unless("priority", ZERO);
+    options.warn_unless("label_mode", &["system"]);
+    options.warn_unless("copy_dscp", &["out"]);
+    options.warn_unless("per_cpu_sas", NO);
+    options.warn_unless("icmp", NO);
+    options.finish(&[]);
+    (Arc::new(read), TrapActions { start: trap_at_start, close: trap_at_close })
+}
+
+const NO: &[&str] = &["no", "false", "disabled", "0"];
+const YES: &[&str] = &["yes", "true", "enabled", "1"];
+const ZERO: &[&str] = &["0", "0x0"];
+
+/// For numbers whose limit has been checked.
+fn narrow_u32(number: u64) -> u32 {
+    u32::try_from(number).unwrap_or(u32::MAX)
+}
+
+/// A section being read: knows which of its names have been asked for, and collects reports.
+struct Options<'s, 'r> {
+    path: String,
+    section: &'s Section,
+    asked: HashSet<String>,
+    reports: &'r mut Vec<Report>,
+}
+
+impl<'s, 'r> Options<'s, 'r> {
+    fn new(path: String, section: &'s Section, reports: &'r mut Vec<Report>) -> Self {
+        Self { path, section, asked: HashSet::new(), reports }
+    }
+
+    fn report(&mut self, severity: Severity, origin: Origin, message: &str) {
+        let report = Report { severity, origin: Some(origin), subject: self.path.clone(), message: message.to_owned() };
+        self.reports.push(report);
+    }
+
+    fn error(&mut self, origin: Origin, message: &str) {
+        self.report(Severity::Error, origin, message);
+    }
+
+    fn origin_of(&self, option: &str) -> Origin {
+        self.section.node(option).map_or(&self.section.origin, Node::origin).clone()
+    }
+
+    fn warning(&mut self, option: &str, message: &str) {
+        self.report(Severity::Warning, self.origin_of(option), message);
+    }
+
+    /// Refuses a value in charon's words, with a reason.
+    fn invalid(&mut self, option: &str, reason: &str) {
+        let message = format!("invalid value for: {option}, config discarded: {reason}");
+        self.error(self.origin_of(option), &message);
+    }
+
+    fn refuse(&mut self, option: &str, reason: &str) {
+        self.invalid(option, reason);
+    }
+
+    fn known(&mut self, option: &str) {
+        self.asked.insert(option.to_owned());
+    }
+
+    fn text(&mut self, option: &str) -> Option<&'s str> {
+        self.known(option);
+        match self.section.node(option)? {
+            Node::Value(value) => {
+                let text = value.text();
+                if text.is_none() {
+                    self.invalid(option, "it is not text");
+                }
+                text
+            }
+            Node::List(..) | Node::Section(_) => {
+                self.invalid(option, "one value is expected");
+                None
+            }
+        }
+    }
+
+    /// The items of a list as text: of a VICI list, or of a value with commas.
+    fn texts(&mut self, option: &str) -> Vec<String> {
+        self.known(option);
+        if self.section.section(option).is_some() {
+            self.invalid(option, "a list is expected");
+            return Vec::new();
+        }
+        let mut texts = Vec::new();
+        for item in self.section.list(option) {
+            match item.text().map(str::trim) {
+                Some("") => {}
+                Some(text) => texts.push(text.to_owned()),
+                None => self.invalid(option, "it is not text"),
+            }
+        }
+        texts
+    }
+
+    fn parsed<T>(&mut self, option: &str, parse: impl Fn(&str) -> Option<T>, expected: &str) -> Option<T> {
+        let text = self.text(option)?;
+        let parsed = parse(text);
+        if parsed.is_none() {
+            self.invalid(option, &format!("'{text}' is not {expected}"));
+        }
+        parsed
+    }
+
+    fn boolean(&mut self, option: &str, default: bool) -> bool {
+        self.parsed(option, values::boolean, "yes or no").unwrap_or(default)
+    }
+
+    fn number(&mut self, option: &str, largest: u64) -> Option<u64> {
+        let parse = |text: &str| values::number(text).filter(|number| *number <= largest);
+        self.parsed(option, parse, &format!("a number from 0 to {largest}"))
+    }
+
+    fn port(&mut self, option: &str, default: u16) -> u16 {
+        let parse =
+            |text: &str| values::number(text).and_then(|port| u16::try_from(port).ok()).filter(|port| *port > 0);
+        self.parsed(option, parse, "a port from 1 to 65535").unwrap_or(default)
+    }
+
+    fn time(&mut self, option: &str) -> Option<Duration> {
+        self.parsed(option, values::time, "a time such as 30s, 5m, 4h or 1d, up to 136 years")
+    }
+
+    fn choice<T: Copy>(&mut self, option: &str, default: T, choices: &[(&[&str], T)]) -> T {
+        let parse = |text: &str| {
+            let text = text.to_ascii_lowercase();
+            choices.iter().find(|(names, _)| names.contains(&text.as_str())).map(|(_, choice)| *choice)
+        };
+        let names: Vec<&str> = choices.iter().filter_map(|(names, _)| names.first().copied()).collect();
+        self.parsed(option, parse, &format!("served; one of: {}", names.join(", "))).unwrap_or(default)
+    }
+
+    /// A soft and a hard limit by volume; the hard one is 10 % above the soft one by default.
+    fn volumes(&mut self, soft: &str, hard: &str, parse: impl Fn(&str) -> Option<u64>) -> (Option<u64>, Option<u64>) {
+        let soft = self.parsed(soft, &parse, "a size").filter(|limit| *limit > 0);
+        let given = self.parsed(hard, &parse, "a size");
+        let hard = given.or_else(|| soft.map(|limit| limit.saturating_add(limit / 10)));
+        (soft, hard.filter(|limit| *limit > 0))
+    }
+
+    /// Addresses as written and as ranges; `%any` among them, or nothing, gives no ranges.
+    fn addresses(&mut self, option: &str) -> (Vec<String>, Vec<AddressRange>) {
+        let texts = self.texts(option);
+        let mut ranges = Vec::new();
+        let mut any = false;
+        for text in &texts {
+            match values::address(text) {
+                Some(Address::Any) => any = true,
+                Some(Address::Range(range)) => ranges.push(range),
+                Some(Address::Name(_)) => {}
+                None => self.invalid(option, &format!("'{text}' is not an address, network, range or host name")),
+            }
+        }
+        if any {
+            ranges.clear();
+        } else if ranges.is_empty() && !texts.is_empty() {
+            let message = "host names are looked up to initiate only: as to them, peers may come from any address";
+            self.warning(option, message);
+        }
+        (texts, ranges)
+    }
+
+    fn selectors(&mut self, option: &str) -> Vec<ConfiguredSelector> {
+        let texts = self.texts(option);
+        let mut selectors = Vec::with_capacity(texts.len());
+        for text in &texts {
+            match values::selector(text) {
+                Some(selector) => selectors.push(selector),
+                None => {
+                    let reason = format!("'{text}' is not a traffic selector such as 10.0.0.0/8[tcp/80] or dynamic");
+                    self.invalid(option, &reason);
+                }
+            }
+        }
+        if texts.is_empty() {
+            selectors.push(ConfiguredSelector::Dynamic { protocol: 0, start_port: 0, end_port: u16::MAX });
+        }
+        // RFC 7296 §3.13: the number of selectors is one octet.
+        if selectors.len() > 255 {
+            self.invalid(option, "more than 255 selectors");
+        }
+        selectors
+    }
+
+    fn proposals(&mut self, option: &str, protocol: Protocol) -> Vec<Proposal> {
+        let mut texts = self.texts(option);
+        if texts.is_empty() {
+            texts.push("default".to_owned());
+        }
+        let mut proposals = Vec::new();
+        for text in &texts {
+            match parse_proposals(text, protocol) {
+                Ok(parsed) => proposals.extend(parsed),
+                Err(error) => self.invalid(option, &error.to_string()),
+            }
+        }
+        for (at, proposal) in proposals.iter_mut().enumerate() {
+            match u8::try_from(at + 1) {
+                Ok(number) => proposal.number = number,
+                Err(_) => {
+                    self.invalid(option, "more than 255 proposals");
+                    break;
+                }
+            }
+        }
+        proposals
+    }
+
+    fn auth_class(&mut self) -> Option<AuthClass> {
+        match self.text("auth") {
+            None | Some("pubkey") => Some(AuthClass::PublicKey),
+            Some("psk") => Some(AuthClass::SharedKey),
+            Some(text) => {
+                let reason = if text.starts_with("eap") || text.starts_with("xauth") {
+                    "EAP and XAuth are not served yet; write pubkey or psk"
+                } else {
+                    "constraints on keys and signatures cannot be enforced yet; write pubkey or psk"
+                };
+                self.invalid("auth", reason);
+                None
+            }
+        }
+    }
+
+    /// Certificates of a list such as `certs`, and of sections such as `cert1 { file = … }`.
+    fn certificates(
+        &mut self,
+        list: &str,
+        section_prefix: &str,
+        kind: CertificateKind,
+        source: &dyn CertificateSource,
+    ) -> Vec<Vec<u8>> {
+        self.known(list);
+        let mut certificates = Vec::new();
+        // A DER certificate has commas: only a file's value is split.
+        let items = match self.section.node(list) {
+            Some(Node::List(items, _)) => items.clone(),
+            Some(Node::Value(value)) if matches!(value.origin, Origin::File { .. }) => value.parts(),
+            Some(Node::Value(value)) => vec![value.clone()],
+            Some(Node::Section(_)) | None => Vec::new(),
+        };
+        for item in &items {
+            match source.certificate(kind, item) {
+                Ok(certificate) if kind == CertificateKind::Authority && !is_authority(&certificate) => {
+                    self.invalid(list, "certificate without CA flag, rejected");
+                }
+                Ok(certificate) => certificates.push(certificate),
+                Err(reason) => self.invalid(list, &reason),
+            }
+        }
+        let section = self.section;
+        for (name, inner) in section.sections().filter(|(name, _)| name.starts_with(section_prefix)) {
+            let mut inner = Options::new(format!("{}.{name}", self.path), inner, self.reports);
+            for option in ["handle", "slot", "module"] {
+                inner.refuse_unless(option, &[], "certificates on tokens are not served yet");
+            }
+            match inner.text("file").map(|file| read_certificate(Path::new(file))) {
+                Some(Ok(certificate)) if kind == CertificateKind::Authority && !is_authority(&certificate) => {
+                    inner.invalid("file", "certificate without CA flag, rejected");
+                }
+                Some(Ok(certificate)) => certificates.push(certificate),
+                Some(Err(reason)) => inner.invalid("file", &reason),
+                None => inner.error(inner.section.origin.clone(), "a certificate without 'file', config discarded"),
+            }
+            inner.finish(&[]);
+        }
+        certificates
+    }
+
+    /// For what we know and do not serve, where ignoring it would weaken the protection or break the setup.
+    fn refuse_unless(&mut self, option: &str, harmless: &[&str], reason: &str) {
+        if !self.is_harmless(option, harmless) {
+            self.invalid(option, reason);
+        }
+    }
+
+    /// For what we know and do not serve, where ignoring it is bearable.
+    fn warn_unless(&mut self, option: &str, harmless: &[&str]) {
+        if !self.is_harmless(option, harmless) {
+            self.warning(option, &format!("{option} is known but not served yet, ignored"));
+        }
+    }
+
+    fn is_harmless(&mut self, option: &str, harmless: &[&str]) -> bool {
+        self.known(option);
+        match self.section.node(option) {
+            None => true,
+            Some(Node::List(items, _)) => items.iter().all(|item| item.bytes.is_empty()),
+            Some(Node::Section(_)) => false,
+            Some(Node::Value(value)) => {
+                let text = value.text().map(|text| text.trim().to_ascii_lowercase());
+                text.is_some_and(|text| text.is_empty() || harmless.contains(&text.as_str()))
+            }
+        }
+    }
+
+    /// Refuses what nobody asked for; sections may begin with one of `prefixes`.
+    fn finish(&mut self, prefixes: &[&str]) {
+        let section = self.section;
+        for (name, node) in &section.entries {
+            if self.asked.contains(name) {
+                continue;
+            }
+            match node {
+                Node::Section(_) if prefixes.iter().any(|prefix| name.starts_with(prefix)) => {}
+                Node::Section(inner) => {
+                    self.error(inner.origin.clone(), &format!("invalid section: {name}, config discarded"));
+                }
+                other => {
+                    self.error(other.origin().clone(), &format!("unknown option: {name}, config discarded"));
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::config::settings;
+
+    struct NoFiles;
+
+    impl CertificateSource for NoFiles {
+        fn certificate(&self, _: CertificateKind, value: &Value) -> Result<Vec<u8>, String> {
+            Err(format!("{}: there is no such file", value.text().unwrap_or_default()))
+        }
+    }
+
+    fn read(text: &str) -> Outcome {
+        let section = settings::parse(Path::new("swanctl.conf"), text.as_bytes()).unwrap().root;
+        connection("gw", &section, &NoFiles)
+    }
+
+    fn read_good(text: &str) -> Arc<Connection> {
+        let outcome = read(text);
+        assert!(outcome.reports.is_empty(), "{text}: {:?}", outcome.reports);
+        outcome.definition.unwrap().connection
+    }
+
+    fn refusal(text: &str) -> String {
+        let outcome = read(text);
+        assert!(outcome.definition.is_none(), "{text}");
+        outcome.reports.iter().find(|report| report.severity == Severity::Error).unwrap().to_string()
+    }
+
+    #[test]
+    fn unknown_options_are_refused_with_their_place() {
+        assert_eq!(
+            refusal("remote { }\n remot_addrs = 1"),
+            "swanctl.conf:2:2: connections.gw: unknown option: remot_addrs, config discarded"
+        );
+        assert!(refusal("remote {\n idd = x }").contains("2:2: connections.gw.remote: unknown option: idd"));
+        assert!(refusal("remote { }\n children { a { startaction = x } }").contains("children.a: unknown option"));
+        assert!(refusal("remote { }\n children { a = b }").contains("unknown option: a"));
+        assert!(refusal("remote { }\n other { }").contains("invalid section: other, config discarded"));
+        assert!(refusal("remote { x { } }").contains("invalid section: x, config discarded"));
+    }
+
+    #[test]
+    fn invalid_values_are_refused() {
+        for option in [
+            "rekey_time = soon",
+            "rekey_time = 1w",
+            "dpd_delay = -3",
+            "encap = maybe",
+            "unique = once",
+            "version = 3",
+            "local_port = 0",
+            "remote_port = 65536",
+            "keyingtries = %x",
+            "proposals = aes128-nosuch",
+            "remote_addrs = 192.0.2.300",
+            "remote_addrs = a b",
+            "send_cert = perhaps",
+            "fragmentation = sometimes",
+            "tcp = maybe",
+            "local { id = \"C=,,=\" }",
+            "local { certs = me.pem }",
+        ] {
+            let name = option.split([' ', '{']).next().unwrap();
+            let message = refusal(&format!("remote {{ }}\n{option}"));
+            let inner = if name == "local" { "" } else { name };
+            assert!(message.contains(&format!("invalid value for: {inner}")), "{option}: {message}");
+        }
+        for option in [
+            "local_ts = 10.0.0.0/99",
+            "rekey_bytes = lots",
+            "mode = sideways",
+            "start_action = now",
+            "esp_proposals = aes",
+            "replay_window = 99999",
+            "copy_df = 2",
+            "reqid = x",
+        ] {
+            let message = refusal(&format!("remote {{ }}\nchildren {{ c {{ {option} }} }}"));
+            assert!(message.contains("invalid value for: "), "{option}: {message}");
+        }
+    }
+
+    #[test]
+    fn what_would_weaken_the_protection_if_ignored_is_refused() {
+        for option in [
+            "version = 1",
+            "vips = 0.0.0.0",
+            "pools = p",
+            "ppk_id = x",
+            "ppk_required = yes",
+            "if_id_in = 3",
+            "mediation = yes",
+            "childless = force",
+            "local { auth = eap-md5 }",
+            "local { pubkeys = x }",
+            "local { cert1 { handle = 12 } }",
+            "local-2 { auth = psk }\n local-3 { auth = eap }",
+        ] {
+            let message = refusal(&format!("remote {{ }}\n{option}"));
+            assert!(message.contains("config discarded"), "{option}: {message}");
+        }
+        for option in [
+            "revocation = strict",
+            "revocation = ifuri",
+            "groups = admins",
+            "cert_policy = 1.2.3",
+            "ca_id = x",
+            "pubkeys = k",
+            "auth = eap-tls",
+            "auth = xauth",
+            "auth = pubkey-sha256",
+            "auth = rsa-4096",
+            "auth = ike:rsa/pss-sha256",
+            "auth = any",
+        ] {
+            let message = refusal(&format!("remote {{ {option} }}"));
+            let name = option.split(' ').next().unwrap();
+            assert!(message.contains(&format!("invalid value for: {name}, config discarded")), "{option}: {message}");
+        }
+        for option in [
+            "mode = beet",
+            "mode = pass",
+            "mode = drop",
+            "ah_proposals = sha256",
+            "sha256_96 = yes",
+            "policies = no",
+            "interface = eth0",
+            "label = x",
+            "tfc_padding = mtu",
+            "hw_offload = packet",
+            "hw_offload = yes",
+            "mark_in = 42",
+            "set_mark_out = %same",
+            "mark_in_sa = yes",
+            "if_id_out = %unique",
+            "start_action = trap|none",
+        ] {
+            let message = refusal(&format!("remote {{ }}\nchildren {{ c {{ {option} }} }}"));
+            let name = option.split(' ').next().unwrap();
+            assert!(message.contains(&format!("invalid value for: {name}, config discarded")), "{option}: {message}");
+        }
+    }
+
+    // RFC 4301 §4.4.1: a policy without an SA has selectors of its own.
+    #[test]
+    fn a_trap_that_cannot_be_installed_is_a_warning() {
+        for action in ["start_action = trap", "start_action = trap|start", "close_action = trap", "dpd_action = trap"] {
+            let child = format!("remote {{ }}\n children {{ c {{ remote_ts = 10.2.0.0/24\n {action} }} }}");
+            let outcome = read(&child);
+            let messages: Vec<String> = outcome.reports.iter().map(Report::to_string).collect();
+            assert!(outcome.definition.is_some() && messages.len() == 1, "{messages:?}");
+            assert!(messages[0].contains("the trap of 'c' cannot be installed: local_ts is dynamic"), "{messages:?}");
+            let outcome = read(&format!("local_addrs = 192.0.2.1\n {child}"));
+            assert!(outcome.reports.is_empty(), "{:?}", outcome.reports);
+        }
+    }
+
+    #[test]
+    fn trap_and_start_are_taken_together() {
+        let outcome = read(
+            "local_addrs = 192.0.2.1\n remote_addrs = 192.0.2.2\n remote { }
+             children { both { start_action = trap|start\n close_action = start|trap }
+                        trap { start_action = trap }\n start { start_action = start } }",
+        );
+        assert!(outcome.reports.is_empty(), "{:?}", outcome.reports);
+        let definition = outcome.definition.unwrap();
+        assert_eq!(definition.traps("both"), TrapActions { start: true, close: true });
+        assert_eq!(definition.traps("trap"), TrapActions { start: true, close: false });
+        assert_eq!(definition.traps("start"), TrapActions::default());
+        let starts = |child: &Arc<Child>| (child.start_action, child.close_action);
+        let all: Vec<_> = definition.connection.children.iter().map(starts).collect();
+        assert_eq!(
+            all,
+            [
+                (StartAction::Start, StartAction::Start),
+                (StartAction::Trap, StartAction::None),
+                (StartAction::Start, StartAction::None)
+            ]
+        );
+    }
+
+    #[test]
+    fn several_rounds_of_authentication_are_refused() {
+        let message = refusal("remote-1 { auth = psk }\nremote-2 { auth = psk }");
+        assert!(message.contains("several rounds of authentication (RFC 4739) are not served"), "{message}");
+    }
+
+    #[test]
+    fn what_is_bearable_is_a_warning_and_harmless_values_are_silent() {
+        let outcome = read("remote { }\n mobike = yes\n children { c { ipcomp = yes\n priority = 7 } }");
+        assert!(outcome.definition.is_some());
+        let messages: Vec<String> = outcome.reports.iter().map(Report::to_string).collect();
+        assert_eq!(
+            messages,
+            [
+                "swanctl.conf:2:2: connections.gw: mobike is known but not served yet, ignored",
+                "swanctl.conf:3:17: connections.gw.children.c: ipcomp is known but not served yet, ignored",
+                "swanctl.conf:4:2: connections.gw.children.c: priority is known but not served yet, ignored",
+            ]
+        );
+        read_good(
+            "version = 0\n mobike = no\n pull = yes\n aggressive = no\n dscp = 000000\n ppk_required = no\n if_id_in = 0
+             childless = allow\n dpd_timeout = 0s\n pools =\n ocsp = reply
+             local { round = 1 }\n remote { revocation = relaxed\n eap_id = %any }
+             children { c { policies = yes\n mark_in = 0/0x00000000\n hw_offload = auto\n tfc_padding = 0\n ipcomp = no
+                label_mode = system\n copy_dscp = out\n interface = \"\" } }",
+        );
+    }
+
+    #[test]
+    fn addresses_that_are_host_names_only_are_a_warning() {
+        let outcome = read("remote_addrs = gw.example.com\n remote { }");
+        assert!(outcome.definition.is_some_and(|definition| definition.connection.remote_addrs.is_empty()));
+        assert_eq!(outcome.reports.len(), 1);
+        assert!(outcome.reports[0].message.contains("peers may come from any address"));
+    }
+
+    #[test]
+    fn a_connection_without_remote_section_is_a_warning() {
+        let outcome = read("version = 2");
+        assert_eq!(outcome.reports.len(), 1);
+        assert!(outcome.reports[0].message.contains("each peer with a certificate of a loaded CA is admitted"));
+    }
+
+    #[test]
+    fn defaults_are_charon_s() {
+        let connection = read_good("remote { }\n children { c { } }");
+        assert_eq!((connection.local_port, connection.remote_port, connection.tcp_remote_port), (500, 500, 4500));
+        assert_eq!(connection.rekey_time, Duration::from_secs(14_400));
+        assert_eq!(
+            (connection.over_time, connection.rand_time),
+            (Duration::from_secs(1440), Duration::from_secs(1440))
+        );
+        assert_eq!((connection.reauth_time, connection.dpd_delay), (Duration::ZERO, Duration::ZERO));
+        assert_eq!(
+            (connection.keyingtries, connection.unique, connection.fragmentation),
+            (1, Unique::No, Fragmentation::Yes)
+        );
+        assert_eq!((connection.send_cert, connection.send_certreq), (SendCert::IfAsked, true));
+        assert_eq!((connection.tcp, connection.tcp_delay), (TcpPolicy::Fallback, DEFAULT_TCP_DELAY));
+        assert_eq!(connection.remote.remote_id, IdentityPattern::any());
+        assert_eq!(connection.remote.class, AuthClass::PublicKey);
+        assert!(connection.local_id.is_none() && connection.local_addrs.is_empty());
+        assert!(connection.proposals.iter().enumerate().all(|(at, proposal)| usize::from(proposal.number) == at + 1));
+        let child = &connection.children[0];
+        let seconds = Duration::from_secs;
+        assert_eq!((child.rekey_time, child.life_time, child.rand_time), (seconds(3600), seconds(3960), seconds(360)));
+        assert_eq!((child.mode, child.replay_window, child.reqid), (Mode::Tunnel, 32, 0));
+        assert_eq!((child.start_action, child.dpd_action), (StartAction::None, DpdAction::Clear));
+        assert_eq!(child.lifetime, Lifetime::default());
+        assert_eq!(child.local_ts, [ConfiguredSelector::Dynamic { protocol: 0, start_port: 0, end_port: 65_535 }]);
+    }
+
+    #[test]
+    fn times_depend_on_each_other_as_in_charon() {
+        let seconds = Duration::from_secs;
+        let connection = read_good("remote { }\n reauth_time = 100m");
+        assert_eq!(
+            (connection.rekey_time, connection.reauth_time, connection.over_time),
+            (seconds(0), seconds(6000), seconds(600))
+        );
+        let connection = read_good("remote { }\n rekey_time = 100s\n over_time = 90s");
+        assert_eq!(connection.rand_time, seconds(50));
+        let connection = read_good(
+            "remote { }\n children { c { rekey_time = 30m\n life_time = 45m\n rekey_bytes = 100k\n life_packets = 10 } }",
+        );
+        let child = &connection.children[0];
+        assert_eq!(
+            (child.rand_time, child.lifetime.soft_bytes, child.lifetime.hard_bytes),
+            (seconds(900), Some(102_400), Some(112_640))
+        );
+        assert_eq!((child.lifetime.soft_packets, child.lifetime.hard_packets), (None, Some(10)));
+        let outcome = read("remote { }\n children { c { life_time = 30m } }");
+        assert!(outcome.definition.is_some() && outcome.reports[0].message.contains("ends before it is rekeyed"));
+    }
+
+    #[test]
+    fn a_whole_connection_is_typed() {
+        let outcome = read(
+            "local_addrs = 192.0.2.1\n remote_addrs = gw.example.com, 198.51.100.0/24
+             proposals = aes256gcm16-prfsha384-ecp384, aes128-sha256-x25519
+             tcp = yes\n tcp_delay = 1s\n tcp_remote_port = 443\n fragmentation = force\n unique = replace\n keyingtries = 0
+             local { auth = psk\n id = a.example }
+             remote { auth = psk\n id = *.example }
+             children { net { local_ts = 10.1.0.0/16[tcp/80], dynamic[udp]\n remote_ts = 10.2.0.1-10.2.0.9
+                mode = transport\n start_action = start\n close_action = trap\n dpd_action = restart
+                updown = \"/usr/lib/ipsec/_updown iptables\" } }",
+        );
+        assert!(outcome.reports.is_empty(), "{:?}", outcome.reports);
+        let definition = outcome.definition.unwrap();
+        assert_eq!(definition.remote_addrs, ["gw.example.com", "198.51.100.0/24"]);
+        let connection = definition.connection;
+        assert_eq!(connection.remote_addrs.len(), 1);
+        assert_eq!(connection.proposals.iter().map(|proposal| proposal.number).collect::<Vec<_>>(), [1, 2]);
+        assert_eq!(connection.local_id, Some(Identity::Fqdn("a.example".to_owned())));
+        assert_eq!(
+            (connection.local_auth.class, connection.remote.class),
+            (AuthClass::SharedKey, AuthClass::SharedKey)
+        );
+        assert_eq!(
+            (connection.remote.name.as_str(), connection.remote.remote_id.to_string().as_str()),
+            ("gw", "*.example")
+        );
+        assert_eq!((connection.tcp, connection.tcp_remote_port, connection.keyingtries), (TcpPolicy::Yes, 443, 0));
+        let child = &connection.children[0];
+        assert_eq!((child.local_ts.len(), child.remote_ts.len(), child.mode), (2, 1, Mode::Transport));
+        assert_eq!((child.close_action, child.dpd_action), (StartAction::Trap, DpdAction::Restart));
+        assert_eq!(child.updown.as_deref(), Some("/usr/lib/ipsec/_updown iptables"));
+    }
+
+    const OPTIONS: &[&str] = &[
+        "version",
+        "local_addrs",
+        "remote_addrs",
+        "local_port",
+        "proposals",
+        "encap",
+        "rekey_time",
+        "reauth_time",
+        "over_time",
+        "rand_time",
+        "unique",
+        "keyingtries",
+        "tcp_delay",
+        "auth",
+        "id",
+        "certs",
+        "cacerts",
+        "file",
+        "esp_proposals",
+        "local_ts",
+        "remote_ts",
+        "life_time",
+        "rekey_bytes",
+        "life_bytes",
+        "mode",
+        "reqid",
+        "updown",
+        "replay_window",
+        "start_action",
+        "vips",
+        "mark_in",
+        "nosuch",
+        "local",
+        "remote",
+        "remote-2",
+        "children",
+        "cert1",
+    ];
+
+    fn sections() -> impl Strategy<Value = Section> {
+        let origin = Origin::Vici("load-conn".into());
+        let text =
+            prop_oneof!["[0-9a-z.:/,%-]{0,12}".prop_map(String::into_bytes), prop::collection::vec(any::<u8>(), 0..6)];
+        let value = (text, Just(origin.clone())).prop_map(|(bytes, origin)| Value { bytes, origin });
+        let list = (prop::collection::vec(value.clone(), 0..3), Just(origin.clone()));
+        let leaf = prop_oneof![value.prop_map(Node::Value), list.prop_map(|(items, origin)| Node::List(items, origin))];
+        let names = prop::sample::select(OPTIONS).prop_map(str::to_owned);
+        let entries = move |node: BoxedStrategy<Node>| prop::collection::btree_map(names.clone(), node, 0..6);
+        let section_origin = origin.clone();
+        let node = leaf.prop_recursive(3, 24, 6, move |inner| {
+            let origin = section_origin.clone();
+            entries(inner.boxed()).prop_map(move |entries| {
+                Node::Section(Section { origin: origin.clone(), entries: entries.into_iter().collect() })
+            })
+        });
+        let names = prop::sample::select(OPTIONS).prop_map(str::to_owned);
+        prop::collection::btree_map(names, node, 0..8)
+            .prop_map(move |entries| Section { origin: origin.clone(), entries: entries.into_iter().collect() })
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_sections_never_panic_and_are_typed_or_refused(section in sections()) {
+            let outcome = connection("gw", &section, &InlineCertificates);
+            let refused = outcome.reports.iter().any(|report| report.severity == Severity::Error);
+            prop_assert_eq!(outcome.definition.is_none(), refused);
+        }
+    }
+}

@@ -1,0 +1,412 @@
+//! `strongswan.conf`: what the daemon itself is told, in typed form.
+//!
+//! Each setting is looked for in the sections `latchkeyd`, `charon-systemd` and `charon`, in this order.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use ike::engine::EngineConfig;
+
+use crate::config::settings::{self, SettingsError};
+use crate::config::values;
+use crate::config::{Report, Severity};
+use crate::tree::{Node, Section, Value};
+use crate::vici::{DEFAULT_URI, Uri};
+
+/// Sections, the first that has a setting wins.
+const SECTIONS: [&str; 3] = ["latchkeyd", "charon-systemd", "charon"];
+
+/// Where applications ask for latches, unless `latch_socket` says otherwise.
+pub const DEFAULT_LATCH_SOCKET: &str = "/run/latchkey/latch.sock";
+
+/// charon's log groups, as `filelog` names them.
+const LOG_GROUPS: [&str; 18] = [
+    "dmn", "mgr", "ike", "chd", "job", "wch", "cfg", "knl", "net", "asn", "enc", "tnc", "imc", "imv", "pts", "tls",
+    "esp", "lib",
+];
+
+/// A log file (`charon.filelog.<name>`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FileLog {
+    /// Where; `stdout` and `stderr` are those of the daemon.
+    pub path: PathBuf,
+    /// Level of groups that are not in `groups`, -1 (silent) to 4.
+    pub default: i8,
+    /// Levels of groups, in charon's words in lower case (`ike`, `net`).
+    pub groups: Vec<(&'static str, i8)>,
+    /// Append to the file rather than begin it anew.
+    pub append: bool,
+    /// Write each line at once.
+    pub flush_line: bool,
+    /// strftime(3) format of a time before each line.
+    pub time_format: Option<String>,
+    /// Put the connection's name and the IKE SA's number before each line.
+    pub ike_name: bool,
+}
+
+impl FileLog {
+    /// The level for a group such as `IKE`.
+    pub fn level(&self, group: &str) -> i8 {
+        let found = self.groups.iter().find(|(name, _)| name.eq_ignore_ascii_case(group));
+        found.map_or(self.default, |(_, level)| *level)
+    }
+}
+
+/// The daemon's settings.
+#[derive(Clone, Debug)]
+pub struct DaemonConfig {
+    /// The engine's.
+    pub engine: EngineConfig,
+    /// `plugins.vici.socket`.
+    pub vici_socket: String,
+    /// `tcp_ports`: where TCP-encapsulated IKE is accepted (RFC 9329); `no` or an empty list is nowhere.
+    pub tcp_ports: Vec<u16>,
+    /// `latch_socket`: where applications ask for latches.
+    pub latch_socket: PathBuf,
+    /// `install_routes`.
+    pub install_routes: bool,
+    /// `routing_table`.
+    pub routing_table: u32,
+    /// `routing_table_prio`.
+    pub routing_table_prio: u32,
+    /// `plugins.socket-default.fwmark`: mark of our own packets.
+    pub fwmark: Option<u32>,
+    /// `filelog`.
+    pub file_logs: Vec<FileLog>,
+}
+
+impl Default for DaemonConfig {
+    fn default() -> Self {
+        Self {
+            engine: EngineConfig::default(),
+            vici_socket: DEFAULT_URI.to_owned(),
+            tcp_ports: vec![4500],
+            latch_socket: PathBuf::from(DEFAULT_LATCH_SOCKET),
+            install_routes: true,
+            routing_table: 220,
+            routing_table_prio: 220,
+            fwmark: None,
+            file_logs: Vec::new(),
+        }
+    }
+}
+
+/// Settings as read, with findings. An error among them means that a setting has its default.
+#[derive(Debug)]
+pub struct Loaded {
+    /// The settings.
+    pub config: DaemonConfig,
+    /// Findings, in order.
+    pub reports: Vec<Report>,
+}
+
+impl Loaded {
+    /// True if one of the reports is an error.
+    pub fn has_errors(&self) -> bool {
+        self.reports.iter().any(|report| report.severity == Severity::Error)
+    }
+}
+
+/// The file: `$STRONGSWAN_CONF`, or `/etc/strongswan.conf`.
+pub fn default_path() -> PathBuf {
+    std::env::var_os("STRONGSWAN_CONF").map_or_else(|| PathBuf::from("/etc/strongswan.conf"), PathBuf::from)
+}
+
+/// Reads a file; one that does not exist gives the defaults.
+///
+/// # Errors
+/// When it cannot be read or does not follow the grammar.
+pub fn load(path: &Path) -> Result<Loaded, SettingsError> {
+    match settings::load(path) {
+        Ok(read) => {
+            let mut loaded = read_settings(&read.root);
+            loaded.reports.splice(0..0, read.reports);
+            Ok(loaded)
+        }
+        Err(SettingsError::Unreadable { from: None, source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+            Ok(Loaded { config: DaemonConfig::default(), reports: Vec::new() })
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Reads settings from a tree.
+pub fn read_settings(root: &Section) -> Loaded {
+    let mut reader = Reader { root, asked: BTreeSet::new(), reports: Vec::new() };
+    let mut config = DaemonConfig::default();
+    let engine = &mut config.engine;
+    reader.set("port", &mut engine.port, port);
+    reader.set("port_nat_t", &mut engine.nat_port, port);
+    reader.set("retransmit_timeout", &mut engine.retransmission.timeout, |text| {
+        decimal(text, 0.01, 3600.0).map(Duration::from_secs_f64)
+    });
+    reader.set("retransmit_base", &mut engine.retransmission.base, |text| decimal(text, 1.0, 100.0));
+    reader.set("retransmit_tries", &mut engine.retransmission.tries, |text| limited(text, 100));
+    reader.set("retransmit_limit", &mut engine.retransmission.limit, seconds);
+    reader.set("retransmit_jitter", &mut engine.retransmission.jitter, |text| limited(text, 100));
+    reader.set("fragment_size", &mut engine.fragment_size, |text| {
+        // 0 stands for a default by address family; ours serves both.
+        let size = values::number(text)?;
+        let size = if size == 0 { 1280 } else { size };
+        usize::try_from(size).ok().filter(|size| (576..=65_535).contains(size))
+    });
+    reader.set("half_open_timeout", &mut engine.half_open_timeout, |text| seconds(text).filter(|time| !time.is_zero()));
+    reader.set("cookie_threshold", &mut engine.cookie_threshold, count);
+    reader.set("cookie_threshold_ip", &mut engine.cookie_threshold_ip, count);
+    reader.set("block_threshold", &mut engine.block_threshold, count);
+    reader.set("delete_rekeyed_delay", &mut engine.delete_rekeyed_delay, seconds);
+    reader.set("keep_alive", &mut engine.keep_alive, seconds);
+    reader.set("prefer_configured_proposals", &mut engine.prefer_configured_proposals, values::boolean);
+    reader.set("latch_socket", &mut config.latch_socket, |text| Some(PathBuf::from(text)));
+    reader.set("install_routes", &mut config.install_routes, values::boolean);
+    reader.set("routing_table", &mut config.routing_table, |text| limited(text, u32::MAX));
+    reader.set("routing_table_prio", &mut config.routing_table_prio, |text| limited(text, u32::MAX));
+    reader.set("tcp_ports", &mut config.tcp_ports, |text| match values::boolean(text) {
+        Some(false) => Some(Vec::new()),
+        _ => text.split(',').map(str::trim).filter(|port| !port.is_empty()).map(port).collect(),
+    });
+    reader.set("plugins.vici.socket", &mut config.vici_socket, |text| {
+        text.parse::<Uri>().is_ok().then(|| text.to_owned())
+    });
+    // `!` before a mark inverts its match in charon; a mark that we set has no such meaning.
+    reader.set("plugins.socket-default.fwmark", &mut config.fwmark, |text| limited(text, u32::MAX).map(Some));
+    config.file_logs = reader.file_logs();
+    let reports = reader.finish();
+    Loaded { config, reports }
+}
+
+fn port(text: &str) -> Option<u16> {
+    values::number(text).and_then(|port| u16::try_from(port).ok()).filter(|port| *port > 0)
+}
+
+fn seconds(text: &str) -> Option<Duration> {
+    values::time(text)
+}
+
+fn count(text: &str) -> Option<usize> {
+    values::number(text).and_then(|count| usize::try_from(count).ok())
+}
+
+fn limited(text: &str, largest: u32) -> Option<u32> {
+    values::number(text).and_then(|number| u32::try_from(number).ok()).filter(|number| *number <= largest)
+}
+
+fn decimal(text: &str, smallest: f64, largest: f64) -> Option<f64> {
+    text.trim().parse().ok().filter(|number| (smallest..=largest).contains(number))
+}
+
+fn level(text: &str) -> Option<i8> {
+    text.trim().parse().ok().filter(|level| (-1..=4).contains(level))
+}
+
+struct Reader<'a> {
+    root: &'a Section,
+    /// Paths below one of the sections, with dots.
+    asked: BTreeSet<String>,
+    reports: Vec<Report>,
+}
+
+impl<'a> Reader<'a> {
+    fn node(&self, path: &str) -> Option<(&'static str, &'a Node)> {
+        SECTIONS.iter().find_map(|top| {
+            let (folder, name) = path.rsplit_once('.').unwrap_or(("", path));
+            let folder = folder.split('.').filter(|name| !name.is_empty());
+            let section = folder.fold(self.root.section(top), |section, name| section?.section(name));
+            section?.node(name).map(|node| (*top, node))
+        })
+    }
+
+    fn set<T>(&mut self, path: &str, target: &mut T, parse: impl Fn(&str) -> Option<T>) {
+        self.asked.insert(path.to_owned());
+        let Some((top, node)) = self.node(path) else { return };
+        let subject = format!("{top}.{path}");
+        let text = match node {
+            Node::Value(value) => value.text().unwrap_or_default(),
+            Node::List(..) | Node::Section(_) => "",
+        };
+        match parse(text) {
+            Some(value) => *target = value,
+            None => self.report(Severity::Error, subject, node, format!("'{text}' is not a valid value")),
+        }
+    }
+
+    fn report(&mut self, severity: Severity, subject: String, node: &Node, message: String) {
+        self.reports.push(Report { severity, origin: Some(node.origin().clone()), subject, message });
+    }
+
+    fn file_logs(&mut self) -> Vec<FileLog> {
+        self.asked.insert("filelog".to_owned());
+        let Some((top, node)) = self.node("filelog") else { return Vec::new() };
+        let Node::Section(section) = node else {
+            self.report(Severity::Error, format!("{top}.filelog"), node, "it is a section".to_owned());
+            return Vec::new();
+        };
+        let mut logs = Vec::new();
+        for (name, node) in &section.entries {
+            let subject = format!("{top}.filelog.{name}");
+            match node {
+                Node::Section(section) => logs.push(self.file_log(name, &subject, section)),
+                other => self.report(Severity::Error, subject, other, "it is a section".to_owned()),
+            }
+        }
+        logs
+    }
+
+    fn file_log(&mut self, name: &str, subject: &str, section: &'a Section) -> FileLog {
+        let mut log = FileLog {
+            path: PathBuf::from(section.text("path").unwrap_or(name)),
+            default: 1,
+            groups: Vec::new(),
+            append: true,
+            flush_line: false,
+            time_format: None,
+            ike_name: false,
+        };
+        for (option, node) in &section.entries {
+            let text = match node {
+                Node::Value(value) => Value::text(value).unwrap_or_default(),
+                Node::List(..) | Node::Section(_) => "",
+            };
+            let valid = if let Some(group) = LOG_GROUPS.iter().find(|group| **group == option) {
+                level(text).map(|level| log.groups.push((group, level)))
+            } else {
+                match option.as_str() {
+                    "path" => Some(()),
+                    "default" => level(text).map(|level| log.default = level),
+                    "append" => values::boolean(text).map(|append| log.append = append),
+                    "flush_line" => values::boolean(text).map(|flush| log.flush_line = flush),
+                    "ike_name" => values::boolean(text).map(|ike_name| log.ike_name = ike_name),
+                    "time_format" => {
+                        log.time_format = Some(text.to_owned());
+                        Some(())
+                    }
+                    "time_add_ms" | "log_level" | "json" | "time_precision" => {
+                        let message = "known but not served yet, ignored".to_owned();
+                        self.report(Severity::Warning, format!("{subject}.{option}"), node, message);
+                        Some(())
+                    }
+                    _ => {
+                        let message = "unknown option, ignored".to_owned();
+                        self.report(Severity::Warning, format!("{subject}.{option}"), node, message);
+                        Some(())
+                    }
+                }
+            };
+            if valid.is_none() {
+                let message = format!("'{text}' is not a valid value");
+                self.report(Severity::Error, format!("{subject}.{option}"), node, message);
+            }
+        }
+        log
+    }
+
+    /// Reports what nobody asked for: quietly what Debian ships, else as a warning.
+    fn finish(mut self) -> Vec<Report> {
+        for top in SECTIONS {
+            if let Some(section) = self.root.section(top) {
+                self.unasked(top, "", section);
+            }
+        }
+        self.reports
+    }
+
+    fn unasked(&mut self, top: &str, path: &str, section: &'a Section) {
+        for (name, node) in &section.entries {
+            let path = if path.is_empty() { name.clone() } else { format!("{path}.{name}") };
+            if self.asked.contains(&path) {
+                continue;
+            }
+            if let Node::Section(inner) = node {
+                self.unasked(top, &path, inner);
+                continue;
+            }
+            let shipped = path == "load_modular" || (path.starts_with("plugins.") && path.ends_with(".load"));
+            let severity = if shipped { Severity::Debug } else { Severity::Warning };
+            self.report(severity, format!("{top}.{path}"), node, "known or not, it is not served; ignored".to_owned());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> Loaded {
+        read_settings(&settings::parse(Path::new("strongswan.conf"), text.as_bytes()).unwrap().root)
+    }
+
+    #[test]
+    fn a_bad_value_is_an_error_with_its_place_and_leaves_the_default() {
+        for (text, subject) in [
+            ("charon { port = 0 }", "charon.port"),
+            ("charon { port = 70000 }", "charon.port"),
+            ("charon { retransmit_base = 0.5 }", "charon.retransmit_base"),
+            ("charon { retransmit_timeout = nan }", "charon.retransmit_timeout"),
+            ("charon { retransmit_timeout = -1 }", "charon.retransmit_timeout"),
+            ("charon { fragment_size = 100 }", "charon.fragment_size"),
+            ("charon { half_open_timeout = 0 }", "charon.half_open_timeout"),
+            ("charon { plugins { vici { socket = /run/x } } }", "charon.plugins.vici.socket"),
+            ("charon { tcp_ports = 4500, x }", "charon.tcp_ports"),
+            ("charon { filelog { a { ike = 9 } } }", "charon.filelog.a.ike"),
+            ("charon { keep_alive { } }", "charon.keep_alive"),
+        ] {
+            let loaded = read(text);
+            assert!(loaded.has_errors(), "{text}");
+            let report = &loaded.reports[0];
+            assert_eq!(report.subject, subject);
+            assert!(report.to_string().starts_with("strongswan.conf:1:"), "{report}");
+            assert_eq!(loaded.config.engine.port, 500);
+        }
+    }
+
+    #[test]
+    fn our_own_section_wins_over_charon_systemd_and_charon() {
+        let loaded = read(
+            "charon { port = 1\n port_nat_t = 1\n keep_alive = 1 }
+             charon-systemd { port_nat_t = 2\n keep_alive = 2 }
+             latchkeyd { keep_alive = 3m }",
+        );
+        let engine = &loaded.config.engine;
+        assert_eq!((engine.port, engine.nat_port, engine.keep_alive), (1, 2, Duration::from_secs(180)));
+        assert_eq!(loaded.reports, []);
+    }
+
+    #[test]
+    fn settings_are_typed() {
+        let loaded = read(
+            "charon { retransmit_timeout = 2.5\n retransmit_base = 1.5\n retransmit_tries = 7\n tcp_ports = 443, 4500
+               plugins { vici { socket = unix:///run/x }\n socket-default { fwmark = 0x42 } }
+               filelog { /var/log/x { default = 2\n net = 0\n append = no\n flush_line = yes }
+                         console { path = stderr } } }",
+        );
+        let config = loaded.config;
+        assert_eq!(config.engine.retransmission.timeout, Duration::from_millis(2500));
+        assert_eq!(config.engine.retransmission.tries, 7);
+        assert_eq!(config.tcp_ports, [443, 4500]);
+        assert_eq!((config.vici_socket.as_str(), config.fwmark), ("unix:///run/x", Some(0x42)));
+        let log = &config.file_logs[0];
+        assert_eq!((log.path.to_str(), log.append, log.flush_line), (Some("/var/log/x"), false, true));
+        assert_eq!((log.level("NET"), log.level("IKE")), (0, 2));
+        assert_eq!(config.file_logs[1].path.to_str(), Some("stderr"));
+        assert_eq!(read("charon { tcp_ports = no }").config.tcp_ports, [0u16; 0]);
+    }
+
+    #[test]
+    fn debian_s_shipped_files_give_no_warning() {
+        let loaded = load(Path::new("/etc/strongswan.conf")).expect("apt install charon-systemd strongswan-swanctl");
+        let loud: Vec<&Report> = loaded.reports.iter().filter(|report| report.severity > Severity::Debug).collect();
+        assert!(loud.is_empty(), "{loud:?}");
+        assert!(!loaded.reports.is_empty());
+    }
+
+    #[test]
+    fn what_is_not_served_is_reported_and_a_missing_file_gives_defaults() {
+        let loaded = read("charon { threads = 32 }");
+        assert_eq!(
+            (loaded.reports[0].severity, loaded.reports[0].subject.as_str()),
+            (Severity::Warning, "charon.threads")
+        );
+        assert_eq!(load(Path::new("/nonexistent/strongswan.conf")).unwrap().config.vici_socket, DEFAULT_URI);
+    }
+}

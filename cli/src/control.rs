@@ -1,0 +1,197 @@
+//! The daemon's core as its front ends (VICI, start-up) see it.
+
+use std::sync::Arc;
+
+use ike::engine::{ChildSaId, Event, IkeSaId, IkeSaStatus};
+use ipsec::plane::{Mode, Usage};
+use ipsec::selector::TrafficSelector;
+use pad::Credentials;
+use tokio::sync::{broadcast, mpsc, oneshot};
+
+use crate::config::ConnectionDefinition;
+
+/// A snapshot of one IKE SA with the traffic counters of its Child SAs, in the order of
+/// `status.children`.
+#[derive(Clone, Debug)]
+pub struct SaReport {
+    /// The engine's view.
+    pub status: IkeSaStatus,
+    /// Counters and the data plane's name, for each child that is installed.
+    pub usage: Vec<Option<(Usage, &'static str)>>,
+}
+
+/// An installed trap policy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PolicyReport {
+    /// Connection.
+    pub ike: String,
+    /// Child.
+    pub child: String,
+    /// Mode of the child.
+    pub mode: Mode,
+    /// Our side's selectors.
+    pub local_ts: Vec<TrafficSelector>,
+    /// The peer side's selectors.
+    pub remote_ts: Vec<TrafficSelector>,
+}
+
+/// Which SAs a command means; all given fields must match.
+#[derive(Clone, Debug, Default)]
+pub struct SaFilter {
+    /// Connection's name.
+    pub ike: Option<String>,
+    /// Child's name: the command means Child SAs.
+    pub child: Option<String>,
+    /// Number of the IKE SA.
+    pub ike_id: Option<IkeSaId>,
+    /// Number of the Child SA: the command means Child SAs.
+    pub child_id: Option<ChildSaId>,
+}
+
+/// What `terminate` and `rekey` did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Matched {
+    /// SAs that matched.
+    pub matches: usize,
+    /// SAs for which it was done.
+    pub done: usize,
+}
+
+/// A command to the core.
+#[derive(Debug)]
+pub enum Command {
+    /// Snapshots of all IKE SAs.
+    ListSas(oneshot::Sender<Vec<SaReport>>),
+    /// Initiate a child (or an IKE SA only); answered when it is up or has failed, with charon's message.
+    Initiate {
+        /// Connection; may be missing when the child's name is unique.
+        ike: Option<String>,
+        /// Child; `None` brings up the IKE SA only.
+        child: Option<String>,
+        /// Answer.
+        reply: oneshot::Sender<Result<(), String>>,
+    },
+    /// Terminate; answered when done.
+    Terminate {
+        /// Which.
+        filter: SaFilter,
+        /// Do not wait for the peer.
+        force: bool,
+        /// Answer.
+        reply: oneshot::Sender<Matched>,
+    },
+    /// Rekey; answered at once with what was started.
+    Rekey {
+        /// Which.
+        filter: SaFilter,
+        /// Answer.
+        reply: oneshot::Sender<Matched>,
+    },
+    /// The installed trap policies.
+    ListPolicies(oneshot::Sender<Vec<PolicyReport>>),
+    /// Install the trap policy of a child; refused with charon's message.
+    Install {
+        /// Connection; may be missing when the child's name is unique.
+        ike: Option<String>,
+        /// Child.
+        child: String,
+        /// Answer.
+        reply: oneshot::Sender<Result<(), String>>,
+    },
+    /// Remove the trap policy of a child; refused with charon's message.
+    Uninstall {
+        /// Connection; may be missing when the child's name is unique.
+        ike: Option<String>,
+        /// Child.
+        child: String,
+        /// Answer.
+        reply: oneshot::Sender<Result<(), String>>,
+    },
+    /// Replace all connections (whole or not at all; they are validated already).
+    SetConnections(Vec<ConnectionDefinition>, oneshot::Sender<()>),
+    /// Replace the credentials.
+    SetCredentials(Box<Credentials>, oneshot::Sender<()>),
+    /// Stop the daemon: delete all SAs, leave nothing behind.
+    Shutdown(oneshot::Sender<()>),
+}
+
+/// Handle of the core. Cloning it is cheap. When the core is gone, calls give empty answers.
+#[derive(Clone)]
+pub struct Control {
+    commands: mpsc::Sender<Command>,
+    events: broadcast::Sender<Arc<Event>>,
+}
+
+impl Control {
+    /// Joins the two channels of a core.
+    pub fn new(commands: mpsc::Sender<Command>, events: broadcast::Sender<Arc<Event>>) -> Self {
+        Self { commands, events }
+    }
+
+    /// Events from now on. A slow reader misses the oldest.
+    pub fn events(&self) -> broadcast::Receiver<Arc<Event>> {
+        self.events.subscribe()
+    }
+
+    /// See [`Command::ListSas`].
+    pub async fn list_sas(&self) -> Vec<SaReport> {
+        self.ask(Command::ListSas).await.unwrap_or_default()
+    }
+
+    /// See [`Command::Initiate`].
+    pub async fn initiate(&self, ike: Option<String>, child: Option<String>) -> Result<(), String> {
+        self.ask(|reply| Command::Initiate { ike, child, reply })
+            .await
+            .unwrap_or_else(|| Err("the daemon is stopping".to_owned()))
+    }
+
+    /// See [`Command::Terminate`].
+    pub async fn terminate(&self, filter: SaFilter, force: bool) -> Matched {
+        self.ask(|reply| Command::Terminate { filter, force, reply }).await.unwrap_or(Matched { matches: 0, done: 0 })
+    }
+
+    /// See [`Command::Rekey`].
+    pub async fn rekey(&self, filter: SaFilter) -> Matched {
+        self.ask(|reply| Command::Rekey { filter, reply }).await.unwrap_or(Matched { matches: 0, done: 0 })
+    }
+
+    /// See [`Command::ListPolicies`].
+    pub async fn list_policies(&self) -> Vec<PolicyReport> {
+        self.ask(Command::ListPolicies).await.unwrap_or_default()
+    }
+
+    /// See [`Command::Install`].
+    pub async fn install(&self, ike: Option<String>, child: String) -> Result<(), String> {
+        self.ask(|reply| Command::Install { ike, child, reply })
+            .await
+            .unwrap_or_else(|| Err("the daemon is stopping".to_owned()))
+    }
+
+    /// See [`Command::Uninstall`].
+    pub async fn uninstall(&self, ike: Option<String>, child: String) -> Result<(), String> {
+        self.ask(|reply| Command::Uninstall { ike, child, reply })
+            .await
+            .unwrap_or_else(|| Err("the daemon is stopping".to_owned()))
+    }
+
+    /// See [`Command::SetConnections`].
+    pub async fn set_connections(&self, connections: Vec<ConnectionDefinition>) {
+        self.ask(|reply| Command::SetConnections(connections, reply)).await;
+    }
+
+    /// See [`Command::SetCredentials`].
+    pub async fn set_credentials(&self, credentials: Credentials) {
+        self.ask(|reply| Command::SetCredentials(Box::new(credentials), reply)).await;
+    }
+
+    /// See [`Command::Shutdown`].
+    pub async fn shutdown(&self) {
+        self.ask(Command::Shutdown).await;
+    }
+
+    async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Option<T> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(command(reply)).await.ok()?;
+        answer.await.ok()
+    }
+}

@@ -1,0 +1,863 @@
+//! The task that owns the engine.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::Context as _;
+use espintcp::streams::{StreamEvent, Streams};
+use ike::config::{Child, DpdAction, StartAction};
+use ike::engine::{
+    ChildReady, ChildSaId, ChildState, CloseReason, Engine, Event, IkeState, Initiate, InstallError, Job, JobId,
+    JobOutcome, Output, Path, Target, Transport,
+};
+use ipsec::guard::ClassId;
+use ipsec::plane::{DataPlane, Encapsulation, Mode, PlaneError, PlaneEvent, StreamId, Trap, Usage};
+use ipsec::selector::{Flow, TrafficSelector};
+use kernel::network::{Network, NetworkEvent};
+use latch::database::{Class, Database};
+use pad::Credentials;
+use tokio::sync::{broadcast, mpsc, oneshot};
+
+use super::filelog::FileLogs;
+use super::traps::{Key, Traps};
+use super::updown::{Scripts, Updown};
+use crate::config::trap::Selectors;
+use crate::config::{ConnectionDefinition, TrapActions};
+use crate::control::{Command, Matched, PolicyReport, SaFilter, SaReport};
+
+/// How long a graceful stop waits for the peers' answers to our deletes.
+const SHUTDOWN_GRACE: Duration = Duration::from_secs(2);
+
+/// How often the data plane is asked for proof of life.
+const TRAFFIC_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Messages handled in one turn before timers get theirs.
+const BUDGET: usize = 64;
+
+/// What the core is made of.
+pub(super) struct Parts {
+    pub(super) engine: Engine,
+    pub(super) network: Network,
+    pub(super) streams: Streams,
+    pub(super) database: Arc<Database>,
+    pub(super) filelogs: FileLogs,
+    pub(super) from_network: mpsc::Receiver<NetworkEvent>,
+    pub(super) from_streams: mpsc::Receiver<StreamEvent>,
+    pub(super) commands: mpsc::Receiver<Command>,
+    pub(super) events: broadcast::Sender<Arc<Event>>,
+}
+
+/// A Child SA that is in the data plane.
+struct InstalledChild {
+    spi_in: u32,
+    class: ClassId,
+    reqid: u32,
+    /// Packets seen at the last look, for proof of life.
+    packets_in: u64,
+    connection: String,
+    local_ts: Vec<TrafficSelector>,
+    remote_ts: Vec<TrafficSelector>,
+    updown: Option<Updown>,
+    /// Its script was told that it, or the Child SA that it replaces, is up.
+    told_up: bool,
+}
+
+/// What a `reqid` stands for: one class, one pair of selectors (see `docs/architecture.md`).
+#[derive(PartialEq, Eq, Hash)]
+struct ReqidKey {
+    class: ClassId,
+    child: String,
+    local_ts: Vec<TrafficSelector>,
+    remote_ts: Vec<TrafficSelector>,
+}
+
+/// What comes back from work that was done off the core's task.
+enum Finished {
+    Job(JobId, JobOutcome),
+    /// Host names are resolved: initiate, or say why not.
+    Resolved(u64, Box<Result<Initiate, String>>),
+}
+
+pub(super) struct Core {
+    engine: Engine,
+    network: Network,
+    streams: Streams,
+    plane: Box<dyn DataPlane>,
+    database: Arc<Database>,
+    credentials: Arc<Credentials>,
+    connections: Vec<ConnectionDefinition>,
+    filelogs: FileLogs,
+    scripts: Scripts,
+    children: BTreeMap<ChildSaId, InstalledChild>,
+    reqids: HashMap<ReqidKey, u32>,
+    next_reqid: u32,
+    traps: Traps,
+    next_token: u64,
+    /// Callers who wait for `Event::Done` or `Event::Failed`.
+    waiting: HashMap<u64, oneshot::Sender<Result<(), String>>>,
+    /// Terminations that wait for all of their SAs.
+    finished: mpsc::UnboundedSender<Finished>,
+    from_finished: mpsc::UnboundedReceiver<Finished>,
+    events: broadcast::Sender<Arc<Event>>,
+    from_network: mpsc::Receiver<NetworkEvent>,
+    from_streams: mpsc::Receiver<StreamEvent>,
+    commands: mpsc::Receiver<Command>,
+    next_traffic_check: Instant,
+    stopping: Option<(oneshot::Sender<()>, Instant)>,
+}
+
+impl Core {
+    pub(super) fn new(parts: Parts) -> Self {
+        let (finished, from_finished) = mpsc::unbounded_channel();
+        Self {
+            plane: parts.network.plane(),
+            engine: parts.engine,
+            network: parts.network,
+            streams: parts.streams,
+            database: parts.database,
+            credentials: Arc::new(Credentials::default()),
+            connections: Vec::new(),
+            filelogs: parts.filelogs,
+            scripts: Scripts::new(),
+            children: BTreeMap::new(),
+            reqids: HashMap::new(),
+            next_reqid: 1,
+            traps: Traps::default(),
+            next_token: 1,
+            waiting: HashMap::new(),
+            finished,
+            from_finished,
+            events: parts.events,
+            from_network: parts.from_network,
+            from_streams: parts.from_streams,
+            commands: parts.commands,
+            next_traffic_check: Instant::now(),
+            stopping: None,
+        }
+    }
+
+    /// Runs until a `Shutdown` command is carried out, then takes everything down.
+    pub(super) async fn run(mut self) -> anyhow::Result<()> {
+        loop {
+            self.drain();
+            if let Some((_, deadline)) = &self.stopping
+                && (self.engine.counts().0 == 0 || Instant::now() >= *deadline)
+            {
+                break;
+            }
+            let wake = self.next_wake();
+            tokio::select! {
+                event = self.from_network.recv() => {
+                    let Some(event) = event else { break };
+                    self.handle_network(event);
+                    // A burst is handled in one turn, but never so long that timers starve.
+                    for _ in 0..BUDGET {
+                        let Ok(event) = self.from_network.try_recv() else { break };
+                        self.handle_network(event);
+                    }
+                }
+                Some(event) = self.from_streams.recv() => self.handle_stream(event),
+                Some(finished) = self.from_finished.recv() => self.handle_finished(finished),
+                command = self.commands.recv() => match command {
+                    Some(command) => self.handle_command(command),
+                    None => break,
+                },
+                () = tokio::time::sleep_until(wake.into()) => {}
+            }
+            self.handle_time();
+        }
+        let outcome = self.plane.shutdown().context("removing SAs and policies");
+        self.streams.shutdown().await;
+        let network = self.network.shutdown().await.context("closing the network");
+        if let Some((reply, _)) = self.stopping.take() {
+            let _ = reply.send(());
+        }
+        outcome.and(network)
+    }
+
+    fn next_wake(&self) -> Instant {
+        let idle = Instant::now() + Duration::from_secs(3600);
+        let engine = self.engine.next_timeout().unwrap_or(idle);
+        let stopping = self.stopping.as_ref().map_or(idle, |(_, deadline)| *deadline);
+        let traffic = if self.watches_traffic() { self.next_traffic_check } else { idle };
+        engine.min(stopping).min(traffic)
+    }
+
+    /// True when some connection wants liveness checks, which inbound ESP makes superfluous.
+    fn watches_traffic(&self) -> bool {
+        !self.children.is_empty() && self.connections.iter().any(|known| !known.connection.dpd_delay.is_zero())
+    }
+
+    fn handle_time(&mut self) {
+        let now = Instant::now();
+        if now >= self.next_traffic_check {
+            self.next_traffic_check = now + TRAFFIC_INTERVAL;
+            if self.watches_traffic() {
+                for child in self.children.values_mut() {
+                    if let Ok(usage) = self.plane.usage(child.spi_in)
+                        && usage.packets_in != child.packets_in
+                    {
+                        child.packets_in = usage.packets_in;
+                        self.engine.handle_traffic(now, child.spi_in);
+                    }
+                }
+            }
+        }
+        if self.engine.next_timeout().is_some_and(|due| due <= now) {
+            self.engine.handle_timeout(now);
+        }
+    }
+
+    fn handle_network(&mut self, event: NetworkEvent) {
+        let now = Instant::now();
+        match event {
+            NetworkEvent::Ike { local, remote, encapsulated, bytes } => {
+                let transport = if encapsulated { Transport::UdpEncap } else { Transport::Udp };
+                self.engine.handle_message(now, Path { local, remote, transport }, &bytes);
+            }
+            NetworkEvent::Plane(PlaneEvent::Expire { spi_in, hard }) => self.engine.handle_expire(now, spi_in, hard),
+            NetworkEvent::Plane(PlaneEvent::MappingChanged { spi_in, remote }) => {
+                self.engine.handle_mapping_changed(now, spi_in, remote);
+            }
+            NetworkEvent::Plane(PlaneEvent::UnknownSpi { spi, remote }) => {
+                tracing::debug!(spi = format_args!("{spi:08x}"), %remote, "ESP with an unknown SPI");
+            }
+            NetworkEvent::Plane(PlaneEvent::Acquire { reqid, flow }) => {
+                self.acquire(now, reqid, &flow);
+            }
+            NetworkEvent::Unreachable { remote } => self.engine.handle_unreachable(now, remote),
+        }
+        self.drain();
+    }
+
+    fn handle_stream(&mut self, event: StreamEvent) {
+        let now = Instant::now();
+        match event {
+            StreamEvent::Opened { stream, local, accepted, esp, .. } => {
+                self.network.attach_stream(StreamId(stream), esp);
+                if !accepted {
+                    self.engine.handle_stream_opened(now, StreamId(stream), local);
+                }
+            }
+            StreamEvent::Ike { stream, local, remote, bytes } => {
+                let transport = Transport::Stream(StreamId(stream));
+                self.engine.handle_message(now, Path { local, remote, transport }, &bytes);
+            }
+            StreamEvent::Closed { stream, reason } => {
+                self.network.detach_stream(StreamId(stream));
+                self.engine.handle_stream_closed(now, StreamId(stream), &reason);
+            }
+        }
+    }
+
+    fn handle_finished(&mut self, finished: Finished) {
+        match finished {
+            Finished::Job(job, outcome) => self.engine.handle_job(Instant::now(), job, outcome),
+            Finished::Resolved(token, outcome) => match *outcome {
+                Ok(request) => self.engine.initiate(Instant::now(), request),
+                Err(reason) => self.finish(token, Err(reason)),
+            },
+        }
+    }
+
+    /// Carries out all that the engine wants.
+    fn drain(&mut self) {
+        while let Some(output) = self.engine.poll_output() {
+            match output {
+                Output::Transmit(transmit) => self.transmit(transmit.path, &transmit.bytes),
+                Output::Job(job, Job::Sign(request)) => {
+                    let credentials = Arc::clone(&self.credentials);
+                    self.spawn_job(job, move || JobOutcome::Sign(credentials.sign(&request)));
+                }
+                Output::Job(job, Job::Authenticate(request)) => {
+                    let credentials = Arc::clone(&self.credentials);
+                    self.spawn_job(job, move || {
+                        JobOutcome::Authenticate(credentials.authenticate(&request, unix_time()))
+                    });
+                }
+                Output::Job(job, Job::InstallChild(ready)) => {
+                    let outcome = self.install(*ready);
+                    self.engine.handle_job(Instant::now(), job, JobOutcome::InstallChild(outcome));
+                }
+                Output::Event(event) => self.handle_event(event),
+                Output::OpenStream { stream, local, remote } => self.streams.open(stream.0, local, remote),
+                Output::CloseStream(stream) => self.streams.close(stream.0),
+            }
+        }
+    }
+
+    fn spawn_job(&self, job: JobId, work: impl FnOnce() -> JobOutcome + Send + 'static) {
+        let finished = self.finished.clone();
+        tokio::task::spawn_blocking(move || {
+            // The core outlives its jobs except at shutdown, when nobody wants the answer.
+            let _ = finished.send(Finished::Job(job, work()));
+        });
+    }
+
+    fn transmit(&mut self, path: Path, bytes: &[u8]) {
+        let sent = match path.transport {
+            Transport::Udp => self.network.send_ike(path.local, path.remote, false, bytes),
+            Transport::UdpEncap => self.network.send_ike(path.local, path.remote, true, bytes),
+            Transport::Stream(stream) => {
+                if !self.streams.send_ike(stream.0, bytes) {
+                    tracing::debug!(stream = stream.0, "a message for a stream that is closed or full was dropped");
+                }
+                Ok(())
+            }
+        };
+        if let Err(error) = sent {
+            tracing::debug!(local = %path.local, remote = %path.remote, %error, "sending failed");
+        }
+    }
+
+    /// Asks the latches, then installs: a latch that the new SA would betray is broken, and its holder told,
+    /// before the data plane knows the SA (RFC 5660 §2.3).
+    fn install(&mut self, ready: ChildReady) -> Result<u32, InstallError> {
+        let class = self.database.intern(Class {
+            peer: Arc::clone(&ready.peer),
+            mode: ready.pair.mode,
+            suite: ready.pair.suite,
+            replay_protection: ready.pair.replay_window > 0,
+        });
+        let reqid = self.reqid(class, ready.replaces, &ready.config, &ready.pair.local_ts, &ready.pair.remote_ts)?;
+        let updown = Updown::new(&ready, reqid, self.network.tun_name());
+        let ChildReady { child_sa, connection, mut pair, .. } = ready;
+        pair.class = class;
+        pair.reqid = reqid;
+        for alert in self.database.before_install(class, &pair.local_ts, &pair.remote_ts) {
+            tracing::warn!(latch = alert.latch.0, reason = alert.reason, "latch broken");
+        }
+        let installed = InstalledChild {
+            spi_in: pair.spi_in,
+            class,
+            reqid,
+            packets_in: 0,
+            connection,
+            local_ts: pair.local_ts.clone(),
+            remote_ts: pair.remote_ts.clone(),
+            updown,
+            told_up: false,
+        };
+        if let Encapsulation::Stream { stream, .. } = pair.encapsulation {
+            self.streams.vouch(stream.0);
+        }
+        self.plane.install(pair).map_err(|error| {
+            tracing::error!(%error, "a Child SA could not be installed");
+            InstallError::Failed(error.to_string())
+        })?;
+        self.database.installed(child_sa.0, class, installed.local_ts.clone(), installed.remote_ts.clone());
+        self.children.insert(child_sa, installed);
+        Ok(reqid)
+    }
+
+    /// The `reqid` for a Child SA: its predecessor's if the class is the same, the configured one, or a new
+    /// one. Each `reqid` belongs to one class.
+    fn reqid(
+        &mut self,
+        class: ClassId,
+        replaces: Option<ChildSaId>,
+        config: &Child,
+        local_ts: &[TrafficSelector],
+        remote_ts: &[TrafficSelector],
+    ) -> Result<u32, InstallError> {
+        if let Some(old) = replaces.and_then(|old| self.children.get(&old))
+            && old.class == class
+        {
+            return Ok(old.reqid);
+        }
+        if config.reqid != 0 {
+            if self.children.values().any(|child| child.reqid == config.reqid && child.class != class) {
+                return Err(InstallError::Refused(format!(
+                    "reqid {} is in use for another peer or protection",
+                    config.reqid
+                )));
+            }
+            return Ok(config.reqid);
+        }
+        let key =
+            ReqidKey { class, child: config.name.clone(), local_ts: local_ts.to_vec(), remote_ts: remote_ts.to_vec() };
+        if let Some(reqid) = self.reqids.get(&key) {
+            return Ok(*reqid);
+        }
+        let reqid = self.fresh_reqid();
+        self.reqids.insert(key, reqid);
+        Ok(reqid)
+    }
+
+    fn fresh_reqid(&mut self) -> u32 {
+        while self.reqid_is_taken(self.next_reqid) {
+            self.next_reqid = self.next_reqid.wrapping_add(1).max(1);
+        }
+        let reqid = self.next_reqid;
+        self.next_reqid = self.next_reqid.wrapping_add(1).max(1);
+        reqid
+    }
+
+    fn reqid_is_taken(&self, reqid: u32) -> bool {
+        self.children.values().any(|child| child.reqid == reqid)
+            || self.traps.installed.values().any(|trap| trap.reqid == reqid)
+            || self.connections.iter().flat_map(|known| &known.connection.children).any(|child| child.reqid == reqid)
+    }
+
+    /// Puts in force what the connections want: new traps first, so that nothing goes out in clear in between.
+    fn update_traps(&mut self) {
+        let wanted = self.traps.wanted(&self.connections);
+        for (key, selectors) in &wanted {
+            if self.traps.installed.get(key).is_some_and(|installed| installed.selectors == *selectors) {
+                continue;
+            }
+            if let Err(error) = self.install_trap(key.clone(), selectors.clone()) {
+                tracing::error!(connection = key.0, child = key.1, %error, "a trap could not be installed");
+            }
+        }
+        let mut gone = Vec::new();
+        self.traps.installed.retain(|key, installed| {
+            let stays = wanted.contains_key(key);
+            gone.extend((!stays).then_some(installed.reqid));
+            stays
+        });
+        for reqid in gone {
+            self.remove_trap(reqid);
+        }
+    }
+
+    /// Installs a trap in place of the child's earlier one, which on error stays.
+    fn install_trap(&mut self, key: Key, selectors: Selectors) -> Result<(), PlaneError> {
+        let reqid = self.fresh_reqid();
+        let Selectors { local_ts, remote_ts } = selectors.clone();
+        self.plane.install_trap(Trap { reqid, local_ts, remote_ts })?;
+        tracing::info!(connection = key.0, child = key.1, reqid, "trap installed");
+        if let Some(old) = self.traps.insert(key, reqid, selectors) {
+            self.remove_trap(old.reqid);
+        }
+        Ok(())
+    }
+
+    fn remove_trap(&mut self, reqid: u32) {
+        match self.plane.remove_trap(reqid) {
+            Ok(()) => tracing::info!(reqid, "trap removed"),
+            Err(error) => tracing::error!(%error, "a trap could not be removed"),
+        }
+    }
+
+    /// The `install` command, and what `close_action` and `dpd_action` do; errors are charon's.
+    fn install_trap_of(&mut self, ike: Option<&str>, child: &str) -> Result<(), String> {
+        let Ok((definition, Some(config))) = self.find_configuration(ike, Some(child)) else {
+            return Err("configuration name not found".to_owned());
+        };
+        let key = (definition.connection.name.clone(), config.name.clone());
+        let installed =
+            Selectors::of(&config, &definition.local_addrs, &definition.remote_addrs).and_then(|selectors| match self
+                .traps
+                .installed
+                .get(&key)
+            {
+                Some(there) if there.selectors == selectors => Ok(()),
+                _ => self.install_trap(key.clone(), selectors).map_err(|error| error.to_string()),
+            });
+        installed.map_err(|reason| {
+            tracing::warn!(connection = key.0, child, reason, "the trap cannot be installed");
+            format!("installing policy '{child}' failed")
+        })
+    }
+
+    fn uninstall_trap_of(&mut self, ike: Option<&str>, child: &str) -> Result<(), String> {
+        let reqid = self.traps.uninstall(ike, child).ok_or_else(|| format!("policy '{child}' not found"))?;
+        self.remove_trap(reqid);
+        Ok(())
+    }
+
+    fn policies(&self) -> Vec<PolicyReport> {
+        let report = |(key, trap): (&Key, &super::traps::Installed)| PolicyReport {
+            ike: key.0.clone(),
+            child: key.1.clone(),
+            mode: self.configured_child(&key.0, &key.1).map_or(Mode::Tunnel, |child| child.mode),
+            local_ts: trap.selectors.local_ts.clone(),
+            remote_ts: trap.selectors.remote_ts.clone(),
+        };
+        self.traps.installed.iter().map(report).collect()
+    }
+
+    /// A packet fell into a trap.
+    fn acquire(&mut self, now: Instant, reqid: u32, flow: &Flow) {
+        let Some((connection, child)) = self.traps.due(now, reqid) else { return };
+        if self.stopping.is_some() || self.is_negotiated(now, &connection, &child) {
+            return;
+        }
+        tracing::info!(connection, child, %flow, "initiating for a packet");
+        self.initiate(Some(&connection), Some(&child), None);
+    }
+
+    /// True while the connection's IKE SA is on its way (what is asked for later comes after it), and when there is an
+    /// SA for the child: where the peer narrowed it, another one would not cover the packet either.
+    fn is_negotiated(&self, now: Instant, connection: &str, child: &str) -> bool {
+        self.engine.ike_sas(now).iter().filter(|sa| sa.connection == connection).any(|sa| {
+            let begins = sa.initiator && matches!(sa.state, IkeState::Created | IkeState::Connecting);
+            begins
+                || sa.children.iter().any(|one| {
+                    one.name == child
+                        && matches!(
+                            one.state,
+                            ChildState::Created | ChildState::Installing | ChildState::Installed | ChildState::Rekeying
+                        )
+                })
+        })
+    }
+
+    fn traps_of(&self, connection: &str, child: &str) -> TrapActions {
+        let definition = self.connections.iter().find(|known| known.connection.name == connection);
+        definition.map(|known| known.traps(child)).unwrap_or_default()
+    }
+
+    fn configured_child(&self, connection: &str, child: &str) -> Option<&Arc<Child>> {
+        self.connections
+            .iter()
+            .filter(|known| known.connection.name == connection)
+            .flat_map(|known| &known.connection.children)
+            .find(|known| known.name == child)
+    }
+
+    fn remove(&mut self, child: ChildSaId) {
+        let Some(installed) = self.children.remove(&child) else { return };
+        if installed.told_up
+            && let Some(updown) = installed.updown.clone()
+        {
+            self.scripts.tell("down", updown);
+        }
+        if let Err(error) = self.plane.delete(installed.spi_in) {
+            tracing::error!(%error, "a Child SA could not be removed");
+        }
+        self.database.removed(child.0);
+        if !self.children.values().any(|other| other.reqid == installed.reqid) {
+            self.reqids.retain(|_, reqid| *reqid != installed.reqid);
+        }
+    }
+
+    fn handle_event(&mut self, event: Event) {
+        match &event {
+            Event::IkeUp(id) => {
+                if let Some(status) = self.engine.ike_sas(Instant::now()).into_iter().find(|sa| sa.id == *id)
+                    && let Transport::Stream(stream) = status.path.transport
+                {
+                    self.streams.vouch(stream.0);
+                }
+            }
+            Event::Migrate { spi_in, to } => {
+                if let Encapsulation::Stream { stream, .. } = to {
+                    self.streams.vouch(stream.0);
+                }
+                if let Err(error) = self.plane.migrate(*spi_in, *to) {
+                    tracing::error!(%error, "a Child SA could not be moved to a new address");
+                }
+            }
+            Event::ChildRetired { spi_in } => {
+                if let Err(error) = self.plane.retire(*spi_in) {
+                    tracing::error!(%error, "a replaced Child SA could not be retired");
+                }
+            }
+            Event::ChildDown { child, reason, .. } => {
+                let connection = self.children.get(&child.id).map(|installed| installed.connection.clone());
+                let name = child.name.clone();
+                let reason = *reason;
+                // The trap first: nothing goes out in clear in between.
+                if let Some(connection) = &connection {
+                    self.trap_if_configured(connection, &name, reason);
+                }
+                self.remove(child.id);
+                if let Some(connection) = connection {
+                    self.restart_if_configured(&connection, &name, reason);
+                }
+            }
+            Event::Done { token } => self.finish(*token, Ok(())),
+            Event::Failed { token, reason, connection, child } => {
+                tracing::info!(connection, child, reason, "initiation failed");
+                if let Some(token) = token {
+                    self.finish(*token, Err(reason.clone()));
+                }
+            }
+            Event::Log { group, level, ike_sa, message } => {
+                self.filelogs.write(group, *level, ike_sa.as_ref(), message);
+                let (id, connection) = match ike_sa {
+                    Some((id, connection)) => (Some(id.0), Some(connection.as_str())),
+                    None => (None, None),
+                };
+                match level {
+                    // charon's level 0 is its audit trail, not a warning.
+                    ..=1 => tracing::info!(group, connection, id, "{message}"),
+                    2 => tracing::debug!(group, connection, id, "{message}"),
+                    _ => tracing::trace!(group, connection, id, "{message}"),
+                }
+            }
+            Event::ChildUp(_, id) => {
+                if let Some(child) = self.children.get_mut(id) {
+                    child.told_up = true;
+                    if let Some(updown) = child.updown.clone() {
+                        self.scripts.tell("up", updown);
+                    }
+                }
+            }
+            // Neither up nor down: from now on the successor is what will have gone down.
+            Event::ChildRekeyed { old, new, .. } => {
+                for (id, told_up) in [(old, false), (new, true)] {
+                    if let Some(child) = self.children.get_mut(id) {
+                        child.told_up = told_up;
+                    }
+                }
+            }
+            Event::IkeDown(..) | Event::IkeRekeyed { .. } => {}
+        }
+        // Nobody listening is fine.
+        let _ = self.events.send(Arc::new(event));
+    }
+
+    /// `close_action` and `dpd_action`, as far as they are traps.
+    fn trap_if_configured(&mut self, connection: &str, child: &str, reason: CloseReason) {
+        let Some(config) = self.configured_child(connection, child) else { return };
+        let wanted = match reason {
+            CloseReason::Peer => self.traps_of(connection, child).close,
+            CloseReason::Timeout => config.dpd_action == DpdAction::Trap,
+            CloseReason::Local
+            | CloseReason::Rekeyed
+            | CloseReason::Failed
+            | CloseReason::Expired
+            | CloseReason::Replaced => false,
+        };
+        if wanted && self.stopping.is_none() {
+            // What is wrong has been logged.
+            let _ = self.install_trap_of(Some(connection), child);
+        }
+    }
+
+    /// `close_action` and `dpd_action`, as far as they initiate.
+    fn restart_if_configured(&mut self, connection: &str, child: &str, reason: CloseReason) {
+        if self.stopping.is_some() {
+            return;
+        }
+        let Some(config) = self.configured_child(connection, child) else { return };
+        let again = match reason {
+            CloseReason::Peer => config.close_action == StartAction::Start,
+            CloseReason::Timeout => config.dpd_action == DpdAction::Restart,
+            CloseReason::Local
+            | CloseReason::Rekeyed
+            | CloseReason::Failed
+            | CloseReason::Expired
+            | CloseReason::Replaced => false,
+        };
+        if again {
+            self.initiate(Some(connection), Some(child), None);
+        }
+    }
+
+    fn finish(&mut self, token: u64, outcome: Result<(), String>) {
+        self.traps.ended(Instant::now(), token, outcome.is_ok());
+        if let Some(reply) = self.waiting.remove(&token) {
+            // The caller may have given up waiting.
+            let _ = reply.send(outcome);
+        }
+    }
+
+    fn handle_command(&mut self, command: Command) {
+        let now = Instant::now();
+        match command {
+            Command::ListSas(reply) => {
+                let _ = reply.send(self.reports(now));
+            }
+            Command::Initiate { ike, child, reply } => self.initiate(ike.as_deref(), child.as_deref(), Some(reply)),
+            Command::Terminate { filter, force, reply } => self.terminate(now, &filter, force, reply),
+            Command::Rekey { filter, reply } => {
+                let targets = self.targets(now, &filter);
+                let mut done = 0;
+                for target in &targets {
+                    let token = self.token();
+                    done += usize::from(self.engine.rekey(now, *target, token).is_ok());
+                }
+                let _ = reply.send(Matched { matches: targets.len(), done });
+            }
+            Command::ListPolicies(reply) => {
+                let _ = reply.send(self.policies());
+            }
+            Command::Install { ike, child, reply } => {
+                let _ = reply.send(self.install_trap_of(ike.as_deref(), &child));
+            }
+            Command::Uninstall { ike, child, reply } => {
+                let _ = reply.send(self.uninstall_trap_of(ike.as_deref(), &child));
+            }
+            Command::SetConnections(connections, reply) => {
+                self.engine.set_connections(connections.iter().map(|known| Arc::clone(&known.connection)).collect());
+                self.connections = connections;
+                self.update_traps();
+                let _ = reply.send(());
+            }
+            Command::SetCredentials(credentials, reply) => {
+                self.engine.set_authority_hashes(credentials.authority_hashes());
+                self.credentials = Arc::new(*credentials);
+                let _ = reply.send(());
+            }
+            Command::Shutdown(reply) => {
+                for status in self.engine.ike_sas(now) {
+                    let token = self.token();
+                    // It exists: the list is from this very moment.
+                    let _ = self.engine.terminate(now, Target::Ike(status.id), false, token);
+                }
+                self.stopping = Some((reply, now + SHUTDOWN_GRACE));
+            }
+        }
+    }
+
+    fn token(&mut self) -> u64 {
+        let token = self.next_token;
+        self.next_token += 1;
+        token
+    }
+
+    fn reports(&self, now: Instant) -> Vec<SaReport> {
+        self.engine
+            .ike_sas(now)
+            .into_iter()
+            .map(|status| {
+                let usage = status.children.iter().map(|child| self.usage(child.id)).collect();
+                SaReport { status, usage }
+            })
+            .collect()
+    }
+
+    fn usage(&self, child: ChildSaId) -> Option<(Usage, &'static str)> {
+        let installed = self.children.get(&child)?;
+        Some((self.plane.usage(installed.spi_in).ok()?, self.plane.name()))
+    }
+
+    /// SAs that a filter means: Child SAs if it names one, IKE SAs otherwise.
+    fn targets(&self, now: Instant, filter: &SaFilter) -> Vec<Target> {
+        let mut targets = Vec::new();
+        for sa in self.engine.ike_sas(now) {
+            if filter.ike.as_ref().is_some_and(|name| *name != sa.connection)
+                || filter.ike_id.is_some_and(|id| id != sa.id)
+            {
+                continue;
+            }
+            if filter.child.is_none() && filter.child_id.is_none() {
+                targets.push(Target::Ike(sa.id));
+                continue;
+            }
+            for child in &sa.children {
+                if filter.child.as_ref().is_none_or(|name| *name == child.name)
+                    && filter.child_id.is_none_or(|id| id == child.id)
+                    && !matches!(child.state, ChildState::Rekeyed | ChildState::Deleting | ChildState::Deleted)
+                {
+                    targets.push(Target::Child(child.id));
+                }
+            }
+        }
+        targets
+    }
+
+    fn terminate(&mut self, now: Instant, filter: &SaFilter, force: bool, reply: oneshot::Sender<Matched>) {
+        let targets = self.targets(now, filter);
+        let mut answers = Vec::new();
+        for target in &targets {
+            let token = self.token();
+            let (sender, answer) = oneshot::channel();
+            if self.engine.terminate(now, *target, force, token).is_ok() {
+                self.waiting.insert(token, sender);
+                answers.push(answer);
+            }
+        }
+        let matches = targets.len();
+        tokio::spawn(async move {
+            let mut done = 0;
+            for answer in answers {
+                done += usize::from(matches!(answer.await, Ok(Ok(()))));
+            }
+            let _ = reply.send(Matched { matches, done });
+        });
+    }
+
+    fn initiate(&mut self, ike: Option<&str>, child: Option<&str>, reply: Option<oneshot::Sender<Result<(), String>>>) {
+        let token = self.token();
+        if let Some(reply) = reply {
+            self.waiting.insert(token, reply);
+        }
+        let (definition, child) = match self.find_configuration(ike, child) {
+            Ok(found) => found,
+            Err(reason) => return self.finish(token, Err(reason)),
+        };
+        let child_name = child.as_ref().map(|child| child.name.as_str());
+        self.traps.begun(Instant::now(), token, &definition.connection.name, child_name);
+        let network = self.network.clone();
+        let finished = self.finished.clone();
+        tokio::spawn(async move {
+            let outcome = resolve(&definition, &network).await.map(|(local, remote)| Initiate {
+                connection: definition.connection,
+                child,
+                local,
+                remote,
+                token,
+            });
+            let _ = finished.send(Finished::Resolved(token, Box::new(outcome)));
+        });
+    }
+
+    fn find_configuration(
+        &self,
+        ike: Option<&str>,
+        child: Option<&str>,
+    ) -> Result<(ConnectionDefinition, Option<Arc<Child>>), String> {
+        let candidates = self.connections.iter().filter(|known| ike.is_none_or(|name| name == known.connection.name));
+        let Some(child) = child else {
+            let name = ike.unwrap_or_default();
+            return candidates
+                .cloned()
+                .map(|definition| (definition, None))
+                .next()
+                .ok_or_else(|| format!("IKE_SA config '{name}' not found"));
+        };
+        candidates
+            .filter_map(|definition| {
+                let config = definition.connection.children.iter().find(|known| known.name == child)?;
+                Some((definition.clone(), Some(Arc::clone(config))))
+            })
+            .next()
+            .ok_or_else(|| format!("CHILD_SA config '{child}' not found"))
+    }
+}
+
+/// Our address and the peer's for a connection: the first usable of `remote_addrs`, names looked up, and the
+/// configured or routed source towards it.
+async fn resolve(definition: &ConnectionDefinition, network: &Network) -> Result<(IpAddr, IpAddr), String> {
+    let name = &definition.connection.name;
+    let mut remote = None;
+    for text in &definition.remote_addrs {
+        if let Ok(address) = text.parse::<IpAddr>() {
+            remote = Some(address);
+        } else if !text.starts_with('%') && !text.contains(['/', '-']) {
+            let found = tokio::net::lookup_host((text.as_str(), 0)).await;
+            match found.map(|mut addresses| addresses.next()) {
+                Ok(Some(address)) => remote = Some(address.ip()),
+                Ok(None) => tracing::warn!(connection = name, host = text, "the name has no address"),
+                Err(error) => tracing::warn!(connection = name, host = text, %error, "the name cannot be resolved"),
+            }
+        }
+        if remote.is_some() {
+            break;
+        }
+    }
+    let Some(remote) = remote else {
+        return Err(format!(
+            "connection '{name}' has no remote address to initiate to: set remote_addrs to an address or a host name"
+        ));
+    };
+    if let Some(local) = definition.local_addrs.iter().find_map(|text| {
+        text.parse::<IpAddr>().ok().filter(|local| local.is_ipv4() == remote.is_ipv4() && !local.is_unspecified())
+    }) {
+        return Ok((local, remote));
+    }
+    let local = network.source_address(remote).map_err(|error| format!("there is no route to {remote}: {error}"))?;
+    Ok((local, remote))
+}
+
+/// Seconds since the Unix epoch, for certificates' validity.
+fn unix_time() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_secs())
+}

@@ -1,0 +1,12 @@
+//! `latchkeyd`: the rooms wired together on tokio.
+//!
+//! One task owns the engine, the data plane and the latch database's control side ([`core`]); sockets,
+//! streams, VICI and applications talk to it over bounded channels.
+
+mod core;
+mod filelog;
+mod run;
+mod traps;
+mod updown;
+
+pub use run::{DaemonOptions, run};

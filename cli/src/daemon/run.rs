@@ -1,0 +1,206 @@
+//! Starting, stopping and reloading the daemon.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::Context as _;
+use bytes::BytesMut;
+use espintcp::streams::{StreamLimits, Streams};
+use ike::engine::Engine;
+use ipsec::plane::StreamId;
+use kernel::network::{Network, NetworkConfig};
+use latch::database::Database;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{broadcast, mpsc, oneshot};
+
+use super::core::{Core, Parts};
+use super::filelog::FileLogs;
+use crate::config::daemon::{self, DaemonConfig};
+use crate::config::{Report, Severity, load};
+use crate::control::Control;
+use crate::vici::{self, Store};
+
+/// Commands that may wait for the core.
+const COMMAND_QUEUE: usize = 64;
+
+/// Events that a slow VICI client may fall behind.
+const EVENT_QUEUE: usize = 1024;
+
+/// How to run.
+#[derive(Clone, Debug, Default)]
+pub struct DaemonOptions {
+    /// `swanctl` directory; `None` takes `$SWANCTL_DIR`, then `/etc/swanctl`.
+    pub swanctl_dir: Option<PathBuf>,
+    /// `strongswan.conf`; `None` takes `$STRONGSWAN_CONF`, then `/etc/strongswan.conf`.
+    pub strongswan_conf: Option<PathBuf>,
+    /// End when standard input does, so that a parent that dies takes the daemon with it.
+    pub until_stdin_closes: bool,
+}
+
+/// Randomness of the operating system, by way of the crypto library.
+struct SystemRng;
+
+impl ike::Rng for SystemRng {
+    fn fill(&mut self, buffer: &mut [u8]) {
+        if aws_lc_rs::rand::fill(buffer).is_err() {
+            // Without randomness there are no keys: nothing that the daemon could do from here on is safe.
+            tracing::error!("the system gives no random numbers: stopping");
+            std::process::abort();
+        }
+    }
+}
+
+/// Runs the daemon until a signal, or the end of standard input if so told, stops it.
+pub async fn run(options: DaemonOptions) -> anyhow::Result<()> {
+    let settings = options.strongswan_conf.clone().unwrap_or_else(daemon::default_path);
+    let daemon::Loaded { config, reports } = daemon::load(&settings)?;
+    log_reports(&reports);
+    let folder = options.swanctl_dir.clone().unwrap_or_else(load::default_folder);
+    // A daemon with half of its configuration is better than none: what is refused is said and left out.
+    let loaded = load::load(&folder);
+    log_reports(&loaded.reports);
+
+    let database = Arc::new(Database::new());
+    let (network, from_network) =
+        Network::start(network_config(&config), Arc::clone(&database) as _).await.context("opening the network")?;
+    let into_plane = network.clone();
+    let (streams, from_streams) = Streams::new(
+        StreamLimits::default(),
+        Some(network_config(&config).mark),
+        Arc::new(move |stream, local, remote, packets: &mut [BytesMut]| {
+            let packets = packets.iter_mut().map(AsMut::as_mut);
+            into_plane.esp_batch_from_stream(StreamId(stream), local, remote, packets);
+        }),
+    );
+    for port in &config.tcp_ports {
+        listen(&streams, *port).await?;
+    }
+
+    let (command_sender, commands) = mpsc::channel(COMMAND_QUEUE);
+    let (events, _) = broadcast::channel(EVENT_QUEUE);
+    let control = Control::new(command_sender, events.clone());
+    let core = Core::new(Parts {
+        engine: Engine::new(config.engine.clone(), Box::new(SystemRng), Instant::now()),
+        network: network.clone(),
+        streams,
+        database: Arc::clone(&database),
+        filelogs: FileLogs::open(config.file_logs.clone()),
+        from_network,
+        from_streams,
+        commands,
+        events,
+    });
+    let mut core = tokio::spawn(core.run());
+
+    let store = Arc::new(Store::new(loaded.configured));
+    store.push(&control).await;
+    if let Some(directory) = config.latch_socket.parent() {
+        std::fs::create_dir_all(directory)
+            .with_context(|| format!("making {} for the latch socket", directory.display()))?;
+    }
+    let latches = latch::server::serve(
+        latch::server::ServerConfig { path: config.latch_socket.clone(), device: Some(network.tun_name().to_owned()) },
+        database,
+    )
+    .await
+    .with_context(|| format!("serving latches on {}", config.latch_socket.display()))?;
+    let vici = vici::serve(&config.vici_socket, control.clone(), Arc::clone(&store))
+        .await
+        .with_context(|| format!("serving VICI on {}", config.vici_socket))?;
+    store.start(&control).await;
+
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), vici = config.vici_socket, "ready");
+    println!("latchkeyd {} is ready, VICI on {}", env!("CARGO_PKG_VERSION"), config.vici_socket);
+    // Outside systemd there is nobody to tell.
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut hangup = signal(SignalKind::hangup())?;
+    let mut stdin = if options.until_stdin_closes { end_of_stdin() } else { oneshot::channel().1 };
+    let ended = loop {
+        tokio::select! {
+            _ = terminate.recv() => break None,
+            _ = interrupt.recv() => break None,
+            _ = &mut stdin, if options.until_stdin_closes => break None,
+            ended = &mut core => break Some(ended),
+            _ = hangup.recv() => reload(&store, &control, &folder).await,
+        }
+    };
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    let outcome = match ended {
+        Some(ended) => ended,
+        None => {
+            tracing::info!("stopping");
+            control.shutdown().await;
+            core.await
+        }
+    };
+    vici.stop().await;
+    drop(latches);
+    outcome.context("the core ended unexpectedly")?
+}
+
+/// Reads `swanctl.conf` anew and puts it in force whole, or keeps what is in force and says why.
+async fn reload(store: &Store, control: &Control, folder: &Path) {
+    let loaded = load::load(folder);
+    log_reports(&loaded.reports);
+    if loaded.has_errors() {
+        tracing::error!(folder = %folder.display(), "the configuration has errors; the one in force stays");
+        return;
+    }
+    store.replace(loaded.configured, control).await;
+    tracing::info!(folder = %folder.display(), "configuration loaded");
+}
+
+fn log_reports(reports: &[Report]) {
+    for report in reports {
+        match report.severity {
+            Severity::Debug => tracing::debug!("{report}"),
+            Severity::Warning => tracing::warn!("{report}"),
+            Severity::Error => tracing::error!("{report}"),
+        }
+    }
+}
+
+fn network_config(config: &DaemonConfig) -> NetworkConfig {
+    let defaults = NetworkConfig::default();
+    NetworkConfig {
+        port: config.engine.port,
+        nat_port: config.engine.nat_port,
+        mark: config.fwmark.unwrap_or(defaults.mark),
+        route_table: config.routing_table,
+        route_priority: config.routing_table_prio,
+        install_routes: config.install_routes,
+        ..defaults
+    }
+}
+
+/// Listens on both address families; a machine without IPv6 is fine.
+async fn listen(streams: &Streams, port: u16) -> anyhow::Result<()> {
+    for address in ["0.0.0.0", "::"] {
+        let address = std::net::SocketAddr::new(address.parse()?, port);
+        match streams.listen(address).await {
+            Ok(_) => {}
+            Err(error) if address.is_ipv6() => tracing::info!(%address, %error, "no TCP encapsulation over IPv6"),
+            Err(error) => {
+                return Err(error).with_context(|| {
+                    format!("listening on TCP port {port} (`ss -tlnp sport = :{port}` shows who holds it)")
+                });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Resolves when standard input ends. A thread of its own reads it, since such a read cannot be given up.
+fn end_of_stdin() -> oneshot::Receiver<()> {
+    let (ended, end) = oneshot::channel();
+    std::thread::spawn(move || {
+        // An error ends it as well.
+        let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+        let _ = ended.send(());
+    });
+    end
+}

@@ -1,0 +1,11 @@
+//! What `latchkeyd` and `latchkey` are made of: configuration, VICI, and the wiring of the rooms on tokio.
+
+#![forbid(unsafe_code)]
+
+pub mod commands;
+pub mod config;
+pub mod control;
+pub mod daemon;
+pub mod demo;
+pub mod tree;
+pub mod vici;

@@ -1,0 +1,557 @@
+//! Streams on tokio: listener, connector, reader and writer of each, limits (RFC 9329 §6.1, §10).
+//!
+//! Each stream has three tasks: a supervisor, which owns its life and tells its end, a reader and a writer.
+//! An error closes only the stream that it happened on. Nothing here decides what a message is worth: the
+//! daemon says so by [`Streams::vouch`] and [`Streams::complain`].
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{mpsc, watch};
+use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tracing::{debug, trace, warn};
+
+use crate::codec::{Deframer, frame_ike};
+use reader::Reader;
+use strangers::{StrangerSlot, Strangers};
+use writer::Writer;
+
+mod reader;
+mod socket;
+mod strangers;
+mod writer;
+
+/// Limits on what a stranger can make us hold or wait for (RFC 9329 §10).
+#[derive(Clone, Debug)]
+pub struct StreamLimits {
+    /// Time to the whole prefix and first message.
+    pub first_message: Duration,
+    /// Time to a message that the daemon vouches for ([`Streams::vouch`]).
+    pub unauthenticated: Duration,
+    /// Longest time that a begun frame may stay incomplete.
+    pub partial_frame: Duration,
+    /// Streams that nobody vouched for, in total.
+    pub max_unauthenticated: usize,
+    /// Streams that nobody vouched for, of one IPv4 address or one IPv6 /64.
+    pub max_unauthenticated_per_address: usize,
+    /// Outgoing messages queued on one stream, IKE and ESP each.
+    pub queue: usize,
+    /// Time to connect as originator.
+    pub connect: Duration,
+    /// Longest time without progress in writing, and for sent octets to be acknowledged (TCP_USER_TIMEOUT).
+    pub write: Duration,
+    /// [`Complaint`]s in a row that close a stream, those apart that close it at once.
+    pub max_complaints: u32,
+}
+
+impl Default for StreamLimits {
+    fn default() -> Self {
+        Self {
+            first_message: Duration::from_secs(5),
+            unauthenticated: Duration::from_secs(30),
+            partial_frame: Duration::from_secs(10),
+            max_unauthenticated: 1024,
+            max_unauthenticated_per_address: 32,
+            queue: 256,
+            connect: Duration::from_secs(10),
+            write: Duration::from_secs(30),
+            max_complaints: 16,
+        }
+    }
+}
+
+/// What happens on streams. Numbers are the caller's for streams that we open, ours (from `1 << 63`) for
+/// accepted ones.
+#[derive(Debug)]
+pub enum StreamEvent {
+    /// A stream that we opened is connected and the prefix is on its way, or one was accepted and its
+    /// prefix read.
+    Opened {
+        /// Number.
+        stream: u64,
+        /// Our end.
+        local: SocketAddr,
+        /// The peer's end.
+        remote: SocketAddr,
+        /// The peer opened it.
+        accepted: bool,
+        /// Queue for ESP packets (SPI first); framing is done by the writer.
+        esp: mpsc::Sender<Bytes>,
+    },
+    /// An IKE message.
+    Ike {
+        /// Number.
+        stream: u64,
+        /// Our end.
+        local: SocketAddr,
+        /// The peer's end.
+        remote: SocketAddr,
+        /// The message.
+        bytes: Vec<u8>,
+    },
+    /// The stream is gone, or could not be opened. Nothing of it follows.
+    Closed {
+        /// Number.
+        stream: u64,
+        /// Why, for a human.
+        reason: String,
+    },
+}
+
+/// Called on the reader's task for the ESP packets of one read, in order: (stream, local, remote, packets). Never
+/// before the stream's `Opened` was queued nor after its `Closed`; what takes long in it holds up that stream.
+pub type EspHandler = Arc<dyn Fn(u64, SocketAddr, SocketAddr, &mut [BytesMut]) + Send + Sync>;
+
+/// What the daemon found wrong with a message from a stream (RFC 9329 §6.1).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Complaint {
+    /// It does not parse as an IKE message header or ESP packet. (A syntax error inside an authentic IKE
+    /// message is INVALID_SYNTAX and no matter of the stream.)
+    Unparsable,
+    /// Its SPI is not known; a few may come while the two sides' SPIs are out of step.
+    UnknownSpi,
+    /// Its SPI is known and its integrity check fails: closes the stream at once.
+    Unauthentic,
+}
+
+/// All streams of the daemon. Cloning the handle is cheap. Dropping the last one closes nothing: call
+/// [`Self::shutdown`].
+#[derive(Clone)]
+pub struct Streams {
+    inner: Arc<Inner>,
+}
+
+impl Streams {
+    /// Starts with no listener. Events go to the returned bounded channel; a full channel holds readers back.
+    /// `mark` is set on each socket (SO_MARK), so that streams do not go through the tunnel they carry.
+    pub fn new(limits: StreamLimits, mark: Option<u32>, esp: EspHandler) -> (Self, mpsc::Receiver<StreamEvent>) {
+        let (events, receiver) = mpsc::channel(EVENTS);
+        let strangers = Strangers::new(limits.max_unauthenticated, limits.max_unauthenticated_per_address);
+        let inner = Inner {
+            limits,
+            mark,
+            esp,
+            events,
+            strangers: Arc::new(Mutex::new(strangers)),
+            table: Mutex::new(Table { shut: false, streams: BTreeMap::new(), listeners: Vec::new() }),
+            next_accepted: AtomicU64::new(FIRST_ACCEPTED),
+            live: watch::Sender::new(0),
+            stop: watch::Sender::new(false),
+        };
+        (Self { inner: Arc::new(inner) }, receiver)
+    }
+
+    /// Listens on an address; gives the real one (port 0 lets the system choose). Must be called on a tokio runtime.
+    pub async fn listen(&self, address: SocketAddr) -> io::Result<SocketAddr> {
+        let listener = socket::listener(address, self.inner.mark)?;
+        let address = listener.local_addr()?;
+        let mut table = self.inner.table();
+        if table.shut {
+            return Err(io::Error::other("shut down"));
+        }
+        table.listeners.push(tokio::spawn(accept_loop(self.inner.clone(), listener)));
+        Ok(address)
+    }
+
+    /// Opens a stream as TCP Originator; `Opened` or `Closed` follows. `local` with an unspecified address or
+    /// port 0 leaves that to the system. A number in use or not below `1 << 63` is a mistake of the caller:
+    /// logged, nothing done. Must be called on a tokio runtime. IKE messages may be queued at once.
+    pub fn open(&self, stream: u64, local: SocketAddr, remote: SocketAddr) {
+        let live = self.inner.live();
+        let Some(ends) = (stream < FIRST_ACCEPTED).then(|| self.inner.register(stream, None)).flatten() else {
+            warn!(stream, "stream number is in use or not the caller's to choose, or streams are shut down");
+            return;
+        };
+        let inner = self.inner.clone();
+        tokio::spawn(async move {
+            let reason = inner.clone().originate(stream, local, remote, ends).await;
+            inner.ended(stream, reason).await;
+            drop(live);
+        });
+    }
+
+    /// Queues an IKE message; IKE goes before queued ESP. False when there is no such stream or its queue is full.
+    pub fn send_ike(&self, stream: u64, message: &[u8]) -> bool {
+        let Some(framed) = frame_ike(message) else { return false };
+        let table = self.inner.table();
+        table.streams.get(&stream).is_some_and(|entry| entry.ike.try_send(framed).is_ok())
+    }
+
+    /// The daemon authenticated a message on it: the limits for strangers no longer apply, and complaints so
+    /// far are forgotten.
+    pub fn vouch(&self, stream: u64) {
+        let mut table = self.inner.table();
+        if let Some(entry) = table.streams.get_mut(&stream) {
+            entry.complaints = 0;
+            entry.vouched.store(true, Ordering::Relaxed);
+            entry.stranger = None;
+        }
+    }
+
+    /// A message from it was bad. Too many in a row close the stream, or one that is not authentic (RFC 9329 §6.1).
+    pub fn complain(&self, stream: u64, complaint: Complaint) {
+        let mut table = self.inner.table();
+        let Some(entry) = table.streams.get_mut(&stream) else { return };
+        let reason = match complaint {
+            Complaint::Unauthentic => "a message failed its integrity check",
+            Complaint::Unparsable | Complaint::UnknownSpi => {
+                entry.complaints = entry.complaints.saturating_add(1);
+                if entry.complaints < self.inner.limits.max_complaints {
+                    return;
+                }
+                "too many messages that mean nothing here"
+            }
+        };
+        entry.leave_open(Phase::Killed(reason));
+    }
+
+    /// Closes a stream after what is queued was written; `Closed` follows. What the peer still sends is dropped.
+    pub fn close(&self, stream: u64) {
+        if let Some(entry) = self.inner.table().streams.get(&stream) {
+            entry.leave_open(Phase::Draining);
+        }
+    }
+
+    /// Streams that hold a socket now, those still connecting or without a prefix included.
+    pub fn open_streams(&self) -> usize {
+        *self.inner.live.borrow()
+    }
+
+    /// Accepted streams that nobody vouched for yet.
+    pub fn unvouched_streams(&self) -> usize {
+        lock(&self.inner.strangers).total()
+    }
+
+    /// Closes all streams and listeners. What is queued has two seconds to leave. `Closed` events that find no
+    /// room in the channel are dropped.
+    pub async fn shutdown(&self) {
+        self.inner.stop.send_replace(true);
+        let listeners = {
+            let mut table = self.inner.table();
+            table.shut = true;
+            table.streams.values().for_each(|entry| entry.leave_open(Phase::Draining));
+            std::mem::take(&mut table.listeners)
+        };
+        for listener in listeners {
+            listener.abort();
+            let _ = listener.await;
+        }
+        let mut live = self.inner.live.subscribe();
+        if timeout(LINGER, live.wait_for(|count| *count == 0)).await.is_err() {
+            for entry in self.inner.table().streams.values() {
+                entry.phase.send_replace(Phase::Killed("shut down"));
+            }
+            let _ = live.wait_for(|count| *count == 0).await;
+        }
+    }
+}
+
+/// How long a stream that we close waits for the peer's FIN, so that a reset does not overtake what was sent.
+const LINGER: Duration = Duration::from_secs(2);
+/// Events that wait for the daemon.
+const EVENTS: usize = 1024;
+/// Numbers from here are ours (RFC 9329 knows none).
+const FIRST_ACCEPTED: u64 = 1 << 63;
+/// Shortest and longest pause after the system refused to accept, as when descriptors run out.
+const ACCEPT_PAUSE: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
+/// Time that a stream keeps for its first message when the daemon was slow to take its `Opened`.
+const GRACE: Duration = Duration::from_secs(1);
+
+struct Inner {
+    limits: StreamLimits,
+    mark: Option<u32>,
+    esp: EspHandler,
+    events: mpsc::Sender<StreamEvent>,
+    strangers: Arc<Mutex<Strangers>>,
+    table: Mutex<Table>,
+    next_accepted: AtomicU64,
+    /// Number of streams that hold a socket.
+    live: watch::Sender<usize>,
+    stop: watch::Sender<bool>,
+}
+
+struct Table {
+    shut: bool,
+    streams: BTreeMap<u64, Entry>,
+    listeners: Vec<JoinHandle<()>>,
+}
+
+struct Entry {
+    ike: mpsc::Sender<Bytes>,
+    phase: watch::Sender<Phase>,
+    vouched: Arc<AtomicBool>,
+    complaints: u32,
+    stranger: Option<StrangerSlot>,
+}
+
+impl Entry {
+    /// One that is closing already stays as it is.
+    fn leave_open(&self, next: Phase) {
+        self.phase.send_if_modified(|phase| {
+            let open = *phase == Phase::Open;
+            if open {
+                *phase = next;
+            }
+            open
+        });
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Open,
+    /// Write what is queued, then close.
+    Draining,
+    /// Close now.
+    Killed(&'static str),
+}
+
+/// The tasks' ends of what an [`Entry`] holds.
+struct Ends {
+    ike: mpsc::Receiver<Bytes>,
+    phase: watch::Receiver<Phase>,
+    vouched: Arc<AtomicBool>,
+}
+
+/// A stream that is ready to carry messages.
+struct Established {
+    number: u64,
+    socket: TcpStream,
+    local: SocketAddr,
+    remote: SocketAddr,
+    deframer: Deframer,
+    /// When it was accepted and until when it must bring a message; `None` for those that we opened.
+    accepted: Option<(Instant, Instant)>,
+}
+
+enum Half {
+    Read(String),
+    Written(Result<(), String>),
+}
+
+impl Inner {
+    fn table(&self) -> MutexGuard<'_, Table> {
+        lock(&self.table)
+    }
+
+    fn live(self: &Arc<Self>) -> Live {
+        self.live.send_modify(|count| *count = count.saturating_add(1));
+        Live(self.clone())
+    }
+
+    /// `None` when the number is in use or after shutdown.
+    fn register(&self, number: u64, stranger: Option<StrangerSlot>) -> Option<Ends> {
+        let (ike_sender, ike) = mpsc::channel(self.limits.queue.max(1));
+        let (phase_sender, phase) = watch::channel(Phase::Open);
+        let vouched = Arc::new(AtomicBool::new(false));
+        let mut table = self.table();
+        if table.shut || table.streams.contains_key(&number) {
+            return None;
+        }
+        let entry = Entry { ike: ike_sender, phase: phase_sender, vouched: vouched.clone(), complaints: 0, stranger };
+        table.streams.insert(number, entry);
+        Some(Ends { ike, phase, vouched })
+    }
+
+    /// Takes a new connection in, or drops it when there are too many strangers.
+    fn admit(self: Arc<Self>, socket: TcpStream, remote: SocketAddr) {
+        let Some(slot) = StrangerSlot::take(&self.strangers, remote.ip()) else {
+            debug!(%remote, "too many streams that nobody vouched for: refused");
+            return;
+        };
+        let live = self.live();
+        tokio::spawn(async move {
+            let mut stop = self.stop.subscribe();
+            tokio::select! {
+                biased;
+                _ = async { stop.wait_for(|stop| *stop).await.is_ok() } => {}
+                () = self.clone().respond(socket, remote, slot) => {}
+            }
+            drop(live);
+        });
+    }
+
+    /// An accepted stream from first to last octet. Until the prefix is whole nobody hears of it.
+    async fn respond(self: Arc<Self>, mut socket: TcpStream, remote: SocketAddr, slot: StrangerSlot) {
+        let accepted = Instant::now();
+        let deadline = accepted + self.limits.first_message;
+        let mut deframer = Deframer::expecting_prefix();
+        let prefix = async {
+            socket::prepare(&socket, &self.limits)?;
+            reader::read_prefix(&mut socket, &mut deframer).await?;
+            socket.local_addr()
+        };
+        let local = match timeout_at(deadline, prefix).await {
+            Ok(Ok(local)) => local,
+            Ok(Err(error)) => return debug!(%remote, %error, "no stream prefix"),
+            Err(_) => return debug!(%remote, "no stream prefix in time"),
+        };
+        let number = self.next_accepted.fetch_add(1, Ordering::Relaxed);
+        let Some(ends) = self.register(number, Some(slot)) else { return };
+        // From here on the table ends it, by its phase, and not the future that we run in.
+        let established = Established { number, socket, local, remote, deframer, accepted: Some((accepted, deadline)) };
+        let live = self.live();
+        tokio::spawn(async move {
+            let reason = self.clone().serve(established, ends).await;
+            self.ended(number, reason).await;
+            drop(live);
+        });
+    }
+
+    /// A stream that we open, from connect to last octet; gives the reason of its end.
+    async fn originate(self: Arc<Self>, number: u64, local: SocketAddr, remote: SocketAddr, mut ends: Ends) -> String {
+        let connect = async {
+            let socket = timeout(self.limits.connect, socket::connect(local, remote, self.mark))
+                .await
+                .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))?;
+            socket::prepare(&socket, &self.limits)?;
+            let local = socket.local_addr()?;
+            Ok::<_, io::Error>((socket, local))
+        };
+        let connected = tokio::select! {
+            biased;
+            () = closing(&mut ends.phase) => return "closed while connecting".into(),
+            connected = connect => connected,
+        };
+        match connected {
+            Ok((socket, local)) => {
+                let deframer = Deframer::without_prefix();
+                self.serve(Established { number, socket, local, remote, deframer, accepted: None }, ends).await
+            }
+            Err(error) => format!("connect: {error}"),
+        }
+    }
+
+    async fn serve(self: Arc<Self>, established: Established, mut ends: Ends) -> String {
+        let Established { number, socket, local, remote, deframer, accepted } = established;
+        let (esp_sender, esp) = mpsc::channel(self.limits.queue.max(1));
+        let opened =
+            StreamEvent::Opened { stream: number, local, remote, accepted: accepted.is_some(), esp: esp_sender };
+        tokio::select! {
+            biased;
+            sent = self.events.send(opened) => if sent.is_err() { return "nobody listens to events".into() },
+            () = closing(&mut ends.phase) => return "closed by this side".into(),
+        }
+        let accepted = accepted.map(|(at, deadline)| (at, deadline.max(Instant::now() + GRACE)));
+
+        let (read_half, write_half) = socket.into_split();
+        let (mut killed, draining) = (ends.phase.clone(), ends.phase.clone());
+        let mut halves = JoinSet::new();
+        let reader = Reader {
+            number,
+            local,
+            remote,
+            socket: read_half,
+            deframer,
+            limits: self.limits.clone(),
+            esp: self.esp.clone(),
+            events: self.events.clone(),
+            phase: ends.phase.clone(),
+            vouched: ends.vouched,
+            accepted,
+        };
+        let writer = Writer {
+            socket: write_half,
+            prefix: accepted.is_none(),
+            ike: ends.ike,
+            esp,
+            phase: ends.phase,
+            patience: self.limits.write,
+        };
+        halves.spawn(async move { Half::Read(reader.run().await) });
+        halves.spawn(async move { Half::Written(writer.run().await) });
+
+        let over = async {
+            match halves.join_next().await {
+                Some(Ok(Half::Read(reason))) => {
+                    if *draining.borrow() == Phase::Draining {
+                        let _ = timeout(self.limits.write, halves.join_next()).await;
+                    }
+                    reason
+                }
+                Some(Ok(Half::Written(Ok(())))) => {
+                    let _ = timeout(LINGER, halves.join_next()).await;
+                    "closed by this side".to_owned()
+                }
+                Some(Ok(Half::Written(Err(reason)))) => reason,
+                Some(Err(error)) => format!("internal error: {error}"),
+                None => "internal error: no tasks".to_owned(),
+            }
+        };
+        let reason = tokio::select! {
+            biased;
+            reason = kill_reason(&mut killed) => reason.to_owned(),
+            reason = over => reason,
+        };
+        // Waits for both, so that nothing of the stream follows its `Closed`.
+        halves.shutdown().await;
+        reason
+    }
+
+    /// Forgets a stream and says so.
+    async fn ended(&self, number: u64, reason: String) {
+        self.table().streams.remove(&number);
+        debug!(stream = number, reason, "stream closed");
+        let mut stop = self.stop.subscribe();
+        tokio::select! {
+            biased;
+            _ = self.events.send(StreamEvent::Closed { stream: number, reason }) => {}
+            _ = async { stop.wait_for(|stop| *stop).await.is_ok() } => {}
+        }
+    }
+}
+
+/// Counts a stream while it lives.
+struct Live(Arc<Inner>);
+
+impl Drop for Live {
+    fn drop(&mut self) {
+        self.0.live.send_modify(|count| *count = count.saturating_sub(1));
+    }
+}
+
+async fn accept_loop(inner: Arc<Inner>, listener: TcpListener) {
+    let mut pause = ACCEPT_PAUSE.0;
+    loop {
+        match listener.accept().await {
+            Ok((socket, remote)) => {
+                pause = ACCEPT_PAUSE.0;
+                trace!(%remote, "stream accepted");
+                inner.clone().admit(socket, remote);
+            }
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+            // Descriptors or memory ran out: the connection stays in the backlog until some are free.
+            Err(error) => {
+                warn!(%error, ?pause, "cannot accept streams");
+                sleep(pause).await;
+                pause = (pause * 2).min(ACCEPT_PAUSE.1);
+            }
+        }
+    }
+}
+
+/// Resolves when the stream is to be closed in whatever way.
+async fn closing(phase: &mut watch::Receiver<Phase>) {
+    let _ = phase.wait_for(|phase| *phase != Phase::Open).await;
+}
+
+async fn kill_reason(phase: &mut watch::Receiver<Phase>) -> &'static str {
+    match phase.wait_for(|phase| matches!(phase, Phase::Killed(_))).await.as_deref() {
+        Ok(Phase::Killed(reason)) => reason,
+        Ok(Phase::Open | Phase::Draining) | Err(_) => "closed by this side",
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,266 @@
+//! What a connection is, as the engine sees it: parsed, validated, immutable. Its sources are
+//! `swanctl.conf` and VICI's `load-conn`.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ipsec::plane::{Lifetime, Mode};
+use ipsec::selector::TrafficSelector;
+use ipsec::transform::Proposal;
+use pad::{Identity, LocalAuth, PadEntry};
+
+use crate::engine::Path;
+
+/// `connections.<name>`.
+#[derive(Clone, Debug)]
+pub struct Connection {
+    /// Name.
+    pub name: String,
+    /// `local_addrs`, resolved to ranges; empty is any.
+    pub local_addrs: Vec<AddressRange>,
+    /// `remote_addrs`, resolved to ranges; empty is any.
+    pub remote_addrs: Vec<AddressRange>,
+    /// `local_port`: 500 moves to 4500 by NAT traversal.
+    pub local_port: u16,
+    /// `remote_port`.
+    pub remote_port: u16,
+    /// `proposals`, in order.
+    pub proposals: Vec<Proposal>,
+    /// The identity that we assert; `None` asserts the local address.
+    pub local_id: Option<Identity>,
+    /// How we authenticate.
+    pub local_auth: LocalAuth,
+    /// Whom we admit; `remote.name` is the connection's name.
+    pub remote: PadEntry,
+    /// `children`, in order.
+    pub children: Vec<Arc<Child>>,
+    /// `fragmentation`.
+    pub fragmentation: Fragmentation,
+    /// `encap`: pretend a NAT, so that ESP is always encapsulated in UDP.
+    pub force_encapsulation: bool,
+    /// `send_cert`.
+    pub send_cert: SendCert,
+    /// `send_certreq`.
+    pub send_certreq: bool,
+    /// `dpd_delay`: liveness check after this long without proof of life; zero is off.
+    pub dpd_delay: Duration,
+    /// `rekey_time`; zero is off.
+    pub rekey_time: Duration,
+    /// `reauth_time`; zero is off.
+    pub reauth_time: Duration,
+    /// `over_time`: hard limit after rekey or reauth time.
+    pub over_time: Duration,
+    /// `rand_time`: taken off the rekey time at random.
+    pub rand_time: Duration,
+    /// `keyingtries`: retransmission sequences of IKE_SA_INIT; 0 is for ever.
+    pub keyingtries: u32,
+    /// `unique`.
+    pub unique: Unique,
+    /// `tcp`: RFC 9329.
+    pub tcp: TcpPolicy,
+    /// `tcp_delay`: UDP silence after which `fallback` starts over TCP.
+    pub tcp_delay: Duration,
+    /// `tcp_remote_port`.
+    pub tcp_remote_port: u16,
+}
+
+impl Connection {
+    /// True when both ends of a path are among the connection's addresses.
+    pub(crate) fn admits_addresses(&self, path: &Path) -> bool {
+        let within = |ranges: &[AddressRange], address: IpAddr| {
+            ranges.is_empty() || ranges.iter().any(|range| range.contains(address))
+        };
+        within(&self.local_addrs, path.local.ip()) && within(&self.remote_addrs, path.remote.ip())
+    }
+
+    /// True when an IKE SA that was made for `self` is good for `other` too: the same name, and nothing changed
+    /// in who the two sides are, how they prove it, and what protects the IKE SA.
+    pub(crate) fn authenticates_as(&self, other: &Self) -> bool {
+        self.name == other.name
+            && self.local_id == other.local_id
+            && self.local_auth == other.local_auth
+            && self.remote == other.remote
+            && self.proposals == other.proposals
+    }
+}
+
+/// An inclusive range of addresses of one family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct AddressRange {
+    /// First.
+    pub start: IpAddr,
+    /// Last.
+    pub end: IpAddr,
+}
+
+impl AddressRange {
+    /// One address.
+    pub fn host(address: IpAddr) -> Self {
+        Self { start: address, end: address }
+    }
+
+    /// True when the address is inside.
+    pub fn contains(&self, address: IpAddr) -> bool {
+        self.start.is_ipv4() == address.is_ipv4() && self.start <= address && address <= self.end
+    }
+}
+
+/// `children.<name>`.
+#[derive(Clone, Debug)]
+pub struct Child {
+    /// Name.
+    pub name: String,
+    /// `local_ts`.
+    pub local_ts: Vec<ConfiguredSelector>,
+    /// `remote_ts`.
+    pub remote_ts: Vec<ConfiguredSelector>,
+    /// `esp_proposals`, in order.
+    pub esp_proposals: Vec<Proposal>,
+    /// `mode`.
+    pub mode: Mode,
+    /// `rekey_time`; zero is off.
+    pub rekey_time: Duration,
+    /// `life_time`; zero is off.
+    pub life_time: Duration,
+    /// `rand_time`.
+    pub rand_time: Duration,
+    /// `rekey_bytes`, `life_bytes`, `rekey_packets`, `life_packets`.
+    pub lifetime: Lifetime,
+    /// `replay_window`.
+    pub replay_window: u32,
+    /// `start_action`.
+    pub start_action: StartAction,
+    /// `close_action`.
+    pub close_action: StartAction,
+    /// `dpd_action`.
+    pub dpd_action: DpdAction,
+    /// `reqid`; 0 lets the daemon number it.
+    pub reqid: u32,
+    /// `copy_df`.
+    pub copy_df: bool,
+    /// `copy_ecn`.
+    pub copy_ecn: bool,
+    /// `updown` script.
+    pub updown: Option<String>,
+}
+
+/// A selector in configuration: fixed, or `dynamic`, which stands for the IKE SA's own address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ConfiguredSelector {
+    /// A fixed range.
+    Fixed(TrafficSelector),
+    /// The local or remote IKE address, with this protocol and these ports.
+    Dynamic {
+        /// Upper-layer protocol; 0 is any.
+        protocol: u8,
+        /// First port.
+        start_port: u16,
+        /// Last port.
+        end_port: u16,
+    },
+}
+
+impl ConfiguredSelector {
+    /// The selector for an IKE SA whose address on this side is `address`.
+    pub fn resolve(&self, address: IpAddr) -> TrafficSelector {
+        match *self {
+            Self::Fixed(selector) => selector,
+            Self::Dynamic { protocol, start_port, end_port } => {
+                TrafficSelector { protocol, start_port, end_port, start: address, end: address }
+            }
+        }
+    }
+}
+
+/// `fragmentation` (RFC 7383).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fragmentation {
+    /// Announce, accept, and fragment long messages.
+    Yes,
+    /// Announce and accept only.
+    Accept,
+    /// For IKEv2 the same as `Yes` (it concerns IKEv1's first message).
+    Force,
+    /// Neither.
+    No,
+}
+
+/// `send_cert`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SendCert {
+    /// Always.
+    Always,
+    /// If the peer sent a CERTREQ.
+    IfAsked,
+    /// Never.
+    Never,
+}
+
+/// `unique`: what a new IKE SA of a known peer does to the old.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unique {
+    /// Nothing, INITIAL_CONTACT ignored.
+    Never,
+    /// Old ones go on INITIAL_CONTACT only.
+    No,
+    /// The new one is refused.
+    Keep,
+    /// Old ones are deleted.
+    Replace,
+}
+
+/// `start_action` and `close_action`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StartAction {
+    /// Nothing.
+    None,
+    /// Install a trap policy.
+    Trap,
+    /// Initiate.
+    Start,
+}
+
+/// `dpd_action`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DpdAction {
+    /// Close.
+    Clear,
+    /// Close and trap.
+    Trap,
+    /// Initiate again.
+    Restart,
+}
+
+/// `tcp` (RFC 9329 §5).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TcpPolicy {
+    /// Never.
+    No,
+    /// Over UDP first, over TCP where UDP stays silent.
+    Fallback,
+    /// Always.
+    Yes,
+}
+
+/// How requests are repeated (`charon.retransmit_*`).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Retransmission {
+    /// First wait.
+    pub timeout: Duration,
+    /// Factor from one wait to the next.
+    pub base: f64,
+    /// Repetitions before giving up.
+    pub tries: u32,
+    /// Longest wait; zero is no limit.
+    pub limit: Duration,
+    /// Up to so many percent are taken off each wait at random.
+    pub jitter: u32,
+}
+
+impl Default for Retransmission {
+    /// strongSwan's defaults: 4 s, 1.8, 5 repetitions.
+    fn default() -> Self {
+        Self { timeout: Duration::from_secs(4), base: 1.8, tries: 5, limit: Duration::ZERO, jitter: 0 }
+    }
+}

@@ -1,0 +1,103 @@
+//! Keys of IKE SAs and Child SAs (RFC 7296 §2.14, §2.17, §2.18).
+
+use ipsec::crypto::{KeyLengths, Protection};
+use ipsec::plane::{EspKeys, EspSuite};
+use ipsec::secret::Secret;
+use ipsec::transform::Prf;
+
+use super::{IkeSuite, KeyError, prf, prf_len, prf_plus};
+
+/// Keys of an IKE SA (RFC 7296 §2.14).
+#[derive(Debug)]
+pub struct IkeKeys {
+    /// SK_d.
+    pub d: Secret,
+    /// SK_ai and SK_ei: protects what the original initiator sends.
+    pub initiator: EspKeys,
+    /// SK_ar and SK_er.
+    pub responder: EspKeys,
+    /// SK_pi.
+    pub pi: Secret,
+    /// SK_pr.
+    pub pr: Secret,
+}
+
+/// Both nonces and both SPIs of an IKE SA.
+#[derive(Clone, Copy, Debug)]
+pub struct KeySeed<'a> {
+    /// Initiator's nonce.
+    pub ni: &'a [u8],
+    /// Responder's nonce.
+    pub nr: &'a [u8],
+    /// Initiator's SPI.
+    pub spi_i: u64,
+    /// Responder's SPI.
+    pub spi_r: u64,
+}
+
+/// Keys of a first IKE SA: SKEYSEED = prf(Ni | Nr, g^ir) (RFC 7296 §2.14).
+pub fn ike_keys(suite: &IkeSuite, secret: &Secret, seed: KeySeed<'_>) -> Result<IkeKeys, KeyError> {
+    // A Secret because the nonces are a key here, though not a secret one.
+    let nonces = Secret::new([seed.ni, seed.nr].concat());
+    let skeyseed = prf(suite.prf, nonces.expose(), &[secret.expose()])?;
+    expand(suite, &skeyseed, seed)
+}
+
+/// Keys of a rekeyed IKE SA: SKEYSEED = prf(SK_d (old), g^ir (new) | Ni | Nr) with the old PRF (§2.18).
+pub fn rekeyed_ike_keys(
+    old_prf: Prf,
+    old_sk_d: &Secret,
+    suite: &IkeSuite,
+    secret: &Secret,
+    seed: KeySeed<'_>,
+) -> Result<IkeKeys, KeyError> {
+    let skeyseed = prf(old_prf, old_sk_d.expose(), &[secret.expose(), seed.ni, seed.nr])?;
+    expand(suite, &skeyseed, seed)
+}
+
+/// {SK_d | SK_ai | SK_ar | SK_ei | SK_er | SK_pi | SK_pr} = prf+(SKEYSEED, Ni | Nr | SPIi | SPIr).
+fn expand(suite: &IkeSuite, skeyseed: &Secret, seed: KeySeed<'_>) -> Result<IkeKeys, KeyError> {
+    let KeyLengths { encr, integ } =
+        Protection::key_lengths(suite.encr, suite.key_bits, suite.integ).ok_or(KeyError::Unsupported)?;
+    let prf = prf_len(suite.prf).ok_or(KeyError::Unsupported)?;
+    let spis = [seed.spi_i.to_be_bytes(), seed.spi_r.to_be_bytes()];
+    let keymat = prf_plus(
+        suite.prf,
+        skeyseed.expose(),
+        &[seed.ni, seed.nr, spis.as_flattened()],
+        3 * prf + 2 * integ + 2 * encr,
+    )?;
+    let mut rest = keymat.expose();
+    let d = cut(&mut rest, prf)?;
+    let (ai, ar) = (cut(&mut rest, integ)?, cut(&mut rest, integ)?);
+    let (ei, er) = (cut(&mut rest, encr)?, cut(&mut rest, encr)?);
+    let (pi, pr) = (cut(&mut rest, prf)?, cut(&mut rest, prf)?);
+    Ok(IkeKeys { d, initiator: EspKeys { encr: ei, integ: ai }, responder: EspKeys { encr: er, integ: ar }, pi, pr })
+}
+
+/// Keys of a Child SA: (initiator to responder, responder to initiator) from
+/// KEYMAT = prf+(SK_d, [g^ir (new) |] Ni | Nr) (§2.17). "Initiator" is who began the exchange that
+/// creates the Child SA, and the nonces are that exchange's.
+pub fn child_keys(
+    prf_algorithm: Prf,
+    sk_d: &Secret,
+    suite: &EspSuite,
+    secret: Option<&Secret>,
+    ni: &[u8],
+    nr: &[u8],
+) -> Result<(EspKeys, EspKeys), KeyError> {
+    let KeyLengths { encr, integ } =
+        Protection::key_lengths(suite.encr, suite.key_bits, suite.integ).ok_or(KeyError::Unsupported)?;
+    let secret = secret.map(Secret::expose).unwrap_or_default();
+    let keymat = prf_plus(prf_algorithm, sk_d.expose(), &[secret, ni, nr], 2 * (encr + integ))?;
+    let mut rest = keymat.expose();
+    // All keys of one direction before those of the other, encryption before integrity.
+    let mut direction = || Ok(EspKeys { encr: cut(&mut rest, encr)?, integ: cut(&mut rest, integ)? });
+    Ok((direction()?, direction()?))
+}
+
+fn cut(rest: &mut &[u8], length: usize) -> Result<Secret, KeyError> {
+    let (key, after) = rest.split_at_checked(length).ok_or(KeyError::Unsupported)?;
+    *rest = after;
+    Ok(Secret::new(key.to_vec()))
+}

@@ -1,0 +1,155 @@
+use std::collections::BTreeMap;
+
+use hkdf::Hkdf;
+use ipsec::crypto::Protection;
+use ipsec::plane::EspSuite;
+use sha2::Sha256;
+
+use super::*;
+
+const VECTORS: &str = include_str!("../../../tests/vectors/kdf.txt");
+
+struct Vector {
+    prf: Prf,
+    values: BTreeMap<&'static str, Vec<u8>>,
+}
+
+fn vectors() -> Vec<Vector> {
+    let mut vectors: Vec<Vector> = Vec::new();
+    for line in VECTORS.lines().filter(|line| !line.is_empty() && !line.starts_with('#')) {
+        if let Some(head) = line.strip_prefix('[') {
+            let prf = match head.split(':').next().unwrap() {
+                "PRF_HMAC_SHA1" => Prf::HMAC_SHA1,
+                "PRF_HMAC_SHA256" => Prf::HMAC_SHA2_256,
+                "PRF_HMAC_SHA384" => Prf::HMAC_SHA2_384,
+                "PRF_HMAC_SHA512" => Prf::HMAC_SHA2_512,
+                other => panic!("{other}"),
+            };
+            vectors.push(Vector { prf, values: BTreeMap::new() });
+        } else {
+            let (name, value) = line.split_once(" = ").unwrap();
+            vectors.last_mut().unwrap().values.insert(name, hex(value));
+        }
+    }
+    vectors
+}
+
+impl Vector {
+    fn get(&self, name: &str) -> &[u8] {
+        &self.values[name]
+    }
+
+    fn seed(&self) -> KeySeed<'_> {
+        let spi = |name| u64::from_be_bytes(self.get(name).try_into().unwrap());
+        KeySeed { ni: self.get("ni"), nr: self.get("nr"), spi_i: spi("spi_i"), spi_r: spi("spi_r") }
+    }
+
+    fn sk_d(&self) -> Secret {
+        Secret::new(self.get("dkm")[..prf_len(self.prf).unwrap()].to_vec())
+    }
+}
+
+fn suite(prf: Prf) -> IkeSuite {
+    IkeSuite { encr: Encr::AES_GCM_16, key_bits: 128, integ: Integ::NONE, prf, ke: Ke::X25519 }
+}
+
+#[test]
+fn a_prf_that_we_lack_is_refused() {
+    assert_eq!(prf(Prf(8), b"key", &[b"data"]).unwrap_err(), KeyError::Unsupported);
+    assert_eq!(prf_plus(Prf(8), b"key", &[b"data"], 1).unwrap_err(), KeyError::Unsupported);
+    assert_eq!(prf_len(Prf(8)), None);
+}
+
+// RFC 7296 §2.13: the counter is one octet.
+#[test]
+fn prf_plus_ends_after_255_blocks() {
+    assert_eq!(prf_plus(Prf::HMAC_SHA2_256, b"k", &[b"s"], 255 * 32).unwrap().expose().len(), 255 * 32);
+    assert_eq!(prf_plus(Prf::HMAC_SHA2_256, b"k", &[b"s"], 255 * 32 + 1).unwrap_err(), KeyError::Unsupported);
+}
+
+// RFC 7296 §2.13 and RFC 5869 §2.3 define the same function.
+#[test]
+fn prf_plus_is_hkdf_expand() {
+    for key_len in [32, 64, 65, 300] {
+        let key = vec![0x5a; key_len];
+        for length in [0, 1, 31, 32, 33, 1000] {
+            let mut expected = vec![0; length];
+            Hkdf::<Sha256>::from_prk(&key).unwrap().expand(b"seed", &mut expected).unwrap();
+            let ours = prf_plus(Prf::HMAC_SHA2_256, &key, &[b"se", b"", b"ed"], length).unwrap();
+            assert_eq!(ours.expose(), expected);
+        }
+    }
+}
+
+// RFC 7296 §2.14
+#[test]
+fn ike_keys_match_the_published_vectors() {
+    let vectors = vectors();
+    assert_eq!(vectors.len(), 8);
+    for vector in &vectors {
+        let len = prf_len(vector.prf).unwrap();
+        let nonces = [vector.get("ni"), vector.get("nr")].concat();
+        let skeyseed = prf(vector.prf, &nonces, &[vector.get("g_ir")]).unwrap();
+        assert_eq!(skeyseed.expose(), vector.get("skeyseed"));
+
+        let dkm = vector.get("dkm");
+        let spis = [vector.get("spi_i"), vector.get("spi_r")].concat();
+        let expanded = prf_plus(vector.prf, skeyseed.expose(), &[&nonces, &spis], dkm.len()).unwrap();
+        assert_eq!(expanded.expose(), dkm);
+
+        let secret = Secret::new(vector.get("g_ir").to_vec());
+        let keys = ike_keys(&suite(vector.prf), &secret, vector.seed()).unwrap();
+        // AES-128-GCM: no integrity keys, 16 + 4 octets for each direction.
+        let ours = [&keys.d, &keys.initiator.integ, &keys.responder.integ, &keys.initiator.encr];
+        let ours: Vec<u8> = ours
+            .into_iter()
+            .chain([&keys.responder.encr, &keys.pi, &keys.pr])
+            .flat_map(|key| key.expose().to_vec())
+            .collect();
+        assert_eq!(ours.len(), 3 * len + 40);
+        let common = ours.len().min(dkm.len());
+        assert_eq!(ours[..common], dkm[..common]);
+        assert_eq!(keys.initiator.encr.expose().len(), 20);
+        assert!(keys.initiator.integ.expose().is_empty());
+    }
+}
+
+// RFC 7296 §2.17
+#[test]
+fn child_keys_match_the_published_vectors() {
+    let mut checked = 0;
+    for vector in vectors().iter().filter(|vector| vector.values.contains_key("dkm_child")) {
+        let (encr, key_bits, integ) = (Encr::AES_CBC, 128, Integ::HMAC_SHA1_96);
+        let suite = EspSuite { encr, key_bits, integ, esn: false };
+        let secret = Secret::new(vector.get("g_ir_new").to_vec());
+        for (secret, name) in [(None, "dkm_child"), (Some(&secret), "dkm_child_dh")] {
+            let (i, r) =
+                child_keys(vector.prf, &vector.sk_d(), &suite, secret, vector.get("ni"), vector.get("nr")).unwrap();
+            let expected = vector.get(name);
+            assert_eq!(i.encr.expose(), &expected[..16]);
+            assert_eq!(i.integ.expose(), &expected[16..36]);
+            assert_eq!(r.encr.expose(), &expected[36..52]);
+            assert_eq!(r.integ.expose(), &expected[52..72]);
+            assert!(Protection::new(encr, key_bits, integ, &i).is_ok());
+            checked += 1;
+        }
+    }
+    assert_eq!(checked, 4);
+}
+
+// RFC 7296 §2.18: the old PRF makes SKEYSEED, the new one expands it.
+#[test]
+fn rekeyed_ike_keys_match_the_published_vectors() {
+    let mut checked = 0;
+    for vector in vectors().iter().filter(|vector| vector.values.contains_key("skeyseed_rekey")) {
+        let secret = Secret::new(vector.get("g_ir_new").to_vec());
+        let new = suite(Prf::HMAC_SHA2_512);
+        let keys = rekeyed_ike_keys(vector.prf, &vector.sk_d(), &new, &secret, vector.seed()).unwrap();
+        let spis = [vector.get("spi_i"), vector.get("spi_r")].concat();
+        let seed = [vector.get("ni"), vector.get("nr"), &spis].concat();
+        let expected = prf_plus(new.prf, vector.get("skeyseed_rekey"), &[&seed], 64).unwrap();
+        assert_eq!(keys.d.expose(), expected.expose());
+        checked += 1;
+    }
+    assert_eq!(checked, 2);
+}

@@ -1,0 +1,240 @@
+//! What all IKE SAs share: settings, randomness, the output queue, numbers and the tables that route.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+use std::time::Instant;
+
+use ipsec::plane::StreamId;
+use pad::{Identity, PeerIdentity};
+
+use super::{
+    ChildReady, ChildSaId, ChildSaStatus, CloseReason, EngineConfig, Event, IkeSaId, Initiate, Job, JobId, Output,
+    Path, Transmit,
+};
+use crate::Rng;
+use crate::config::{Connection, Fragmentation};
+use crate::engine::Transport;
+use crate::sa::Established;
+use crate::sa::retry::after;
+
+/// IKE SAs that ended while answering, and whose last answer may be asked for again.
+const MAX_TOMBSTONES: usize = 1024;
+
+/// A job that is out.
+pub(crate) struct JobEntry {
+    /// Whose.
+    pub(crate) ike_sa: IkeSaId,
+    /// For `InstallChild`: what to take down again if nobody wants the answer.
+    pub(crate) installs: Option<Box<ChildSaStatus>>,
+}
+
+/// The last exchange of an IKE SA that is gone (RFC 7296 §2.1: the peer may repeat its request).
+pub(crate) struct Tombstone {
+    pub(crate) request: [u8; 32],
+    pub(crate) answer: Vec<Vec<u8>>,
+    pub(crate) until: Instant,
+}
+
+/// An IKE SA that another one of the same peer replaces.
+pub(crate) struct Superseded {
+    pub(crate) id: IkeSaId,
+    /// Send it a Delete.
+    pub(crate) tell: bool,
+}
+
+/// Who is at both ends of an established IKE SA, and the entry that admitted the peer: another entry may ask
+/// for less proof, and what it admits must not touch this one's IKE SAs.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct PeerKey {
+    local: Identity,
+    remote: Identity,
+    entry: String,
+}
+
+impl PeerKey {
+    pub(crate) fn of(peer: &PeerIdentity) -> Self {
+        Self { local: peer.local_id.clone(), remote: peer.id.clone(), entry: peer.entry.clone() }
+    }
+}
+
+pub(crate) struct Context {
+    pub(crate) config: EngineConfig,
+    pub(crate) rng: Box<dyn Rng>,
+    pub(crate) outputs: VecDeque<Output>,
+    pub(crate) connections: Vec<Arc<Connection>>,
+    pub(crate) authorities: Vec<[u8; 20]>,
+    pub(crate) jobs: BTreeMap<JobId, JobEntry>,
+    /// Our SPIs of IKE SAs.
+    pub(crate) ike_spis: BTreeMap<u64, IkeSaId>,
+    /// Inbound SPIs in use or reserved.
+    pub(crate) child_spis: BTreeMap<u32, IkeSaId>,
+    /// Child SAs that are up.
+    pub(crate) child_owners: BTreeMap<ChildSaId, IkeSaId>,
+    /// Established IKE SAs by peer.
+    pub(crate) peers: BTreeMap<PeerKey, BTreeSet<IkeSaId>>,
+    /// Successors made by rekeying, to be taken into the table.
+    pub(crate) spawned: Vec<Established>,
+    pub(crate) superseded: Vec<Superseded>,
+    /// What to initiate again: reauthentication.
+    pub(crate) reinitiate: Vec<Initiate>,
+    pub(crate) tombstones: BTreeMap<u64, Tombstone>,
+    last_job: u64,
+    last_ike: u64,
+    last_child: u64,
+    last_stream: u64,
+}
+
+impl Context {
+    pub(crate) fn new(config: EngineConfig, rng: Box<dyn Rng>) -> Self {
+        Self {
+            config,
+            rng,
+            outputs: VecDeque::new(),
+            connections: Vec::new(),
+            authorities: Vec::new(),
+            jobs: BTreeMap::new(),
+            ike_spis: BTreeMap::new(),
+            child_spis: BTreeMap::new(),
+            child_owners: BTreeMap::new(),
+            peers: BTreeMap::new(),
+            spawned: Vec::new(),
+            superseded: Vec::new(),
+            reinitiate: Vec::new(),
+            tombstones: BTreeMap::new(),
+            last_job: 0,
+            last_ike: 0,
+            last_child: 0,
+            last_stream: 0,
+        }
+    }
+
+    /// True when we have an IKE SA between these identities, whichever entry admitted the peer.
+    pub(crate) fn knows_peer(&self, local: &Identity, remote: &Identity) -> bool {
+        self.peers.keys().any(|key| key.local == *local && key.remote == *remote)
+    }
+
+    pub(crate) fn event(&mut self, event: Event) {
+        self.outputs.push_back(Output::Event(event));
+    }
+
+    pub(crate) fn log(&mut self, group: &'static str, level: i8, ike_sa: Option<(IkeSaId, &str)>, message: String) {
+        let ike_sa = ike_sa.map(|(id, name)| (id, name.to_owned()));
+        self.event(Event::Log { group, level, ike_sa, message });
+    }
+
+    pub(crate) fn transmit(&mut self, path: Path, datagrams: impl IntoIterator<Item = Vec<u8>>) {
+        for bytes in datagrams {
+            self.outputs.push_back(Output::Transmit(Transmit { path, bytes }));
+        }
+    }
+
+    pub(crate) fn random(&mut self, length: usize) -> Vec<u8> {
+        let mut octets = vec![0; length];
+        self.rng.fill(&mut octets);
+        octets
+    }
+
+    pub(crate) fn next_ike(&mut self) -> IkeSaId {
+        self.last_ike += 1;
+        IkeSaId(self.last_ike)
+    }
+
+    pub(crate) fn next_child(&mut self) -> ChildSaId {
+        self.last_child += 1;
+        ChildSaId(self.last_child)
+    }
+
+    pub(crate) fn next_stream(&mut self) -> StreamId {
+        self.last_stream += 1;
+        StreamId(self.last_stream)
+    }
+
+    /// Hands out a job.
+    pub(crate) fn job(&mut self, ike_sa: IkeSaId, job: Job) -> JobId {
+        self.push_job(JobEntry { ike_sa, installs: None }, job)
+    }
+
+    /// Hands out a Child SA for installation.
+    pub(crate) fn install(&mut self, ready: ChildReady, status: ChildSaStatus) -> JobId {
+        let entry = JobEntry { ike_sa: ready.ike_sa, installs: Some(Box::new(status)) };
+        self.push_job(entry, Job::InstallChild(Box::new(ready)))
+    }
+
+    fn push_job(&mut self, entry: JobEntry, job: Job) -> JobId {
+        self.last_job += 1;
+        let id = JobId(self.last_job);
+        self.jobs.insert(id, entry);
+        self.outputs.push_back(Output::Job(id, job));
+        id
+    }
+
+    /// Reserves a random SPI for an IKE SA; never 0 (RFC 7296 §3.1).
+    pub(crate) fn reserve_ike_spi(&mut self, owner: IkeSaId) -> u64 {
+        loop {
+            let mut octets = [0; 8];
+            self.rng.fill(&mut octets);
+            let spi = u64::from_be_bytes(octets);
+            if spi != 0 && !self.ike_spis.contains_key(&spi) && !self.tombstones.contains_key(&spi) {
+                self.ike_spis.insert(spi, owner);
+                return spi;
+            }
+        }
+    }
+
+    pub(crate) fn release_ike_spi(&mut self, spi: u64) {
+        self.ike_spis.remove(&spi);
+    }
+
+    /// Reserves a random inbound SPI; 0 to 255 are not for us (RFC 4303 §2.1).
+    pub(crate) fn reserve_child_spi(&mut self, owner: IkeSaId) -> u32 {
+        loop {
+            let mut octets = [0; 4];
+            self.rng.fill(&mut octets);
+            let spi = u32::from_be_bytes(octets);
+            if spi > 255 && !self.child_spis.contains_key(&spi) {
+                self.child_spis.insert(spi, owner);
+                return spi;
+            }
+        }
+    }
+
+    pub(crate) fn release_child_spi(&mut self, spi: u32) {
+        self.child_spis.remove(&spi);
+    }
+
+    /// Reports that an installed Child SA is gone, and frees what it held.
+    pub(crate) fn child_down(&mut self, ike_sa: IkeSaId, child: ChildSaStatus, reason: CloseReason) {
+        self.release_child_spi(child.spi_in);
+        self.child_owners.remove(&child.id);
+        self.event(Event::ChildDown { ike_sa, child: Box::new(child), reason });
+    }
+
+    /// Keeps the last answer of an IKE SA that ends now.
+    pub(crate) fn bury(&mut self, now: Instant, local_spi: u64, last_words: Option<([u8; 32], Vec<Vec<u8>>)>) {
+        self.tombstones.retain(|_, tombstone| tombstone.until > now);
+        if self.tombstones.len() >= MAX_TOMBSTONES {
+            return;
+        }
+        if let Some((request, answer)) = last_words {
+            let until = after(now, self.config.half_open_timeout);
+            self.tombstones.insert(local_spi, Tombstone { request, answer, until });
+        }
+    }
+
+    /// The longest message for this path; `None` where we must not or cannot fragment.
+    pub(crate) fn max_length(&self, path: &Path, negotiated: bool, fragmentation: Fragmentation) -> Option<usize> {
+        const UDP_HEADER: usize = 8;
+        const NON_ESP_MARKER: usize = 4;
+        // RFC 9329 §7.5: no fragments over a stream.
+        let over_stream = matches!(path.transport, Transport::Stream(_));
+        let wanted = match fragmentation {
+            Fragmentation::Yes | Fragmentation::Force => true,
+            Fragmentation::Accept | Fragmentation::No => false,
+        };
+        if over_stream || !negotiated || !wanted {
+            return None;
+        }
+        let ip_header = if path.remote.is_ipv4() { 20 } else { 40 };
+        Some(self.config.fragment_size.saturating_sub(ip_header + UDP_HEADER + NON_ESP_MARKER).max(200))
+    }
+}

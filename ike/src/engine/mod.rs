@@ -1,0 +1,948 @@
+//! The engine: many IKE SAs behind one poll interface.
+//!
+//! Four kinds of method: getters; `handle_*` for what comes from outside (datagrams, streams, time,
+//! answers to jobs); commands (`initiate`, `terminate`, `rekey`); and `poll_output`. After any call that
+//! takes `&mut self`, drain [`Engine::poll_output`] until it yields `None`, then arm a timer for
+//! [`Engine::next_timeout`].
+
+pub(crate) mod context;
+mod cookie;
+mod responder;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ipsec::plane::{Encapsulation, EspSuite, Mode, SaPair, StreamId};
+use ipsec::selector::TrafficSelector;
+use ipsec::transform::Ke;
+use pad::{AuthError, AuthenticateRequest, Identity, PeerIdentity, SignError, SignRequest, SignedAuth};
+
+use crate::Rng;
+use crate::config::{Child, Connection, Retransmission};
+use crate::crypto::IkeSuite;
+use crate::sa::established::Closed;
+use crate::sa::{Established, IkeSa, Initiating, Want, retry};
+use crate::wire::{self, ExchangeType, Incoming, Message, Protected, WireError};
+use context::{Context, PeerKey, Superseded};
+use cookie::Cookies;
+use sha2::{Digest, Sha256};
+
+/// How an IKE message travels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Transport {
+    /// Plain UDP, port 500 by tradition.
+    Udp,
+    /// UDP with the non-ESP marker (RFC 3948), port 4500 by tradition. The marker itself is the IO's.
+    UdpEncap,
+    /// A TCP stream (RFC 9329).
+    Stream(StreamId),
+}
+
+/// Where a message goes to or came from; a value that the engine chooses and the IO obeys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Path {
+    /// Our address and port.
+    pub local: SocketAddr,
+    /// The peer's address and port.
+    pub remote: SocketAddr,
+    /// Over what.
+    pub transport: Transport,
+}
+
+/// Number of an IKE SA, unique in the daemon's life (VICI's `uniqueid`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct IkeSaId(pub u64);
+
+/// Number of a Child SA, unique in the daemon's life (VICI's child `uniqueid`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ChildSaId(pub u64);
+
+/// Number of a job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct JobId(pub u64);
+
+/// Settings of all connections.
+#[derive(Clone, Debug)]
+pub struct EngineConfig {
+    /// Port of plain IKE; a path with it floats to `nat_port`.
+    pub port: u16,
+    /// Port of UDP encapsulation.
+    pub nat_port: u16,
+    /// Default retransmission.
+    pub retransmission: Retransmission,
+    /// Largest IKE datagram (IP packet size) before fragmentation, for IPv4 and IPv6 (`charon.fragment_size`).
+    pub fragment_size: usize,
+    /// How long a half-open IKE SA lives (`charon.half_open_timeout`).
+    pub half_open_timeout: Duration,
+    /// Half-open IKE SAs in total from which on cookies are demanded; 0 always (`charon.cookie_threshold`).
+    pub cookie_threshold: usize,
+    /// The same for one address (`charon.cookie_threshold_ip`).
+    pub cookie_threshold_ip: usize,
+    /// Half-open IKE SAs of one address beyond which IKE_SA_INIT is dropped (`charon.block_threshold`).
+    pub block_threshold: usize,
+    /// How long the inbound half of a rekeyed Child SA stays (`charon.delete_rekeyed_delay`).
+    pub delete_rekeyed_delay: Duration,
+    /// Order of ours wins in proposals (`prefer_configured_proposals`).
+    pub prefer_configured_proposals: bool,
+    /// NAT keepalive interval (`charon.keep_alive`); zero is off.
+    pub keep_alive: Duration,
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        Self {
+            port: 500,
+            nat_port: 4500,
+            retransmission: Retransmission::default(),
+            fragment_size: 1280,
+            half_open_timeout: Duration::from_secs(30),
+            cookie_threshold: 30,
+            cookie_threshold_ip: 3,
+            block_threshold: 5,
+            delete_rekeyed_delay: Duration::from_secs(5),
+            prefer_configured_proposals: true,
+            keep_alive: Duration::from_secs(20),
+        }
+    }
+}
+
+/// What the engine wants from its driver, in order.
+#[derive(Debug)]
+pub enum Output {
+    /// Send these octets.
+    Transmit(Transmit),
+    /// Do this and answer with [`Engine::handle_job`].
+    Job(JobId, Job),
+    /// Something happened.
+    Event(Event),
+    /// Open a TCP stream as TCP Originator; answer with `handle_stream_opened` or `handle_stream_closed`.
+    OpenStream {
+        /// Its number, chosen by the engine (below `1 << 63`; accepted streams get numbers above).
+        stream: StreamId,
+        /// Our address, port 0 leaves it to the system.
+        local: SocketAddr,
+        /// The peer's address and port.
+        remote: SocketAddr,
+    },
+    /// Close a stream: nothing uses it any more.
+    CloseStream(StreamId),
+}
+
+/// One IKE message to send; without non-ESP marker or stream framing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Transmit {
+    /// Where.
+    pub path: Path,
+    /// What. A single 0xff octet is a NAT keepalive (sent without a marker).
+    pub bytes: Vec<u8>,
+}
+
+/// Work that may take long or needs what the engine does not own.
+pub enum Job {
+    /// Authenticate ourselves: [`pad::Credentials::sign`].
+    Sign(SignRequest),
+    /// Authenticate the peer: [`pad::Credentials::authenticate`].
+    Authenticate(AuthenticateRequest),
+    /// Ask the latches, then install: a Child SA is ready. The exchange goes on after the answer, so a
+    /// responder's answer never promises an SA that is not there, and a latch breaks before the SA goes in.
+    InstallChild(Box<ChildReady>),
+}
+
+impl std::fmt::Debug for Job {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Sign(_) => "Sign",
+            Self::Authenticate(_) => "Authenticate",
+            Self::InstallChild(_) => "InstallChild",
+        })
+    }
+}
+
+/// A negotiated Child SA, not yet installed.
+#[derive(Debug)]
+pub struct ChildReady {
+    /// The IKE SA.
+    pub ike_sa: IkeSaId,
+    /// The new Child SA.
+    pub child_sa: ChildSaId,
+    /// The Child SA that it replaces, if it is a rekey.
+    pub replaces: Option<ChildSaId>,
+    /// Connection's name.
+    pub connection: String,
+    /// Its configuration.
+    pub config: Arc<Child>,
+    /// Who the peer proved to be.
+    pub peer: Arc<PeerIdentity>,
+    /// What to install, except `reqid` and `class`, which are 0 unless `replaces` or configuration fixes
+    /// the `reqid`; the driver fills them in.
+    pub pair: SaPair,
+}
+
+/// Answer to a job.
+#[derive(Debug)]
+pub enum JobOutcome {
+    /// To `Sign`.
+    Sign(Result<SignedAuth, SignError>),
+    /// To `Authenticate`.
+    Authenticate(Result<PeerIdentity, AuthError>),
+    /// To `InstallChild`: the `reqid` it got, or why not.
+    InstallChild(Result<u32, InstallError>),
+}
+
+/// Why a Child SA was not installed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum InstallError {
+    /// A latch or policy forbids it: TS_UNACCEPTABLE on the wire.
+    #[error("refused by policy: {0}")]
+    Refused(String),
+    /// The data plane could not: the Child SA fails with NO_PROPOSAL_CHOSEN… or TEMPORARY_FAILURE.
+    #[error("installing failed: {0}")]
+    Failed(String),
+}
+
+/// Facts for the log, VICI's events, the data plane and the latches.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// An IKE SA is authenticated.
+    IkeUp(IkeSaId),
+    /// An IKE SA is gone, with its status at the end.
+    IkeDown(Box<IkeSaStatus>, CloseReason),
+    /// An IKE SA was rekeyed; `new` has the children now.
+    IkeRekeyed {
+        /// The old one.
+        old: IkeSaId,
+        /// Its successor.
+        new: IkeSaId,
+    },
+    /// A Child SA is installed and agreed.
+    ChildUp(IkeSaId, ChildSaId),
+    /// A Child SA was replaced; the old one follows with `ChildDown` after its grace time.
+    ChildRekeyed {
+        /// The IKE SA.
+        ike_sa: IkeSaId,
+        /// The old one.
+        old: ChildSaId,
+        /// Its successor.
+        new: ChildSaId,
+    },
+    /// Remove this Child SA from the data plane: it was installed and is no longer.
+    ChildDown {
+        /// The IKE SA.
+        ike_sa: IkeSaId,
+        /// Its status at the end.
+        child: Box<ChildSaStatus>,
+        /// Why.
+        reason: CloseReason,
+    },
+    /// Never send under this pair again: it is deleted, and stays for what is under way to us until `ChildDown`.
+    ChildRetired {
+        /// Inbound SPI.
+        spi_in: u32,
+    },
+    /// Point the data plane's pair at other addresses.
+    Migrate {
+        /// Inbound SPI.
+        spi_in: u32,
+        /// Where to.
+        to: Encapsulation,
+    },
+    /// An IKE SA or Child SA that was asked for could not be made. `token` is that of `initiate`.
+    Failed {
+        /// Which request, if one of ours.
+        token: Option<u64>,
+        /// Connection.
+        connection: String,
+        /// Child, if it was the Child SA only.
+        child: Option<String>,
+        /// Why, for a human.
+        reason: String,
+    },
+    /// What was asked for with `initiate`, `rekey` or `terminate` is done. `token` is that of the call.
+    Done {
+        /// Which request.
+        token: u64,
+    },
+    /// A decision worth a line: what charon would log, for VICI's `control-log` and `log`.
+    Log {
+        /// charon's log group: "IKE", "CFG", "NET", "CHD", "ENC".
+        group: &'static str,
+        /// charon's level, 0 to 4.
+        level: i8,
+        /// The IKE SA, with its connection's name.
+        ike_sa: Option<(IkeSaId, String)>,
+        /// One line.
+        message: String,
+    },
+}
+
+/// Why an SA ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CloseReason {
+    /// Ours: `terminate`.
+    Local,
+    /// The peer's delete.
+    Peer,
+    /// Replaced by a rekey.
+    Rekeyed,
+    /// No answer.
+    Timeout,
+    /// It never came up.
+    Failed,
+    /// Its lifetime ended.
+    Expired,
+    /// Another IKE SA of the same peer replaced it.
+    Replaced,
+}
+
+/// What to initiate.
+#[derive(Clone, Debug)]
+pub struct Initiate {
+    /// Connection.
+    pub connection: Arc<Connection>,
+    /// Child; `None` brings up the IKE SA only.
+    pub child: Option<Arc<Child>>,
+    /// Our address (resolved; the source of a route to `remote`).
+    pub local: IpAddr,
+    /// The peer's address (resolved).
+    pub remote: IpAddr,
+    /// Comes back in `Event::Done` or `Event::Failed`.
+    pub token: u64,
+}
+
+/// Which SAs a command means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// An IKE SA with all its children.
+    Ike(IkeSaId),
+    /// One Child SA.
+    Child(ChildSaId),
+}
+
+/// There is no such SA.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("no such SA")]
+pub struct NoSuchSa;
+
+/// The engine. See the module documentation for the order of calls.
+pub struct Engine {
+    ctx: Context,
+    sas: BTreeMap<IkeSaId, Slot>,
+    timers: BTreeSet<(Instant, IkeSaId)>,
+    cookies: Cookies,
+    /// IKE_SA_INIT requests that made an IKE SA, by initiator's SPI and source.
+    inits: BTreeMap<(u64, SocketAddr), IkeSaId>,
+    /// Half-open IKE SAs by address; the sum is `half_open_total`.
+    half_open: BTreeMap<IpAddr, usize>,
+    half_open_total: usize,
+    /// Who uses a stream, and whether we opened it.
+    streams: BTreeMap<StreamId, StreamUse>,
+    /// Streams of the peer that nothing uses any more, and when we close them.
+    lingering: BTreeMap<StreamId, Instant>,
+    now: Instant,
+}
+
+/// How long a TCP Responder leaves a stream to its originator to close (RFC 9329 §6.1).
+const STREAM_LINGER: Duration = Duration::from_secs(5);
+
+/// An IKE SA with what the tables know of it.
+struct Slot {
+    sa: IkeSa,
+    timer: Option<Instant>,
+    spi: u64,
+    stream: Option<StreamId>,
+    half_open: Option<IpAddr>,
+    peer: Option<PeerKey>,
+    init: Option<(u64, SocketAddr)>,
+}
+
+#[derive(Default)]
+struct StreamUse {
+    users: BTreeSet<IkeSaId>,
+    originator: bool,
+}
+
+impl Engine {
+    /// A new engine. `now` starts its cookie secret's life.
+    pub fn new(config: EngineConfig, mut rng: Box<dyn Rng>, now: Instant) -> Self {
+        let cookies = Cookies::new(now, rng.as_mut());
+        Self {
+            ctx: Context::new(config, rng),
+            sas: BTreeMap::new(),
+            timers: BTreeSet::new(),
+            cookies,
+            inits: BTreeMap::new(),
+            half_open: BTreeMap::new(),
+            half_open_total: 0,
+            streams: BTreeMap::new(),
+            lingering: BTreeMap::new(),
+            now,
+        }
+    }
+
+    /// Replaces all connections, in configuration order; a responder tries them in this order. SAs that
+    /// are up keep the configuration that they were made with.
+    pub fn set_connections(&mut self, connections: Vec<Arc<Connection>>) {
+        self.ctx.connections = connections;
+    }
+
+    /// Hashes of acceptable CAs for CERTREQ payloads; set with the credentials.
+    pub fn set_authority_hashes(&mut self, hashes: Vec<[u8; 20]>) {
+        self.ctx.authorities = hashes;
+    }
+
+    /// A datagram or a stream's IKE message arrived (marker and framing removed).
+    pub fn handle_message(&mut self, now: Instant, path: Path, bytes: &[u8]) {
+        self.now = now;
+        match wire::parse(bytes) {
+            Ok(Incoming::Plain(message)) => self.handle_plain(now, path, message, bytes),
+            Ok(Incoming::Protected(protected)) => self.handle_protected(now, path, protected, bytes),
+            Err(WireError::MajorVersion(version)) => self.answer_version(path, bytes, version),
+            Err(error) => tracing::trace!(%error, "not an IKE message"),
+        }
+        self.settle(now);
+    }
+
+    /// A stream that we asked for is open; `local` is its real local address.
+    pub fn handle_stream_opened(&mut self, now: Instant, stream: StreamId, local: SocketAddr) {
+        self.now = now;
+        for id in self.stream_users(stream) {
+            self.with(id, |sa, ctx| sa.handle_stream_opened(ctx, now, stream, local));
+        }
+        self.settle(now);
+    }
+
+    /// A stream ended or could not be opened.
+    pub fn handle_stream_closed(&mut self, now: Instant, stream: StreamId, reason: &str) {
+        self.now = now;
+        self.lingering.remove(&stream);
+        let users = self.stream_users(stream);
+        self.streams.remove(&stream);
+        for id in users {
+            if let Some(slot) = self.sas.get_mut(&id) {
+                slot.stream = None;
+            }
+            self.with(id, |sa, ctx| sa.handle_stream_closed(ctx, now, stream, reason));
+        }
+        self.settle(now);
+    }
+
+    /// The network refused a datagram to this path (ICMP unreachable); a hint only, never proof (§2.4).
+    pub fn handle_unreachable(&mut self, now: Instant, remote: SocketAddr) {
+        self.now = now;
+        let initiating = self.sas.iter().filter(|(_, slot)| matches!(slot.sa, IkeSa::Initiating(_)));
+        let ids: Vec<IkeSaId> = initiating.map(|(id, _)| *id).collect();
+        for id in ids {
+            self.with(id, |sa, ctx| match sa {
+                IkeSa::Initiating(sa) => sa.handle_unreachable(ctx, now, remote).map(IkeSa::Initiating),
+                other => Some(other),
+            });
+        }
+        self.settle(now);
+    }
+
+    /// The answer to a job. Unknown numbers (the SA is gone meanwhile) are ignored, except that a child
+    /// that was installed for nobody gives `ChildDown`.
+    pub fn handle_job(&mut self, now: Instant, job: JobId, outcome: JobOutcome) {
+        self.now = now;
+        let Some(entry) = self.ctx.jobs.remove(&job) else { return };
+        let mut unclaimed = Some(outcome);
+        if self.sas.contains_key(&entry.ike_sa) {
+            let mut outcome = unclaimed.take();
+            self.with(entry.ike_sa, |sa, ctx| match outcome.take() {
+                Some(given) => {
+                    let (sa, left) = sa.handle_job(ctx, now, job, given);
+                    unclaimed = left;
+                    sa
+                }
+                None => Some(sa),
+            });
+        }
+        if let (Some(JobOutcome::InstallChild(result)), Some(mut status)) = (unclaimed, entry.installs) {
+            match result {
+                Ok(reqid) => {
+                    status.reqid = reqid;
+                    self.ctx.child_down(entry.ike_sa, *status, CloseReason::Failed);
+                }
+                Err(_) => self.ctx.release_child_spi(status.spi_in),
+            }
+        }
+        self.settle(now);
+    }
+
+    /// A volume limit of a Child SA was reached: rekey (soft) or delete (hard).
+    pub fn handle_expire(&mut self, now: Instant, spi_in: u32, hard: bool) {
+        self.now = now;
+        self.with_child_spi(spi_in, |sa, ctx| sa.handle_expire(ctx, now, spi_in, hard));
+        self.settle(now);
+    }
+
+    /// An authenticated ESP packet came from another UDP source (§2.23): proof of life and a new path.
+    pub fn handle_mapping_changed(&mut self, now: Instant, spi_in: u32, remote: SocketAddr) {
+        self.now = now;
+        self.with_child_spi(spi_in, |sa, ctx| {
+            sa.handle_mapping_changed(ctx, now, remote);
+            Ok(())
+        });
+        self.settle(now);
+    }
+
+    /// ESP arrived on this Child SA since the last call: proof of life (§2.4). Called before a liveness
+    /// check is due, not for each packet.
+    pub fn handle_traffic(&mut self, now: Instant, spi_in: u32) {
+        self.now = now;
+        self.with_child_spi(spi_in, |sa, _| {
+            sa.handle_traffic(now);
+            Ok(())
+        });
+    }
+
+    /// Timers.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        self.now = now;
+        let due: Vec<(Instant, IkeSaId)> = self.timers.iter().take_while(|(at, _)| *at <= now).copied().collect();
+        for (_, id) in due {
+            self.with(id, |sa, ctx| sa.handle_timeout(ctx, now));
+        }
+        let ended: Vec<StreamId> =
+            self.lingering.iter().filter(|(_, at)| **at <= now).map(|(stream, _)| *stream).collect();
+        for stream in ended {
+            self.lingering.remove(&stream);
+            self.ctx.outputs.push_back(Output::CloseStream(stream));
+        }
+        self.settle(now);
+    }
+
+    /// When to call [`Self::handle_timeout`].
+    pub fn next_timeout(&self) -> Option<Instant> {
+        let sa = self.timers.first().map(|(at, _)| *at);
+        sa.into_iter().chain(self.lingering.values().copied()).min()
+    }
+
+    /// Next output, in order; `None` when drained.
+    pub fn poll_output(&mut self) -> Option<Output> {
+        self.ctx.outputs.pop_front()
+    }
+
+    /// Brings up an IKE SA and, if named, a Child SA; an IKE SA of the same connection to the same peer is
+    /// reused for the child.
+    pub fn initiate(&mut self, now: Instant, request: Initiate) {
+        self.now = now;
+        let token = Some(request.token);
+        self.initiate_for(now, request, token);
+        self.settle(now);
+    }
+
+    /// Deletes SAs with the peer's knowledge; `force` does not wait for its answer.
+    pub fn terminate(&mut self, now: Instant, target: Target, force: bool, token: u64) -> Result<(), NoSuchSa> {
+        self.now = now;
+        let mut result = Ok(());
+        match target {
+            Target::Ike(id) if self.sas.contains_key(&id) => self.with(id, |sa, ctx| {
+                let reason = "terminated";
+                match sa {
+                    IkeSa::Initiating(sa) => sa.abandon(ctx, reason, CloseReason::Local),
+                    IkeSa::InitiatorAuth(sa) => sa.abandon(ctx, reason, CloseReason::Local),
+                    IkeSa::ResponderAuth(sa) => sa.abandon(ctx, CloseReason::Local),
+                    IkeSa::Established(mut sa) => {
+                        return sa.terminate(ctx, now, force, token).is_ok().then_some(IkeSa::Established(sa));
+                    }
+                }
+                ctx.event(Event::Done { token });
+                None
+            }),
+            Target::Ike(_) => result = Err(NoSuchSa),
+            Target::Child(child) => {
+                let owner = self.ctx.child_owners.get(&child).copied().ok_or(NoSuchSa)?;
+                result = Err(NoSuchSa);
+                self.with_established(owner, |sa, ctx| {
+                    result = sa.terminate_child(ctx, now, child, force, token)?;
+                    Ok(())
+                });
+            }
+        }
+        self.settle(now);
+        result
+    }
+
+    /// Rekeys an IKE SA or a Child SA.
+    pub fn rekey(&mut self, now: Instant, target: Target, token: u64) -> Result<(), NoSuchSa> {
+        self.now = now;
+        let owner = match target {
+            Target::Ike(id) => Some(id),
+            Target::Child(child) => self.ctx.child_owners.get(&child).copied(),
+        };
+        let owner = owner.filter(|id| self.sas.get(id).is_some_and(|slot| matches!(slot.sa, IkeSa::Established(_))));
+        let owner = owner.ok_or(NoSuchSa)?;
+        self.with_established(owner, |sa, ctx| match target {
+            Target::Ike(_) => sa.rekey(ctx, now, token),
+            Target::Child(child) => sa.rekey_child(ctx, now, child, token),
+        });
+        self.settle(now);
+        Ok(())
+    }
+
+    /// All IKE SAs by number.
+    pub fn ike_sas(&self, now: Instant) -> Vec<IkeSaStatus> {
+        self.sas.values().map(|slot| slot.sa.status(now)).collect()
+    }
+
+    /// IKE SAs in total, and those half-open.
+    pub fn counts(&self) -> (usize, usize) {
+        (self.sas.len(), self.half_open_total)
+    }
+
+    // Routing.
+
+    fn handle_plain(&mut self, now: Instant, path: Path, message: Message, bytes: &[u8]) {
+        let header = message.header;
+        if header.exchange != ExchangeType::IKE_SA_INIT {
+            // Nothing unprotected means anything for an IKE SA that has keys (§2.21).
+            return;
+        }
+        if !header.response {
+            self.handle_init_request(now, path, message, bytes);
+            return;
+        }
+        let Some(id) = self.ctx.ike_spis.get(&header.initiator_spi).copied() else { return };
+        self.with(id, |sa, ctx| match sa {
+            IkeSa::Initiating(sa) if sa.spi() == header.initiator_spi => {
+                sa.handle_response(ctx, now, path, message, bytes)
+            }
+            other => Some(other),
+        });
+    }
+
+    fn handle_protected(&mut self, now: Instant, path: Path, protected: Protected, bytes: &[u8]) {
+        let header = protected.header;
+        let ours = if header.from_initiator { header.responder_spi } else { header.initiator_spi };
+        if let Some(id) = self.ctx.ike_spis.get(&ours).copied() {
+            self.with(id, |sa, ctx| sa.handle_protected(ctx, now, path, protected, bytes));
+        } else if let Some(tombstone) = self.ctx.tombstones.get(&ours).filter(|tombstone| tombstone.until > now) {
+            // The same octets as an authenticated request had, so the same answer.
+            if tombstone.request == <[u8; 32]>::from(Sha256::digest(bytes)) {
+                let answer = tombstone.answer.clone();
+                self.ctx.transmit(path, answer);
+            }
+        }
+    }
+
+    fn initiate_for(&mut self, now: Instant, request: Initiate, token: Option<u64>) {
+        let Initiate { connection, child, local, remote, .. } = request;
+        let want = Want { child, token };
+        let reusable = self.sas.iter().find(|(_, slot)| match &slot.sa {
+            IkeSa::Initiating(sa) => sa.serves(&connection, remote),
+            IkeSa::InitiatorAuth(sa) => sa.serves(&connection, remote),
+            IkeSa::ResponderAuth(_) => false,
+            IkeSa::Established(sa) => sa.serves(&connection, remote),
+        });
+        match reusable.map(|(id, _)| *id) {
+            Some(id) => self.with(id, |sa, ctx| match sa {
+                IkeSa::Initiating(mut sa) => {
+                    sa.add_want(want);
+                    Some(IkeSa::Initiating(sa))
+                }
+                IkeSa::InitiatorAuth(mut sa) => {
+                    sa.add_want(want);
+                    Some(IkeSa::InitiatorAuth(sa))
+                }
+                IkeSa::Established(mut sa) => sa.want(ctx, now, want).is_ok().then_some(IkeSa::Established(sa)),
+                other => Some(other),
+            }),
+            None => {
+                if let Some(sa) = Initiating::begin(&mut self.ctx, now, connection, want, local, remote) {
+                    self.insert(sa.id(), IkeSa::Initiating(sa), None);
+                }
+            }
+        }
+    }
+
+    /// What reauthentication starts again, by the connection as it is now; `None` where it or its child is gone.
+    fn as_configured_now(&self, request: Initiate) -> Option<Initiate> {
+        let name = &request.connection.name;
+        let connection = Arc::clone(self.ctx.connections.iter().find(|connection| connection.name == *name)?);
+        let child = match &request.child {
+            Some(old) => Some(Arc::clone(connection.children.iter().find(|child| child.name == old.name)?)),
+            None => None,
+        };
+        Some(Initiate { connection, child, ..request })
+    }
+
+    // The table.
+
+    /// Hands an IKE SA out for a step and takes back what it became.
+    fn with(&mut self, id: IkeSaId, step: impl FnOnce(IkeSa, &mut Context) -> Option<IkeSa>) {
+        let Some(slot) = self.sas.remove(&id) else { return };
+        let Slot { sa, timer, spi, stream, half_open, peer, init } = slot;
+        let facts = Facts { timer, spi, stream, half_open, peer, init };
+        match step(sa, &mut self.ctx) {
+            Some(sa) => self.put(id, sa, facts),
+            None => self.forget(id, facts),
+        }
+    }
+
+    fn with_established(
+        &mut self,
+        id: IkeSaId,
+        step: impl FnOnce(&mut Established, &mut Context) -> Result<(), Closed>,
+    ) {
+        self.with(id, |sa, ctx| match sa {
+            IkeSa::Established(mut sa) => step(&mut sa, ctx).is_ok().then_some(IkeSa::Established(sa)),
+            other => Some(other),
+        });
+    }
+
+    fn with_child_spi(&mut self, spi: u32, step: impl FnOnce(&mut Established, &mut Context) -> Result<(), Closed>) {
+        if let Some(id) = self.ctx.child_spis.get(&spi).copied() {
+            self.with_established(id, step);
+        }
+    }
+
+    fn insert(&mut self, id: IkeSaId, sa: IkeSa, init: Option<(u64, SocketAddr)>) {
+        if let Some(key) = init {
+            self.inits.insert(key, id);
+        }
+        let facts = Facts { timer: None, spi: sa.local_spi(), stream: None, half_open: None, peer: None, init };
+        self.put(id, sa, facts);
+    }
+
+    /// Brings the tables in line with an IKE SA and puts it back.
+    fn put(&mut self, id: IkeSaId, sa: IkeSa, old: Facts) {
+        let timer = sa.next_timeout(&self.ctx);
+        if timer != old.timer {
+            if let Some(at) = old.timer {
+                self.timers.remove(&(at, id));
+            }
+            if let Some(at) = timer {
+                self.timers.insert((at, id));
+            }
+        }
+        let stream = sa.stream();
+        if stream.map(|(stream, _)| stream) != old.stream {
+            if let Some((stream, originator)) = stream {
+                let entry = self.streams.entry(stream).or_default();
+                entry.users.insert(id);
+                entry.originator = originator;
+                self.lingering.remove(&stream);
+            }
+            self.leave_stream(id, old.stream);
+        }
+        let half_open = sa.half_open_from().map(|from| from.ip());
+        if half_open != old.half_open {
+            self.count_half_open(old.half_open, half_open);
+        }
+        let peer = sa.peer_key();
+        if peer != old.peer {
+            self.leave_peer(id, old.peer);
+            if let Some(key) = &peer {
+                self.ctx.peers.entry(key.clone()).or_default().insert(id);
+            }
+        }
+        let spi = sa.local_spi();
+        let stream = stream.map(|(stream, _)| stream);
+        self.sas.insert(id, Slot { sa, timer, spi, stream, half_open, peer, init: old.init });
+    }
+
+    fn forget(&mut self, id: IkeSaId, old: Facts) {
+        if let Some(at) = old.timer {
+            self.timers.remove(&(at, id));
+        }
+        self.leave_stream(id, old.stream);
+        self.count_half_open(old.half_open, None);
+        self.leave_peer(id, old.peer);
+        if let Some(key) = old.init {
+            self.inits.remove(&key);
+        }
+        // A restart may have reserved another SPI before it failed.
+        self.ctx.release_ike_spi(old.spi);
+    }
+
+    fn leave_stream(&mut self, id: IkeSaId, stream: Option<StreamId>) {
+        let Some(stream) = stream else { return };
+        let Some(entry) = self.streams.get_mut(&stream) else { return };
+        entry.users.remove(&id);
+        if entry.users.is_empty() {
+            if entry.originator {
+                self.ctx.outputs.push_back(Output::CloseStream(stream));
+            } else {
+                // The TCP Originator closes; if it does not, we do after a while (RFC 9329 §6.1).
+                self.lingering.insert(stream, retry::after(self.now, STREAM_LINGER));
+            }
+            self.streams.remove(&stream);
+        }
+    }
+
+    fn leave_peer(&mut self, id: IkeSaId, peer: Option<PeerKey>) {
+        let Some(key) = peer else { return };
+        if let Some(ids) = self.ctx.peers.get_mut(&key) {
+            ids.remove(&id);
+            if ids.is_empty() {
+                self.ctx.peers.remove(&key);
+            }
+        }
+    }
+
+    fn count_half_open(&mut self, old: Option<IpAddr>, new: Option<IpAddr>) {
+        if let Some(address) = old {
+            self.half_open_total = self.half_open_total.saturating_sub(1);
+            if let Some(count) = self.half_open.get_mut(&address) {
+                *count = count.saturating_sub(1);
+                if *count == 0 {
+                    self.half_open.remove(&address);
+                }
+            }
+        }
+        if let Some(address) = new {
+            self.half_open_total += 1;
+            *self.half_open.entry(address).or_default() += 1;
+        }
+    }
+
+    fn stream_users(&self, stream: StreamId) -> Vec<IkeSaId> {
+        self.streams.get(&stream).map(|entry| entry.users.iter().copied().collect()).unwrap_or_default()
+    }
+
+    /// Takes in successors, ends what they replace, and starts again what reauthentication ended.
+    fn settle(&mut self, now: Instant) {
+        loop {
+            let spawned = std::mem::take(&mut self.ctx.spawned);
+            let superseded = std::mem::take(&mut self.ctx.superseded);
+            let reinitiate = std::mem::take(&mut self.ctx.reinitiate);
+            if spawned.is_empty() && superseded.is_empty() && reinitiate.is_empty() {
+                return;
+            }
+            for mut sa in spawned {
+                let id = sa.core.id;
+                // Tasks that it inherited may start now.
+                if sa.start_inherited(&mut self.ctx, now).is_ok() {
+                    self.insert(id, IkeSa::Established(Box::new(sa)), None);
+                }
+            }
+            for Superseded { id, tell } in superseded {
+                self.with_established(id, |sa, ctx| Err(sa.replaced(ctx, now, tell)));
+            }
+            for request in reinitiate {
+                if let Some(request) = self.as_configured_now(request) {
+                    self.initiate_for(now, request, None);
+                }
+            }
+        }
+    }
+}
+
+/// A [`Slot`] without its IKE SA.
+struct Facts {
+    timer: Option<Instant>,
+    spi: u64,
+    stream: Option<StreamId>,
+    half_open: Option<IpAddr>,
+    peer: Option<PeerKey>,
+    init: Option<(u64, SocketAddr)>,
+}
+
+/// State of an IKE SA, in charon's words (CREATED, CONNECTING, …).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "charon's names")]
+pub enum IkeState {
+    Created,
+    Connecting,
+    Established,
+    Rekeying,
+    Rekeyed,
+    Deleting,
+}
+
+/// State of a Child SA, in charon's words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "charon's names")]
+pub enum ChildState {
+    Created,
+    Installing,
+    Installed,
+    Rekeying,
+    Rekeyed,
+    Deleting,
+    Deleted,
+}
+
+/// A snapshot of an IKE SA.
+#[derive(Clone, Debug)]
+pub struct IkeSaStatus {
+    /// Number.
+    pub id: IkeSaId,
+    /// Connection.
+    pub connection: String,
+    /// State.
+    pub state: IkeState,
+    /// Path.
+    pub path: Path,
+    /// Our identity, once known.
+    pub local_id: Option<Identity>,
+    /// The peer's identity: asserted until `peer` is there.
+    pub remote_id: Option<Identity>,
+    /// The peer's proved identity.
+    pub peer: Option<Arc<PeerIdentity>>,
+    /// We are the original initiator.
+    pub initiator: bool,
+    /// Initiator's SPI.
+    pub initiator_spi: u64,
+    /// Responder's SPI.
+    pub responder_spi: u64,
+    /// We are behind a NAT.
+    pub nat_local: bool,
+    /// The peer is behind a NAT.
+    pub nat_remote: bool,
+    /// NAT pretended by `encap`.
+    pub nat_fake: bool,
+    /// Algorithms, once chosen.
+    pub suite: Option<IkeSuite>,
+    /// Time since it was established.
+    pub established: Option<Duration>,
+    /// Time to rekey, if any.
+    pub rekey_in: Option<Duration>,
+    /// Time to reauthentication, if any.
+    pub reauth_in: Option<Duration>,
+    /// charon's names of tasks: queued, active (ours), passive (the peer's).
+    pub tasks_active: Vec<&'static str>,
+    /// Child SAs.
+    pub children: Vec<ChildSaStatus>,
+}
+
+/// A snapshot of a Child SA.
+#[derive(Clone, Debug)]
+pub struct ChildSaStatus {
+    /// Number.
+    pub id: ChildSaId,
+    /// Configuration's name.
+    pub name: String,
+    /// `reqid`.
+    pub reqid: u32,
+    /// State.
+    pub state: ChildState,
+    /// Mode.
+    pub mode: Mode,
+    /// SPI that the peer writes to us.
+    pub spi_in: u32,
+    /// SPI that we write to the peer.
+    pub spi_out: u32,
+    /// Encapsulation.
+    pub encapsulation: Option<Encapsulation>,
+    /// Algorithms.
+    pub suite: Option<EspSuite>,
+    /// Key exchange of its own, `Ke::NONE` without.
+    pub ke: Ke,
+    /// Time since installation.
+    pub installed: Option<Duration>,
+    /// Time to rekey, if any.
+    pub rekey_in: Option<Duration>,
+    /// Time to the end of its life, if any.
+    pub expires_in: Option<Duration>,
+    /// Our selectors.
+    pub local_ts: Vec<TrafficSelector>,
+    /// The peer's selectors.
+    pub remote_ts: Vec<TrafficSelector>,
+}
+
+#[cfg(test)]
+mod tests;

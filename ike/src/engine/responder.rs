@@ -1,0 +1,249 @@
+//! IKE_SA_INIT as responder (RFC 7296 §1.2, §2.5, §2.6, §2.7): stateless until the request deserves state.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use ipsec::transform::Ke;
+
+use super::context::Context;
+use super::{Engine, Path, Transport};
+use crate::config::{Connection, Fragmentation};
+use crate::crypto::{self, IkeChoice, KeyExchange, KeySeed};
+use crate::sa::auth::{InitMaterial, cert_request};
+use crate::sa::channel::{Channel, Spis};
+use crate::sa::fault::{Fault, notify};
+use crate::sa::init::{CHILDLESS_IKEV2_SUPPORTED, NONCE_LENGTH, capabilities, proposals};
+use crate::sa::nat::{self, Nat};
+use crate::sa::parts::Parts;
+use crate::sa::{Core, IkeSa, ResponderAuth};
+use crate::wire::{self, ExchangeType, Header, Message, NotifyType, Payload};
+
+/// Half-open IKE SAs in all, whatever the thresholds: each takes memory for `half_open_timeout`.
+const MAX_HALF_OPEN: usize = 4096;
+
+impl Engine {
+    pub(super) fn handle_init_request(&mut self, now: Instant, path: Path, message: Message, bytes: &[u8]) {
+        let header = message.header;
+        let first = header.from_initiator && header.message_id == 0 && header.responder_spi == 0;
+        if !first || header.initiator_spi == 0 {
+            return;
+        }
+        let key = (header.initiator_spi, path.remote);
+        if let Some(id) = self.inits.get(&key) {
+            // §2.1: a repetition gets the same answer, as long as IKE_AUTH has not come.
+            if let Some(IkeSa::ResponderAuth(sa)) = self.sas.get(id).map(|slot| &slot.sa) {
+                let (request, answer) = sa.init_exchange();
+                if request == bytes {
+                    let answer = answer.to_vec();
+                    self.ctx.transmit(path, [answer]);
+                }
+            }
+            return;
+        }
+        // Our own request, sent back to us: both ends would be us, and each would believe the other.
+        if self.ctx.ike_spis.contains_key(&header.initiator_spi) {
+            return;
+        }
+        if self.half_open_total >= MAX_HALF_OPEN {
+            let line = format!("ignoring IKE_SA setup from {}, half open IKE_SA count too high", path.remote.ip());
+            self.ctx.log("NET", 1, None, line);
+            return;
+        }
+        let from = self.half_open.get(&path.remote.ip()).copied().unwrap_or(0);
+        if self.ctx.config.block_threshold > 0 && from >= self.ctx.config.block_threshold {
+            let line = format!("ignoring IKE_SA setup from {}, peer too aggressive", path.remote.ip());
+            self.ctx.log("NET", 1, None, line);
+            return;
+        }
+        let parts = match Parts::collect(message.payloads) {
+            Ok(parts) => parts,
+            Err(fault) => return self.refuse_init(path, &header, &fault),
+        };
+        if !self.cookie_satisfied(now, path, &header, &parts, from) {
+            return;
+        }
+        match self.accept_init(now, path, &header, parts, bytes) {
+            Ok((id, sa)) => self.insert(id, IkeSa::ResponderAuth(Box::new(sa)), Some(key)),
+            Err(fault) => self.refuse_init(path, &header, &fault),
+        }
+    }
+
+    /// §2.5: who speaks a later major version learns ours.
+    pub(super) fn answer_version(&mut self, path: Path, bytes: &[u8], version: u8) {
+        let Some(header) = foreign_header(bytes) else { return };
+        if header.response {
+            return;
+        }
+        let line = format!(
+            "received unsupported IKE version {version} from {}, sending INVALID_MAJOR_VERSION",
+            path.remote.ip()
+        );
+        self.ctx.log("ENC", 1, None, line);
+        let header = Header { response: true, from_initiator: !header.from_initiator, ..header };
+        let payloads = vec![notify(NotifyType::INVALID_MAJOR_VERSION, Vec::new())];
+        self.ctx.transmit(path, [wire::encode(&Message { header, payloads })]);
+    }
+
+    /// §2.6: true when the request may cost us state and a key exchange; otherwise a cookie went out.
+    fn cookie_satisfied(&mut self, now: Instant, path: Path, header: &Header, parts: &Parts, from: usize) -> bool {
+        // RFC 9329 §6.3: a stream has shown already that its originator is where it says.
+        if matches!(path.transport, Transport::Stream(_)) {
+            return true;
+        }
+        let config = &self.ctx.config;
+        let crowded = self.half_open_total >= config.cookie_threshold || from >= config.cookie_threshold_ip;
+        if !crowded {
+            return true;
+        }
+        let Some(ni) = &parts.nonce else { return false };
+        let (rng, remote, spi_i) = (self.ctx.rng.as_mut(), path.remote, header.initiator_spi);
+        if let Some(cookie) = parts.notify(NotifyType::COOKIE)
+            && self.cookies.check(now, rng, &cookie.data, ni, remote, spi_i)
+        {
+            return true;
+        }
+        let cookie = self.cookies.make(now, rng, ni, remote, spi_i);
+        let header = answer_header(header, 0);
+        let payloads = vec![notify(NotifyType::COOKIE, cookie)];
+        self.ctx.transmit(path, [wire::encode(&Message { header, payloads })]);
+        false
+    }
+
+    fn accept_init(
+        &mut self,
+        now: Instant,
+        path: Path,
+        header: &Header,
+        parts: Parts,
+        bytes: &[u8],
+    ) -> Result<(super::IkeSaId, ResponderAuth), Fault> {
+        let ctx = &mut self.ctx;
+        let missing = || Fault::InvalidSyntax("SA, KE or nonce is missing".to_owned());
+        let offered = parts.sa.as_ref().ok_or_else(missing)?;
+        let (group, public) = parts.ke.as_ref().ok_or_else(missing)?;
+        let ni = parts.nonce.as_ref().ok_or_else(missing)?;
+        let fitting: Vec<Arc<Connection>> =
+            ctx.connections.iter().filter(|connection| connection.admits_addresses(&path)).map(Arc::clone).collect();
+        if fitting.is_empty() {
+            let line = format!(
+                "no IKE config found for {}...{}, sending NO_PROPOSAL_CHOSEN",
+                path.local.ip(),
+                path.remote.ip()
+            );
+            ctx.log("IKE", 1, None, line);
+        }
+        let ours_first = ctx.config.prefer_configured_proposals;
+        let select = |connection: &Connection, preferred: Option<Ke>| {
+            crypto::select_ike(offered, &proposals(connection), ours_first, preferred)
+        };
+        let choice = fitting.iter().find_map(|connection| select(connection, Some(*group)));
+        let IkeChoice { suite, proposal } = choice.ok_or(Fault::NoProposalChosen)?;
+        if suite.ke != *group {
+            return Err(Fault::InvalidKe(suite.ke));
+        }
+        // Those that could have made the same choice; identities decide among them in IKE_AUTH.
+        let chosen = [proposal.clone()];
+        let candidates: Vec<Arc<Connection>> = fitting
+            .into_iter()
+            .filter(|connection| {
+                let again = crypto::select_ike(&chosen, &proposals(connection), ours_first, Some(*group));
+                again.is_some_and(|choice| choice.suite == suite)
+            })
+            .collect();
+        let first = candidates.first().ok_or(Fault::NoProposalChosen)?;
+
+        let ke = KeyExchange::generate(*group, ctx.rng.as_mut()).map_err(|_| Fault::NoProposalChosen)?;
+        let ours = ke.public().to_vec();
+        let secret = ke.agree(public).map_err(|error| Fault::InvalidSyntax(error.to_string()))?;
+        let id = ctx.next_ike();
+        let spis = Spis { initiator: header.initiator_spi, responder: ctx.reserve_ike_spi(id) };
+        let nr = ctx.random(NONCE_LENGTH);
+        let seed = KeySeed { ni, nr: &nr, spi_i: spis.initiator, spi_r: spis.responder };
+        let channel = crypto::ike_keys(&suite, &secret, seed)
+            .ok()
+            .and_then(|keys| Channel::new(suite, keys, spis, false, false).ok());
+        let Some(mut channel) = channel else {
+            ctx.release_ike_spi(spis.responder);
+            return Err(Fault::NoProposalChosen);
+        };
+        let fragmentation =
+            first.fragmentation != Fragmentation::No && parts.has(NotifyType::IKEV2_FRAGMENTATION_SUPPORTED);
+        channel.fragmentation = fragmentation;
+        let fake = first.force_encapsulation;
+        // The request was sent before we had an SPI (§2.23).
+        let nat = Nat::detect(&parts, spis.initiator, 0, &path, fake);
+        let core = Core { id, name: first.name.clone(), path, nat, stream_originator: false };
+        ctx.log("IKE", 0, core.tag(), format!("{} is initiating an IKE_SA", path.remote.ip()));
+        let answer = answer(ctx, header, &core, spis, proposal, (*group, ours), &nr, fragmentation, &candidates);
+        let material = InitMaterial {
+            ours: answer.clone(),
+            theirs: bytes.to_vec(),
+            ni: ni.clone(),
+            nr,
+            peer_hashes: parts.signature_hashes(),
+            cert_requests: parts.cert_requests,
+            cert_requested: parts.cert_requested,
+        };
+        ctx.transmit(path, [answer]);
+        Ok((id, ResponderAuth::new(ctx, now, core, channel, candidates, material)))
+    }
+
+    fn refuse_init(&mut self, path: Path, header: &Header, fault: &Fault) {
+        self.ctx.log("IKE", 1, None, format!("IKE_SA_INIT from {} refused: {fault}", path.remote.ip()));
+        let header = answer_header(header, 0);
+        self.ctx.transmit(path, [wire::encode(&Message { header, payloads: vec![fault.payload()] })]);
+    }
+}
+
+#[allow(clippy::too_many_arguments, reason = "the parts of one message")]
+fn answer(
+    ctx: &mut Context,
+    request: &Header,
+    core: &Core,
+    spis: Spis,
+    proposal: ipsec::transform::Proposal,
+    (group, data): (Ke, Vec<u8>),
+    nr: &[u8],
+    fragmentation: bool,
+    candidates: &[Arc<Connection>],
+) -> Vec<u8> {
+    let mut payloads = vec![Payload::Sa(vec![proposal]), Payload::Ke { group, data }, Payload::Nonce(nr.to_vec())];
+    payloads.extend(nat::payloads(spis.initiator, spis.responder, &core.path, core.nat.fake));
+    payloads.extend(candidates.iter().find_map(|connection| cert_request(connection, &ctx.authorities)));
+    payloads.extend(capabilities(fragmentation));
+    payloads.push(notify(CHILDLESS_IKEV2_SUPPORTED, Vec::new()));
+    wire::encode(&Message { header: answer_header(request, spis.responder), payloads })
+}
+
+fn answer_header(request: &Header, responder_spi: u64) -> Header {
+    Header {
+        initiator_spi: request.initiator_spi,
+        responder_spi,
+        major: 2,
+        minor: 0,
+        exchange: ExchangeType::IKE_SA_INIT,
+        from_initiator: false,
+        response: true,
+        message_id: 0,
+    }
+}
+
+/// The fields of a header whose version we do not speak (§2.5: SPIs and flags keep their places).
+fn foreign_header(bytes: &[u8]) -> Option<Header> {
+    const RESPONSE: u8 = 0x20;
+    const INITIATOR: u8 = 0x08;
+    let (initiator_spi, rest) = bytes.split_first_chunk::<8>()?;
+    let (responder_spi, rest) = rest.split_first_chunk::<8>()?;
+    let ([_next, _version, exchange, flags], rest) = rest.split_first_chunk::<4>()?;
+    let (message_id, _) = rest.split_first_chunk::<4>()?;
+    Some(Header {
+        initiator_spi: u64::from_be_bytes(*initiator_spi),
+        responder_spi: u64::from_be_bytes(*responder_spi),
+        major: 2,
+        minor: 0,
+        exchange: ExchangeType(*exchange),
+        from_initiator: flags & INITIATOR != 0,
+        response: flags & RESPONSE != 0,
+        message_id: u32::from_be_bytes(*message_id),
+    })
+}

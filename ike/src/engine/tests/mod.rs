@@ -1,0 +1,578 @@
+//! Two engines on a simulated network with virtual time: the harness, and the scenarios in the files below.
+
+mod attack;
+mod authentication;
+mod child_sa;
+mod informational;
+mod init;
+mod network;
+mod refusals;
+mod rekey;
+mod seeds;
+mod stream;
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ipsec::plane::{Encapsulation, Mode, SaPair, StreamId};
+use ipsec::secret::Secret;
+use ipsec::selector::TrafficSelector;
+use ipsec::transform::Protocol;
+use pad::{AuthClass, Credentials, Identity, IdentityPattern, LocalAuth, PadEntry};
+
+use super::*;
+use crate::config::{
+    AddressRange, Child, ConfiguredSelector, Connection, DpdAction, Fragmentation, SendCert, StartAction, TcpPolicy,
+    Unique,
+};
+use crate::crypto::parse_proposals;
+
+/// A repeatable source of randomness.
+pub(super) struct TestRng(u64);
+
+impl TestRng {
+    pub(super) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    pub(super) fn below(&mut self, n: u64) -> u64 {
+        self.next() % n.max(1)
+    }
+
+    fn percent(&mut self, p: u64) -> bool {
+        self.below(100) < p
+    }
+}
+
+impl Rng for TestRng {
+    fn fill(&mut self, buffer: &mut [u8]) {
+        for chunk in buffer.chunks_mut(8) {
+            let octets = self.next().to_be_bytes();
+            chunk.copy_from_slice(&octets[..chunk.len()]);
+        }
+    }
+}
+
+/// 2026-11-21: certificates of these tests are good for that year.
+const UNIX_TIME: u64 = 1_795_219_200;
+
+/// Credentials with this pre-shared key for every pair of identities.
+pub(super) fn shared_key(secret: &str) -> Credentials {
+    let mut credentials = Credentials::new();
+    credentials.add_shared_secret(None, Vec::new(), Secret::new(secret.into())).unwrap();
+    credentials
+}
+
+/// What a data plane would hold.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Installed {
+    pub(super) spi_out: u32,
+    pub(super) keys_in: Vec<u8>,
+    pub(super) keys_out: Vec<u8>,
+    pub(super) mode: Mode,
+    pub(super) encapsulation: Encapsulation,
+    pub(super) local_ts: Vec<TrafficSelector>,
+    pub(super) remote_ts: Vec<TrafficSelector>,
+    pub(super) reqid: u32,
+}
+
+pub(super) struct Side {
+    pub(super) engine: Engine,
+    pub(super) credentials: Credentials,
+    pub(super) installed: BTreeMap<u32, Installed>,
+    pub(super) events: Vec<Event>,
+    pub(super) refuse_installs: Option<InstallError>,
+    pub(super) sent: Vec<Transmit>,
+    reqids: u32,
+    /// Open streams: ours to the other side's number.
+    pub(super) streams: BTreeMap<StreamId, StreamId>,
+    stream_paths: BTreeMap<StreamId, (SocketAddr, SocketAddr)>,
+    /// Delivery of a stream's octets is in order.
+    stream_clock: BTreeMap<StreamId, Instant>,
+}
+
+enum Delivery {
+    Message { to: usize, path: Path, bytes: Vec<u8> },
+    Job { side: usize, id: JobId, job: Job },
+    Opened { side: usize, stream: StreamId, local: SocketAddr },
+    Closed { side: usize, stream: StreamId },
+}
+
+pub(super) struct Pair {
+    pub(super) now: Instant,
+    pub(super) rng: TestRng,
+    pub(super) sides: [Side; 2],
+    deliveries: BTreeMap<(Instant, u64), Delivery>,
+    counter: u64,
+    pub(super) loss: u64,
+    pub(super) duplication: u64,
+    pub(super) delay: (Duration, Duration),
+    pub(super) job_delay: Duration,
+    /// Side 0 is behind this address; ports move up by so much.
+    pub(super) nat: Option<(IpAddr, u16)>,
+    pub(super) udp_blocked: bool,
+    pub(super) tcp_blocked: bool,
+    /// Everything is lost.
+    pub(super) cut: bool,
+    ports: u16,
+    server_streams: u64,
+}
+
+pub(super) const A: usize = 0;
+pub(super) const B: usize = 1;
+
+pub(super) fn address(side: usize) -> IpAddr {
+    IpAddr::V4(if side == A { Ipv4Addr::new(10, 0, 0, 1) } else { Ipv4Addr::new(10, 0, 0, 2) })
+}
+
+pub(super) fn id(name: &str) -> Identity {
+    Identity::Fqdn(name.to_owned())
+}
+
+pub(super) fn network(text: &str) -> ConfiguredSelector {
+    let (ip, prefix) = text.split_once('/').unwrap();
+    ConfiguredSelector::Fixed(TrafficSelector::network(ip.parse().unwrap(), prefix.parse().unwrap()).unwrap())
+}
+
+/// The Child SA `net` as one side has it.
+pub(super) fn child(name: &str, local: &str, remote: &str) -> Child {
+    Child {
+        name: name.to_owned(),
+        local_ts: vec![network(local)],
+        remote_ts: vec![network(remote)],
+        esp_proposals: parse_proposals("aes128gcm16", Protocol::ESP).unwrap(),
+        mode: Mode::Tunnel,
+        rekey_time: Duration::ZERO,
+        life_time: Duration::ZERO,
+        rand_time: Duration::ZERO,
+        lifetime: ipsec::plane::Lifetime::default(),
+        replay_window: 64,
+        start_action: StartAction::None,
+        close_action: StartAction::None,
+        dpd_action: DpdAction::Clear,
+        reqid: 0,
+        copy_df: true,
+        copy_ecn: true,
+        updown: None,
+    }
+}
+
+/// The connection `site` as one side has it.
+pub(super) fn connection(side: usize) -> Connection {
+    let (local, remote) = if side == A { ("a", "b") } else { ("b", "a") };
+    let (local_net, remote_net) =
+        if side == A { ("10.1.0.0/24", "10.2.0.0/24") } else { ("10.2.0.0/24", "10.1.0.0/24") };
+    Connection {
+        name: "site".to_owned(),
+        local_addrs: Vec::new(),
+        remote_addrs: Vec::new(),
+        local_port: 500,
+        remote_port: 500,
+        proposals: parse_proposals("aes128gcm16-prfsha256-x25519", Protocol::IKE).unwrap(),
+        local_id: Some(id(local)),
+        local_auth: LocalAuth { class: AuthClass::SharedKey, certificates: Vec::new(), rsa_pss: false },
+        remote: PadEntry {
+            name: "site".to_owned(),
+            remote_id: IdentityPattern::exact(id(remote)),
+            class: AuthClass::SharedKey,
+            cacerts: Vec::new(),
+            certs: Vec::new(),
+        },
+        children: vec![Arc::new(child("net", local_net, remote_net))],
+        fragmentation: Fragmentation::Yes,
+        force_encapsulation: false,
+        send_cert: SendCert::IfAsked,
+        send_certreq: true,
+        dpd_delay: Duration::ZERO,
+        rekey_time: Duration::ZERO,
+        reauth_time: Duration::ZERO,
+        over_time: Duration::ZERO,
+        rand_time: Duration::ZERO,
+        keyingtries: 1,
+        unique: Unique::No,
+        tcp: TcpPolicy::No,
+        tcp_delay: Duration::from_secs(6),
+        tcp_remote_port: 4500,
+    }
+}
+
+impl Pair {
+    pub(super) fn new(seed: u64) -> Self {
+        Self::with(seed, EngineConfig::default(), connection(A), connection(B))
+    }
+
+    pub(super) fn with(seed: u64, config: EngineConfig, a: Connection, b: Connection) -> Self {
+        let now = Instant::now();
+        let mut rng = TestRng(seed);
+        let mut side = |connection: Connection| {
+            let mut engine = Engine::new(config.clone(), Box::new(TestRng(rng.next())), now);
+            engine.set_connections(vec![Arc::new(connection)]);
+            Side {
+                engine,
+                credentials: shared_key("correct horse"),
+                installed: BTreeMap::new(),
+                events: Vec::new(),
+                refuse_installs: None,
+                sent: Vec::new(),
+                reqids: 0,
+                streams: BTreeMap::new(),
+                stream_paths: BTreeMap::new(),
+                stream_clock: BTreeMap::new(),
+            }
+        };
+        let sides = [side(a), side(b)];
+        Self {
+            now,
+            rng,
+            sides,
+            deliveries: BTreeMap::new(),
+            counter: 0,
+            loss: 0,
+            duplication: 0,
+            delay: (Duration::from_millis(10), Duration::from_millis(1)),
+            job_delay: Duration::from_millis(20),
+            nat: None,
+            udp_blocked: false,
+            tcp_blocked: false,
+            cut: false,
+            ports: 40_000,
+            server_streams: 1 << 63,
+        }
+    }
+
+    /// Brings up `site` with `net` from this side.
+    pub(super) fn initiate(&mut self, side: usize, token: u64) {
+        let connection = Arc::clone(&self.sides[side].engine.ctx.connections[0]);
+        let child = connection.children.first().cloned();
+        self.initiate_child(side, connection, child, token);
+    }
+
+    pub(super) fn initiate_child(
+        &mut self,
+        side: usize,
+        connection: Arc<Connection>,
+        child: Option<Arc<Child>>,
+        token: u64,
+    ) {
+        let remote = self.seen_address(1 - side);
+        let request = Initiate { connection, child, local: address(side), remote, token };
+        let now = self.now;
+        self.sides[side].engine.initiate(now, request);
+        self.drain(side);
+    }
+
+    fn seen_address(&self, side: usize) -> IpAddr {
+        match self.nat {
+            Some((outside, _)) if side == A => outside,
+            _ => address(side),
+        }
+    }
+
+    /// Runs for a while of virtual time.
+    pub(super) fn run(&mut self, time: Duration) {
+        let end = self.now + time;
+        self.drain(A);
+        self.drain(B);
+        for _ in 0..200_000 {
+            let delivery = self.deliveries.keys().next().map(|(at, _)| *at);
+            let timer = |side: usize| self.sides[side].engine.next_timeout();
+            let next = [delivery, timer(A), timer(B)].into_iter().flatten().min();
+            let Some(next) = next.filter(|at| *at <= end) else {
+                self.now = end;
+                return;
+            };
+            self.now = self.now.max(next);
+            self.step();
+        }
+        panic!("the simulation does not come to rest");
+    }
+
+    fn step(&mut self) {
+        while let Some(entry) = self.deliveries.first_entry().filter(|entry| entry.key().0 <= self.now) {
+            let delivery = entry.remove();
+            self.deliver(delivery);
+        }
+        for side in [A, B] {
+            if self.sides[side].engine.next_timeout().is_some_and(|at| at <= self.now) {
+                let now = self.now;
+                self.sides[side].engine.handle_timeout(now);
+                let next = self.sides[side].engine.next_timeout();
+                self.drain(side);
+                assert!(next.is_none_or(|at| at > now), "a timer that is due stays due");
+            }
+        }
+    }
+
+    fn deliver(&mut self, delivery: Delivery) {
+        let now = self.now;
+        match delivery {
+            Delivery::Message { to, path, bytes } => {
+                self.sides[to].engine.handle_message(now, path, &bytes);
+                self.drain(to);
+            }
+            Delivery::Job { side, id, job } => {
+                let outcome = self.sides[side].execute(job);
+                self.sides[side].engine.handle_job(now, id, outcome);
+                self.drain(side);
+            }
+            Delivery::Opened { side, stream, local } => {
+                self.sides[side].engine.handle_stream_opened(now, stream, local);
+                self.drain(side);
+            }
+            Delivery::Closed { side, stream } => {
+                self.sides[side].streams.remove(&stream);
+                self.sides[side].engine.handle_stream_closed(now, stream, "closed");
+                self.drain(side);
+            }
+        }
+    }
+
+    pub(super) fn drain(&mut self, side: usize) {
+        while let Some(output) = self.sides[side].engine.poll_output() {
+            match output {
+                Output::Transmit(transmit) => self.transmit(side, transmit),
+                Output::Job(id, job) => {
+                    let wait = self.up_to(self.job_delay);
+                    self.schedule(wait, Delivery::Job { side, id, job });
+                }
+                Output::Event(event) => self.sides[side].note(event),
+                Output::OpenStream { stream, local, remote } => self.open(side, stream, local, remote),
+                Output::CloseStream(stream) => self.close_stream(side, stream),
+            }
+        }
+    }
+
+    fn up_to(&mut self, time: Duration) -> Duration {
+        let nanos = u64::try_from(time.as_nanos()).unwrap();
+        Duration::from_nanos(self.rng.below(nanos + 1))
+    }
+
+    fn schedule(&mut self, wait: Duration, delivery: Delivery) {
+        self.counter += 1;
+        self.deliveries.insert((self.now + wait, self.counter), delivery);
+    }
+
+    fn open(&mut self, side: usize, stream: StreamId, local: SocketAddr, remote: SocketAddr) {
+        if self.tcp_blocked || self.cut {
+            self.schedule(Duration::from_secs(1), Delivery::Closed { side, stream });
+            return;
+        }
+        self.ports += 1;
+        self.server_streams += 1;
+        let local = SocketAddr::new(local.ip(), self.ports);
+        let server = StreamId(self.server_streams);
+        self.sides[side].streams.insert(stream, server);
+        self.sides[1 - side].streams.insert(server, stream);
+        self.sides[side].stream_paths.insert(stream, (local, remote));
+        self.sides[1 - side].stream_paths.insert(server, (remote, local));
+        self.schedule(Duration::from_millis(30), Delivery::Opened { side, stream, local });
+    }
+
+    /// Closes a stream from this side; the other side hears of it.
+    pub(super) fn close_stream(&mut self, side: usize, stream: StreamId) {
+        if let Some(other) = self.sides[side].streams.remove(&stream) {
+            let at = self.sides[1 - side].stream_clock.get(&other).copied().unwrap_or(self.now).max(self.now);
+            self.counter += 1;
+            self.deliveries.insert((at, self.counter), Delivery::Closed { side: 1 - side, stream: other });
+        }
+    }
+
+    /// The network breaks a stream: both sides hear of it.
+    pub(super) fn break_streams(&mut self) {
+        let streams: Vec<(StreamId, StreamId)> = self.sides[A].streams.iter().map(|(a, b)| (*a, *b)).collect();
+        for (a, b) in streams {
+            self.schedule(Duration::from_millis(5), Delivery::Closed { side: A, stream: a });
+            self.schedule(Duration::from_millis(5), Delivery::Closed { side: B, stream: b });
+        }
+    }
+
+    fn transmit(&mut self, from: usize, transmit: Transmit) {
+        self.sides[from].sent.push(transmit.clone());
+        if self.cut {
+            return;
+        }
+        let Transmit { path, bytes } = transmit;
+        if let Transport::Stream(stream) = path.transport {
+            let Some(other) = self.sides[from].streams.get(&stream).copied() else { return };
+            let wait = self.up_to(self.delay.0);
+            let (local, remote) = self.sides[1 - from].stream_paths[&other];
+            let clock = self.sides[1 - from].stream_clock.entry(other).or_insert(self.now);
+            *clock = (*clock).max(self.now + wait);
+            let at = *clock;
+            let path = Path { local, remote, transport: Transport::Stream(other) };
+            self.counter += 1;
+            self.deliveries.insert((at, self.counter), Delivery::Message { to: 1 - from, path, bytes });
+            return;
+        }
+        if self.udp_blocked || bytes == [0xff] {
+            return;
+        }
+        let Some((to, path)) = self.route(from, path) else { return };
+        let copies = if self.rng.percent(self.duplication) { 2 } else { 1 };
+        for _ in 0..copies {
+            if !self.rng.percent(self.loss) {
+                let wait = self.delay.1 + self.up_to(self.delay.0);
+                self.schedule(wait, Delivery::Message { to, path, bytes: bytes.clone() });
+            }
+        }
+    }
+
+    /// Where a datagram goes, and the path as its receiver sees it.
+    fn route(&self, from: usize, path: Path) -> Option<(usize, Path)> {
+        let mut source = path.local;
+        let mut target = path.remote;
+        if let Some((outside, shift)) = self.nat {
+            if from == A {
+                source = SocketAddr::new(outside, source.port() + shift);
+            } else if target.ip() == outside {
+                // Unknown mappings are dropped, as NATs do, but for the well-known ports.
+                target = SocketAddr::new(address(A), target.port().checked_sub(shift)?);
+            }
+        }
+        let to = if target.ip() == address(A) { A } else { B };
+        (to != from).then_some((to, Path { local: target, remote: source, transport: path.transport }))
+    }
+
+    /// Asserts that both sides have the same, and that it works: SPIs and keys fit.
+    pub(super) fn assert_same(&self, ikes: usize, children: usize) {
+        let up = |side: &Side| {
+            let mut spis: Vec<(u64, u64)> = side.up().iter().map(|sa| (sa.initiator_spi, sa.responder_spi)).collect();
+            spis.sort_unstable();
+            spis
+        };
+        assert_eq!(up(&self.sides[A]), up(&self.sides[B]), "IKE SAs differ");
+        assert_eq!(up(&self.sides[A]).len(), ikes, "number of IKE SAs");
+        for side in [A, B] {
+            let here = &self.sides[side];
+            assert_eq!(here.engine.sas.len(), ikes, "IKE SAs that linger on side {side}");
+            assert_eq!(here.installed.len(), children, "installed pairs on side {side}: {:#?}", here.events);
+            let known: usize = here.up().iter().map(|sa| sa.children.len()).sum();
+            assert_eq!(known, children, "known Child SAs on side {side}");
+            assert_eq!(here.engine.ctx.child_spis.len(), children, "leaked SPIs on side {side}");
+            assert_eq!(here.engine.ctx.child_owners.len(), children, "leaked owners on side {side}");
+            assert_eq!(here.engine.ctx.ike_spis.len(), ikes, "leaked IKE SPIs on side {side}");
+            assert!(here.engine.ctx.jobs.is_empty(), "jobs that linger");
+            for (spi_in, pair) in &here.installed {
+                let other = self.sides[1 - side].installed.get(&pair.spi_out).expect("the peer has the other half");
+                assert_eq!(other.spi_out, *spi_in);
+                assert_eq!(other.keys_in, pair.keys_out);
+                assert_eq!(other.keys_out, pair.keys_in);
+                assert_eq!(other.local_ts, pair.remote_ts);
+                assert_eq!(other.remote_ts, pair.local_ts);
+                assert_eq!(other.mode, pair.mode);
+            }
+        }
+    }
+
+    /// All that is known on a side, without what time alone changes.
+    pub(super) fn snapshot(&self, side: usize) -> String {
+        let side = &self.sides[side];
+        format!("{:#?} {:#?} {:?}", side.engine.ike_sas(self.now), side.installed, side.engine.next_timeout())
+    }
+}
+
+impl Side {
+    fn execute(&mut self, job: Job) -> JobOutcome {
+        match job {
+            Job::Sign(request) => JobOutcome::Sign(self.credentials.sign(&request)),
+            Job::Authenticate(request) => JobOutcome::Authenticate(self.credentials.authenticate(&request, UNIX_TIME)),
+            Job::InstallChild(ready) => JobOutcome::InstallChild(match &self.refuse_installs {
+                Some(error) => Err(error.clone()),
+                None => Ok(self.install(ready.pair)),
+            }),
+        }
+    }
+
+    fn install(&mut self, pair: SaPair) -> u32 {
+        let reqid = if pair.reqid == 0 {
+            self.reqids += 1;
+            self.reqids
+        } else {
+            pair.reqid
+        };
+        let keys = |keys: &ipsec::plane::EspKeys| [keys.encr.expose(), keys.integ.expose()].concat();
+        let installed = Installed {
+            spi_out: pair.spi_out,
+            keys_in: keys(&pair.keys_in),
+            keys_out: keys(&pair.keys_out),
+            mode: pair.mode,
+            encapsulation: pair.encapsulation,
+            local_ts: pair.local_ts,
+            remote_ts: pair.remote_ts,
+            reqid,
+        };
+        assert!(self.installed.insert(pair.spi_in, installed).is_none(), "an SPI is installed twice");
+        reqid
+    }
+
+    fn note(&mut self, event: Event) {
+        match &event {
+            Event::ChildDown { child, .. } => {
+                assert!(self.installed.remove(&child.spi_in).is_some(), "ChildDown of what was not installed");
+            }
+            Event::Migrate { spi_in, to } => {
+                self.installed.get_mut(spi_in).expect("Migrate of what is installed").encapsulation = *to;
+            }
+            Event::ChildUp(_, id) | Event::ChildRekeyed { new: id, .. } => {
+                let known = self.engine.ctx.child_owners.contains_key(id);
+                assert!(known || !self.engine.ctx.outputs.is_empty(), "a Child SA that is up has an owner");
+            }
+            _ => {}
+        }
+        self.events.push(event);
+    }
+
+    /// Established IKE SAs.
+    pub(super) fn up(&self) -> Vec<IkeSaStatus> {
+        let all = self.engine.ike_sas(Instant::now());
+        all.into_iter().filter(|sa| sa.state == IkeState::Established).collect()
+    }
+
+    pub(super) fn only(&self) -> IkeSaStatus {
+        let mut all = self.engine.ike_sas(Instant::now());
+        assert_eq!(all.len(), 1, "one IKE SA is expected: {all:#?}");
+        all.remove(0)
+    }
+
+    pub(super) fn done(&self, token: u64) -> bool {
+        self.events.iter().any(|event| matches!(event, Event::Done { token: done } if *done == token))
+    }
+
+    pub(super) fn failed(&self, token: u64) -> Option<String> {
+        self.events.iter().find_map(|event| match event {
+            Event::Failed { token: Some(failed), reason, .. } if *failed == token => Some(reason.clone()),
+            _ => None,
+        })
+    }
+
+    pub(super) fn logged(&self, text: &str) -> bool {
+        self.events.iter().any(|event| matches!(event, Event::Log { message, .. } if message.contains(text)))
+    }
+
+    pub(super) fn down(&self, reason: CloseReason) -> bool {
+        self.events.iter().any(|event| matches!(event, Event::IkeDown(_, why) if *why == reason))
+    }
+}
+
+pub(super) fn seconds(n: u64) -> Duration {
+    Duration::from_secs(n)
+}
+
+/// An established pair.
+pub(super) fn up(seed: u64) -> Pair {
+    established(Pair::new(seed))
+}
+
+pub(super) fn established(mut pair: Pair) -> Pair {
+    pair.initiate(A, 1);
+    pair.run(seconds(3));
+    assert!(pair.sides[A].done(1), "not established: {:#?} {:#?}", pair.sides[A].events, pair.sides[B].events);
+    pair.assert_same(1, 1);
+    pair
+}

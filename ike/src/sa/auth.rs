@@ -1,0 +1,154 @@
+//! What both roles of IKE_AUTH share: the signed octets (RFC 7296 §2.15) and the payloads of a proof.
+
+use std::sync::Arc;
+
+use ipsec::secret::Secret;
+use ipsec::transform::Prf;
+use pad::{AuthMethod, Identity, LocalAuth, PadEntry, SharedKeyMac, SignRequest, SignedAuth};
+
+use super::channel::Channel;
+use super::parts::Parts;
+use crate::config::{Connection, SendCert};
+use crate::crypto::{self, KeyError};
+use crate::wire::{Identification, Payload};
+
+/// X.509 Certificate - Signature (RFC 7296 §3.6).
+const X509_SIGNATURE: u8 = 4;
+/// RFC 7296 §2.15.
+const KEY_PAD: &[u8] = b"Key Pad for IKEv2";
+
+/// What IKE_AUTH needs from the IKE_SA_INIT exchange.
+#[derive(Debug)]
+pub(crate) struct InitMaterial {
+    /// Our last IKE_SA_INIT message, the octets as sent.
+    pub(crate) ours: Vec<u8>,
+    /// The peer's, as received.
+    pub(crate) theirs: Vec<u8>,
+    /// The initiator's nonce.
+    pub(crate) ni: Vec<u8>,
+    /// The responder's.
+    pub(crate) nr: Vec<u8>,
+    /// The peer's SIGNATURE_HASH_ALGORITHMS.
+    pub(crate) peer_hashes: Option<Vec<u16>>,
+    /// Hashes from its CERTREQ payloads.
+    pub(crate) cert_requests: Vec<[u8; 20]>,
+    /// It sent a CERTREQ at all.
+    pub(crate) cert_requested: bool,
+}
+
+impl InitMaterial {
+    /// What we sign: our message, the peer's nonce, the MAC of our identity.
+    pub(crate) fn our_octets(&self, channel: &Channel, id: &Identification) -> Result<Vec<u8>, KeyError> {
+        let (nonce, key) = if channel.initiator { (&self.nr, &channel.pi) } else { (&self.ni, &channel.pr) };
+        signed_octets(channel.suite.prf, &self.ours, nonce, key, id)
+    }
+
+    /// What the peer signed.
+    pub(crate) fn their_octets(&self, channel: &Channel, id: &Identification) -> Result<Vec<u8>, KeyError> {
+        let (nonce, key) = if channel.initiator { (&self.ni, &channel.pr) } else { (&self.nr, &channel.pi) };
+        signed_octets(channel.suite.prf, &self.theirs, nonce, key, id)
+    }
+
+    /// Adds what an IKE_AUTH request's CERTREQ payloads say.
+    pub(crate) fn note_cert_requests(&mut self, parts: &Parts) {
+        self.cert_requested |= parts.cert_requested;
+        self.cert_requests.extend_from_slice(&parts.cert_requests);
+    }
+
+    /// The request to prove ourselves.
+    pub(crate) fn sign_request(
+        &self,
+        channel: &Channel,
+        local_id: Identity,
+        peer_id: Option<Identity>,
+        auth: LocalAuth,
+    ) -> Result<SignRequest, KeyError> {
+        let octets = self.our_octets(channel, &identification(&local_id))?;
+        Ok(SignRequest {
+            local_id,
+            peer_id,
+            auth,
+            shared_key_mac: Arc::new(Mac { prf: channel.suite.prf, octets: octets.clone() }),
+            octets,
+            peer_hashes: self.peer_hashes.clone(),
+            cert_requests: self.cert_requests.clone(),
+        })
+    }
+
+    /// The question whether the peer is who it says it is. `id` is its Identification payload as received.
+    #[allow(clippy::too_many_arguments, reason = "the fields of the request")]
+    pub(crate) fn authenticate_request(
+        &self,
+        channel: &Channel,
+        id: &Identification,
+        peer_id: Identity,
+        local_id: Identity,
+        (method, auth): (u8, Vec<u8>),
+        certificates: Vec<Vec<u8>>,
+        entries: Vec<PadEntry>,
+    ) -> Result<pad::AuthenticateRequest, KeyError> {
+        let signed_octets = self.their_octets(channel, id)?;
+        Ok(pad::AuthenticateRequest {
+            peer_id,
+            local_id,
+            method: AuthMethod(method),
+            auth,
+            shared_key_mac: Arc::new(Mac { prf: channel.suite.prf, octets: signed_octets.clone() }),
+            signed_octets,
+            certificates,
+            entries,
+        })
+    }
+}
+
+/// An identity as a payload body.
+pub(crate) fn identification(id: &Identity) -> Identification {
+    Identification { kind: id.kind(), data: id.wire_data() }
+}
+
+/// CERT and AUTH payloads of our proof.
+pub(crate) fn proof_payloads(signed: SignedAuth, send: SendCert, requested: bool) -> Vec<Payload> {
+    let send = match send {
+        SendCert::Always => true,
+        SendCert::IfAsked => requested,
+        SendCert::Never => false,
+    };
+    let certificates = signed.certificates.into_iter().filter(|_| send);
+    let mut payloads: Vec<Payload> =
+        certificates.map(|data| Payload::Cert { encoding: X509_SIGNATURE, data }).collect();
+    payloads.push(Payload::Auth { method: signed.method.0, data: signed.auth });
+    payloads
+}
+
+/// A CERTREQ for the CAs that we know, where this connection wants certificates.
+pub(crate) fn cert_request(connection: &Connection, authorities: &[[u8; 20]]) -> Option<Payload> {
+    let wanted = connection.send_certreq && connection.remote.class == pad::AuthClass::PublicKey;
+    (wanted && !authorities.is_empty())
+        .then(|| Payload::CertReq { encoding: X509_SIGNATURE, authorities: authorities.concat() })
+}
+
+fn signed_octets(
+    algorithm: Prf,
+    message: &[u8],
+    nonce: &[u8],
+    key: &Secret,
+    id: &Identification,
+) -> Result<Vec<u8>, KeyError> {
+    let maced = crypto::prf(algorithm, key.expose(), &[&id.body()])?;
+    Ok([message, nonce, maced.expose()].concat())
+}
+
+/// `prf(prf(secret, "Key Pad for IKEv2"), octets)`.
+struct Mac {
+    prf: Prf,
+    octets: Vec<u8>,
+}
+
+impl SharedKeyMac for Mac {
+    fn mac(&self, secret: &Secret) -> Vec<u8> {
+        // The PRF was chosen from those that we have, so this cannot fail; an empty MAC equals none.
+        let padded = crypto::prf(self.prf, secret.expose(), &[KEY_PAD]);
+        let mac = padded.and_then(|key| crypto::prf(self.prf, key.expose(), &[&self.octets]));
+        mac.map(|mac| mac.expose().to_vec()).unwrap_or_default()
+    }
+}

@@ -1,0 +1,340 @@
+//! IKE_AUTH as initiator (RFC 7296 §1.2, §2.15, §2.21.2).
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use pad::{Identity, PeerIdentity, SignError, SignedAuth};
+
+use ipsec::plane::StreamId;
+
+use super::auth::{InitMaterial, cert_request, identification, proof_payloads};
+use super::channel::{Channel, Received};
+use super::child::ChildOffer;
+use super::fault::{Fault, notify, notify_name};
+use super::parts::Parts;
+use super::retry::{Due, Retry, after};
+use super::{Core, Established, IkeSa, Want, fail_wants, is_first_contact, local_identity};
+use crate::config::Connection;
+use crate::engine::context::Context;
+use crate::engine::{CloseReason, Event, IkeSaStatus, IkeState, Job, JobId, JobOutcome, Path, Transport};
+use crate::wire::{ExchangeType, NotifyType, Opened, Payload, Protected};
+
+/// An IKE SA that we initiated, with keys, and a peer that has not proved anything.
+pub(crate) struct InitiatorAuth {
+    pub(crate) core: Core,
+    pub(crate) channel: Channel,
+    connection: Arc<Connection>,
+    wants: Vec<Want>,
+    material: InitMaterial,
+    local_id: Identity,
+    childless: bool,
+    deadline: Instant,
+    offer: Option<Box<ChildOffer>>,
+    phase: Phase,
+}
+
+enum Phase {
+    /// Our proof is being made.
+    Signing(JobId),
+    /// The request is out.
+    Waiting,
+    /// The peer's proof is being checked; what else it said waits.
+    Verifying { job: JobId, asserted: Identity, parts: Box<Parts> },
+}
+
+impl InitiatorAuth {
+    #[allow(clippy::too_many_arguments, reason = "the parts of a consumed Initiating")]
+    pub(crate) fn begin(
+        ctx: &mut Context,
+        now: Instant,
+        core: Core,
+        channel: Channel,
+        connection: Arc<Connection>,
+        wants: Vec<Want>,
+        material: InitMaterial,
+        childless: bool,
+    ) -> Option<IkeSa> {
+        let local_id = local_identity(&connection, &core.path);
+        let peer_id = connection.remote.remote_id.as_exact().cloned();
+        let request = material.sign_request(&channel, local_id.clone(), peer_id, connection.local_auth.clone());
+        let Ok(request) = request else {
+            fail_wants(ctx, &core.name, &wants, "the PRF is not supported");
+            return None;
+        };
+        let job = ctx.job(core.id, Job::Sign(request));
+        // Jobs may be slow, but they do not hold an SA for ever.
+        let deadline = after(now, super::retry::total(&ctx.config.retransmission) + ctx.config.half_open_timeout);
+        let phase = Phase::Signing(job);
+        Some(IkeSa::InitiatorAuth(Box::new(Self {
+            core,
+            channel,
+            connection,
+            wants,
+            material,
+            local_id,
+            childless,
+            deadline,
+            offer: None,
+            phase,
+        })))
+    }
+
+    pub(crate) fn serves(&self, connection: &Connection, remote: std::net::IpAddr) -> bool {
+        self.connection.authenticates_as(connection) && self.core.path.remote.ip() == remote
+    }
+
+    pub(crate) fn add_want(&mut self, want: Want) {
+        self.wants.push(want);
+    }
+
+    pub(crate) fn next_timeout(&self) -> Instant {
+        self.channel.next_timeout().map_or(self.deadline, |at| at.min(self.deadline))
+    }
+
+    pub(crate) fn status(&self) -> IkeSaStatus {
+        IkeSaStatus {
+            id: self.core.id,
+            connection: self.core.name.clone(),
+            state: IkeState::Connecting,
+            path: self.core.path,
+            local_id: Some(self.local_id.clone()),
+            remote_id: self.connection.remote.remote_id.as_exact().cloned(),
+            peer: None,
+            initiator: true,
+            initiator_spi: self.channel.spis.initiator,
+            responder_spi: self.channel.spis.responder,
+            nat_local: self.core.nat.local,
+            nat_remote: self.core.nat.remote,
+            nat_fake: self.core.nat.fake,
+            suite: Some(self.channel.suite),
+            established: None,
+            rekey_in: None,
+            reauth_in: None,
+            tasks_active: vec!["IKE_CERT_PRE", "IKE_AUTH", "IKE_CERT_POST", "CHILD_CREATE"],
+            children: Vec::new(),
+        }
+    }
+
+    pub(crate) fn handle_job(
+        mut self: Box<Self>,
+        ctx: &mut Context,
+        now: Instant,
+        job: JobId,
+        outcome: JobOutcome,
+    ) -> Option<IkeSa> {
+        match (std::mem::replace(&mut self.phase, Phase::Waiting), outcome) {
+            (Phase::Signing(waiting), JobOutcome::Sign(result)) if waiting == job => self.signed(ctx, now, result),
+            (Phase::Verifying { job: waiting, asserted, parts }, JobOutcome::Authenticate(result))
+                if waiting == job =>
+            {
+                match result {
+                    Ok(peer) if peer.id == asserted && self.connection.remote.remote_id.matches(&peer.id) => {
+                        self.authenticated(ctx, now, peer, *parts)
+                    }
+                    Ok(_) => self.reject(ctx, now, "the identity is not the one that the connection names"),
+                    Err(error) => self.reject(ctx, now, &error.to_string()),
+                }
+            }
+            (phase, _) => {
+                self.phase = phase;
+                Some(IkeSa::InitiatorAuth(self))
+            }
+        }
+    }
+
+    pub(crate) fn handle_protected(
+        mut self: Box<Self>,
+        ctx: &mut Context,
+        now: Instant,
+        path: Path,
+        protected: Protected,
+        datagram: &[u8],
+    ) -> Option<IkeSa> {
+        // Requests of a peer that has proved nothing are not even opened.
+        if !protected.header.response || protected.header.exchange != ExchangeType::IKE_AUTH {
+            return Some(IkeSa::InitiatorAuth(self));
+        }
+        match self.channel.receive(protected, datagram) {
+            Received::Response(opened) => {
+                let _ = path;
+                self.response(ctx, now, &opened)
+            }
+            Received::Request(_) | Received::Repeated(_) | Received::Ignored => Some(IkeSa::InitiatorAuth(self)),
+        }
+    }
+
+    pub(crate) fn handle_timeout(mut self: Box<Self>, ctx: &mut Context, now: Instant) -> Option<IkeSa> {
+        if now >= self.deadline {
+            self.abandon(ctx, "authentication took too long", CloseReason::Timeout);
+            return None;
+        }
+        let policy = ctx.config.retransmission;
+        let (due, id, count) = self.channel.poll_retry(now, &policy, ctx.rng.as_mut());
+        match due {
+            Due::Nothing => {}
+            Due::Resend => {
+                let line = format!("retransmit {count} of request with message ID {id}");
+                ctx.log("IKE", 1, self.core.tag(), line);
+                let datagrams = self.channel.outstanding().unwrap_or_default().to_vec();
+                ctx.transmit(self.core.path, datagrams);
+            }
+            Due::GiveUp => {
+                ctx.log("IKE", 1, self.core.tag(), format!("giving up after {count} retransmits"));
+                self.abandon(ctx, "the peer does not answer", CloseReason::Timeout);
+                return None;
+            }
+        }
+        Some(IkeSa::InitiatorAuth(self))
+    }
+
+    pub(crate) fn handle_stream_closed(
+        self: Box<Self>,
+        ctx: &mut Context,
+        _now: Instant,
+        stream: StreamId,
+        reason: &str,
+    ) -> Option<IkeSa> {
+        if self.core.path.transport == Transport::Stream(stream) {
+            self.abandon(ctx, &format!("the TCP connection failed: {reason}"), CloseReason::Failed);
+            return None;
+        }
+        Some(IkeSa::InitiatorAuth(self))
+    }
+
+    /// Ends before anything came up.
+    pub(crate) fn abandon(self, ctx: &mut Context, reason: &str, close: CloseReason) {
+        if let Some(offer) = &self.offer {
+            ctx.release_child_spi(offer.spi);
+        }
+        fail_wants(ctx, &self.core.name, &self.wants, reason);
+        let status = self.status();
+        ctx.event(Event::IkeDown(Box::new(status), close));
+    }
+
+    fn signed(
+        mut self: Box<Self>,
+        ctx: &mut Context,
+        now: Instant,
+        result: Result<SignedAuth, SignError>,
+    ) -> Option<IkeSa> {
+        let signed = match result {
+            Ok(signed) => signed,
+            Err(error) => {
+                ctx.log("IKE", 1, self.core.tag(), error.to_string());
+                self.abandon(ctx, &error.to_string(), CloseReason::Failed);
+                return None;
+            }
+        };
+        let id = identification(&self.local_id);
+        let line = format!("authentication of '{}' (myself)", self.local_id);
+        ctx.log("IKE", 1, self.core.tag(), line);
+        let mut payloads = vec![Payload::IdInitiator(id)];
+        let mut proof = proof_payloads(signed, self.connection.send_cert, self.material.cert_requested);
+        let auth = proof.pop();
+        payloads.append(&mut proof);
+        if is_first_contact(ctx, &self.connection, &self.local_id) {
+            payloads.push(notify(NotifyType::INITIAL_CONTACT, Vec::new()));
+        }
+        payloads.extend(cert_request(&self.connection, &ctx.authorities));
+        if let Some(remote) = self.connection.remote.remote_id.as_exact() {
+            payloads.push(Payload::IdResponder(identification(remote)));
+        }
+        payloads.extend(auth);
+        if let Some(child) = self.first_child() {
+            let nonce = self.material.ni.clone();
+            let offer = ChildOffer::first(ctx, &self.core, child, nonce);
+            payloads.extend(offer.payloads());
+            self.offer = Some(Box::new(offer));
+        }
+        let over_stream = matches!(self.core.path.transport, Transport::Stream(_));
+        let retry = Retry::start(now, &ctx.config.retransmission, over_stream, ctx.rng.as_mut());
+        let max_length = ctx.max_length(&self.core.path, self.channel.fragmentation, self.connection.fragmentation);
+        let datagrams = self.channel.request(ExchangeType::IKE_AUTH, &payloads, max_length, retry, ctx.rng.as_mut());
+        ctx.transmit(self.core.path, datagrams.unwrap_or_default());
+        self.phase = Phase::Waiting;
+        Some(IkeSa::InitiatorAuth(self))
+    }
+
+    /// The Child SA for IKE_AUTH: the first that was asked for; the connection's first where the peer needs one.
+    fn first_child(&self) -> Option<Arc<crate::config::Child>> {
+        let wanted = self.wants.iter().find_map(|want| want.child.clone());
+        if wanted.is_none() && !self.childless { self.connection.children.first().cloned() } else { wanted }
+    }
+
+    fn response(mut self: Box<Self>, ctx: &mut Context, now: Instant, opened: &Opened) -> Option<IkeSa> {
+        let parts = match Parts::of(opened) {
+            Ok(parts) => parts,
+            Err(fault) => return self.reject(ctx, now, &fault.to_string()),
+        };
+        let (Some(id), Some(auth)) = (parts.id_responder.clone(), parts.auth.clone()) else {
+            // Without a proof there are only errors; they are protected, but by nobody that we know.
+            let line = match parts.error() {
+                Some(error) => format!("received {} notify error", notify_name(error.kind)),
+                None => "the peer did not authenticate".to_owned(),
+            };
+            ctx.log("IKE", 1, self.core.tag(), line.clone());
+            self.abandon(ctx, &line, CloseReason::Failed);
+            return None;
+        };
+        let asserted = match Identity::from_wire(id.kind, &id.data) {
+            Ok(asserted) => asserted,
+            Err(error) => return self.reject(ctx, now, &error.to_string()),
+        };
+        let request = self.material.authenticate_request(
+            &self.channel,
+            &id,
+            asserted.clone(),
+            self.local_id.clone(),
+            auth,
+            parts.certificates.clone(),
+            vec![self.connection.remote.clone()],
+        );
+        let Ok(request) = request else { return self.reject(ctx, now, "the PRF is not supported") };
+        let job = ctx.job(self.core.id, Job::Authenticate(request));
+        self.phase = Phase::Verifying { job, asserted, parts: Box::new(parts) };
+        Some(IkeSa::InitiatorAuth(self))
+    }
+
+    fn authenticated(
+        self: Box<Self>,
+        ctx: &mut Context,
+        now: Instant,
+        peer: PeerIdentity,
+        parts: Parts,
+    ) -> Option<IkeSa> {
+        let line = format!("authentication of '{}' successful", peer.id);
+        ctx.log("IKE", 1, self.core.tag(), line);
+        let Self { core, channel, connection, mut wants, material, offer, .. } = *self;
+        let mut established = Box::new(Established::new(
+            ctx,
+            now,
+            core,
+            channel,
+            connection,
+            Arc::new(peer),
+            super::established::Role::Initiator,
+        ));
+        // The first wanted child went with IKE_AUTH, what else was asked for follows.
+        let with_child = wants.iter().position(|want| want.child.is_some());
+        let first = with_child.map(|index| wants.remove(index));
+        let result = established.adopt_wants(ctx, now, wants).and_then(|()| match offer {
+            Some(offer) => {
+                let token = first.and_then(|want| want.token);
+                established.finish_first_child(ctx, now, *offer, token, &parts, &material.nr)
+            }
+            None => Ok(()),
+        });
+        result.is_ok().then_some(IkeSa::Established(established))
+    }
+
+    /// RFC 7296 §2.21.2: we authenticated to the peer, which must learn that it did not to us.
+    fn reject(mut self: Box<Self>, ctx: &mut Context, now: Instant, reason: &str) -> Option<IkeSa> {
+        ctx.log("IKE", 1, self.core.tag(), format!("authentication of the peer failed: {reason}"));
+        let retry = Retry::start(now, &ctx.config.retransmission, true, ctx.rng.as_mut());
+        let payloads = [Fault::AuthenticationFailed.payload()];
+        let datagrams = self.channel.request(ExchangeType::INFORMATIONAL, &payloads, None, retry, ctx.rng.as_mut());
+        ctx.transmit(self.core.path, datagrams.unwrap_or_default());
+        self.abandon(ctx, &format!("authentication of the peer failed: {reason}"), CloseReason::Failed);
+        None
+    }
+}

@@ -1,0 +1,324 @@
+//! IKE_AUTH as responder (RFC 7296 §1.2, §2.15, §2.21.2).
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use pad::{AuthError, Identity, IdentityPattern, PeerIdentity, SignError, SignedAuth};
+
+use super::auth::{InitMaterial, identification, proof_payloads};
+use super::channel::{Channel, Received};
+use super::fault::Fault;
+use super::parts::Parts;
+use super::retry::after;
+use super::{Core, Established, IkeSa, local_identity};
+use crate::config::{Connection, Unique};
+use crate::engine::context::{Context, PeerKey};
+use crate::engine::{CloseReason, Event, IkeSaStatus, IkeState, Job, JobId, JobOutcome, Path};
+use crate::wire::{ExchangeType, Identification, NotifyType, Opened, Payload, Protected};
+
+/// An IKE SA that a peer initiated, with keys, and a peer that has not proved anything.
+pub(crate) struct ResponderAuth {
+    pub(crate) core: Core,
+    pub(crate) channel: Channel,
+    /// Connections that fit the addresses and the proposal, in configuration order.
+    candidates: Vec<Arc<Connection>>,
+    material: InitMaterial,
+    init_remote: SocketAddr,
+    deadline: Instant,
+    phase: Phase,
+}
+
+/// Candidates that assert one identity of ours.
+struct Group {
+    local_id: Identity,
+    connections: Vec<Arc<Connection>>,
+}
+
+/// What the peer said of itself in IKE_AUTH.
+struct Claim {
+    id: Identification,
+    asserted: Identity,
+    parts: Box<Parts>,
+}
+
+enum Phase {
+    /// IKE_AUTH has not come.
+    Waiting,
+    /// The peer's proof is being checked against the first group.
+    Verifying { job: JobId, claim: Claim, groups: VecDeque<Group> },
+    /// The peer has proved who it is; our proof is being made.
+    Signing { job: JobId, parts: Box<Parts>, peer: Arc<PeerIdentity>, connection: Arc<Connection> },
+}
+
+impl ResponderAuth {
+    pub(crate) fn new(
+        ctx: &Context,
+        now: Instant,
+        core: Core,
+        channel: Channel,
+        candidates: Vec<Arc<Connection>>,
+        material: InitMaterial,
+    ) -> Self {
+        let init_remote = core.path.remote;
+        let deadline = after(now, ctx.config.half_open_timeout);
+        Self { core, channel, candidates, material, init_remote, deadline, phase: Phase::Waiting }
+    }
+
+    /// Where its IKE_SA_INIT came from.
+    pub(crate) fn init_remote(&self) -> SocketAddr {
+        self.init_remote
+    }
+
+    /// The IKE_SA_INIT request and our answer, for repetitions.
+    pub(crate) fn init_exchange(&self) -> (&[u8], &[u8]) {
+        (&self.material.theirs, &self.material.ours)
+    }
+
+    pub(crate) fn next_timeout(&self) -> Instant {
+        self.deadline
+    }
+
+    pub(crate) fn status(&self) -> IkeSaStatus {
+        IkeSaStatus {
+            id: self.core.id,
+            connection: self.core.name.clone(),
+            state: IkeState::Connecting,
+            path: self.core.path,
+            local_id: None,
+            remote_id: None,
+            peer: None,
+            initiator: false,
+            initiator_spi: self.channel.spis.initiator,
+            responder_spi: self.channel.spis.responder,
+            nat_local: self.core.nat.local,
+            nat_remote: self.core.nat.remote,
+            nat_fake: self.core.nat.fake,
+            suite: Some(self.channel.suite),
+            established: None,
+            rekey_in: None,
+            reauth_in: None,
+            tasks_active: vec!["IKE_CERT_PRE", "IKE_AUTH", "IKE_CERT_POST", "CHILD_CREATE"],
+            children: Vec::new(),
+        }
+    }
+
+    pub(crate) fn handle_protected(
+        mut self: Box<Self>,
+        ctx: &mut Context,
+        now: Instant,
+        path: Path,
+        protected: Protected,
+        datagram: &[u8],
+    ) -> Option<IkeSa> {
+        // Until the peer is authenticated there is one request that we read: IKE_AUTH.
+        if protected.header.response || protected.header.exchange != ExchangeType::IKE_AUTH {
+            return Some(IkeSa::ResponderAuth(self));
+        }
+        match self.channel.receive(protected, datagram) {
+            Received::Request(opened) => {
+                // RFC 7296 §2.23: the initiator may have moved to the other port.
+                self.core.path = path;
+                self.request(ctx, now, &opened)
+            }
+            Received::Repeated(_) | Received::Response(_) | Received::Ignored => Some(IkeSa::ResponderAuth(self)),
+        }
+    }
+
+    pub(crate) fn handle_job(
+        mut self: Box<Self>,
+        ctx: &mut Context,
+        now: Instant,
+        job: JobId,
+        outcome: JobOutcome,
+    ) -> Option<IkeSa> {
+        match (std::mem::replace(&mut self.phase, Phase::Waiting), outcome) {
+            (Phase::Verifying { job: waiting, claim, groups }, JobOutcome::Authenticate(result)) if waiting == job => {
+                self.verified(ctx, now, claim, groups, result)
+            }
+            (Phase::Signing { job: waiting, parts, peer, connection }, JobOutcome::Sign(result)) if waiting == job => {
+                self.signed(ctx, now, *parts, peer, connection, result)
+            }
+            (phase, _) => {
+                self.phase = phase;
+                Some(IkeSa::ResponderAuth(self))
+            }
+        }
+    }
+
+    pub(crate) fn handle_timeout(self: Box<Self>, ctx: &mut Context, now: Instant) -> Option<IkeSa> {
+        if now < self.deadline {
+            return Some(IkeSa::ResponderAuth(self));
+        }
+        ctx.log("JOB", 1, self.core.tag(), "deleting half open IKE_SA after timeout".to_owned());
+        self.abandon(ctx, CloseReason::Timeout);
+        None
+    }
+
+    /// Ends before anything came up.
+    pub(crate) fn abandon(self, ctx: &mut Context, close: CloseReason) {
+        let status = self.status();
+        ctx.event(Event::IkeDown(Box::new(status), close));
+    }
+
+    fn request(mut self: Box<Self>, ctx: &mut Context, now: Instant, opened: &Opened) -> Option<IkeSa> {
+        let parts = match Parts::of(opened) {
+            Ok(parts) => parts,
+            Err(fault) => return self.refuse(ctx, now, &fault, &fault.to_string()),
+        };
+        let Some(id) = parts.id_initiator.clone() else {
+            return self.refuse(ctx, now, &Fault::InvalidSyntax(String::new()), "IKE_AUTH without IDi");
+        };
+        if parts.auth.is_none() {
+            return self.refuse(ctx, now, &Fault::AuthenticationFailed, "the peer wants EAP, which we lack");
+        }
+        let asserted = match Identity::from_wire(id.kind, &id.data) {
+            Ok(asserted) => asserted,
+            Err(error) => return self.refuse(ctx, now, &Fault::AuthenticationFailed, &error.to_string()),
+        };
+        self.material.note_cert_requests(&parts);
+        let groups = self.groups(ctx, &asserted, &parts);
+        let claim = Claim { id, asserted, parts: Box::new(parts) };
+        self.verify(ctx, now, claim, groups)
+    }
+
+    /// Candidates that can be the identity that the initiator asks for (§3.5), by the identity they assert.
+    ///
+    /// Of all connections, candidates or not, those that name the peer most narrowly say how it is proved (RFC 4301
+    /// §4.4.3). Otherwise a peer would get around them with a proposal, an address or an IDr of its choice.
+    fn groups(&self, ctx: &Context, asserted: &Identity, parts: &Parts) -> VecDeque<Group> {
+        let specificity = |connection: &Connection| connection.remote.remote_id.match_specificity(asserted);
+        let narrowest = ctx.connections.iter().filter_map(|connection| specificity(connection)).max();
+        let asked = parts.id_responder.as_ref().map(|id| Identity::from_wire(id.kind, &id.data));
+        let mut groups: VecDeque<Group> = VecDeque::new();
+        for candidate in &self.candidates {
+            // What was removed or changed since IKE_SA_INIT admits nobody; nor does the peer leave its addresses.
+            let Some(connection) = ctx.connections.iter().find(|connection| {
+                connection.authenticates_as(candidate) && connection.admits_addresses(&self.core.path)
+            }) else {
+                continue;
+            };
+            let local_id = local_identity(connection, &self.core.path);
+            let fits = match &asked {
+                Some(Ok(asked)) => IdentityPattern::exact(local_id.clone()).matches(asked),
+                Some(Err(_)) => false,
+                None => true,
+            };
+            if !fits || specificity(connection) < narrowest {
+                continue;
+            }
+            match groups.iter_mut().find(|group| group.local_id == local_id) {
+                Some(group) => group.connections.push(Arc::clone(connection)),
+                None => groups.push_back(Group { local_id, connections: vec![Arc::clone(connection)] }),
+            }
+        }
+        groups
+    }
+
+    fn verify(
+        mut self: Box<Self>,
+        ctx: &mut Context,
+        now: Instant,
+        claim: Claim,
+        groups: VecDeque<Group>,
+    ) -> Option<IkeSa> {
+        let (Some(group), Some(auth)) = (groups.front(), claim.parts.auth.clone()) else {
+            let reason = format!("no connection fits '{}'", claim.asserted);
+            return self.refuse(ctx, now, &Fault::AuthenticationFailed, &reason);
+        };
+        let request = self.material.authenticate_request(
+            &self.channel,
+            &claim.id,
+            claim.asserted.clone(),
+            group.local_id.clone(),
+            auth,
+            claim.parts.certificates.clone(),
+            group.connections.iter().map(|connection| connection.remote.clone()).collect(),
+        );
+        let Ok(request) = request else {
+            return self.refuse(ctx, now, &Fault::AuthenticationFailed, "the PRF is not supported");
+        };
+        let job = ctx.job(self.core.id, Job::Authenticate(request));
+        self.phase = Phase::Verifying { job, claim, groups };
+        Some(IkeSa::ResponderAuth(self))
+    }
+
+    fn verified(
+        mut self: Box<Self>,
+        ctx: &mut Context,
+        now: Instant,
+        claim: Claim,
+        mut groups: VecDeque<Group>,
+        result: Result<PeerIdentity, AuthError>,
+    ) -> Option<IkeSa> {
+        let Some(group) = groups.pop_front() else {
+            return self.refuse(ctx, now, &Fault::AuthenticationFailed, "no connection fits");
+        };
+        let peer = match result {
+            Ok(peer) => peer,
+            Err(error) if groups.is_empty() => {
+                return self.refuse(ctx, now, &Fault::AuthenticationFailed, &error.to_string());
+            }
+            Err(_) => return self.verify(ctx, now, claim, groups),
+        };
+        // The entry that admitted the peer decides what it may ask for; no other connection can.
+        let admitted = group.connections.into_iter().find(|connection| {
+            connection.name == peer.entry
+                && peer.id == claim.asserted
+                && peer.local_id == group.local_id
+                && connection.remote.remote_id.matches(&peer.id)
+        });
+        let Some(connection) = admitted else {
+            return self.refuse(ctx, now, &Fault::AuthenticationFailed, "no connection admits this identity");
+        };
+        let known = ctx.peers.contains_key(&PeerKey::of(&peer));
+        let replaces = claim.parts.has(NotifyType::INITIAL_CONTACT);
+        if connection.unique == Unique::Keep && known && !replaces {
+            return self.refuse(ctx, now, &Fault::AuthenticationFailed, "an IKE_SA with this peer exists and is kept");
+        }
+        self.core.name.clone_from(&connection.name);
+        ctx.log("IKE", 1, self.core.tag(), format!("authentication of '{}' successful", peer.id));
+        let auth = connection.local_auth.clone();
+        let request = self.material.sign_request(&self.channel, peer.local_id.clone(), Some(peer.id.clone()), auth);
+        let Ok(request) = request else {
+            return self.refuse(ctx, now, &Fault::AuthenticationFailed, "the PRF is not supported");
+        };
+        let job = ctx.job(self.core.id, Job::Sign(request));
+        self.phase = Phase::Signing { job, parts: claim.parts, peer: Arc::new(peer), connection };
+        Some(IkeSa::ResponderAuth(self))
+    }
+
+    fn signed(
+        self: Box<Self>,
+        ctx: &mut Context,
+        now: Instant,
+        parts: Parts,
+        peer: Arc<PeerIdentity>,
+        connection: Arc<Connection>,
+        result: Result<SignedAuth, SignError>,
+    ) -> Option<IkeSa> {
+        let signed = match result {
+            Ok(signed) => signed,
+            Err(error) => return self.refuse(ctx, now, &Fault::AuthenticationFailed, &error.to_string()),
+        };
+        ctx.log("IKE", 1, self.core.tag(), format!("authentication of '{}' (myself)", peer.local_id));
+        let Self { core, channel, material, .. } = *self;
+        let mut head = vec![Payload::IdResponder(identification(&peer.local_id))];
+        head.extend(proof_payloads(signed, connection.send_cert, material.cert_requested));
+        let role = super::established::Role::Responder { initial_contact: parts.has(NotifyType::INITIAL_CONTACT) };
+        let mut established = Box::new(Established::new(ctx, now, core, channel, connection, peer, role));
+        let result = established.answer_first_child(ctx, now, head, &parts, &material.ni, &material.nr);
+        result.is_ok().then_some(IkeSa::Established(established))
+    }
+
+    /// Says no, protected, and ends. A repetition of the request gets the same answer.
+    fn refuse(mut self: Box<Self>, ctx: &mut Context, now: Instant, fault: &Fault, reason: &str) -> Option<IkeSa> {
+        ctx.log("IKE", 1, self.core.tag(), format!("authentication of the peer failed: {reason}"));
+        let answer = self.channel.respond(&[fault.payload()], None, ctx.rng.as_mut());
+        ctx.transmit(self.core.path, answer.unwrap_or_default());
+        ctx.bury(now, self.channel.local_spi(), self.channel.last_words());
+        self.abandon(ctx, CloseReason::Failed);
+        None
+    }
+}

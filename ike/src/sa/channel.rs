@@ -1,0 +1,263 @@
+//! The protected channel of one IKE SA: keys, message ids, the window of one (RFC 7296 §2.1 to §2.3).
+//!
+//! Nothing here changes before a message's integrity check has passed. A sealed message is kept and sent
+//! again as it is: no two different messages are ever sealed under one key, message id and direction.
+
+use std::time::Instant;
+
+use ipsec::crypto::{CryptoError, Protection};
+use ipsec::secret::Secret;
+use sha2::{Digest, Sha256};
+
+use super::retry::{Due, Retry};
+use crate::Rng;
+use crate::config::Retransmission;
+use crate::crypto::{IkeKeys, IkeSuite};
+use crate::wire::{self, ExchangeType, Header, OpenOutcome, Opened, Payload, Protected, Reassembly};
+
+/// Both SPIs of an IKE SA.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Spis {
+    pub(crate) initiator: u64,
+    pub(crate) responder: u64,
+}
+
+/// What a closed message turned out to be.
+#[derive(Debug)]
+pub(crate) enum Received {
+    /// A new request, inside the window.
+    Request(Opened),
+    /// The answer to our outstanding request.
+    Response(Opened),
+    /// A request that was answered already: send these octets again.
+    Repeated(Vec<Vec<u8>>),
+    /// Forged, old, out of the window or incomplete: nothing changed.
+    Ignored,
+}
+
+/// A request of ours that awaits its answer.
+#[derive(Debug)]
+struct Outstanding {
+    message_id: u32,
+    exchange: ExchangeType,
+    datagrams: Vec<Vec<u8>>,
+    retry: Retry,
+}
+
+/// The answer to the peer's last request.
+#[derive(Debug)]
+struct Answered {
+    message_id: u32,
+    datagrams: Vec<Vec<u8>>,
+}
+
+pub(crate) struct Channel {
+    pub(crate) suite: IkeSuite,
+    pub(crate) d: Secret,
+    pub(crate) pi: Secret,
+    pub(crate) pr: Secret,
+    /// The peer announced IKEV2_FRAGMENTATION_SUPPORTED and so did we (RFC 7383 §2.3).
+    pub(crate) fragmentation: bool,
+    pub(crate) spis: Spis,
+    /// We are the original initiator of this IKE SA.
+    pub(crate) initiator: bool,
+    outbound: Protection,
+    inbound: Protection,
+    next_request: u32,
+    expected_request: u32,
+    outstanding: Option<Outstanding>,
+    /// The request that is being answered.
+    processing: Option<(u32, ExchangeType)>,
+    answered: Option<Answered>,
+    /// Digest of the datagram that completed the last request.
+    last_request: [u8; 32],
+    requests: Reassembly,
+    responses: Reassembly,
+}
+
+impl Channel {
+    /// Binds the keys. `first_request` is the first message id of each direction's requests: the responder of
+    /// a first IKE SA expects 1 because IKE_SA_INIT had 0; a rekeyed one starts at 0 (§2.2).
+    pub(crate) fn new(
+        suite: IkeSuite,
+        keys: IkeKeys,
+        spis: Spis,
+        initiator: bool,
+        rekeyed: bool,
+    ) -> Result<Self, CryptoError> {
+        let bind = |keys| Protection::new(suite.encr, suite.key_bits, suite.integ, keys);
+        let (ours, theirs) =
+            if initiator { (&keys.initiator, &keys.responder) } else { (&keys.responder, &keys.initiator) };
+        let (outbound, inbound) = (bind(ours)?, bind(theirs)?);
+        let (next_request, expected_request) = match (rekeyed, initiator) {
+            (true, _) => (0, 0),
+            (false, true) => (1, 0),
+            (false, false) => (0, 1),
+        };
+        Ok(Self {
+            suite,
+            d: keys.d,
+            pi: keys.pi,
+            pr: keys.pr,
+            fragmentation: false,
+            spis,
+            initiator,
+            outbound,
+            inbound,
+            next_request,
+            expected_request,
+            outstanding: None,
+            processing: None,
+            answered: None,
+            last_request: [0; 32],
+            requests: Reassembly::default(),
+            responses: Reassembly::default(),
+        })
+    }
+
+    /// The SPI that the peer addresses us with.
+    pub(crate) fn local_spi(&self) -> u64 {
+        if self.initiator { self.spis.initiator } else { self.spis.responder }
+    }
+
+    /// Opens a message if it is inside the window.
+    pub(crate) fn receive(&mut self, protected: Protected, datagram: &[u8]) -> Received {
+        let header = protected.header;
+        let ours = header.initiator_spi == self.spis.initiator && header.responder_spi == self.spis.responder;
+        if !ours || header.from_initiator == self.initiator {
+            return Received::Ignored;
+        }
+        if header.response { self.receive_response(protected) } else { self.receive_request(protected, datagram) }
+    }
+
+    fn receive_response(&mut self, protected: Protected) -> Received {
+        let header = protected.header;
+        let fits = self
+            .outstanding
+            .as_ref()
+            .is_some_and(|request| request.message_id == header.message_id && request.exchange == header.exchange);
+        if !fits {
+            return Received::Ignored;
+        }
+        match protected.open(&self.inbound, &mut self.responses) {
+            Ok(OpenOutcome::Whole(opened)) => {
+                self.outstanding = None;
+                Received::Response(opened)
+            }
+            Ok(OpenOutcome::Pending) | Err(_) => Received::Ignored,
+        }
+    }
+
+    fn receive_request(&mut self, protected: Protected, datagram: &[u8]) -> Received {
+        let header = protected.header;
+        if header.message_id == self.expected_request && self.processing.is_none() {
+            let Some(next) = self.expected_request.checked_add(1) else { return Received::Ignored };
+            return match protected.open(&self.inbound, &mut self.requests) {
+                Ok(OpenOutcome::Whole(opened)) => {
+                    self.expected_request = next;
+                    self.processing = Some((opened.header.message_id, opened.header.exchange));
+                    self.answered = None;
+                    self.last_request = Sha256::digest(datagram).into();
+                    Received::Request(opened)
+                }
+                Ok(OpenOutcome::Pending) | Err(_) => Received::Ignored,
+            };
+        }
+        // RFC 7296 §2.1: a repeated request is answered with the same octets. RFC 7383 §2.6.1: only its
+        // first fragment counts. A scratch reassembly keeps the repetition from touching a newer message.
+        match &self.answered {
+            Some(answered) if answered.message_id == header.message_id && !protected.is_later_fragment() => {
+                match protected.open(&self.inbound, &mut Reassembly::default()) {
+                    Ok(_) => Received::Repeated(answered.datagrams.clone()),
+                    Err(_) => Received::Ignored,
+                }
+            }
+            _ => Received::Ignored,
+        }
+    }
+
+    /// True while a request of ours awaits its answer.
+    pub(crate) fn is_waiting(&self) -> bool {
+        self.outstanding.is_some()
+    }
+
+    /// Seals a request; `None` when the message ids are used up (§2.2) or one is outstanding.
+    pub(crate) fn request(
+        &mut self,
+        exchange: ExchangeType,
+        payloads: &[Payload],
+        max_length: Option<usize>,
+        retry: Retry,
+        rng: &mut dyn Rng,
+    ) -> Option<Vec<Vec<u8>>> {
+        if self.outstanding.is_some() {
+            return None;
+        }
+        let message_id = self.next_request;
+        self.next_request = message_id.checked_add(1)?;
+        let header = self.header(exchange, message_id, false);
+        let datagrams = wire::seal(&header, payloads, &self.outbound, max_length, rng);
+        self.outstanding = Some(Outstanding { message_id, exchange, datagrams: datagrams.clone(), retry });
+        Some(datagrams)
+    }
+
+    /// Seals the answer to the request that is being processed, and keeps it for repetitions.
+    pub(crate) fn respond(
+        &mut self,
+        payloads: &[Payload],
+        max_length: Option<usize>,
+        rng: &mut dyn Rng,
+    ) -> Option<Vec<Vec<u8>>> {
+        let (message_id, exchange) = self.processing.take()?;
+        let header = self.header(exchange, message_id, true);
+        let datagrams = wire::seal(&header, payloads, &self.outbound, max_length, rng);
+        self.answered = Some(Answered { message_id, datagrams: datagrams.clone() });
+        Some(datagrams)
+    }
+
+    /// The last request's digest and our answer to it, to be repeated after the SA is gone.
+    pub(crate) fn last_words(&mut self) -> Option<([u8; 32], Vec<Vec<u8>>)> {
+        Some((self.last_request, self.answered.take()?.datagrams))
+    }
+
+    /// The octets of the outstanding request.
+    pub(crate) fn outstanding(&self) -> Option<&[Vec<u8>]> {
+        self.outstanding.as_ref().map(|request| request.datagrams.as_slice())
+    }
+
+    /// When the outstanding request is due for repetition.
+    pub(crate) fn next_timeout(&self) -> Option<Instant> {
+        self.outstanding.as_ref().map(|request| request.retry.at)
+    }
+
+    /// What is due for the outstanding request; for a repetition its message id and number.
+    pub(crate) fn poll_retry(&mut self, now: Instant, policy: &Retransmission, rng: &mut dyn Rng) -> (Due, u32, u32) {
+        match &mut self.outstanding {
+            Some(request) => {
+                let due = request.retry.poll(now, policy, rng);
+                (due, request.message_id, request.retry.done)
+            }
+            None => (Due::Nothing, 0, 0),
+        }
+    }
+
+    /// Starts the outstanding request's timer anew: it was sent again over a new stream (RFC 9329 §6.1).
+    pub(crate) fn restart_retry(&mut self, retry: Retry) {
+        if let Some(request) = &mut self.outstanding {
+            request.retry = retry;
+        }
+    }
+
+    fn header(&self, exchange: ExchangeType, message_id: u32, response: bool) -> Header {
+        Header {
+            initiator_spi: self.spis.initiator,
+            responder_spi: self.spis.responder,
+            major: 2,
+            minor: 0,
+            exchange,
+            from_initiator: self.initiator,
+            response,
+            message_id,
+        }
+    }
+}

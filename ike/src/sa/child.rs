@@ -1,0 +1,547 @@
+//! Child SAs and their negotiation (RFC 7296 §1.2, §1.3.1, §1.3.3, §2.9, §2.17), for both roles and both
+//! exchanges.
+//!
+//! What a peer gets is the intersection of what it asked for with what the connection that admitted it
+//! allows; what a responder answers is checked against what we asked for.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ipsec::plane::{Encapsulation, EspSuite, Mode, SaPair};
+use ipsec::secret::Secret;
+use ipsec::selector::{TrafficSelector, narrow};
+use ipsec::transform::{Ke, Prf, Proposal, Protocol, TransformType};
+use pad::PeerIdentity;
+
+use super::Core;
+use super::fault::{Fault, notify};
+use super::init::{NONCE_LENGTH, methods, numbered, offers};
+use super::parts::{Parts, address_selectors};
+use super::retry::{after, random_below};
+use crate::Rng;
+use crate::config::Child;
+use crate::crypto::{self, KeyExchange};
+use crate::engine::context::Context;
+use crate::engine::{ChildReady, ChildSaId, ChildSaStatus, ChildState, CloseReason};
+use crate::wire::{Notify, NotifyType, Payload, WireSelector};
+
+/// A negotiated Child SA.
+#[derive(Debug)]
+pub(crate) struct ChildSa {
+    pub(crate) id: ChildSaId,
+    pub(crate) config: Arc<Child>,
+    pub(crate) reqid: u32,
+    pub(crate) state: ChildState,
+    pub(crate) mode: Mode,
+    pub(crate) spi_in: u32,
+    pub(crate) spi_out: u32,
+    pub(crate) encapsulation: Encapsulation,
+    pub(crate) suite: EspSuite,
+    pub(crate) ke: Ke,
+    pub(crate) installed: Instant,
+    pub(crate) rekey_at: Option<Instant>,
+    pub(crate) expire_at: Option<Instant>,
+    pub(crate) local_ts: Vec<TrafficSelector>,
+    pub(crate) remote_ts: Vec<TrafficSelector>,
+    /// The Child SA that it took the place of.
+    pub(crate) replaces: Option<ChildSaId>,
+    /// The lower nonce of the exchange that made it (RFC 7296 §2.8.1).
+    pub(crate) lowest_nonce: Vec<u8>,
+    /// When it leaves the data plane, and why: it is deleted, its last packets may still arrive.
+    pub(crate) down_at: Option<(Instant, CloseReason)>,
+}
+
+impl ChildSa {
+    pub(crate) fn status(&self, now: Instant) -> ChildSaStatus {
+        let in_time = |at: Option<Instant>| at.map(|at| at.saturating_duration_since(now));
+        ChildSaStatus {
+            id: self.id,
+            name: self.config.name.clone(),
+            reqid: self.reqid,
+            state: self.state,
+            mode: self.mode,
+            spi_in: self.spi_in,
+            spi_out: self.spi_out,
+            encapsulation: Some(self.encapsulation),
+            suite: Some(self.suite),
+            ke: self.ke,
+            installed: Some(now.saturating_duration_since(self.installed)),
+            rekey_in: in_time(self.rekey_at),
+            expires_in: in_time(self.expire_at),
+            local_ts: self.local_ts.clone(),
+            remote_ts: self.remote_ts.clone(),
+        }
+    }
+
+    /// True when it may be rekeyed: up, and nobody replaces or closes it.
+    pub(crate) fn is_live(&self) -> bool {
+        match self.state {
+            ChildState::Installed => true,
+            ChildState::Created
+            | ChildState::Installing
+            | ChildState::Rekeying
+            | ChildState::Rekeyed
+            | ChildState::Deleting
+            | ChildState::Deleted => false,
+        }
+    }
+
+    /// It is installed now: its lifetimes begin.
+    pub(crate) fn start(&mut self, now: Instant, reqid: u32, rng: &mut dyn Rng) {
+        self.reqid = reqid;
+        self.state = ChildState::Installed;
+        self.installed = now;
+        self.rekey_at = rekey_at(now, self.config.rekey_time, self.config.rand_time, rng);
+        self.expire_at = (!self.config.life_time.is_zero()).then(|| after(now, self.config.life_time));
+    }
+
+    /// charon's words for the log.
+    pub(crate) fn spis(&self) -> String {
+        format!("{:08x}_i {:08x}_o", self.spi_in, self.spi_out)
+    }
+
+    /// charon's words for the log.
+    pub(crate) fn selectors(&self) -> String {
+        let list =
+            |selectors: &[TrafficSelector]| selectors.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
+        format!("{} === {}", list(&self.local_ts), list(&self.remote_ts))
+    }
+}
+
+/// `now + rekey_time` less a random part of `rand_time`; `None` where rekeying is off.
+pub(crate) fn rekey_at(now: Instant, time: Duration, random: Duration, rng: &mut dyn Rng) -> Option<Instant> {
+    (!time.is_zero()).then(|| after(now, time.saturating_sub(random_below(random.min(time), rng))))
+}
+
+/// What a negotiation needs of its IKE SA.
+pub(crate) struct Parent<'a> {
+    pub(crate) core: &'a Core,
+    pub(crate) prf: Prf,
+    pub(crate) d: &'a Secret,
+    pub(crate) peer: &'a Arc<PeerIdentity>,
+    pub(crate) now: Instant,
+}
+
+/// The Child SA that a negotiation replaces.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Replaced {
+    pub(crate) id: ChildSaId,
+    pub(crate) reqid: u32,
+    /// The SPI that we receive with: what REKEY_SA names (§1.3.3).
+    pub(crate) spi_in: u32,
+}
+
+/// Our offer of a Child SA.
+pub(crate) struct ChildOffer {
+    pub(crate) id: ChildSaId,
+    pub(crate) config: Arc<Child>,
+    pub(crate) spi: u32,
+    pub(crate) replaces: Option<Replaced>,
+    pub(crate) nonce: Vec<u8>,
+    proposals: Vec<Proposal>,
+    local_ts: Vec<TrafficSelector>,
+    remote_ts: Vec<TrafficSelector>,
+    ke: Option<KeyExchange>,
+    /// In CREATE_CHILD_SA, with a nonce of its own.
+    own_exchange: bool,
+}
+
+/// Why an answer gives no Child SA.
+#[derive(Debug)]
+pub(crate) struct Unusable {
+    pub(crate) reason: String,
+    /// The peer believes that the SA is up and has to be told.
+    pub(crate) exists_there: bool,
+}
+
+impl ChildOffer {
+    /// For IKE_AUTH: the nonces are those of IKE_SA_INIT, and there is no key exchange (§1.2).
+    pub(crate) fn first(ctx: &mut Context, core: &Core, config: Arc<Child>, nonce: Vec<u8>) -> Self {
+        let mut proposals = config.esp_proposals.clone();
+        for proposal in &mut proposals {
+            proposal.transforms.retain(|transform| transform.kind != TransformType::KE);
+        }
+        let mut distinct: Vec<Proposal> = Vec::new();
+        for proposal in proposals {
+            if !distinct.iter().any(|other| other.transforms == proposal.transforms) {
+                distinct.push(proposal);
+            }
+        }
+        Self::build(ctx, core, config, distinct, None, None, nonce, false)
+    }
+
+    /// For CREATE_CHILD_SA. `group` is what the peer asked for with INVALID_KE_PAYLOAD.
+    pub(crate) fn create(
+        ctx: &mut Context,
+        core: &Core,
+        config: Arc<Child>,
+        replaces: Option<Replaced>,
+        group: Option<Ke>,
+    ) -> Result<Self, String> {
+        let proposals = config.esp_proposals.clone();
+        let mut candidates = methods(&proposals);
+        if let Some(group) = group {
+            candidates.retain(|method| *method == group);
+        }
+        // The first method is the one that we would rather have; NONE among the first is no PFS.
+        let ke = match candidates.first() {
+            None | Some(&Ke::NONE) => None,
+            Some(_) => {
+                let mut methods = candidates.into_iter();
+                let ke = methods.find_map(|method| KeyExchange::generate(method, ctx.rng.as_mut()).ok());
+                Some(ke.ok_or_else(|| "no proposal has a key exchange method that we support".to_owned())?)
+            }
+        };
+        let nonce = ctx.random(NONCE_LENGTH);
+        Ok(Self::build(ctx, core, config, proposals, replaces, ke, nonce, true))
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "the fields of the value that it builds")]
+    fn build(
+        ctx: &mut Context,
+        core: &Core,
+        config: Arc<Child>,
+        proposals: Vec<Proposal>,
+        replaces: Option<Replaced>,
+        ke: Option<KeyExchange>,
+        nonce: Vec<u8>,
+        own_exchange: bool,
+    ) -> Self {
+        let spi = ctx.reserve_child_spi(core.id);
+        let id = ctx.next_child();
+        let (local_ts, remote_ts) = resolve(&config, core);
+        let proposals = numbered(&proposals, &spi.to_be_bytes());
+        Self { id, config, spi, replaces, nonce, proposals, local_ts, remote_ts, ke, own_exchange }
+    }
+
+    /// True when INVALID_KE_PAYLOAD with this group is worth another try (§1.3).
+    pub(crate) fn accepts_group(&self, group: Ke) -> bool {
+        offers(&self.proposals, group) && self.ke.as_ref().map(KeyExchange::method) != Some(group)
+    }
+
+    /// The payloads of the request.
+    pub(crate) fn payloads(&self) -> Vec<Payload> {
+        let mut payloads = Vec::new();
+        if let Some(replaced) = self.replaces {
+            payloads.push(Payload::Notify(Notify {
+                protocol: Protocol::ESP,
+                spi: replaced.spi_in.to_be_bytes().to_vec(),
+                kind: NotifyType::REKEY_SA,
+                data: Vec::new(),
+            }));
+        }
+        if self.config.mode == Mode::Transport {
+            payloads.push(notify(NotifyType::USE_TRANSPORT_MODE, Vec::new()));
+        }
+        payloads.push(notify(NotifyType::ESP_TFC_PADDING_NOT_SUPPORTED, Vec::new()));
+        payloads.push(Payload::Sa(self.proposals.clone()));
+        if self.own_exchange {
+            payloads.push(Payload::Nonce(self.nonce.clone()));
+        }
+        if let Some(ke) = &self.ke {
+            payloads.push(Payload::Ke { group: ke.method(), data: ke.public().to_vec() });
+        }
+        payloads.push(Payload::TsInitiator(wire_selectors(&self.local_ts)));
+        payloads.push(Payload::TsResponder(wire_selectors(&self.remote_ts)));
+        payloads
+    }
+
+    /// Makes the Child SA of the answer. `nr` is the responder's nonce.
+    pub(crate) fn accept(
+        self,
+        parent: &Parent<'_>,
+        parts: &Parts,
+        nr: &[u8],
+    ) -> Result<(ChildSa, ChildReady), Unusable> {
+        let unusable = |exists_there, reason: &str| Unusable { reason: reason.to_owned(), exists_there };
+        let (Some(answer), Some(ts_i), Some(ts_r)) = (&parts.sa, &parts.ts_initiator, &parts.ts_responder) else {
+            return Err(unusable(false, "the answer lacks SA or traffic selectors"));
+        };
+        let Some((suite, method)) = crypto::accept_esp(answer, &self.proposals, self.own_exchange) else {
+            return Err(unusable(true, "the peer chose what we did not offer"));
+        };
+        let spi_out = answer.first().and_then(|proposal| spi_of(&proposal.spi));
+        let Some(spi_out) = spi_out else { return Err(unusable(false, "the peer's SPI is not one")) };
+        // §1.3.1: the responder may decline transport mode; then the modes differ and the SA must go.
+        let mode = if parts.has(NotifyType::USE_TRANSPORT_MODE) { Mode::Transport } else { Mode::Tunnel };
+        if mode != self.config.mode {
+            return Err(unusable(true, "the peer chose another mode"));
+        }
+        let (local_ts, remote_ts) = (address_selectors(ts_i), address_selectors(ts_r));
+        let narrowed = |chosen: &[TrafficSelector], offered: &[TrafficSelector]| {
+            !chosen.is_empty() && chosen.iter().all(|selector| offered.iter().any(|offer| offer.contains(selector)))
+        };
+        if !narrowed(&local_ts, &self.local_ts) || !narrowed(&remote_ts, &self.remote_ts) {
+            return Err(unusable(true, "the peer's traffic selectors are not within ours"));
+        }
+        let secret = match (method, self.ke, &parts.ke) {
+            (Ke::NONE, _, _) => None,
+            (method, Some(ke), Some((group, public))) if ke.method() == method && *group == method => {
+                Some(ke.agree(public).map_err(|error| unusable(true, &error.to_string()))?)
+            }
+            _ => return Err(unusable(true, "the key exchange does not fit the chosen proposal")),
+        };
+        let keys = crypto::child_keys(parent.prf, parent.d, &suite, secret.as_ref(), &self.nonce, nr);
+        let (keys_out, keys_in) = keys.map_err(|error| unusable(true, &error.to_string()))?;
+        let made = Made {
+            id: self.id,
+            config: self.config,
+            replaces: self.replaces.map(|replaced| (replaced.id, replaced.reqid)),
+            mode,
+            spi_in: self.spi,
+            spi_out,
+            suite,
+            ke: method,
+            local_ts,
+            remote_ts,
+            lowest_nonce: self.nonce.min(nr.to_vec()),
+        };
+        Ok(made.split(parent, keys_in, keys_out))
+    }
+}
+
+/// A responder's side of a negotiation.
+pub(crate) struct ChildAnswer {
+    pub(crate) child: ChildSa,
+    pub(crate) ready: ChildReady,
+    /// The payloads that say yes.
+    pub(crate) payloads: Vec<Payload>,
+}
+
+/// Answers an offer out of `configs`, in order. `own_nonce` is our nonce of a CREATE_CHILD_SA exchange, and
+/// `None` in IKE_AUTH, whose nonces are those of IKE_SA_INIT.
+pub(crate) fn answer(
+    ctx: &mut Context,
+    parent: &Parent<'_>,
+    configs: &[Arc<Child>],
+    replaces: Option<Replaced>,
+    parts: &Parts,
+    (ni, nr): (&[u8], &[u8]),
+    own_exchange: bool,
+) -> Result<ChildAnswer, Fault> {
+    let (Some(offered), Some(ts_i), Some(ts_r)) = (&parts.sa, &parts.ts_initiator, &parts.ts_responder) else {
+        return Err(Fault::InvalidSyntax("SA or traffic selectors are missing".to_owned()));
+    };
+    let wants_transport = parts.has(NotifyType::USE_TRANSPORT_MODE);
+    let theirs = Proposed::read(parent.core, address_selectors(ts_i), address_selectors(ts_r), wants_transport);
+    let preferred = parts.ke.as_ref().map(|(group, _)| *group);
+    let mut fault = Fault::TsUnacceptable;
+    let mut chosen = None;
+    for config in by_mode(configs, wants_transport) {
+        let (local, remote) = resolve(config, parent.core);
+        let (local_ts, remote_ts) = (narrow(&theirs.local, &local), narrow(&theirs.remote, &remote));
+        if local_ts.is_empty() || remote_ts.is_empty() {
+            continue;
+        }
+        let ours_first = ctx.config.prefer_configured_proposals;
+        match crypto::select_esp(offered, &config.esp_proposals, ours_first, own_exchange, preferred) {
+            Some(choice) => {
+                chosen = Some((config, choice, local_ts, remote_ts));
+                break;
+            }
+            None => fault = Fault::NoProposalChosen,
+        }
+    }
+    let Some((config, choice, local_ts, remote_ts)) = chosen else { return Err(fault) };
+    let offer = offered.iter().find(|offer| offer.number == choice.proposal.number);
+    let spi_out = offer.and_then(|offer| spi_of(&offer.spi)).ok_or(Fault::NoProposalChosen)?;
+    let mut public = None;
+    let mut secret = None;
+    if choice.ke != Ke::NONE {
+        let (_, theirs) =
+            parts.ke.as_ref().filter(|(group, _)| *group == choice.ke).ok_or(Fault::InvalidKe(choice.ke))?;
+        let ke = KeyExchange::generate(choice.ke, ctx.rng.as_mut()).map_err(|_| Fault::NoProposalChosen)?;
+        public = Some(Payload::Ke { group: choice.ke, data: ke.public().to_vec() });
+        secret = Some(ke.agree(theirs).map_err(|error| Fault::InvalidSyntax(error.to_string()))?);
+    }
+    let keys = crypto::child_keys(parent.prf, parent.d, &choice.suite, secret.as_ref(), ni, nr);
+    let (keys_in, keys_out) = keys.map_err(|_| Fault::NoProposalChosen)?;
+    let spi_in = ctx.reserve_child_spi(parent.core.id);
+    let mode = if wants_transport && config.mode == Mode::Transport { Mode::Transport } else { Mode::Tunnel };
+
+    let mut payloads = Vec::new();
+    if mode == Mode::Transport {
+        payloads.push(notify(NotifyType::USE_TRANSPORT_MODE, Vec::new()));
+    }
+    payloads.push(notify(NotifyType::ESP_TFC_PADDING_NOT_SUPPORTED, Vec::new()));
+    let mut proposal = choice.proposal;
+    proposal.spi = spi_in.to_be_bytes().to_vec();
+    payloads.push(Payload::Sa(vec![proposal]));
+    if own_exchange {
+        payloads.push(Payload::Nonce(nr.to_vec()));
+    }
+    payloads.extend(public);
+    payloads.push(Payload::TsInitiator(wire_selectors(&theirs.restore_remote(&remote_ts))));
+    payloads.push(Payload::TsResponder(wire_selectors(&theirs.restore_local(&local_ts))));
+
+    let made = Made {
+        id: ctx.next_child(),
+        config: Arc::clone(config),
+        replaces: replaces.map(|replaced| (replaced.id, replaced.reqid)),
+        mode,
+        spi_in,
+        spi_out,
+        suite: choice.suite,
+        ke: choice.ke,
+        local_ts,
+        remote_ts,
+        lowest_nonce: ni.min(nr).to_vec(),
+    };
+    let (child, mut ready) = made.split(parent, keys_in, keys_out);
+    ready.pair.await_peer = ready.replaces.is_some();
+    Ok(ChildAnswer { child, ready, payloads })
+}
+
+/// Configurations of the mode that the peer asks for. Transport mode is a wish that may be declined
+/// (§1.3.1), so tunnel configurations come after those of transport mode; the reverse is not possible.
+fn by_mode(configs: &[Arc<Child>], transport: bool) -> impl Iterator<Item = &Arc<Child>> {
+    let wished = configs.iter().filter(move |config| transport && config.mode == Mode::Transport);
+    wished.chain(configs.iter().filter(|config| config.mode == Mode::Tunnel))
+}
+
+/// Our and the peer's selectors of a configuration on this IKE SA.
+fn resolve(config: &Child, core: &Core) -> (Vec<TrafficSelector>, Vec<TrafficSelector>) {
+    let local = config.local_ts.iter().map(|selector| selector.resolve(core.path.local.ip()));
+    let remote = config.remote_ts.iter().map(|selector| selector.resolve(core.path.remote.ip()));
+    (local.collect(), remote.collect())
+}
+
+/// What the peer proposed, in our terms. In transport mode through a NAT its selectors name addresses that
+/// only it sees; they stand for those of the IKE SA (§2.23.1).
+struct Proposed {
+    local: Vec<TrafficSelector>,
+    remote: Vec<TrafficSelector>,
+    original_local: Option<IpAddr>,
+    original_remote: Option<IpAddr>,
+}
+
+impl Proposed {
+    fn read(core: &Core, ts_i: Vec<TrafficSelector>, ts_r: Vec<TrafficSelector>, transport: bool) -> Self {
+        let (mut local, mut remote) = (ts_r, ts_i);
+        let mut original_local = None;
+        let mut original_remote = None;
+        if transport && core.nat.remote {
+            original_remote = substitute(&mut remote, core.path.remote.ip());
+        }
+        if transport && core.nat.local {
+            original_local = substitute(&mut local, core.path.local.ip());
+        }
+        Self { local, remote, original_local, original_remote }
+    }
+
+    fn restore_local(&self, selectors: &[TrafficSelector]) -> Vec<TrafficSelector> {
+        restore(selectors, self.original_local)
+    }
+
+    fn restore_remote(&self, selectors: &[TrafficSelector]) -> Vec<TrafficSelector> {
+        restore(selectors, self.original_remote)
+    }
+}
+
+/// Puts `address` in place of the one host that all selectors name; gives that host.
+fn substitute(selectors: &mut [TrafficSelector], address: IpAddr) -> Option<IpAddr> {
+    let host = selectors.first()?.start;
+    if selectors.iter().any(|selector| selector.start != host || selector.end != host) {
+        return None;
+    }
+    for selector in selectors {
+        (selector.start, selector.end) = (address, address);
+    }
+    Some(host)
+}
+
+fn restore(selectors: &[TrafficSelector], original: Option<IpAddr>) -> Vec<TrafficSelector> {
+    let mut selectors = selectors.to_vec();
+    if let Some(address) = original {
+        for selector in &mut selectors {
+            (selector.start, selector.end) = (address, address);
+        }
+    }
+    selectors
+}
+
+fn wire_selectors(selectors: &[TrafficSelector]) -> Vec<WireSelector> {
+    selectors.iter().map(|selector| WireSelector::Address(*selector)).collect()
+}
+
+/// An ESP SPI; 0 to 255 are reserved (RFC 4303 §2.1).
+fn spi_of(octets: &[u8]) -> Option<u32> {
+    let spi = u32::from_be_bytes(octets.try_into().ok()?);
+    (spi > 255).then_some(spi)
+}
+
+/// The result of a negotiation, before keys go one way and bookkeeping the other.
+struct Made {
+    id: ChildSaId,
+    config: Arc<Child>,
+    replaces: Option<(ChildSaId, u32)>,
+    mode: Mode,
+    spi_in: u32,
+    spi_out: u32,
+    suite: EspSuite,
+    ke: Ke,
+    local_ts: Vec<TrafficSelector>,
+    remote_ts: Vec<TrafficSelector>,
+    lowest_nonce: Vec<u8>,
+}
+
+impl Made {
+    fn split(
+        self,
+        parent: &Parent<'_>,
+        keys_in: ipsec::plane::EspKeys,
+        keys_out: ipsec::plane::EspKeys,
+    ) -> (ChildSa, ChildReady) {
+        let encapsulation = parent.core.encapsulation();
+        let reqid = self.replaces.map_or(self.config.reqid, |(_, reqid)| reqid);
+        let pair = SaPair {
+            spi_in: self.spi_in,
+            spi_out: self.spi_out,
+            reqid,
+            class: ipsec::guard::ClassId(0),
+            mode: self.mode,
+            suite: self.suite,
+            keys_in,
+            keys_out,
+            encapsulation,
+            local_ts: self.local_ts.clone(),
+            remote_ts: self.remote_ts.clone(),
+            replay_window: self.config.replay_window,
+            lifetime: self.config.lifetime,
+            copy_df: self.config.copy_df,
+            copy_ecn: self.config.copy_ecn,
+            await_peer: false,
+        };
+        let ready = ChildReady {
+            ike_sa: parent.core.id,
+            child_sa: self.id,
+            replaces: self.replaces.map(|(id, _)| id),
+            connection: parent.core.name.clone(),
+            config: Arc::clone(&self.config),
+            peer: Arc::clone(parent.peer),
+            pair,
+        };
+        let child = ChildSa {
+            id: self.id,
+            config: self.config,
+            reqid,
+            state: ChildState::Installing,
+            mode: self.mode,
+            spi_in: self.spi_in,
+            spi_out: self.spi_out,
+            encapsulation,
+            suite: self.suite,
+            ke: self.ke,
+            installed: parent.now,
+            rekey_at: None,
+            expire_at: None,
+            local_ts: self.local_ts,
+            remote_ts: self.remote_ts,
+            replaces: self.replaces.map(|(id, _)| id),
+            lowest_nonce: self.lowest_nonce,
+            down_at: None,
+        };
+        (child, ready)
+    }
+}

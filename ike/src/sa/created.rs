@@ -1,0 +1,470 @@
+//! Child SAs of an established IKE SA: the first one of IKE_AUTH, and CREATE_CHILD_SA for new and rekeyed
+//! ones, in both roles (RFC 7296 §1.2, §1.3.1, §1.3.3, §2.8, §2.25.1).
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use ipsec::transform::{Ke, Protocol};
+
+use super::Established;
+use super::child::{self, ChildOffer, ChildSa, Replaced};
+use super::established::{Active, Closed, Collision, MAX_TRIES, Passive, Task, done};
+use super::fault::{Fault, notify_name};
+use super::init::NONCE_LENGTH;
+use super::parts::Parts;
+use crate::config::Child;
+use crate::engine::context::Context;
+use crate::engine::{ChildSaId, ChildState, CloseReason, Event, IkeState, InstallError};
+use crate::wire::{ExchangeType, NotifyType, Payload};
+
+/// Child SAs of one IKE SA; more get NO_ADDITIONAL_SAS.
+const MAX_CHILDREN: usize = 1024;
+
+impl Established {
+    /// Initiator of IKE_AUTH: makes the Child SA of the authenticated answer.
+    pub(super) fn finish_first_child(
+        &mut self,
+        ctx: &mut Context,
+        now: Instant,
+        offer: ChildOffer,
+        token: Option<u64>,
+        parts: &Parts,
+        nr: &[u8],
+    ) -> Result<(), Closed> {
+        if let Some(error) = parts.error() {
+            // §1.2: the IKE SA stays.
+            let reason = format!("received {} notify error", notify_name(error.kind));
+            ctx.release_child_spi(offer.spi);
+            self.child_failed(ctx, token, &offer.config.name, &reason);
+        } else {
+            self.accept(ctx, now, offer, token, parts, nr);
+        }
+        self.pump(ctx, now)
+    }
+
+    /// Responder of IKE_AUTH: `head` is our proof, which goes out with or without a Child SA.
+    pub(super) fn answer_first_child(
+        &mut self,
+        ctx: &mut Context,
+        now: Instant,
+        mut head: Vec<Payload>,
+        parts: &Parts,
+        ni: &[u8],
+        nr: &[u8],
+    ) -> Result<(), Closed> {
+        if parts.sa.is_none() {
+            // RFC 6023: an IKE SA without a Child SA.
+            self.respond(ctx, now, &head);
+            return self.pump(ctx, now);
+        }
+        let connection = Arc::clone(&self.connection);
+        match child::answer(ctx, &self.parent(now), &connection.children, None, parts, (ni, nr), false) {
+            Ok(answer) => self.install_answer(ctx, now, answer, None, head),
+            Err(fault) => {
+                ctx.log("IKE", 1, self.core.tag(), format!("failed to establish CHILD_SA, keeping IKE_SA: {fault}"));
+                head.push(fault.payload());
+                self.respond(ctx, now, &head);
+            }
+        }
+        self.pump(ctx, now)
+    }
+
+    /// Initiator: sends CREATE_CHILD_SA.
+    #[allow(clippy::too_many_arguments, reason = "a task's fields")]
+    pub(super) fn start_create(
+        &mut self,
+        ctx: &mut Context,
+        now: Instant,
+        config: Arc<Child>,
+        replaces: Option<Replaced>,
+        token: Option<u64>,
+        group: Option<Ke>,
+        tries: u8,
+    ) -> Result<(), Closed> {
+        let name = config.name.clone();
+        let offer = match ChildOffer::create(ctx, &self.core, config, replaces, group) {
+            Ok(offer) => offer,
+            Err(reason) => {
+                self.child_failed(ctx, token, &name, &reason);
+                return Ok(());
+            }
+        };
+        if let Some(child) = replaces.and_then(|replaced| self.children.get_mut(&replaced.id)) {
+            child.state = ChildState::Rekeying;
+        }
+        let line = match replaces {
+            Some(replaced) => format!("rekeying CHILD_SA {name}{{{}}}", replaced.id.0),
+            None => format!("establishing CHILD_SA {name}{{{}}}", offer.id.0),
+        };
+        ctx.log("IKE", 0, self.core.tag(), line);
+        self.deleted_early.clear();
+        let payloads = offer.payloads();
+        self.active = Some(Active::Create { offer: Box::new(offer), token, tries });
+        self.send_request(ctx, now, ExchangeType::CREATE_CHILD_SA, &payloads)
+    }
+
+    pub(super) fn start_rekey_child(
+        &mut self,
+        ctx: &mut Context,
+        now: Instant,
+        id: ChildSaId,
+        token: Option<u64>,
+        group: Option<Ke>,
+        tries: u8,
+    ) -> Result<(), Closed> {
+        if self.passive.as_ref().is_some_and(|passive| passive.replaces == Some(id)) {
+            // The peer replaces it already; only if that fails there is something left to do.
+            self.delay(ctx, now, Task::RekeyChild { id, token, group, tries });
+            return Ok(());
+        }
+        let child = self.children.get(&id).filter(|child| child.is_live() && self.state == IkeState::Established);
+        let Some(child) = child else {
+            // Replaced or closed meanwhile; whoever asked has what it wanted, or never will.
+            if let Some(token) = token {
+                super::established::failed(ctx, Some(token), &self.core.name, None, "the CHILD_SA is gone");
+            }
+            return Ok(());
+        };
+        let replaced = Replaced { id, reqid: child.reqid, spi_in: child.spi_in };
+        let config = Arc::clone(&child.config);
+        self.start_create(ctx, now, config, Some(replaced), token, group, tries)
+    }
+
+    /// Initiator: the answer to CREATE_CHILD_SA came.
+    pub(super) fn created(
+        &mut self,
+        ctx: &mut Context,
+        now: Instant,
+        offer: ChildOffer,
+        token: Option<u64>,
+        tries: u8,
+        parts: &Parts,
+    ) -> Result<(), Closed> {
+        let Some(error) = parts.error() else {
+            match &parts.nonce {
+                Some(nr) => self.accept(ctx, now, offer, token, parts, nr),
+                None => {
+                    self.queue.push_front(Task::DeleteSpi(offer.spi));
+                    self.rekey_over(offer.replaces);
+                    self.child_failed(ctx, token, &offer.config.name, "the answer lacks a nonce");
+                }
+            }
+            return Ok(());
+        };
+        ctx.release_child_spi(offer.spi);
+        let reason = format!("received {} notify error", notify_name(error.kind));
+        ctx.log("IKE", 1, self.core.tag(), reason.clone());
+        let replaced = offer.replaces;
+        self.rekey_over(replaced);
+        let again = |group, tries| match replaced {
+            Some(replaced) => Task::RekeyChild { id: replaced.id, token, group, tries },
+            None => Task::CreateChild { config: Arc::clone(&offer.config), token, group, tries },
+        };
+        let next = tries.saturating_add(1);
+        match error.kind {
+            NotifyType::INVALID_KE_PAYLOAD if tries < MAX_TRIES => {
+                let group = <[u8; 2]>::try_from(error.data.as_slice()).ok().map(|two| Ke(u16::from_be_bytes(two)));
+                if let Some(group) = group.filter(|group| offer.accepts_group(*group)) {
+                    self.queue.push_front(again(Some(group), next));
+                    return Ok(());
+                }
+            }
+            NotifyType::TEMPORARY_FAILURE if tries < MAX_TRIES => {
+                self.delay(ctx, now, again(None, next));
+                return Ok(());
+            }
+            NotifyType::CHILD_SA_NOT_FOUND => {
+                // §2.25.1: the peer has it no longer; a new one takes its place.
+                if let Some(replaced) = replaced {
+                    if self.children.get(&replaced.id).is_some_and(ChildSa::is_live) {
+                        self.take_down(ctx, now, replaced.id, CloseReason::Peer);
+                        let config = Arc::clone(&offer.config);
+                        self.queue.push_front(Task::CreateChild { config, token, group: None, tries: next });
+                    } else {
+                        done(ctx, token);
+                    }
+                    return Ok(());
+                }
+            }
+            // §2.21.3: the peer found our request malformed and closes.
+            NotifyType::INVALID_SYNTAX => {
+                self.child_failed(ctx, token, &offer.config.name, &reason);
+                return Err(self.close(ctx, now, CloseReason::Failed));
+            }
+            _ => {}
+        }
+        self.child_failed(ctx, token, &offer.config.name, &reason);
+        Ok(())
+    }
+
+    /// Initiator: makes the Child SA of an answer and has it installed.
+    fn accept(
+        &mut self,
+        ctx: &mut Context,
+        now: Instant,
+        offer: ChildOffer,
+        token: Option<u64>,
+        parts: &Parts,
+        nr: &[u8],
+    ) {
+        let (spi, replaces) = (offer.spi, offer.replaces);
+        let name = offer.config.name.clone();
+        match offer.accept(&self.parent(now), parts, nr) {
+            Ok((child, ready)) => {
+                let job = ctx.install(ready, child.status(now));
+                let replaces = replaces.map(|replaced| replaced.id);
+                self.active = Some(Active::Install { child: Box::new(child), replaces, job, token });
+            }
+            Err(unusable) => {
+                if unusable.exists_there {
+                    self.queue.push_front(Task::DeleteSpi(spi));
+                } else {
+                    ctx.release_child_spi(spi);
+                }
+                self.rekey_over(replaces);
+                self.child_failed(ctx, token, &name, &unusable.reason);
+            }
+        }
+    }
+
+    /// True while a Child SA of ours may exist at the peer and not here.
+    pub(super) fn is_creating(&self) -> bool {
+        matches!(self.active, Some(Active::Create { .. } | Active::Install { .. }))
+    }
+
+    /// Our rekey of a Child SA is over without a successor of ours.
+    fn rekey_over(&mut self, replaced: Option<Replaced>) {
+        let Some(replaced) = replaced else { return };
+        let by_peer = self.collision.take().is_some_and(|collision| collision.old == replaced.id);
+        if let Some(child) = self.children.get_mut(&replaced.id)
+            && child.state == ChildState::Rekeying
+        {
+            child.state = if by_peer { ChildState::Rekeyed } else { ChildState::Installed };
+        }
+    }
+
+    /// Initiator: the data plane answered.
+    pub(super) fn installed(
+        &mut self,
+        ctx: &mut Context,
+        now: Instant,
+        mut child: ChildSa,
+        replaces: Option<ChildSaId>,
+        token: Option<u64>,
+        result: Result<u32, InstallError>,
+    ) -> Result<(), Closed> {
+        let id = child.id;
+        let reqid = match result {
+            Ok(reqid) => reqid,
+            Err(error) => {
+                // The peer believes that it is up.
+                self.queue.push_front(Task::DeleteSpi(child.spi_in));
+                let replaced = replaces.map(|id| Replaced { id, reqid: child.reqid, spi_in: child.spi_in });
+                self.rekey_over(replaced);
+                self.child_failed(ctx, token, &child.config.name, &error.to_string());
+                return Ok(());
+            }
+        };
+        child.start(now, reqid, ctx.rng.as_mut());
+        let lowest = child.lowest_nonce.clone();
+        let (spi_out, name) = (child.spi_out, child.config.name.clone());
+        self.log_up(ctx, &child);
+        self.children.insert(id, child);
+        ctx.child_owners.insert(id, self.core.id);
+        if self.deleted_early.contains(&spi_out) {
+            // The peer made it and closed it before its answer reached us.
+            self.take_down(ctx, now, id, CloseReason::Peer);
+            let replaced = replaces.map(|id| Replaced { id, reqid, spi_in: 0 });
+            self.rekey_over(replaced);
+            self.child_failed(ctx, token, &name, "the peer closed it");
+            return Ok(());
+        }
+        let collision = self.collision.take();
+        let Some(old) = replaces.filter(|old| self.children.contains_key(old)) else {
+            ctx.event(Event::ChildUp(self.core.id, id));
+            done(ctx, token);
+            return Ok(());
+        };
+        match collision.filter(|collision| collision.old == old) {
+            // §2.8.1: the SA of the lowest of the four nonces goes, by the hand of who made it.
+            Some(collision) if lowest < collision.lowest_nonce => {
+                self.set_state(old, ChildState::Rekeyed);
+                let task = Task::DeleteChild { id, token: None, reason: CloseReason::Rekeyed };
+                self.queue.push_front(task);
+            }
+            collision => {
+                if let Some(collision) = collision {
+                    self.set_state(collision.theirs, ChildState::Rekeyed);
+                    if let Some(passive) = self.passive.as_mut().filter(|passive| passive.child.id == collision.theirs)
+                    {
+                        passive.redundant = true;
+                    }
+                }
+                self.set_state(old, ChildState::Rekeyed);
+                ctx.event(Event::ChildRekeyed { ike_sa: self.core.id, old, new: id });
+                let task = Task::DeleteChild { id: old, token: None, reason: CloseReason::Rekeyed };
+                self.queue.push_front(task);
+            }
+        }
+        done(ctx, token);
+        Ok(())
+    }
+
+    /// Responder: the peer wants a Child SA, a successor of one, or a successor of the IKE SA.
+    pub(super) fn create_request(&mut self, ctx: &mut Context, now: Instant, parts: &Parts) -> Result<(), Closed> {
+        let for_ike = parts.sa.iter().flatten().next().is_some_and(|proposal| proposal.protocol == Protocol::IKE);
+        if for_ike {
+            return self.rekey_ike_request(ctx, now, parts);
+        }
+        let nr = ctx.random(NONCE_LENGTH);
+        match self.child_request(ctx, now, parts, &nr) {
+            Ok((answer, replaces)) => self.install_answer(ctx, now, answer, replaces, Vec::new()),
+            Err(fault) => {
+                ctx.log("IKE", 1, self.core.tag(), format!("CREATE_CHILD_SA request refused: {fault}"));
+                self.respond(ctx, now, &[fault.payload()]);
+                if matches!(fault, Fault::InvalidSyntax(_)) {
+                    return Err(self.close(ctx, now, CloseReason::Failed));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn child_request(
+        &mut self,
+        ctx: &mut Context,
+        now: Instant,
+        parts: &Parts,
+        nr: &[u8],
+    ) -> Result<(child::ChildAnswer, Option<ChildSaId>), Fault> {
+        // §2.25.2: not while the IKE SA is rekeyed or closed.
+        let rekeying = matches!(self.active, Some(Active::RekeyIke(_) | Active::DeleteIke { .. }));
+        if self.state != IkeState::Established || rekeying {
+            return Err(Fault::TemporaryFailure);
+        }
+        let ni = parts.nonce.as_ref().ok_or_else(|| Fault::InvalidSyntax("a nonce is missing".to_owned()))?;
+        // A rekey too leaves one more, until the peer deletes the old one.
+        if self.children.len() >= MAX_CHILDREN {
+            return Err(Fault::NoAdditionalSas);
+        }
+        let connection = Arc::clone(&self.connection);
+        let Some(rekey) = parts.notify(NotifyType::REKEY_SA) else {
+            let answer = child::answer(ctx, &self.parent(now), &connection.children, None, parts, (ni, nr), true)?;
+            return Ok((answer, None));
+        };
+        // §1.3.3: the SPI that the sender receives with, so the one that we write.
+        let spi = <[u8; 4]>::try_from(rekey.spi.as_slice()).map(u32::from_be_bytes);
+        let spi = spi.map_err(|_| Fault::InvalidSyntax("REKEY_SA without an SPI".to_owned()))?;
+        let old = self.children.values().find(|child| child.spi_out == spi && rekey.protocol == Protocol::ESP);
+        // §2.25: it may be the one whose answer is still on its way to us.
+        let unknown = if self.is_creating() { Fault::TemporaryFailure } else { Fault::ChildSaNotFound(spi) };
+        let old = old.ok_or(unknown)?;
+        match old.state {
+            ChildState::Installed | ChildState::Rekeying => {}
+            // §2.25.1: we are closing it.
+            ChildState::Created
+            | ChildState::Installing
+            | ChildState::Rekeyed
+            | ChildState::Deleting
+            | ChildState::Deleted => return Err(Fault::TemporaryFailure),
+        }
+        let replaced = Replaced { id: old.id, reqid: old.reqid, spi_in: old.spi_in };
+        let configs = [Arc::clone(&old.config)];
+        let answer = child::answer(ctx, &self.parent(now), &configs, Some(replaced), parts, (ni, nr), true)?;
+        let ours = match &self.active {
+            Some(Active::Create { offer, .. }) => offer.replaces.map(|replaced| replaced.id),
+            Some(Active::Install { replaces, .. }) => *replaces,
+            _ => None,
+        };
+        if ours == Some(replaced.id) {
+            let lowest_nonce = answer.child.lowest_nonce.clone();
+            self.collision = Some(Collision { old: replaced.id, theirs: answer.child.id, lowest_nonce });
+        }
+        Ok((answer, Some(replaced.id)))
+    }
+
+    fn install_answer(
+        &mut self,
+        ctx: &mut Context,
+        now: Instant,
+        answer: child::ChildAnswer,
+        replaces: Option<ChildSaId>,
+        head: Vec<Payload>,
+    ) {
+        let job = ctx.install(answer.ready, answer.child.status(now));
+        let child = Box::new(answer.child);
+        self.passive = Some(Passive { child, replaces, job, redundant: false, head, payloads: answer.payloads });
+    }
+
+    /// Responder: the data plane answered, so the peer gets its answer.
+    pub(super) fn answer_installed(
+        &mut self,
+        ctx: &mut Context,
+        now: Instant,
+        passive: Passive,
+        result: Result<u32, InstallError>,
+    ) -> Result<(), Closed> {
+        let Passive { mut child, replaces, redundant, head, payloads, .. } = passive;
+        let mut reply = head;
+        let id = child.id;
+        match result {
+            Ok(reqid) => {
+                child.start(now, reqid, ctx.rng.as_mut());
+                reply.extend(payloads);
+                self.respond(ctx, now, &reply);
+                self.log_up(ctx, &child);
+                self.children.insert(id, *child);
+                ctx.child_owners.insert(id, self.core.id);
+                if redundant {
+                    self.set_state(id, ChildState::Rekeyed);
+                    return Ok(());
+                }
+                match replaces.filter(|old| self.children.contains_key(old)) {
+                    Some(old) => {
+                        // While our own rekey of it runs, that decides what becomes of it.
+                        let collides = self.collision.as_ref().is_some_and(|collision| collision.theirs == id);
+                        if !collides {
+                            self.set_state(old, ChildState::Rekeyed);
+                        }
+                        ctx.event(Event::ChildRekeyed { ike_sa: self.core.id, old, new: id });
+                    }
+                    None => ctx.event(Event::ChildUp(self.core.id, id)),
+                }
+            }
+            Err(error) => {
+                ctx.release_child_spi(child.spi_in);
+                if self.collision.as_ref().is_some_and(|collision| collision.theirs == id) {
+                    self.collision = None;
+                }
+                let fault = match &error {
+                    InstallError::Refused(_) => Fault::TsUnacceptable,
+                    InstallError::Failed(_) => Fault::NoProposalChosen,
+                };
+                reply.push(fault.payload());
+                self.respond(ctx, now, &reply);
+                self.child_failed(ctx, None, &child.config.name, &error.to_string());
+            }
+        }
+        Ok(())
+    }
+
+    fn set_state(&mut self, id: ChildSaId, state: ChildState) {
+        if let Some(child) = self.children.get_mut(&id)
+            && !matches!(child.state, ChildState::Deleting | ChildState::Deleted)
+        {
+            child.state = state;
+            child.rekey_at = None;
+        }
+    }
+
+    fn log_up(&self, ctx: &mut Context, child: &ChildSa) {
+        let line = format!(
+            "CHILD_SA {}{{{}}} established with SPIs {} and TS {}",
+            child.config.name,
+            child.id.0,
+            child.spis(),
+            child.selectors()
+        );
+        ctx.log("IKE", 0, self.core.tag(), line);
+    }
+}

@@ -1,0 +1,1045 @@
+//! An authenticated IKE SA: its tasks, timers and end. Its exchanges are in `created`, `rekey` and
+//! `informational`.
+//!
+//! Invariants: it exists only with a [`PeerIdentity`]; at most one request of ours is out (window of one,
+//! RFC 7296 §2.3) and `active` says which; at most one request of the peer is being answered.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ipsec::plane::StreamId;
+use ipsec::transform::{Ke, Protocol};
+use pad::PeerIdentity;
+
+use super::channel::{Channel, Received};
+use super::child::{ChildOffer, ChildSa, Parent, rekey_at};
+use super::fault::Fault;
+use super::parts::Parts;
+use super::rekey::IkeOffer;
+use super::retry::{Due, Retry, after, random_below, total};
+use super::{Core, Want};
+use crate::config::{Child, Connection, Unique};
+use crate::engine::context::{Context, PeerKey, Superseded};
+use crate::engine::{
+    ChildSaId, ChildState, CloseReason, Event, IkeSaId, IkeSaStatus, IkeState, Initiate, JobId, JobOutcome, NoSuchSa,
+    Output, Path, Transport,
+};
+use crate::wire::{ExchangeType, Opened, Payload, Protected};
+
+/// How often a task is tried again after TEMPORARY_FAILURE or another key exchange method.
+pub(crate) const MAX_TRIES: u8 = 8;
+/// First wait before a broken stream is opened again.
+const RECONNECT_FIRST: Duration = Duration::from_millis(500);
+/// Longest wait.
+const RECONNECT_LONGEST: Duration = Duration::from_secs(16);
+
+/// The IKE SA is gone: its events are out, the caller drops it.
+#[derive(Debug)]
+pub(crate) struct Closed;
+
+/// How an IKE SA came to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    Initiator,
+    Responder { initial_contact: bool },
+}
+
+pub(crate) struct Established {
+    pub(crate) core: Core,
+    pub(crate) channel: Channel,
+    pub(super) connection: Arc<Connection>,
+    pub(super) peer: Arc<PeerIdentity>,
+    pub(super) state: IkeState,
+    since: Instant,
+    pub(super) children: BTreeMap<ChildSaId, ChildSa>,
+    pub(super) queue: VecDeque<Task>,
+    pub(super) delayed: Vec<(Instant, Task)>,
+    pub(super) active: Option<Active>,
+    pub(super) passive: Option<Passive>,
+    /// The peer rekeys the Child SA that we are rekeying (RFC 7296 §2.8.1).
+    pub(super) collision: Option<Collision>,
+    /// SPIs that the peer deleted while our CREATE_CHILD_SA was out: it may have made that very Child SA.
+    pub(super) deleted_early: Vec<u32>,
+    last_inbound: Instant,
+    last_outbound: Instant,
+    /// Where the request came from that is being answered.
+    reply_path: Path,
+    rekey_at: Option<Instant>,
+    reauth_at: Option<Instant>,
+    pub(super) expire_at: Option<Instant>,
+    /// When what the peer proved is too old, however often the IKE SA is rekeyed.
+    proof_ends_at: Option<Instant>,
+    reauthenticating: bool,
+    stream: StreamState,
+}
+
+/// Work that needs an exchange of ours.
+#[derive(Clone, Debug)]
+pub(crate) enum Task {
+    CreateChild {
+        config: Arc<Child>,
+        token: Option<u64>,
+        group: Option<Ke>,
+        tries: u8,
+    },
+    RekeyChild {
+        id: ChildSaId,
+        token: Option<u64>,
+        group: Option<Ke>,
+        tries: u8,
+    },
+    RekeyIke {
+        token: Option<u64>,
+        group: Option<Ke>,
+        tries: u8,
+    },
+    DeleteChild {
+        id: ChildSaId,
+        token: Option<u64>,
+        reason: CloseReason,
+    },
+    /// A Child SA that the peer has and we do not.
+    DeleteSpi(u32),
+    DeleteIke {
+        token: Option<u64>,
+        reason: CloseReason,
+    },
+    Liveness,
+}
+
+/// The exchange of ours that is going on.
+pub(crate) enum Active {
+    Create { offer: Box<ChildOffer>, token: Option<u64>, tries: u8 },
+    Install { child: Box<ChildSa>, replaces: Option<ChildSaId>, job: JobId, token: Option<u64> },
+    RekeyIke(Box<IkeOffer>),
+    DeleteChild { id: ChildSaId, token: Option<u64>, reason: CloseReason },
+    DeleteSpi(u32),
+    DeleteIke { tokens: Vec<u64>, reason: CloseReason },
+    Liveness,
+}
+
+/// The peer's request for a Child SA, which is being installed before we answer.
+pub(crate) struct Passive {
+    pub(super) child: Box<ChildSa>,
+    pub(super) replaces: Option<ChildSaId>,
+    pub(super) job: JobId,
+    /// It lost against our rekey of the same Child SA: the peer will delete it.
+    pub(super) redundant: bool,
+    /// Payloads of the answer whatever comes: our proof in IKE_AUTH.
+    pub(super) head: Vec<Payload>,
+    /// Payloads that say yes.
+    pub(super) payloads: Vec<Payload>,
+}
+
+/// Both sides rekey one Child SA at once.
+pub(crate) struct Collision {
+    pub(super) old: ChildSaId,
+    pub(super) theirs: ChildSaId,
+    pub(super) lowest_nonce: Vec<u8>,
+}
+
+/// Of an IKE SA's stream, if it uses one.
+enum StreamState {
+    /// Up, or there is none.
+    Up,
+    /// Broken; the peer has to open another.
+    Lost,
+    /// Broken; we open another.
+    Reopening { stream: Option<StreamId>, at: Instant, wait: Duration, deadline: Instant },
+}
+
+impl Established {
+    /// The one way to an established IKE SA other than rekeying one: with the peer's proved identity.
+    pub(crate) fn new(
+        ctx: &mut Context,
+        now: Instant,
+        core: Core,
+        channel: Channel,
+        connection: Arc<Connection>,
+        peer: Arc<PeerIdentity>,
+        role: Role,
+    ) -> Self {
+        let line = format!(
+            "IKE_SA {}[{}] established between {}[{}]...{}[{}]",
+            core.name,
+            core.id.0,
+            core.path.local.ip(),
+            peer.local_id,
+            core.path.remote.ip(),
+            peer.id
+        );
+        ctx.log("IKE", 0, core.tag(), line);
+        let sa = Self::make(ctx, now, core, channel, connection, peer);
+        sa.supersede(ctx, role);
+        ctx.event(Event::IkeUp(sa.core.id));
+        sa
+    }
+
+    /// The successor of a rekeyed IKE SA: same peer, same connection, same path.
+    pub(super) fn successor(&mut self, ctx: &mut Context, now: Instant, id: IkeSaId, channel: Channel) -> Self {
+        let core = Core { id, ..self.core.clone() };
+        let (connection, peer) = (Arc::clone(&self.connection), Arc::clone(&self.peer));
+        let mut new = Self::make(ctx, now, core, channel, connection, peer);
+        new.channel.fragmentation = self.channel.fragmentation;
+        // Reauthentication is due when it was: rekeying proves nothing about the peer.
+        new.reauth_at = self.reauth_at;
+        new.proof_ends_at = self.proof_ends_at;
+        new.expire_at = [new.expire_at, new.proof_ends_at].into_iter().flatten().min();
+        new.children = std::mem::take(&mut self.children);
+        new.queue = std::mem::take(&mut self.queue);
+        new.delayed = std::mem::take(&mut self.delayed);
+        for (child_id, child) in &new.children {
+            ctx.child_owners.insert(*child_id, id);
+            ctx.child_spis.insert(child.spi_in, id);
+        }
+        self.state = IkeState::Rekeyed;
+        (self.rekey_at, self.reauth_at, self.expire_at) = (None, None, None);
+        let line = format!("IKE_SA {}[{}] rekeyed, successor is [{}]", self.core.name, self.core.id.0, id.0);
+        ctx.log("IKE", 0, self.core.tag(), line);
+        ctx.event(Event::IkeRekeyed { old: self.core.id, new: id });
+        new
+    }
+
+    fn make(
+        ctx: &mut Context,
+        now: Instant,
+        core: Core,
+        channel: Channel,
+        connection: Arc<Connection>,
+        peer: Arc<PeerIdentity>,
+    ) -> Self {
+        let rekey = rekey_at(now, connection.rekey_time, connection.rand_time, ctx.rng.as_mut());
+        let reauth = rekey_at(now, connection.reauth_time, connection.rand_time, ctx.rng.as_mut());
+        let longest = connection.rekey_time.max(connection.reauth_time);
+        let hard = longest.saturating_add(connection.over_time);
+        let proof_ends_at = (!connection.reauth_time.is_zero() && !connection.over_time.is_zero())
+            .then(|| after(now, connection.reauth_time.saturating_add(connection.over_time)));
+        let expire_at = (!longest.is_zero() && !connection.over_time.is_zero()).then(|| after(now, hard));
+        Self {
+            reply_path: core.path,
+            core,
+            channel,
+            connection,
+            peer,
+            state: IkeState::Established,
+            since: now,
+            children: BTreeMap::new(),
+            queue: VecDeque::new(),
+            delayed: Vec::new(),
+            active: None,
+            passive: None,
+            collision: None,
+            deleted_early: Vec::new(),
+            last_inbound: now,
+            last_outbound: now,
+            rekey_at: rekey,
+            reauth_at: reauth,
+            expire_at,
+            proof_ends_at,
+            reauthenticating: false,
+            stream: StreamState::Up,
+        }
+    }
+
+    /// Names the IKE SAs of the same peer that have to go (RFC 7296 §2.4, `unique`). Both identities are
+    /// proved, and by what the same entry demands, so a peer can only end its own.
+    fn supersede(&self, ctx: &mut Context, role: Role) {
+        let contact = role == Role::Responder { initial_contact: true };
+        let (go, tell) = match self.connection.unique {
+            Unique::Never => (false, false),
+            Unique::No | Unique::Keep => (contact, false),
+            Unique::Replace => (true, !contact),
+        };
+        let key = PeerKey::of(&self.peer);
+        let others = ctx.peers.get(&key).filter(|_| go).into_iter().flatten();
+        let others: Vec<IkeSaId> = others.copied().filter(|id| *id != self.core.id).collect();
+        ctx.superseded.extend(others.into_iter().map(|id| Superseded { id, tell }));
+    }
+
+    // Getters.
+
+    pub(crate) fn peer_key(&self) -> Option<PeerKey> {
+        match self.state {
+            IkeState::Established | IkeState::Rekeying => Some(PeerKey::of(&self.peer)),
+            IkeState::Created | IkeState::Connecting | IkeState::Rekeyed | IkeState::Deleting => None,
+        }
+    }
+
+    /// True when an IKE SA that a request asks for is this one. One that an earlier definition of the connection
+    /// admitted is not: its peer need not be whom the connection names now.
+    pub(crate) fn serves(&self, connection: &Connection, remote: std::net::IpAddr) -> bool {
+        self.peer_key().is_some()
+            && self.connection.authenticates_as(connection)
+            && self.core.path.remote.ip() == remote
+    }
+
+    /// The stream that it uses, or waits for.
+    pub(crate) fn live_stream(&self) -> Option<(StreamId, bool)> {
+        match (&self.stream, self.core.path.transport) {
+            (StreamState::Reopening { stream, .. }, _) => stream.map(|stream| (stream, true)),
+            (StreamState::Up, Transport::Stream(stream)) => Some((stream, self.core.stream_originator)),
+            (StreamState::Up | StreamState::Lost, _) => None,
+        }
+    }
+
+    pub(crate) fn next_timeout(&self, ctx: &Context) -> Option<Instant> {
+        let reopening = match &self.stream {
+            StreamState::Reopening { stream: None, at, deadline, .. } => Some((*at).min(*deadline)),
+            StreamState::Reopening { deadline, .. } => Some(*deadline),
+            StreamState::Up | StreamState::Lost => None,
+        };
+        let own = [
+            self.channel.next_timeout(),
+            self.rekey_at,
+            self.reauth_at,
+            self.expire_at,
+            self.liveness_at(ctx),
+            self.keepalive_at(ctx),
+            reopening,
+        ];
+        let children = self.children.values().flat_map(|child| {
+            // A Child SA that is on its way out has one timer, its end.
+            let live = child.is_live();
+            [
+                child.rekey_at.filter(|_| live),
+                child.expire_at.filter(|_| child.down_at.is_none()),
+                child.down_at.map(|(at, _)| at),
+            ]
+        });
+        let delayed = self.delayed.iter().map(|(at, _)| Some(*at));
+        own.into_iter().chain(children).chain(delayed).flatten().min()
+    }
+
+    pub(crate) fn status(&self, now: Instant) -> IkeSaStatus {
+        let in_time = |at: Option<Instant>| at.map(|at| at.saturating_duration_since(now));
+        IkeSaStatus {
+            id: self.core.id,
+            connection: self.core.name.clone(),
+            state: self.state,
+            path: self.core.path,
+            local_id: Some(self.peer.local_id.clone()),
+            remote_id: Some(self.peer.id.clone()),
+            peer: Some(Arc::clone(&self.peer)),
+            initiator: self.channel.initiator,
+            initiator_spi: self.channel.spis.initiator,
+            responder_spi: self.channel.spis.responder,
+            nat_local: self.core.nat.local,
+            nat_remote: self.core.nat.remote,
+            nat_fake: self.core.nat.fake,
+            suite: Some(self.channel.suite),
+            established: Some(now.saturating_duration_since(self.since)),
+            rekey_in: in_time(self.rekey_at),
+            reauth_in: in_time(self.reauth_at),
+            tasks_active: self.active.iter().map(Active::name).collect(),
+            children: self.children.values().map(|child| child.status(now)).collect(),
+        }
+    }
+
+    pub(super) fn parent(&self, now: Instant) -> Parent<'_> {
+        Parent { core: &self.core, prf: self.channel.suite.prf, d: &self.channel.d, peer: &self.peer, now }
+    }
+
+    // What comes from outside.
+
+    pub(crate) fn handle_protected(
+        &mut self,
+        ctx: &mut Context,
+        now: Instant,
+        path: Path,
+        protected: Protected,
+        datagram: &[u8],
+    ) -> Result<(), Closed> {
+        match self.channel.receive(protected, datagram) {
+            Received::Ignored => return Ok(()),
+            Received::Repeated(datagrams) => {
+                // Perhaps a replay: it gets its answer back and changes nothing here.
+                ctx.transmit(path, datagrams);
+                return Ok(());
+            }
+            Received::Request(opened) => {
+                self.note_fresh(ctx, now, path);
+                self.reply_path = path;
+                self.handle_request(ctx, now, &opened)?;
+            }
+            Received::Response(opened) => {
+                self.note_fresh(ctx, now, path);
+                self.handle_response(ctx, now, &opened)?;
+            }
+        }
+        self.pump(ctx, now)
+    }
+
+    /// Gives the outcome back where nothing here waits for it.
+    pub(crate) fn handle_job(
+        &mut self,
+        ctx: &mut Context,
+        now: Instant,
+        job: JobId,
+        outcome: JobOutcome,
+    ) -> Result<Option<JobOutcome>, Closed> {
+        let JobOutcome::InstallChild(result) = outcome else { return Ok(Some(outcome)) };
+        match (self.active.take(), self.passive.take()) {
+            (Some(Active::Install { child, replaces, job: waiting, token }), passive) if waiting == job => {
+                self.passive = passive;
+                self.installed(ctx, now, *child, replaces, token, result)?;
+            }
+            (active, Some(passive)) if passive.job == job => {
+                self.active = active;
+                self.answer_installed(ctx, now, passive, result)?;
+            }
+            (active, passive) => {
+                (self.active, self.passive) = (active, passive);
+                return Ok(Some(JobOutcome::InstallChild(result)));
+            }
+        }
+        self.pump(ctx, now)?;
+        Ok(None)
+    }
+
+    pub(crate) fn handle_timeout(&mut self, ctx: &mut Context, now: Instant) -> Result<(), Closed> {
+        self.retransmit(ctx, now)?;
+        self.reopen_timeout(ctx, now)?;
+        let due = |at: Option<Instant>| at.is_some_and(|at| at <= now);
+        if due(self.expire_at) {
+            if self.state == IkeState::Rekeyed {
+                // Its successor lives: a Delete could reach a peer that has not heard of that.
+                return Err(self.close(ctx, now, CloseReason::Rekeyed));
+            }
+            return Err(self.farewell(ctx, now, CloseReason::Expired));
+        }
+        if due(self.reauth_at) {
+            self.reauth_at = None;
+            // The responder leaves it to the initiator, and to the hard limit.
+            if self.channel.initiator {
+                self.reauthenticating = true;
+                self.queue.push_front(Task::DeleteIke { token: None, reason: CloseReason::Local });
+            }
+        }
+        if due(self.rekey_at) {
+            self.rekey_at = None;
+            self.queue.push_back(Task::RekeyIke { token: None, group: None, tries: 0 });
+        }
+        self.child_timeouts(ctx, now);
+        let (ready, later) = std::mem::take(&mut self.delayed).into_iter().partition(|(at, _)| *at <= now);
+        self.delayed = later;
+        let ready: Vec<(Instant, Task)> = ready;
+        self.queue.extend(ready.into_iter().map(|(_, task)| task));
+        if due(self.liveness_at(ctx)) {
+            if matches!(self.stream, StreamState::Lost) {
+                return Err(self.close(ctx, now, CloseReason::Timeout));
+            }
+            self.queue.push_back(Task::Liveness);
+        }
+        if due(self.keepalive_at(ctx)) {
+            // RFC 3948 §2.3.
+            self.last_outbound = now;
+            ctx.transmit(self.core.path, [vec![0xff]]);
+        }
+        self.pump(ctx, now)
+    }
+
+    fn child_timeouts(&mut self, ctx: &mut Context, now: Instant) {
+        let due = |at: Option<Instant>| at.is_some_and(|at| at <= now);
+        let mut down = Vec::new();
+        for child in self.children.values_mut() {
+            if let Some((at, reason)) = child.down_at {
+                if at <= now {
+                    down.push((child.id, reason));
+                }
+                continue;
+            }
+            if due(child.expire_at) {
+                child.expire_at = None;
+                child.rekey_at = None;
+                match child.state {
+                    ChildState::Rekeyed => down.push((child.id, CloseReason::Rekeyed)),
+                    ChildState::Deleting | ChildState::Deleted => {}
+                    ChildState::Created | ChildState::Installing | ChildState::Installed | ChildState::Rekeying => {
+                        let task = Task::DeleteChild { id: child.id, token: None, reason: CloseReason::Expired };
+                        self.queue.push_front(task);
+                    }
+                }
+            }
+            if child.is_live() && due(child.rekey_at) {
+                child.rekey_at = None;
+                self.queue.push_back(Task::RekeyChild { id: child.id, token: None, group: None, tries: 0 });
+            }
+        }
+        for (id, reason) in down {
+            self.take_down(ctx, now, id, reason);
+        }
+    }
+
+    /// A volume limit of a Child SA was reached.
+    pub(crate) fn handle_expire(
+        &mut self,
+        ctx: &mut Context,
+        now: Instant,
+        spi_in: u32,
+        hard: bool,
+    ) -> Result<(), Closed> {
+        if let Some(child) = self.children.values_mut().find(|child| child.spi_in == spi_in && child.is_live()) {
+            let (id, token) = (child.id, None);
+            child.rekey_at = None;
+            if hard {
+                self.queue.push_front(Task::DeleteChild { id, token, reason: CloseReason::Expired });
+            } else {
+                self.queue.push_back(Task::RekeyChild { id, token, group: None, tries: 0 });
+            }
+        }
+        self.pump(ctx, now)
+    }
+
+    /// ESP arrived: the peer lives.
+    pub(crate) fn handle_traffic(&mut self, now: Instant) {
+        self.last_inbound = self.last_inbound.max(now);
+    }
+
+    /// Authenticated ESP came from another source (RFC 7296 §2.23).
+    pub(crate) fn handle_mapping_changed(&mut self, ctx: &mut Context, now: Instant, remote: SocketAddr) {
+        self.last_inbound = now;
+        if self.follows_peer() && self.core.path.transport == Transport::UdpEncap && self.core.path.remote != remote {
+            self.move_to(ctx, Path { remote, ..self.core.path });
+        }
+    }
+
+    pub(crate) fn handle_stream_opened(
+        &mut self,
+        ctx: &mut Context,
+        now: Instant,
+        stream: StreamId,
+        local: SocketAddr,
+    ) -> Result<(), Closed> {
+        match &self.stream {
+            StreamState::Reopening { stream: Some(waiting), .. } if *waiting == stream => {}
+            StreamState::Reopening { .. } | StreamState::Up | StreamState::Lost => return Ok(()),
+        }
+        self.stream = StreamState::Up;
+        self.move_to(ctx, Path { local, transport: Transport::Stream(stream), ..self.core.path });
+        // RFC 9329 §6.1: the outstanding request goes again; without one an empty INFORMATIONAL shows the
+        // peer where we are now.
+        if self.resend(ctx, now) {
+            return Ok(());
+        }
+        self.queue.push_front(Task::Liveness);
+        self.pump(ctx, now)
+    }
+
+    pub(crate) fn handle_stream_closed(
+        &mut self,
+        ctx: &mut Context,
+        now: Instant,
+        stream: StreamId,
+        reason: &str,
+    ) -> Result<(), Closed> {
+        if let StreamState::Reopening { stream: waiting, at, wait, .. } = &mut self.stream {
+            if *waiting == Some(stream) {
+                *waiting = None;
+                *at = after(now, *wait);
+                *wait = wait.saturating_mul(2).min(RECONNECT_LONGEST);
+            }
+            return Ok(());
+        }
+        if self.core.path.transport != Transport::Stream(stream) {
+            return Ok(());
+        }
+        ctx.log("NET", 1, self.core.tag(), format!("TCP connection lost: {reason}"));
+        if !self.core.stream_originator {
+            self.stream = StreamState::Lost;
+            return Ok(());
+        }
+        if self.state == IkeState::Rekeyed {
+            // Its successor reopens; a stream for a last delete is not worth it.
+            return Err(self.close(ctx, now, CloseReason::Rekeyed));
+        }
+        let deadline = after(now, total(&ctx.config.retransmission));
+        self.stream = StreamState::Reopening { stream: None, at: now, wait: RECONNECT_FIRST, deadline };
+        self.reopen_timeout(ctx, now)
+    }
+
+    // Commands.
+
+    /// Takes what was asked for while the IKE SA was not up.
+    pub(crate) fn adopt_wants(&mut self, ctx: &mut Context, now: Instant, wants: Vec<Want>) -> Result<(), Closed> {
+        for Want { child, token } in wants {
+            match child {
+                Some(config) => self.queue.push_back(Task::CreateChild { config, token, group: None, tries: 0 }),
+                None => done(ctx, token),
+            }
+        }
+        // In IKE_AUTH the first child comes before the rest; pumping happens after it.
+        let _ = now;
+        Ok(())
+    }
+
+    pub(crate) fn want(&mut self, ctx: &mut Context, now: Instant, want: Want) -> Result<(), Closed> {
+        self.adopt_wants(ctx, now, vec![want])?;
+        self.pump(ctx, now)
+    }
+
+    pub(crate) fn terminate(&mut self, ctx: &mut Context, now: Instant, force: bool, token: u64) -> Result<(), Closed> {
+        if force {
+            done(ctx, Some(token));
+            return Err(self.farewell(ctx, now, CloseReason::Local));
+        }
+        if let Some(Active::DeleteIke { tokens, .. }) = &mut self.active {
+            tokens.push(token);
+            return Ok(());
+        }
+        if self.state == IkeState::Rekeyed {
+            // The peer deletes it; from us a Delete could end what it has not yet moved to the successor.
+            done(ctx, Some(token));
+            return Ok(());
+        }
+        self.drop_tasks(ctx, "the IKE_SA is being deleted");
+        self.queue.push_front(Task::DeleteIke { token: Some(token), reason: CloseReason::Local });
+        self.pump(ctx, now)
+    }
+
+    pub(crate) fn terminate_child(
+        &mut self,
+        ctx: &mut Context,
+        now: Instant,
+        id: ChildSaId,
+        force: bool,
+        token: u64,
+    ) -> Result<Result<(), NoSuchSa>, Closed> {
+        let Some(child) = self.children.get(&id) else { return Ok(Err(NoSuchSa)) };
+        if force {
+            let spi_in = child.spi_in;
+            let told = matches!(child.state, ChildState::Deleting | ChildState::Deleted);
+            self.take_down(ctx, now, id, CloseReason::Local);
+            if !told {
+                self.queue.push_front(Task::DeleteSpi(spi_in));
+            }
+            done(ctx, Some(token));
+        } else {
+            self.queue.push_front(Task::DeleteChild { id, token: Some(token), reason: CloseReason::Local });
+        }
+        self.pump(ctx, now)?;
+        Ok(Ok(()))
+    }
+
+    /// A successor takes up the tasks of the IKE SA that it replaces.
+    pub(crate) fn start_inherited(&mut self, ctx: &mut Context, now: Instant) -> Result<(), Closed> {
+        self.pump(ctx, now)
+    }
+
+    pub(crate) fn rekey(&mut self, ctx: &mut Context, now: Instant, token: u64) -> Result<(), Closed> {
+        self.queue.push_back(Task::RekeyIke { token: Some(token), group: None, tries: 0 });
+        self.pump(ctx, now)
+    }
+
+    pub(crate) fn rekey_child(
+        &mut self,
+        ctx: &mut Context,
+        now: Instant,
+        id: ChildSaId,
+        token: u64,
+    ) -> Result<(), Closed> {
+        self.queue.push_back(Task::RekeyChild { id, token: Some(token), group: None, tries: 0 });
+        self.pump(ctx, now)
+    }
+
+    /// Ends it; `tell` sends a Delete that nobody waits for.
+    pub(crate) fn replaced(&mut self, ctx: &mut Context, now: Instant, tell: bool) -> Closed {
+        if tell { self.farewell(ctx, now, CloseReason::Replaced) } else { self.close(ctx, now, CloseReason::Replaced) }
+    }
+
+    // Tasks.
+
+    /// Starts tasks while no exchange of ours is going on.
+    pub(super) fn pump(&mut self, ctx: &mut Context, now: Instant) -> Result<(), Closed> {
+        while self.active.is_none() && !self.channel.is_waiting() && matches!(self.stream, StreamState::Up) {
+            let Some(task) = self.queue.pop_front() else { break };
+            self.start(ctx, now, task)?;
+        }
+        Ok(())
+    }
+
+    fn start(&mut self, ctx: &mut Context, now: Instant, task: Task) -> Result<(), Closed> {
+        let open = matches!(self.state, IkeState::Established);
+        match task {
+            Task::CreateChild { config, token, .. } if !open => {
+                self.child_failed(ctx, token, &config.name, "the IKE_SA is closing");
+                Ok(())
+            }
+            Task::CreateChild { config, token, group, tries } => {
+                self.start_create(ctx, now, config, None, token, group, tries)
+            }
+            Task::RekeyChild { id, token, group, tries } => self.start_rekey_child(ctx, now, id, token, group, tries),
+            Task::RekeyIke { token, .. } if !open => {
+                failed(ctx, token, &self.core.name, None, "the IKE_SA is closing");
+                Ok(())
+            }
+            // §2.25.2: not while the peer waits for a Child SA.
+            Task::RekeyIke { .. } if self.passive.is_some() => {
+                self.delay(ctx, now, task);
+                Ok(())
+            }
+            Task::RekeyIke { token, group, tries } => self.start_rekey_ike(ctx, now, token, group, tries),
+            Task::DeleteChild { id, token, reason } => self.start_delete_child(ctx, now, id, token, reason),
+            Task::DeleteSpi(spi) => {
+                self.active = Some(Active::DeleteSpi(spi));
+                let payload = Payload::Delete { protocol: Protocol::ESP, spis: vec![spi] };
+                self.send_request(ctx, now, ExchangeType::INFORMATIONAL, &[payload])
+            }
+            Task::DeleteIke { token, reason } => {
+                self.state = IkeState::Deleting;
+                let line = format!("deleting IKE_SA {}[{}]", self.core.name, self.core.id.0);
+                ctx.log("IKE", 0, self.core.tag(), line);
+                self.active = Some(Active::DeleteIke { tokens: token.into_iter().collect(), reason });
+                let payload = Payload::Delete { protocol: Protocol::IKE, spis: Vec::new() };
+                self.send_request(ctx, now, ExchangeType::INFORMATIONAL, &[payload])
+            }
+            Task::Liveness => {
+                ctx.log("IKE", 1, self.core.tag(), "sending DPD request".to_owned());
+                self.active = Some(Active::Liveness);
+                self.send_request(ctx, now, ExchangeType::INFORMATIONAL, &[])
+            }
+        }
+    }
+
+    /// Tries a task again after a random while (RFC 7296 §2.25).
+    pub(super) fn delay(&mut self, ctx: &mut Context, now: Instant, task: Task) {
+        let wait = Duration::from_secs(1) + random_below(Duration::from_secs(4), ctx.rng.as_mut());
+        self.delayed.push((after(now, wait), task));
+    }
+
+    fn handle_response(&mut self, ctx: &mut Context, now: Instant, opened: &Opened) -> Result<(), Closed> {
+        let Some(active) = self.active.take() else { return Ok(()) };
+        let parts = match Parts::of(opened) {
+            Ok(parts) => parts,
+            Err(fault) => {
+                // Authentic and not understood: the two sides no longer agree on what is there (§2.21.3).
+                ctx.log("ENC", 1, self.core.tag(), format!("response refused: {fault}"));
+                self.active = Some(active);
+                return Err(self.farewell(ctx, now, CloseReason::Failed));
+            }
+        };
+        match active {
+            Active::Create { offer, token, tries } => self.created(ctx, now, *offer, token, tries, &parts),
+            Active::RekeyIke(offer) => self.ike_rekeyed(ctx, now, *offer, &parts),
+            Active::DeleteChild { id, token, reason } => {
+                self.child_deleted(ctx, now, id, reason);
+                done(ctx, token);
+                Ok(())
+            }
+            Active::DeleteSpi(spi) => {
+                ctx.release_child_spi(spi);
+                Ok(())
+            }
+            Active::DeleteIke { tokens, reason } => {
+                ctx.log("IKE", 0, self.core.tag(), "IKE_SA deleted".to_owned());
+                let closed = self.close(ctx, now, reason);
+                for token in tokens {
+                    done(ctx, Some(token));
+                }
+                Err(closed)
+            }
+            Active::Liveness => Ok(()),
+            // Its answer came before; a response cannot be for it.
+            install @ Active::Install { .. } => {
+                self.active = Some(install);
+                Ok(())
+            }
+        }
+    }
+
+    fn handle_request(&mut self, ctx: &mut Context, now: Instant, opened: &Opened) -> Result<(), Closed> {
+        let parts = match Parts::of(opened) {
+            Ok(parts) => parts,
+            Err(fault) => {
+                ctx.log("ENC", 1, self.core.tag(), format!("request refused: {fault}"));
+                self.respond(ctx, now, &[fault.payload()]);
+                return match fault {
+                    // §2.21.3: an authentic message with wrong syntax ends the IKE SA.
+                    Fault::InvalidSyntax(_) => Err(self.close(ctx, now, CloseReason::Failed)),
+                    _ => Ok(()),
+                };
+            }
+        };
+        match opened.header.exchange {
+            ExchangeType::CREATE_CHILD_SA => self.create_request(ctx, now, &parts),
+            ExchangeType::INFORMATIONAL => self.informational_request(ctx, now, &parts),
+            ExchangeType(other) => {
+                let fault = Fault::InvalidSyntax(format!("exchange type {other} has no place here"));
+                ctx.log("ENC", 1, self.core.tag(), fault.to_string());
+                self.respond(ctx, now, &[fault.payload()]);
+                Ok(())
+            }
+        }
+    }
+
+    // Sending.
+
+    pub(super) fn send_request(
+        &mut self,
+        ctx: &mut Context,
+        now: Instant,
+        exchange: ExchangeType,
+        payloads: &[Payload],
+    ) -> Result<(), Closed> {
+        let over_stream = matches!(self.core.path.transport, Transport::Stream(_));
+        let retry = Retry::start(now, &ctx.config.retransmission, over_stream, ctx.rng.as_mut());
+        let max_length = ctx.max_length(&self.core.path, self.channel.fragmentation, self.connection.fragmentation);
+        match self.channel.request(exchange, payloads, max_length, retry, ctx.rng.as_mut()) {
+            Some(datagrams) => {
+                self.last_outbound = now;
+                ctx.transmit(self.core.path, datagrams);
+                Ok(())
+            }
+            // §2.2: message ids are used up; nothing can be said any more.
+            None => Err(self.close(ctx, now, CloseReason::Expired)),
+        }
+    }
+
+    pub(super) fn respond(&mut self, ctx: &mut Context, now: Instant, payloads: &[Payload]) {
+        let max_length = ctx.max_length(&self.reply_path, self.channel.fragmentation, self.connection.fragmentation);
+        let datagrams = self.channel.respond(payloads, max_length, ctx.rng.as_mut());
+        self.last_outbound = now;
+        ctx.transmit(self.reply_path, datagrams.unwrap_or_default());
+    }
+
+    /// Sends the outstanding request again over the current path; false without one.
+    fn resend(&mut self, ctx: &mut Context, now: Instant) -> bool {
+        let Some(datagrams) = self.channel.outstanding().map(<[_]>::to_vec) else { return false };
+        let over_stream = matches!(self.core.path.transport, Transport::Stream(_));
+        let retry = Retry::start(now, &ctx.config.retransmission, over_stream, ctx.rng.as_mut());
+        self.channel.restart_retry(retry);
+        ctx.transmit(self.core.path, datagrams);
+        true
+    }
+
+    fn retransmit(&mut self, ctx: &mut Context, now: Instant) -> Result<(), Closed> {
+        let policy = ctx.config.retransmission;
+        let (due, id, count) = self.channel.poll_retry(now, &policy, ctx.rng.as_mut());
+        match due {
+            Due::Nothing => Ok(()),
+            Due::Resend => {
+                let line = format!("retransmit {count} of request with message ID {id}");
+                ctx.log("IKE", 1, self.core.tag(), line);
+                let datagrams = self.channel.outstanding().unwrap_or_default().to_vec();
+                self.last_outbound = now;
+                ctx.transmit(self.core.path, datagrams);
+                Ok(())
+            }
+            Due::GiveUp => {
+                ctx.log("IKE", 1, self.core.tag(), format!("giving up after {count} retransmits"));
+                let reason = match &self.active {
+                    Some(Active::DeleteIke { reason, .. }) => *reason,
+                    _ => CloseReason::Timeout,
+                };
+                Err(self.close(ctx, now, reason))
+            }
+        }
+    }
+
+    // Paths.
+
+    /// An authentic message that is no repetition came along `path`.
+    fn note_fresh(&mut self, ctx: &mut Context, now: Instant, path: Path) {
+        self.last_inbound = now;
+        if path == self.core.path {
+            return;
+        }
+        let follow = match (path.transport, self.core.path.transport) {
+            // RFC 9329 §6.1: the TCP Responder answers where the last valid message came in.
+            (Transport::Stream(_), Transport::Stream(_)) => !self.core.stream_originator,
+            (Transport::Stream(_), _) | (_, Transport::Stream(_)) => false,
+            (Transport::Udp | Transport::UdpEncap, Transport::Udp | Transport::UdpEncap) => self.follows_peer(),
+        };
+        if follow {
+            self.stream = StreamState::Up;
+            self.move_to(ctx, path);
+            if matches!(path.transport, Transport::Stream(_)) {
+                self.resend(ctx, now);
+            }
+        }
+    }
+
+    /// RFC 7296 §2.23: the host that is not behind a NAT follows the one that is.
+    fn follows_peer(&self) -> bool {
+        self.core.nat.remote && !self.core.nat.local
+    }
+
+    fn move_to(&mut self, ctx: &mut Context, path: Path) {
+        let line = format!("peer moved from {} to {}", self.core.path.remote, path.remote);
+        if self.core.path.remote != path.remote {
+            ctx.log("NET", 1, self.core.tag(), line);
+        }
+        self.core.path = path;
+        let to = self.core.encapsulation();
+        for child in self.children.values_mut().filter(|child| child.encapsulation != to) {
+            child.encapsulation = to;
+            ctx.event(Event::Migrate { spi_in: child.spi_in, to });
+        }
+    }
+
+    fn reopen_timeout(&mut self, ctx: &mut Context, now: Instant) -> Result<(), Closed> {
+        let StreamState::Reopening { stream, at, deadline, .. } = &mut self.stream else { return Ok(()) };
+        if *deadline <= now {
+            return Err(self.close(ctx, now, CloseReason::Timeout));
+        }
+        if stream.is_none() && *at <= now {
+            let new = ctx.next_stream();
+            *stream = Some(new);
+            let local = SocketAddr::new(self.core.path.local.ip(), 0);
+            ctx.outputs.push_back(Output::OpenStream { stream: new, local, remote: self.core.path.remote });
+        }
+        Ok(())
+    }
+
+    fn liveness_at(&self, ctx: &Context) -> Option<Instant> {
+        if self.state != IkeState::Established || self.connection.dpd_delay.is_zero() {
+            return None;
+        }
+        let due = after(self.last_inbound, self.connection.dpd_delay);
+        match self.stream {
+            StreamState::Up => (self.active.is_none() && self.queue.is_empty()).then_some(due),
+            // We cannot ask: the peer has as long to come back as our request would have waited.
+            StreamState::Lost => Some(after(due, total(&ctx.config.retransmission))),
+            StreamState::Reopening { .. } => None,
+        }
+    }
+
+    fn keepalive_at(&self, ctx: &Context) -> Option<Instant> {
+        let wanted = self.core.nat.local && self.core.path.transport == Transport::UdpEncap;
+        (wanted && !ctx.config.keep_alive.is_zero()).then(|| after(self.last_outbound, ctx.config.keep_alive))
+    }
+
+    // The end.
+
+    /// Removes a Child SA from the data plane and from here.
+    pub(super) fn take_down(&mut self, ctx: &mut Context, now: Instant, id: ChildSaId, reason: CloseReason) {
+        if let Some(child) = self.children.remove(&id) {
+            let status = child.status(now);
+            let line = format!("CHILD_SA {}{{{}}} closed with SPIs {}", child.config.name, id.0, child.spis());
+            ctx.log("IKE", 1, self.core.tag(), line);
+            ctx.child_down(self.core.id, status, reason);
+            // A successor that goes before the old one was deleted leaves the old one in place, on both sides.
+            let successor = matches!(child.state, ChildState::Installed | ChildState::Deleting);
+            let old = child.replaces.and_then(|old| self.children.get_mut(&old));
+            if let Some(old) = old.filter(|old| successor && old.state == ChildState::Rekeyed) {
+                old.state = ChildState::Installed;
+            }
+        }
+    }
+
+    /// Says Delete without waiting for the answer, and closes.
+    pub(super) fn farewell(&mut self, ctx: &mut Context, now: Instant, reason: CloseReason) -> Closed {
+        if !self.channel.is_waiting() {
+            let retry = Retry::start(now, &ctx.config.retransmission, true, ctx.rng.as_mut());
+            let payloads = [Payload::Delete { protocol: Protocol::IKE, spis: Vec::new() }];
+            let exchange = ExchangeType::INFORMATIONAL;
+            let datagrams = self.channel.request(exchange, &payloads, None, retry, ctx.rng.as_mut());
+            ctx.transmit(self.core.path, datagrams.unwrap_or_default());
+        }
+        self.close(ctx, now, reason)
+    }
+
+    /// Closes: everything that it held is released and reported.
+    pub(super) fn close(&mut self, ctx: &mut Context, now: Instant, reason: CloseReason) -> Closed {
+        let status = self.status(now);
+        if self.reauthenticating {
+            let mut names = std::collections::BTreeSet::new();
+            let live =
+                self.children.values().filter(|child| child.is_live() && names.insert(child.config.name.clone()));
+            let configs: Vec<Arc<Child>> = live.map(|child| Arc::clone(&child.config)).collect();
+            let again = |child| Initiate {
+                connection: Arc::clone(&self.connection),
+                child,
+                local: self.core.path.local.ip(),
+                remote: self.core.path.remote.ip(),
+                token: u64::MAX,
+            };
+            ctx.reinitiate.extend(configs.into_iter().map(|config| again(Some(config))));
+        }
+        let ids: Vec<ChildSaId> = self.children.keys().copied().collect();
+        for id in ids {
+            self.take_down(ctx, now, id, reason);
+        }
+        match self.active.take() {
+            Some(Active::Create { offer, token, .. }) => {
+                ctx.release_child_spi(offer.spi);
+                self.child_failed(ctx, token, &offer.config.name, "the IKE_SA closed");
+            }
+            // The answer to the job finds nobody and takes the Child SA down.
+            Some(Active::Install { child, token, .. }) => {
+                self.child_failed(ctx, token, &child.config.name, "the IKE_SA closed");
+            }
+            Some(Active::RekeyIke(offer)) => {
+                ctx.release_ike_spi(offer.spi);
+                failed(ctx, offer.token, &self.core.name, None, "the IKE_SA closed");
+            }
+            Some(Active::DeleteChild { token, .. }) => done(ctx, token),
+            Some(Active::DeleteIke { tokens, .. }) => {
+                for token in tokens {
+                    done(ctx, Some(token));
+                }
+            }
+            Some(Active::DeleteSpi(spi)) => ctx.release_child_spi(spi),
+            Some(Active::Liveness) | None => {}
+        }
+        self.drop_tasks(ctx, "the IKE_SA closed");
+        ctx.bury(now, self.channel.local_spi(), self.channel.last_words());
+        ctx.event(Event::IkeDown(Box::new(status), reason));
+        Closed
+    }
+
+    fn drop_tasks(&mut self, ctx: &mut Context, reason: &str) {
+        let delayed = std::mem::take(&mut self.delayed).into_iter().map(|(_, task)| task);
+        for task in std::mem::take(&mut self.queue).into_iter().chain(delayed) {
+            match task {
+                Task::CreateChild { config, token, .. } => self.child_failed(ctx, token, &config.name, reason),
+                Task::RekeyChild { token, .. } | Task::RekeyIke { token, .. } => {
+                    if token.is_some() {
+                        failed(ctx, token, &self.core.name, None, reason);
+                    }
+                }
+                Task::DeleteChild { token, .. } | Task::DeleteIke { token, .. } => done(ctx, token),
+                Task::DeleteSpi(spi) => ctx.release_child_spi(spi),
+                Task::Liveness => {}
+            }
+        }
+    }
+
+    pub(super) fn child_failed(&self, ctx: &mut Context, token: Option<u64>, child: &str, reason: &str) {
+        let line = format!("establishing CHILD_SA {child} failed: {reason}");
+        ctx.log("IKE", 1, self.core.tag(), line);
+        failed(ctx, token, &self.core.name, Some(child), reason);
+    }
+}
+
+impl Active {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Create { offer, .. } if offer.replaces.is_some() => "CHILD_REKEY",
+            Self::Install { replaces: Some(_), .. } => "CHILD_REKEY",
+            Self::Create { .. } | Self::Install { .. } => "CHILD_CREATE",
+            Self::RekeyIke(_) => "IKE_REKEY",
+            Self::DeleteChild { .. } | Self::DeleteSpi(_) => "CHILD_DELETE",
+            Self::DeleteIke { .. } => "IKE_DELETE",
+            Self::Liveness => "IKE_DPD",
+        }
+    }
+}
+
+/// Reports that a request of ours is done.
+pub(super) fn done(ctx: &mut Context, token: Option<u64>) {
+    if let Some(token) = token {
+        ctx.event(Event::Done { token });
+    }
+}
+
+/// Reports that a request cannot be met.
+pub(super) fn failed(ctx: &mut Context, token: Option<u64>, connection: &str, child: Option<&str>, reason: &str) {
+    ctx.event(Event::Failed {
+        token,
+        connection: connection.to_owned(),
+        child: child.map(str::to_owned),
+        reason: reason.to_owned(),
+    });
+}

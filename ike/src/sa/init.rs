@@ -1,0 +1,577 @@
+//! IKE_SA_INIT as initiator (RFC 7296 §1.2, §2.6, §2.7, RFC 9329 §5.1).
+//!
+//! Nothing in an answer is authentic here; what it does to us at most is a failed attempt.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Instant;
+
+use ipsec::plane::StreamId;
+use ipsec::transform::{Ke, Proposal, TransformType};
+
+use super::auth::InitMaterial;
+use super::channel::{Channel, Spis};
+use super::fault::{notify, notify_name};
+use super::nat::{self, Nat};
+use super::parts::Parts;
+use super::retry::{Due, Retry, after};
+use super::{Core, IkeSa, InitiatorAuth, Want, fail_wants};
+use crate::config::{Connection, Fragmentation, Retransmission, TcpPolicy};
+use crate::crypto::{self, KeyExchange, KeySeed};
+use crate::engine::context::Context;
+use crate::engine::{CloseReason, Event, IkeSaId, IkeSaStatus, IkeState, Path, Transport};
+use crate::wire::{self, ExchangeType, Header, Message, NotifyType, Payload};
+
+/// Hash algorithms that we verify (RFC 7427 §4): SHA2-256, SHA2-384, SHA2-512, Identity.
+const SIGNATURE_HASHES: [u16; 4] = [2, 3, 4, 5];
+/// Answers that make us send the request again, for one attempt: cookies and other groups.
+const MAX_RESTARTS: u8 = 4;
+/// Length of our nonces: at least half the key size of any PRF (RFC 7296 §2.10).
+pub(crate) const NONCE_LENGTH: usize = 32;
+
+/// An IKE SA whose IKE_SA_INIT request is out, or about to be.
+pub(crate) struct Initiating {
+    id: IkeSaId,
+    connection: Arc<Connection>,
+    wants: Vec<Want>,
+    local: IpAddr,
+    remote: IpAddr,
+    /// Sequences of repetitions begun, from 1 (`keyingtries`).
+    sequence: u32,
+    attempt: Attempt,
+}
+
+/// One SPI's attempt.
+struct Attempt {
+    spi: u64,
+    path: Path,
+    nonce: Vec<u8>,
+    ke: KeyExchange,
+    cookie: Option<Vec<u8>>,
+    restarts: u8,
+    progress: Progress,
+    /// When to turn to TCP.
+    tcp_at: Option<Instant>,
+}
+
+enum Progress {
+    /// Waiting for the stream.
+    Opening { deadline: Instant },
+    /// The request, as sent.
+    Sent { request: Vec<u8>, retry: Retry },
+}
+
+/// What an attempt is made over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Over {
+    Udp,
+    /// UDP, and TCP where that stays silent (RFC 9329 §5.1).
+    UdpThenTcp,
+    Tcp,
+}
+
+impl Over {
+    fn first(policy: TcpPolicy) -> Self {
+        match policy {
+            TcpPolicy::No => Self::Udp,
+            TcpPolicy::Fallback => Self::UdpThenTcp,
+            TcpPolicy::Yes => Self::Tcp,
+        }
+    }
+}
+
+impl Initiating {
+    /// Begins; `None` when it failed at once (the reason is out as an event).
+    pub(crate) fn begin(
+        ctx: &mut Context,
+        now: Instant,
+        connection: Arc<Connection>,
+        want: Want,
+        local: IpAddr,
+        remote: IpAddr,
+    ) -> Option<Box<Self>> {
+        let id = ctx.next_ike();
+        let over = Over::first(connection.tcp);
+        let line = format!("initiating IKE_SA {}[{}] to {remote}", connection.name, id.0);
+        ctx.log("IKE", 0, Some((id, &connection.name)), line);
+        let wants = vec![want];
+        match Attempt::begin(ctx, now, id, &connection, local, remote, over) {
+            Ok(attempt) => Some(Box::new(Self { id, connection, wants, local, remote, sequence: 1, attempt })),
+            Err(reason) => {
+                fail_wants(ctx, &connection.name, &wants, &reason);
+                None
+            }
+        }
+    }
+
+    pub(crate) fn id(&self) -> IkeSaId {
+        self.id
+    }
+
+    pub(crate) fn spi(&self) -> u64 {
+        self.attempt.spi
+    }
+
+    pub(crate) fn stream(&self) -> Option<StreamId> {
+        match self.attempt.path.transport {
+            Transport::Stream(stream) => Some(stream),
+            Transport::Udp | Transport::UdpEncap => None,
+        }
+    }
+
+    /// True when this will become the IKE SA that a request asks for.
+    pub(crate) fn serves(&self, connection: &Connection, remote: IpAddr) -> bool {
+        self.connection.authenticates_as(connection) && self.remote == remote
+    }
+
+    pub(crate) fn add_want(&mut self, want: Want) {
+        self.wants.push(want);
+    }
+
+    pub(crate) fn next_timeout(&self) -> Option<Instant> {
+        let at = match &self.attempt.progress {
+            Progress::Opening { deadline } => *deadline,
+            Progress::Sent { retry, .. } => retry.at,
+        };
+        Some(self.attempt.tcp_at.map_or(at, |tcp| tcp.min(at)))
+    }
+
+    pub(crate) fn status(&self) -> IkeSaStatus {
+        IkeSaStatus {
+            id: self.id,
+            connection: self.connection.name.clone(),
+            state: IkeState::Connecting,
+            path: self.attempt.path,
+            local_id: self.connection.local_id.clone(),
+            remote_id: self.connection.remote.remote_id.as_exact().cloned(),
+            peer: None,
+            initiator: true,
+            initiator_spi: self.attempt.spi,
+            responder_spi: 0,
+            nat_local: false,
+            nat_remote: false,
+            nat_fake: false,
+            suite: None,
+            established: None,
+            rekey_in: None,
+            reauth_in: None,
+            tasks_active: vec!["IKE_INIT", "IKE_NATD", "IKE_CERT_PRE", "IKE_AUTH", "CHILD_CREATE"],
+            children: Vec::new(),
+        }
+    }
+
+    pub(crate) fn handle_timeout(mut self: Box<Self>, ctx: &mut Context, now: Instant) -> Option<Box<Self>> {
+        if self.attempt.tcp_at.is_some_and(|at| at <= now) {
+            let line = format!("no answer over UDP, trying TCP port {}", self.connection.tcp_remote_port);
+            ctx.log("NET", 1, self.tag(), line);
+            return self.restart(ctx, now, Over::Tcp);
+        }
+        let tag = Some((self.id, self.connection.name.as_str()));
+        match &mut self.attempt.progress {
+            Progress::Opening { deadline } if *deadline <= now => {
+                self.give_up(ctx, now, "the TCP connection timed out")
+            }
+            Progress::Opening { .. } => Some(self),
+            Progress::Sent { request, retry } => match retry.poll(now, &ctx.config.retransmission, ctx.rng.as_mut()) {
+                Due::Nothing => Some(self),
+                Due::Resend => {
+                    let line = format!("retransmit {} of request with message ID 0", retry.done);
+                    ctx.log("IKE", 1, tag, line);
+                    ctx.transmit(self.attempt.path, [request.clone()]);
+                    Some(self)
+                }
+                Due::GiveUp => {
+                    let line = format!("giving up after {} retransmits", retry.done);
+                    ctx.log("IKE", 1, tag, line);
+                    self.give_up(ctx, now, "the peer does not answer")
+                }
+            },
+        }
+    }
+
+    pub(crate) fn handle_stream_opened(
+        mut self: Box<Self>,
+        ctx: &mut Context,
+        now: Instant,
+        stream: StreamId,
+        local: SocketAddr,
+    ) -> Option<Box<Self>> {
+        let opening = matches!(self.attempt.progress, Progress::Opening { .. });
+        if self.stream() == Some(stream) && opening {
+            self.attempt.path.local = local;
+            self.attempt.send(ctx, now, self.id, &self.connection);
+        }
+        Some(self)
+    }
+
+    pub(crate) fn handle_stream_closed(
+        self: Box<Self>,
+        ctx: &mut Context,
+        now: Instant,
+        stream: StreamId,
+        reason: &str,
+    ) -> Option<Box<Self>> {
+        if self.stream() != Some(stream) {
+            return Some(self);
+        }
+        let reason = format!("the TCP connection failed: {reason}");
+        if self.connection.tcp == TcpPolicy::Fallback {
+            // The peer may be slow or down rather than behind a filter: UDP gets all of its time.
+            ctx.log("NET", 1, self.tag(), format!("{reason}, going on over UDP"));
+            return self.restart(ctx, now, Over::Udp);
+        }
+        self.give_up(ctx, now, &reason)
+    }
+
+    /// An ICMP error: no proof of anything, but a reason to try TCP now rather than later.
+    pub(crate) fn handle_unreachable(
+        self: Box<Self>,
+        ctx: &mut Context,
+        now: Instant,
+        remote: SocketAddr,
+    ) -> Option<Box<Self>> {
+        if self.attempt.tcp_at.is_some() && self.attempt.path.remote == remote {
+            ctx.log("NET", 1, self.tag(), format!("{remote} is unreachable over UDP, trying TCP"));
+            return self.restart(ctx, now, Over::Tcp);
+        }
+        Some(self)
+    }
+
+    /// Ends before anything came up.
+    pub(crate) fn abandon(self, ctx: &mut Context, reason: &str, close: CloseReason) {
+        fail_wants(ctx, &self.connection.name, &self.wants, reason);
+        let status = self.status();
+        ctx.event(Event::IkeDown(Box::new(status), close));
+    }
+
+    /// Handles an unprotected message with our SPI.
+    pub(crate) fn handle_response(
+        mut self: Box<Self>,
+        ctx: &mut Context,
+        now: Instant,
+        path: Path,
+        message: Message,
+        datagram: &[u8],
+    ) -> Option<IkeSa> {
+        let header = message.header;
+        let expected = header.response
+            && header.exchange == ExchangeType::IKE_SA_INIT
+            && header.message_id == 0
+            && !header.from_initiator;
+        let sent = matches!(self.attempt.progress, Progress::Sent { .. });
+        // An answer comes from where the request went (§2.11).
+        if !expected
+            || !sent
+            || path.remote != self.attempt.path.remote
+            || path.transport != self.attempt.path.transport
+        {
+            return Some(IkeSa::Initiating(self));
+        }
+        let parts = match Parts::collect(message.payloads) {
+            Ok(parts) => parts,
+            Err(fault) => {
+                ctx.log("ENC", 1, self.tag(), format!("IKE_SA_INIT response ignored: {fault}"));
+                return Some(IkeSa::Initiating(self));
+            }
+        };
+        if let Some(cookie) = parts.notify(NotifyType::COOKIE).filter(|_| parts.sa.is_none()) {
+            // RFC 7296 §2.6: 1 to 64 octets.
+            if (1..=64).contains(&cookie.data.len()) && self.attempt.may_restart() {
+                self.attempt.cookie = Some(cookie.data.clone());
+                self.attempt.send(ctx, now, self.id, &self.connection);
+            }
+            return Some(IkeSa::Initiating(self));
+        }
+        if let Some(error) = parts.error() {
+            if error.kind == NotifyType::INVALID_KE_PAYLOAD {
+                return self.change_group(ctx, now, &error.data).map(IkeSa::Initiating);
+            }
+            let line = format!("received {} notify error", notify_name(error.kind));
+            ctx.log("IKE", 1, self.tag(), line.clone());
+            self.abandon(ctx, &line, CloseReason::Failed);
+            return None;
+        }
+        self.accept(ctx, now, header, parts, datagram)
+    }
+
+    fn accept(
+        self: Box<Self>,
+        ctx: &mut Context,
+        now: Instant,
+        header: Header,
+        parts: Parts,
+        datagram: &[u8],
+    ) -> Option<IkeSa> {
+        let offered = proposals(&self.connection);
+        let childless = parts.has(CHILDLESS_IKEV2_SUPPORTED);
+        let (Some(answer), Some((group, public)), Some(nr)) = (&parts.sa, &parts.ke, &parts.nonce) else {
+            ctx.log("ENC", 1, self.tag(), "IKE_SA_INIT response without SA, KE or nonce ignored".to_owned());
+            return Some(IkeSa::Initiating(self));
+        };
+        let suite = crypto::accept_ike(answer, &offered)
+            .filter(|suite| suite.ke == *group && *group == self.attempt.ke.method() && header.responder_spi != 0);
+        let Some(suite) = suite else {
+            let reason = "the peer chose what we did not offer";
+            ctx.log("IKE", 1, self.tag(), reason.to_owned());
+            self.abandon(ctx, reason, CloseReason::Failed);
+            return None;
+        };
+        let spis = Spis { initiator: self.attempt.spi, responder: header.responder_spi };
+        let fake = self.connection.force_encapsulation;
+        let nat = Nat::detect(&parts, spis.initiator, spis.responder, &self.attempt.path, fake);
+        let Self { id, connection, wants, local, remote, sequence: _, attempt } = *self;
+        let Progress::Sent { request, .. } = attempt.progress else { return None };
+        let seed = KeySeed { ni: &attempt.nonce, nr, spi_i: spis.initiator, spi_r: spis.responder };
+        let channel = attempt
+            .ke
+            .agree(public)
+            .and_then(|secret| crypto::ike_keys(&suite, &secret, seed))
+            .map_err(|error| error.to_string())
+            .and_then(|keys| Channel::new(suite, keys, spis, true, false).map_err(|error| error.to_string()));
+        let mut core = Core {
+            id,
+            name: connection.name.clone(),
+            path: attempt.path,
+            nat,
+            stream_originator: matches!(attempt.path.transport, Transport::Stream(_)),
+        };
+        let mut channel = match channel {
+            Ok(channel) => channel,
+            Err(reason) => {
+                ctx.log("IKE", 1, core.tag(), reason.clone());
+                fail_wants(ctx, &core.name, &wants, &reason);
+                return None;
+            }
+        };
+        channel.fragmentation =
+            connection.fragmentation != Fragmentation::No && parts.has(NotifyType::IKEV2_FRAGMENTATION_SUPPORTED);
+        if nat.any() && core.path.transport == Transport::Udp {
+            // RFC 7296 §2.23: from IKE_AUTH on both sides use the port for encapsulation.
+            core.path.transport = Transport::UdpEncap;
+            core.path.local.set_port(ctx.config.nat_port);
+            core.path.remote.set_port(ctx.config.nat_port);
+        }
+        let material = InitMaterial {
+            ours: request,
+            theirs: datagram.to_vec(),
+            ni: attempt.nonce,
+            nr: nr.clone(),
+            peer_hashes: parts.signature_hashes(),
+            cert_requests: parts.cert_requests,
+            cert_requested: parts.cert_requested,
+        };
+        let _ = (local, remote);
+        InitiatorAuth::begin(ctx, now, core, channel, connection, wants, material, childless)
+    }
+
+    /// RFC 7296 §1.2: the responder wants another group, one that we offered.
+    fn change_group(mut self: Box<Self>, ctx: &mut Context, now: Instant, data: &[u8]) -> Option<Box<Self>> {
+        let group = <[u8; 2]>::try_from(data).ok().map(|two| Ke(u16::from_be_bytes(two)));
+        let group = group.filter(|group| offers(&proposals(&self.connection), *group));
+        let ke = group
+            .filter(|group| *group != self.attempt.ke.method() && self.attempt.may_restart())
+            .and_then(|group| KeyExchange::generate(group, ctx.rng.as_mut()).ok());
+        let Some(ke) = ke else {
+            let reason = "the peer asks for a key exchange method that we do not offer";
+            ctx.log("IKE", 1, self.tag(), reason.to_owned());
+            self.abandon(ctx, reason, CloseReason::Failed);
+            return None;
+        };
+        let line = format!(
+            "peer didn't accept key exchange method {}, it requested {}",
+            crypto::names::ke(self.attempt.ke.method()),
+            crypto::names::ke(ke.method())
+        );
+        ctx.log("IKE", 1, self.tag(), line);
+        self.attempt.ke = ke;
+        self.attempt.send(ctx, now, self.id, &self.connection);
+        Some(self)
+    }
+
+    /// A sequence of repetitions is over: another one, or the end.
+    fn give_up(mut self: Box<Self>, ctx: &mut Context, now: Instant, reason: &str) -> Option<Box<Self>> {
+        let tries = self.connection.keyingtries;
+        if tries == 0 || self.sequence < tries {
+            self.sequence = self.sequence.saturating_add(1);
+            let line = format!("peer not responding, trying again ({}/{tries})", self.sequence);
+            ctx.log("IKE", 1, self.tag(), line);
+            let over = Over::first(self.connection.tcp);
+            return self.restart(ctx, now, over);
+        }
+        ctx.log("IKE", 1, self.tag(), format!("establishing IKE_SA failed, {reason}"));
+        self.abandon(ctx, reason, CloseReason::Timeout);
+        None
+    }
+
+    /// RFC 9329 §5.1: another transport means another SPI, another nonce and another key.
+    fn restart(mut self: Box<Self>, ctx: &mut Context, now: Instant, over: Over) -> Option<Box<Self>> {
+        match Attempt::begin(ctx, now, self.id, &self.connection, self.local, self.remote, over) {
+            Ok(attempt) => {
+                let old = std::mem::replace(&mut self.attempt, attempt);
+                ctx.release_ike_spi(old.spi);
+                Some(self)
+            }
+            Err(reason) => {
+                self.abandon(ctx, &reason, CloseReason::Failed);
+                None
+            }
+        }
+    }
+
+    fn tag(&self) -> Option<(IkeSaId, &str)> {
+        Some((self.id, &self.connection.name))
+    }
+}
+
+impl Attempt {
+    fn begin(
+        ctx: &mut Context,
+        now: Instant,
+        id: IkeSaId,
+        connection: &Connection,
+        local: IpAddr,
+        remote: IpAddr,
+        over: Over,
+    ) -> Result<Self, String> {
+        let methods = methods(&proposals(connection));
+        let ke = methods.into_iter().find_map(|method| KeyExchange::generate(method, ctx.rng.as_mut()).ok());
+        let ke = ke.ok_or_else(|| "no proposal has a key exchange method that we support".to_owned())?;
+        let nonce = ctx.random(NONCE_LENGTH);
+        let spi = ctx.reserve_ike_spi(id);
+        let (path, progress_stream) = if over == Over::Tcp {
+            let stream = ctx.next_stream();
+            let path = Path {
+                local: SocketAddr::new(local, 0),
+                remote: SocketAddr::new(remote, connection.tcp_remote_port),
+                transport: Transport::Stream(stream),
+            };
+            (path, Some(stream))
+        } else {
+            (udp_path(ctx, connection, local, remote), None)
+        };
+        let total = super::retry::total(&ctx.config.retransmission);
+        let mut attempt = Self {
+            spi,
+            path,
+            nonce,
+            ke,
+            cookie: None,
+            restarts: 0,
+            progress: Progress::Opening { deadline: after(now, total) },
+            tcp_at: None,
+        };
+        match progress_stream {
+            Some(stream) => {
+                let (local, remote) = (path.local, path.remote);
+                ctx.outputs.push_back(crate::engine::Output::OpenStream { stream, local, remote });
+            }
+            None => {
+                if over == Over::UdpThenTcp {
+                    attempt.tcp_at = Some(after(now, connection.tcp_delay));
+                }
+                attempt.send(ctx, now, id, connection);
+            }
+        }
+        Ok(attempt)
+    }
+
+    /// Builds and sends the request with what the answers so far asked for.
+    fn send(&mut self, ctx: &mut Context, now: Instant, id: IkeSaId, connection: &Connection) {
+        let mut payloads = Vec::new();
+        // RFC 7296 §2.6: the cookie comes first, the rest is the same as before.
+        if let Some(cookie) = &self.cookie {
+            payloads.push(notify(NotifyType::COOKIE, cookie.clone()));
+        }
+        payloads.push(Payload::Sa(proposals(connection)));
+        payloads.push(Payload::Ke { group: self.ke.method(), data: self.ke.public().to_vec() });
+        payloads.push(Payload::Nonce(self.nonce.clone()));
+        let fake = connection.force_encapsulation;
+        payloads.extend(nat::payloads(self.spi, 0, &self.path, fake));
+        payloads.extend(capabilities(connection.fragmentation != Fragmentation::No));
+        let header = Header {
+            initiator_spi: self.spi,
+            responder_spi: 0,
+            major: 2,
+            minor: 0,
+            exchange: ExchangeType::IKE_SA_INIT,
+            from_initiator: true,
+            response: false,
+            message_id: 0,
+        };
+        let request = wire::encode(&Message { header, payloads });
+        let over_stream = matches!(self.path.transport, Transport::Stream(_));
+        let mut policy: Retransmission = ctx.config.retransmission;
+        if self.tcp_at.is_some() {
+            // RFC 9329 §5.1: at least one repetition over UDP before TCP.
+            policy.timeout = policy.timeout.min(connection.tcp_delay / 2);
+        }
+        let retry = Retry::start(now, &policy, over_stream, ctx.rng.as_mut());
+        let line = format!("sending IKE_SA_INIT request to {}", self.path.remote);
+        ctx.log("NET", 2, Some((id, &connection.name)), line);
+        ctx.transmit(self.path, [request.clone()]);
+        self.progress = Progress::Sent { request, retry };
+    }
+
+    fn may_restart(&mut self) -> bool {
+        self.restarts = self.restarts.saturating_add(1);
+        self.restarts <= MAX_RESTARTS
+    }
+}
+
+/// CHILDLESS_IKEV2_SUPPORTED (RFC 6023 §3).
+pub(crate) const CHILDLESS_IKEV2_SUPPORTED: NotifyType = NotifyType(16418);
+
+/// Notifies that say what we speak.
+pub(crate) fn capabilities(fragmentation: bool) -> Vec<Payload> {
+    let mut payloads = Vec::new();
+    if fragmentation {
+        payloads.push(notify(NotifyType::IKEV2_FRAGMENTATION_SUPPORTED, Vec::new()));
+    }
+    let hashes = SIGNATURE_HASHES.iter().flat_map(|hash| hash.to_be_bytes()).collect();
+    payloads.push(notify(NotifyType::SIGNATURE_HASH_ALGORITHMS, hashes));
+    payloads
+}
+
+/// The connection's proposals, numbered, without SPI.
+pub(crate) fn proposals(connection: &Connection) -> Vec<Proposal> {
+    numbered(&connection.proposals, &[])
+}
+
+/// Proposals numbered from 1, each with this SPI (RFC 7296 §3.3.1).
+pub(crate) fn numbered(proposals: &[Proposal], spi: &[u8]) -> Vec<Proposal> {
+    proposals
+        .iter()
+        .zip(1..=u8::MAX)
+        .map(|(proposal, number)| Proposal { number, spi: spi.to_vec(), ..proposal.clone() })
+        .collect()
+}
+
+/// Key exchange methods in order of preference.
+pub(crate) fn methods(proposals: &[Proposal]) -> Vec<Ke> {
+    let transforms = proposals.iter().flat_map(|proposal| &proposal.transforms);
+    transforms.filter(|transform| transform.kind == TransformType::KE).map(|transform| Ke(transform.id)).collect()
+}
+
+/// True when one of the proposals has this key exchange method.
+pub(crate) fn offers(proposals: &[Proposal], method: Ke) -> bool {
+    method != Ke::NONE && methods(proposals).contains(&method)
+}
+
+fn udp_path(ctx: &Context, connection: &Connection, local: IpAddr, remote: IpAddr) -> Path {
+    let port = |port: u16| if port == 0 { ctx.config.port } else { port };
+    let (local_port, remote_port) = (port(connection.local_port), port(connection.remote_port));
+    // Messages to and from the encapsulation port carry the non-ESP marker from the beginning (RFC 3948 §2.2).
+    if local_port == ctx.config.nat_port || remote_port == ctx.config.nat_port {
+        let local_port = if local_port == ctx.config.port { ctx.config.nat_port } else { local_port };
+        return Path {
+            local: SocketAddr::new(local, local_port),
+            remote: SocketAddr::new(remote, remote_port),
+            transport: Transport::UdpEncap,
+        };
+    }
+    Path {
+        local: SocketAddr::new(local, local_port),
+        remote: SocketAddr::new(remote, remote_port),
+        transport: Transport::Udp,
+    }
+}

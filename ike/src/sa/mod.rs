@@ -1,0 +1,258 @@
+//! One IKE SA and its exchanges (RFC 7296).
+//!
+//! An IKE SA is one of four types, and only a transition that consumes one makes the next:
+//! [`Initiating`] (IKE_SA_INIT is out), [`InitiatorAuth`] or [`ResponderAuth`] (keys, but the peer may be
+//! anyone), [`Established`] (made from a [`pad::PeerIdentity`] only). Child SAs, CREATE_CHILD_SA and
+//! INFORMATIONAL are methods of [`Established`] alone.
+
+pub(crate) mod auth;
+pub(crate) mod auth_initiator;
+pub(crate) mod auth_responder;
+pub(crate) mod channel;
+pub(crate) mod child;
+pub(crate) mod created;
+pub(crate) mod established;
+pub(crate) mod fault;
+pub(crate) mod informational;
+pub(crate) mod init;
+pub(crate) mod nat;
+pub(crate) mod parts;
+pub(crate) mod rekey;
+pub(crate) mod retry;
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Instant;
+
+use ipsec::plane::{Encapsulation, StreamId};
+use pad::Identity;
+
+pub(crate) use auth_initiator::InitiatorAuth;
+pub(crate) use auth_responder::ResponderAuth;
+pub(crate) use established::Established;
+pub(crate) use init::Initiating;
+
+use crate::config::{Child, Connection, Unique};
+use crate::engine::context::{Context, PeerKey};
+use crate::engine::{Event, IkeSaId, IkeSaStatus, JobId, JobOutcome, Path, Transport};
+use crate::wire::Protected;
+use nat::Nat;
+
+/// An IKE SA in one of its states.
+pub(crate) enum IkeSa {
+    Initiating(Box<Initiating>),
+    InitiatorAuth(Box<InitiatorAuth>),
+    ResponderAuth(Box<ResponderAuth>),
+    Established(Box<Established>),
+}
+
+/// What was asked of an IKE SA that is not up yet.
+#[derive(Clone, Debug)]
+pub(crate) struct Want {
+    pub(crate) child: Option<Arc<Child>>,
+    pub(crate) token: Option<u64>,
+}
+
+/// What every IKE SA has once its SPIs are known.
+#[derive(Clone, Debug)]
+pub(crate) struct Core {
+    pub(crate) id: IkeSaId,
+    /// Connection's name.
+    pub(crate) name: String,
+    pub(crate) path: Path,
+    pub(crate) nat: Nat,
+    /// We opened the stream, and only we reopen it (RFC 9329 §1.2).
+    pub(crate) stream_originator: bool,
+}
+
+impl Core {
+    /// The SA's number and name for log lines.
+    pub(crate) fn tag(&self) -> Option<(IkeSaId, &str)> {
+        Some((self.id, &self.name))
+    }
+
+    /// How ESP travels on this path.
+    pub(crate) fn encapsulation(&self) -> Encapsulation {
+        let Path { local, remote, transport } = self.path;
+        match transport {
+            Transport::Stream(stream) => Encapsulation::Stream { stream, local, remote },
+            Transport::Udp | Transport::UdpEncap if self.nat.any() => Encapsulation::Udp { local, remote },
+            Transport::Udp | Transport::UdpEncap => Encapsulation::None { local: local.ip(), remote: remote.ip() },
+        }
+    }
+}
+
+/// The identity that stands for an address.
+pub(crate) fn address_identity(address: IpAddr) -> Identity {
+    match address {
+        IpAddr::V4(ip) => Identity::Ipv4(ip),
+        IpAddr::V6(ip) => Identity::Ipv6(ip),
+    }
+}
+
+/// The identity that we assert on a connection.
+pub(crate) fn local_identity(connection: &Connection, path: &Path) -> Identity {
+    connection.local_id.clone().unwrap_or_else(|| address_identity(path.local.ip()))
+}
+
+/// Reports that what was asked for cannot be.
+pub(crate) fn fail_wants(ctx: &mut Context, connection: &str, wants: &[Want], reason: &str) {
+    for want in wants {
+        ctx.event(Event::Failed {
+            token: want.token,
+            connection: connection.to_owned(),
+            child: None,
+            reason: reason.to_owned(),
+        });
+    }
+}
+
+/// True when INITIAL_CONTACT may be said (RFC 7296 §2.4): we know no other IKE SA with that peer.
+pub(crate) fn is_first_contact(ctx: &Context, connection: &Connection, local: &Identity) -> bool {
+    match (connection.unique, connection.remote.remote_id.as_exact()) {
+        (Unique::Never, _) | (_, None) => false,
+        (Unique::No | Unique::Keep | Unique::Replace, Some(remote)) => !ctx.knows_peer(local, remote),
+    }
+}
+
+impl IkeSa {
+    /// Our SPI.
+    pub(crate) fn local_spi(&self) -> u64 {
+        match self {
+            Self::Initiating(sa) => sa.spi(),
+            Self::InitiatorAuth(sa) => sa.channel.local_spi(),
+            Self::ResponderAuth(sa) => sa.channel.local_spi(),
+            Self::Established(sa) => sa.channel.local_spi(),
+        }
+    }
+
+    /// The stream that it uses or waits for, and whether we opened it.
+    pub(crate) fn stream(&self) -> Option<(StreamId, bool)> {
+        let of = |core: &Core| match core.path.transport {
+            Transport::Stream(stream) => Some((stream, core.stream_originator)),
+            Transport::Udp | Transport::UdpEncap => None,
+        };
+        match self {
+            Self::Initiating(sa) => sa.stream().map(|stream| (stream, true)),
+            Self::InitiatorAuth(sa) => of(&sa.core),
+            Self::ResponderAuth(sa) => of(&sa.core),
+            Self::Established(sa) => sa.live_stream(),
+        }
+    }
+
+    /// True while the peer is unauthenticated and we are the responder: what cookies are counted by.
+    pub(crate) fn half_open_from(&self) -> Option<SocketAddr> {
+        match self {
+            Self::ResponderAuth(sa) => Some(sa.init_remote()),
+            Self::Initiating(_) | Self::InitiatorAuth(_) | Self::Established(_) => None,
+        }
+    }
+
+    /// The peer that an established IKE SA has.
+    pub(crate) fn peer_key(&self) -> Option<PeerKey> {
+        match self {
+            Self::Established(sa) => sa.peer_key(),
+            Self::Initiating(_) | Self::InitiatorAuth(_) | Self::ResponderAuth(_) => None,
+        }
+    }
+
+    pub(crate) fn next_timeout(&self, ctx: &Context) -> Option<Instant> {
+        match self {
+            Self::Initiating(sa) => sa.next_timeout(),
+            Self::InitiatorAuth(sa) => Some(sa.next_timeout()),
+            Self::ResponderAuth(sa) => Some(sa.next_timeout()),
+            Self::Established(sa) => sa.next_timeout(ctx),
+        }
+    }
+
+    pub(crate) fn status(&self, now: Instant) -> IkeSaStatus {
+        match self {
+            Self::Initiating(sa) => sa.status(),
+            Self::InitiatorAuth(sa) => sa.status(),
+            Self::ResponderAuth(sa) => sa.status(),
+            Self::Established(sa) => sa.status(now),
+        }
+    }
+
+    pub(crate) fn handle_protected(
+        self,
+        ctx: &mut Context,
+        now: Instant,
+        path: Path,
+        protected: Protected,
+        datagram: &[u8],
+    ) -> Option<Self> {
+        match self {
+            // There are no keys yet that could open it.
+            Self::Initiating(_) => Some(self),
+            Self::InitiatorAuth(sa) => sa.handle_protected(ctx, now, path, protected, datagram),
+            Self::ResponderAuth(sa) => sa.handle_protected(ctx, now, path, protected, datagram),
+            Self::Established(mut sa) => {
+                let result = sa.handle_protected(ctx, now, path, protected, datagram);
+                result.is_ok().then_some(Self::Established(sa))
+            }
+        }
+    }
+
+    /// `None` with the outcome handed back where the SA does not wait for this job.
+    pub(crate) fn handle_job(
+        self,
+        ctx: &mut Context,
+        now: Instant,
+        job: JobId,
+        outcome: JobOutcome,
+    ) -> (Option<Self>, Option<JobOutcome>) {
+        match self {
+            Self::Initiating(_) => (Some(self), Some(outcome)),
+            Self::InitiatorAuth(sa) => (sa.handle_job(ctx, now, job, outcome), None),
+            Self::ResponderAuth(sa) => (sa.handle_job(ctx, now, job, outcome), None),
+            Self::Established(mut sa) => match sa.handle_job(ctx, now, job, outcome) {
+                Ok(unclaimed) => (Some(Self::Established(sa)), unclaimed),
+                Err(_) => (None, None),
+            },
+        }
+    }
+
+    pub(crate) fn handle_timeout(self, ctx: &mut Context, now: Instant) -> Option<Self> {
+        match self {
+            Self::Initiating(sa) => sa.handle_timeout(ctx, now).map(Self::Initiating),
+            Self::InitiatorAuth(sa) => sa.handle_timeout(ctx, now),
+            Self::ResponderAuth(sa) => sa.handle_timeout(ctx, now),
+            Self::Established(mut sa) => sa.handle_timeout(ctx, now).is_ok().then_some(Self::Established(sa)),
+        }
+    }
+
+    pub(crate) fn handle_stream_opened(
+        self,
+        ctx: &mut Context,
+        now: Instant,
+        stream: StreamId,
+        local: SocketAddr,
+    ) -> Option<Self> {
+        match self {
+            Self::Initiating(sa) => sa.handle_stream_opened(ctx, now, stream, local).map(Self::Initiating),
+            Self::InitiatorAuth(_) | Self::ResponderAuth(_) => Some(self),
+            Self::Established(mut sa) => {
+                sa.handle_stream_opened(ctx, now, stream, local).is_ok().then_some(Self::Established(sa))
+            }
+        }
+    }
+
+    pub(crate) fn handle_stream_closed(
+        self,
+        ctx: &mut Context,
+        now: Instant,
+        stream: StreamId,
+        reason: &str,
+    ) -> Option<Self> {
+        match self {
+            Self::Initiating(sa) => sa.handle_stream_closed(ctx, now, stream, reason).map(Self::Initiating),
+            Self::InitiatorAuth(sa) => sa.handle_stream_closed(ctx, now, stream, reason),
+            // The peer may come back over another stream before the half-open time is up.
+            Self::ResponderAuth(_) => Some(self),
+            Self::Established(mut sa) => {
+                sa.handle_stream_closed(ctx, now, stream, reason).is_ok().then_some(Self::Established(sa))
+            }
+        }
+    }
+}

@@ -1,0 +1,129 @@
+//! A message's payloads sorted by kind, each at most as often as RFC 7296 allows.
+
+use ipsec::selector::TrafficSelector;
+use ipsec::transform::{Ke, Proposal, Protocol};
+
+use super::fault::{Fault, is_error};
+use crate::wire::{self, Identification, Notify, NotifyType, Opened, Payload, WireSelector};
+
+/// X.509 Certificate - Signature (RFC 7296 §3.6).
+const X509_SIGNATURE: u8 = 4;
+/// More certificates than any sane chain has are not kept.
+const MAX_CERTIFICATES: usize = 16;
+/// More CA hashes than this are not kept.
+const MAX_AUTHORITIES: usize = 512;
+
+/// Payloads by kind.
+#[derive(Debug, Default)]
+pub(crate) struct Parts {
+    pub(crate) sa: Option<Vec<Proposal>>,
+    pub(crate) ke: Option<(Ke, Vec<u8>)>,
+    pub(crate) nonce: Option<Vec<u8>>,
+    pub(crate) id_initiator: Option<Identification>,
+    pub(crate) id_responder: Option<Identification>,
+    pub(crate) certificates: Vec<Vec<u8>>,
+    pub(crate) cert_requests: Vec<[u8; 20]>,
+    pub(crate) cert_requested: bool,
+    pub(crate) auth: Option<(u8, Vec<u8>)>,
+    pub(crate) ts_initiator: Option<Vec<WireSelector>>,
+    pub(crate) ts_responder: Option<Vec<WireSelector>>,
+    pub(crate) notifies: Vec<Notify>,
+    pub(crate) deletes: Vec<(Protocol, Vec<u32>)>,
+}
+
+impl Parts {
+    /// Parses what an authenticated message holds.
+    pub(crate) fn of(opened: &Opened) -> Result<Self, Fault> {
+        let payloads = wire::parse_payloads(opened.first, &opened.body)
+            .map_err(|error| Fault::InvalidSyntax(error.to_string()))?;
+        Self::collect(payloads)
+    }
+
+    /// Sorts payloads; a second one of a kind that may come once is a syntax error.
+    pub(crate) fn collect(payloads: Vec<Payload>) -> Result<Self, Fault> {
+        if let Some(kind) = wire::unknown_critical(&payloads) {
+            return Err(Fault::UnsupportedCritical(kind));
+        }
+        let mut parts = Self::default();
+        for payload in payloads {
+            match payload {
+                Payload::Sa(proposals) => once(&mut parts.sa, proposals, "SA")?,
+                Payload::Ke { group, data } => once(&mut parts.ke, (group, data), "KE")?,
+                Payload::Nonce(nonce) => {
+                    // RFC 7296 §3.9: 16 to 256 octets.
+                    if !(16..=256).contains(&nonce.len()) {
+                        return Err(Fault::InvalidSyntax(format!("a nonce of {} octets", nonce.len())));
+                    }
+                    once(&mut parts.nonce, nonce, "Nonce")?;
+                }
+                Payload::IdInitiator(id) => once(&mut parts.id_initiator, id, "IDi")?,
+                Payload::IdResponder(id) => once(&mut parts.id_responder, id, "IDr")?,
+                Payload::Cert { encoding, data } => {
+                    if encoding == X509_SIGNATURE && parts.certificates.len() < MAX_CERTIFICATES {
+                        parts.certificates.push(data);
+                    }
+                }
+                Payload::CertReq { encoding, authorities } => {
+                    if encoding == X509_SIGNATURE {
+                        parts.cert_requested = true;
+                        let room = MAX_AUTHORITIES.saturating_sub(parts.cert_requests.len());
+                        let hashes = authorities.chunks_exact(20).filter_map(|hash| <[u8; 20]>::try_from(hash).ok());
+                        parts.cert_requests.extend(hashes.take(room));
+                    }
+                }
+                Payload::Auth { method, data } => once(&mut parts.auth, (method, data), "AUTH")?,
+                Payload::Notify(notify) => parts.notifies.push(notify),
+                Payload::Delete { protocol, spis } => parts.deletes.push((protocol, spis)),
+                Payload::TsInitiator(selectors) => once(&mut parts.ts_initiator, selectors, "TSi")?,
+                Payload::TsResponder(selectors) => once(&mut parts.ts_responder, selectors, "TSr")?,
+                Payload::Vendor(_) | Payload::Configuration(_) | Payload::Eap(_) | Payload::Unknown { .. } => {}
+            }
+        }
+        Ok(parts)
+    }
+
+    /// The first Notify of this type.
+    pub(crate) fn notify(&self, kind: NotifyType) -> Option<&Notify> {
+        self.notifies.iter().find(|notify| notify.kind == kind)
+    }
+
+    /// True when a Notify of this type is there.
+    pub(crate) fn has(&self, kind: NotifyType) -> bool {
+        self.notify(kind).is_some()
+    }
+
+    /// The first error Notify.
+    pub(crate) fn error(&self) -> Option<&Notify> {
+        self.notifies.iter().find(|notify| is_error(notify.kind))
+    }
+
+    /// The peer's SIGNATURE_HASH_ALGORITHMS (RFC 7427 §4).
+    pub(crate) fn signature_hashes(&self) -> Option<Vec<u16>> {
+        let notify = self.notify(NotifyType::SIGNATURE_HASH_ALGORITHMS)?;
+        Some(
+            notify
+                .data
+                .chunks_exact(2)
+                .filter_map(|two| Some(u16::from_be_bytes(<[u8; 2]>::try_from(two).ok()?)))
+                .collect(),
+        )
+    }
+}
+
+/// The address selectors of a TS payload; unknown kinds match nothing of ours.
+pub(crate) fn address_selectors(selectors: &[WireSelector]) -> Vec<TrafficSelector> {
+    selectors
+        .iter()
+        .filter_map(|selector| match selector {
+            WireSelector::Address(selector) => Some(*selector),
+            WireSelector::Unknown { .. } => None,
+        })
+        .collect()
+}
+
+fn once<T>(slot: &mut Option<T>, value: T, what: &str) -> Result<(), Fault> {
+    if slot.replace(value).is_some() {
+        return Err(Fault::InvalidSyntax(format!("more than one {what} payload")));
+    }
+    Ok(())
+}

@@ -1,0 +1,270 @@
+//! What a data plane must do: the trait that the kernel (XFRM) and the user-space plane serve.
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use crate::guard::ClassId;
+use crate::secret::Secret;
+use crate::selector::TrafficSelector;
+use crate::transform::{Encr, Integ};
+
+/// Tunnel or transport (RFC 4301 §3.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Mode {
+    /// The whole inner packet is protected.
+    Tunnel,
+    /// The upper-layer payload is protected; the IP header stays.
+    Transport,
+}
+
+/// A TCP (or TLS) stream that carries IKE and ESP (RFC 9329). Numbers are never reused in a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct StreamId(pub u64);
+
+/// How ESP packets travel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Encapsulation {
+    /// IP protocol 50.
+    None {
+        /// Our outer address.
+        local: IpAddr,
+        /// The peer's outer address.
+        remote: IpAddr,
+    },
+    /// UDP (RFC 3948).
+    Udp {
+        /// Our outer address and port.
+        local: SocketAddr,
+        /// The peer's outer address and port.
+        remote: SocketAddr,
+    },
+    /// In a stream (RFC 9329 §3.2).
+    Stream {
+        /// The stream.
+        stream: StreamId,
+        /// Our end of it.
+        local: SocketAddr,
+        /// The peer's end of it.
+        remote: SocketAddr,
+    },
+}
+
+impl Encapsulation {
+    /// Our outer address.
+    pub fn local(&self) -> IpAddr {
+        match self {
+            Self::None { local, .. } => *local,
+            Self::Udp { local, .. } | Self::Stream { local, .. } => local.ip(),
+        }
+    }
+
+    /// The peer's outer address.
+    pub fn remote(&self) -> IpAddr {
+        match self {
+            Self::None { remote, .. } => *remote,
+            Self::Udp { remote, .. } | Self::Stream { remote, .. } => remote.ip(),
+        }
+    }
+}
+
+/// The negotiated ESP algorithms of a Child SA, both directions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct EspSuite {
+    /// Cipher.
+    pub encr: Encr,
+    /// Its key length in bits, without the salt (256 for ChaCha20).
+    pub key_bits: u16,
+    /// Integrity algorithm; `Integ::NONE` with a combined-mode cipher.
+    pub integ: Integ,
+    /// 64-bit sequence numbers (RFC 4303 §2.2.1).
+    pub esn: bool,
+}
+
+/// Keys of one direction, cut from KEYMAT (RFC 7296 §2.17).
+#[derive(Debug)]
+pub struct EspKeys {
+    /// Encryption key; with a combined-mode cipher followed by its salt, as RFC 4106 §8.1 and
+    /// RFC 7634 §2 lay it out.
+    pub encr: Secret,
+    /// Integrity key; empty with a combined-mode cipher.
+    pub integ: Secret,
+}
+
+/// A pair of SAs, one for each direction, with the policies that select traffic for it.
+#[derive(Debug)]
+pub struct SaPair {
+    /// SPI that the peer writes to us; unique among our inbound SAs.
+    pub spi_in: u32,
+    /// SPI that we write to the peer.
+    pub spi_out: u32,
+    /// Same for all successors of a Child SA through its rekeys; one class for each `reqid`.
+    pub reqid: u32,
+    /// What latches compare.
+    pub class: ClassId,
+    /// Tunnel or transport.
+    pub mode: Mode,
+    /// Algorithms.
+    pub suite: EspSuite,
+    /// Keys for packets from the peer.
+    pub keys_in: EspKeys,
+    /// Keys for packets to the peer.
+    pub keys_out: EspKeys,
+    /// Outer addresses and encapsulation.
+    pub encapsulation: Encapsulation,
+    /// Our side's selectors.
+    pub local_ts: Vec<TrafficSelector>,
+    /// The peer side's selectors.
+    pub remote_ts: Vec<TrafficSelector>,
+    /// Anti-replay window in packets; 0 switches the check off.
+    pub replay_window: u32,
+    /// After how many octets or packets the plane asks for a rekey, and when it must stop.
+    pub lifetime: Lifetime,
+    /// Copy the inner DF bit to the outer header (RFC 4301 §8.1).
+    pub copy_df: bool,
+    /// Copy ECN by RFC 6040.
+    pub copy_ecn: bool,
+    /// Leave outbound traffic with the predecessor (same `reqid`) until the peer's first packet under this pair, or
+    /// until the predecessor is retired or deleted: the responder of a rekey is ready before its peer (RFC 7296 §2.8).
+    pub await_peer: bool,
+}
+
+/// A trap: a PROTECT policy without an SA (RFC 4301 §4.4.1). What it selects, and no SA does, is dropped and reported
+/// as [`PlaneEvent::Acquire`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Trap {
+    /// Names it in events and for its removal; unique among traps, whatever `reqid`s SAs have.
+    pub reqid: u32,
+    /// Our side's selectors.
+    pub local_ts: Vec<TrafficSelector>,
+    /// The peer side's selectors.
+    pub remote_ts: Vec<TrafficSelector>,
+}
+
+/// Limits by volume; time limits are the key manager's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Lifetime {
+    /// Octets after which the plane reports a soft expiry.
+    pub soft_bytes: Option<u64>,
+    /// Octets after which the SA is unusable.
+    pub hard_bytes: Option<u64>,
+    /// Packets after which the plane reports a soft expiry.
+    pub soft_packets: Option<u64>,
+    /// Packets after which the SA is unusable.
+    pub hard_packets: Option<u64>,
+}
+
+/// Counters of one SA pair.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Inner octets received.
+    pub bytes_in: u64,
+    /// Packets received.
+    pub packets_in: u64,
+    /// Time since the last packet received.
+    pub idle_in: Option<Duration>,
+    /// Inner octets sent.
+    pub bytes_out: u64,
+    /// Packets sent.
+    pub packets_out: u64,
+    /// Time since the last packet sent.
+    pub idle_out: Option<Duration>,
+}
+
+/// What a plane reports by itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PlaneEvent {
+    /// A packet matched a trap and no SA; at most one each second for a trap.
+    Acquire {
+        /// `reqid` of the trap.
+        reqid: u32,
+        /// The packet.
+        flow: crate::selector::Flow,
+    },
+    /// A volume limit was reached.
+    Expire {
+        /// Inbound SPI of the pair.
+        spi_in: u32,
+        /// True when the SA may no longer be used.
+        hard: bool,
+    },
+    /// The peer's UDP source changed on an authenticated packet (RFC 7296 §2.23).
+    MappingChanged {
+        /// Inbound SPI of the pair.
+        spi_in: u32,
+        /// Where packets now come from.
+        remote: SocketAddr,
+    },
+    /// ESP with an SPI that we do not know (RFC 4301 §4.4.2, RFC 7296 §1.5); rate-limited.
+    UnknownSpi {
+        /// The SPI.
+        spi: u32,
+        /// Where it came from.
+        remote: SocketAddr,
+    },
+}
+
+/// Why a plane could not do what it was asked for.
+#[derive(Debug, thiserror::Error)]
+pub enum PlaneError {
+    /// The inbound SPI is in use.
+    #[error("inbound SPI {0:08x} is already in use")]
+    SpiInUse(u32),
+    /// There is no such SA.
+    #[error("there is no SA with inbound SPI {0:08x}")]
+    NoSuchSa(u32),
+    /// A trap with this `reqid` is installed.
+    #[error("a trap with reqid {0} is already installed")]
+    TrapInUse(u32),
+    /// There is no such trap.
+    #[error("there is no trap with reqid {0}")]
+    NoSuchTrap(u32),
+    /// The plane lacks this algorithm or mode.
+    #[error("the {plane} plane does not support {what}")]
+    Unsupported {
+        /// Which plane.
+        plane: &'static str,
+        /// What it lacks.
+        what: String,
+    },
+    /// Keys are not as long as the suite needs.
+    #[error("the key for {0} has a wrong length")]
+    KeyLength(&'static str),
+    /// The operating system refused.
+    #[error("{action}: {source}")]
+    System {
+        /// What we tried to do, with names.
+        action: String,
+        /// The system's error.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// A data plane. All calls are made by one task; a plane that has threads of its own hands work
+/// to them. A call either takes effect as a whole or changes nothing.
+pub trait DataPlane: Send {
+    /// Short name for logs and status: `user-space`, `xfrm`.
+    fn name(&self) -> &'static str;
+    /// Installs both SAs and the policies, and makes the pair the one that traffic uses.
+    ///
+    /// A pair with the `reqid` of an installed one is its successor (rekey): outbound traffic
+    /// moves over, the older inbound SA keeps receiving until it is deleted. A pair whose selectors
+    /// overlap those of another `reqid`: the more specific remote selector wins, among equal ones the newest pair.
+    fn install(&mut self, pair: SaPair) -> Result<(), PlaneError>;
+    /// Points an installed pair at other outer addresses or another encapsulation.
+    fn migrate(&mut self, spi_in: u32, to: Encapsulation) -> Result<(), PlaneError>;
+    /// Never sends under this pair again, since its peer deleted it; what is under way to us is still received until
+    /// [`Self::delete`] (RFC 7296 §1.4.1, §2.8).
+    fn retire(&mut self, spi_in: u32) -> Result<(), PlaneError>;
+    /// Removes the pair; its policies and routes go with the last pair of the `reqid`.
+    fn delete(&mut self, spi_in: u32) -> Result<(), PlaneError>;
+    /// Installs a trap with its routes. SAs that select the same packets take precedence, installed before or after.
+    /// Received packets are not compared with it.
+    fn install_trap(&mut self, trap: Trap) -> Result<(), PlaneError>;
+    /// Removes a trap; routes that an SA or another trap needs stay.
+    fn remove_trap(&mut self, reqid: u32) -> Result<(), PlaneError>;
+    /// Counters of one pair.
+    fn usage(&self, spi_in: u32) -> Result<Usage, PlaneError>;
+    /// Removes everything that this plane installed, system state included.
+    fn shutdown(&mut self) -> Result<(), PlaneError>;
+}

@@ -1,0 +1,491 @@
+//! The sockets of IKE and ESP, and the user-space plane behind them.
+//!
+//! UDP 4500 carries IKE and ESP alike (RFC 3948), so one owner reads it: ESP goes through the packet engine
+//! on the reading thread, IKE goes up to the daemon.
+//!
+//! What it needs from the system: CAP_NET_ADMIN (TUN device, routes, marks), CAP_NET_RAW (plain ESP),
+//! CAP_NET_BIND_SERVICE (ports below 1024) and /dev/net/tun. What it leaves to the operator: `ip_forward` on a
+//! gateway, and `rp_filter` not 1 (strict) where a tunnel covers its peer's own address.
+//!
+//! Routes into the tunnel stand in a table of their own, before the main one. A rule keeps packets with our mark out
+//! of it, so that the tunnel never carries its own outer packets; every socket that carries IKE or ESP needs that
+//! mark ([`Network::mark`]).
+
+use std::cell::RefCell;
+use std::collections::{HashMap, VecDeque};
+use std::io::{self, IoSlice};
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use bytes::Bytes;
+use ipsec::datapath::{DataPath, DropReason, Inbound};
+use ipsec::guard::FlowGuard;
+use ipsec::plane::{DataPlane, Encapsulation, PlaneEvent, StreamId};
+use tokio::sync::mpsc;
+
+use crate::netlink::{Netlink, context};
+use crate::plane::UserSpacePlane;
+use crate::routes::Routes;
+use crate::socket::{Header, OuterSocket};
+use crate::threads;
+use crate::tun::{Tun, TunWriter};
+
+/// How to set the network up.
+#[derive(Clone, Debug)]
+pub struct NetworkConfig {
+    /// UDP port of plain IKE.
+    pub port: u16,
+    /// UDP port of encapsulated IKE and ESP.
+    pub nat_port: u16,
+    /// Mark on all of our own packets, so that the rule for the tunnel's route table passes them by.
+    pub mark: u32,
+    /// Name of the TUN device, made at start; `%d` in it is a number that the system chooses.
+    pub tun_name: String,
+    /// MTU of the TUN device.
+    pub tun_mtu: u16,
+    /// Route table for routes into the tunnel.
+    pub route_table: u32,
+    /// Priority of the rule that leads to it.
+    pub route_priority: u32,
+    /// Install routes at all.
+    pub install_routes: bool,
+}
+
+impl Default for NetworkConfig {
+    fn default() -> Self {
+        Self {
+            port: 500,
+            nat_port: 4500,
+            mark: 0x1c4b,
+            tun_name: "lk0".to_owned(),
+            tun_mtu: 1400,
+            route_table: 220,
+            route_priority: 220,
+            install_routes: true,
+        }
+    }
+}
+
+/// What comes up from the network.
+#[derive(Debug)]
+pub enum NetworkEvent {
+    /// An IKE message, without the non-ESP marker.
+    Ike {
+        /// The address and port that it was sent to.
+        local: SocketAddr,
+        /// Where it came from.
+        remote: SocketAddr,
+        /// It came with a non-ESP marker, on the NAT port.
+        encapsulated: bool,
+        /// The message.
+        bytes: Vec<u8>,
+    },
+    /// From the data plane.
+    Plane(PlaneEvent),
+    /// ICMP says that this destination is unreachable.
+    Unreachable {
+        /// The destination.
+        remote: SocketAddr,
+    },
+}
+
+/// Handle of the running network. Cloning it is cheap; the threads stop with the last clone, or earlier by
+/// [`Self::shutdown`].
+#[derive(Clone)]
+pub struct Network {
+    inner: Arc<Inner>,
+}
+
+/// What owns the threads and the system's state.
+pub(crate) struct Inner {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) routes: Mutex<Routes>,
+    netlink: Mutex<Netlink>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    mark: u32,
+    tun_name: String,
+}
+
+/// What the threads work on.
+pub(crate) struct Shared {
+    pub(crate) datapath: DataPath,
+    pub(crate) plain: Pair,
+    pub(crate) nat: Pair,
+    pub(crate) esp: Pair,
+    /// Absent once the network is shut down.
+    pub(crate) tun: RwLock<Option<Arc<Tun>>>,
+    pub(crate) events: Events,
+    /// Readable when the threads shall stop.
+    pub(crate) stop: OwnedFd,
+    streams: RwLock<HashMap<StreamId, mpsc::Sender<Bytes>>>,
+}
+
+/// The sockets of both families.
+pub(crate) struct Pair {
+    pub(crate) ipv4: OuterSocket,
+    pub(crate) ipv6: Option<OuterSocket>,
+}
+
+/// Buffers for packets that come from streams.
+struct FromStreams {
+    inner: Vec<u8>,
+    writer: TunWriter,
+}
+
+thread_local! {
+    /// One for each thread that reads streams, so that they do not wait for each other.
+    static FROM_STREAMS: RefCell<FromStreams> =
+        RefCell::new(FromStreams { inner: Vec::new(), writer: TunWriter::new() });
+}
+
+impl Network {
+    /// Opens sockets and the TUN device and starts the threads. Errors say what could not be had and which
+    /// right or setting would give it. The channel is bounded; when it is full, IKE messages are dropped.
+    ///
+    /// All is opened in the network namespace of the thread that polls the future.
+    pub async fn start(
+        config: NetworkConfig,
+        guard: Arc<dyn FlowGuard>,
+    ) -> io::Result<(Self, mpsc::Receiver<NetworkEvent>)> {
+        let mark = config.mark;
+        let plain = Pair::udp(config.port, mark)?;
+        let nat = Pair::udp(config.nat_port, mark)?;
+        let esp = Pair::open(|ipv6| OuterSocket::esp(ipv6, mark))?;
+        let mut netlink = Netlink::open()?;
+        let tun = Arc::new(Tun::new(&config.tun_name, config.tun_mtu, &mut netlink)?);
+        let tun_name = tun.name().to_owned();
+        let route_numbers = (config.route_table, config.route_priority, mark);
+        let routes = Routes::new(Netlink::open()?, tun.index(), route_numbers, config.install_routes)?;
+        warn_of_strict_reverse_paths();
+
+        let (sender, receiver) = mpsc::channel(EVENTS);
+        let shared = Arc::new(Shared {
+            datapath: DataPath::new(guard),
+            plain,
+            nat,
+            esp,
+            tun: RwLock::new(Some(Arc::clone(&tun))),
+            events: Events { sender, waiting: Mutex::default() },
+            stop: rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC)
+                .map_err(|e| context(e.into(), "make an eventfd"))?,
+            streams: RwLock::default(),
+        });
+        let inner = Arc::new(Inner {
+            shared: Arc::clone(&shared),
+            routes: Mutex::new(routes),
+            netlink: Mutex::new(netlink),
+            threads: Mutex::default(),
+            mark,
+            tun_name,
+        });
+        // From here on, dropping `inner` cleans up.
+        let started = threads::start(&shared, &tun)?;
+        lock(&inner.threads).extend(started);
+        Ok((Self { inner }, receiver))
+    }
+
+    /// The user-space data plane over this network. It keeps the network running.
+    pub fn plane(&self) -> Box<dyn DataPlane> {
+        Box::new(UserSpacePlane::new(Arc::clone(&self.inner)))
+    }
+
+    /// Port of plain IKE, as bound.
+    pub fn port(&self) -> u16 {
+        self.inner.shared.plain.ipv4.port()
+    }
+
+    /// Port of encapsulated IKE and ESP, as bound.
+    pub fn nat_port(&self) -> u16 {
+        self.inner.shared.nat.ipv4.port()
+    }
+
+    /// Sends an IKE message from `local`; adds the non-ESP marker when `encapsulated`, except before a NAT
+    /// keepalive (one 0xff octet).
+    ///
+    /// It leaves from the NAT port when `encapsulated`, else from the plain one, whatever port `local` has; an
+    /// unspecified address leaves the choice to the system. Does not wait: when the socket is full, the error is
+    /// `WouldBlock`, and a retransmission will do.
+    pub fn send_ike(&self, local: SocketAddr, remote: SocketAddr, encapsulated: bool, bytes: &[u8]) -> io::Result<()> {
+        let shared = &self.inner.shared;
+        let pair = if encapsulated { &shared.nat } else { &shared.plain };
+        let header = Header { local, remote, tos: 0, dont_fragment: false };
+        let socket = pair.family(remote.is_ipv4()).ok_or_else(|| {
+            io::Error::new(io::ErrorKind::AddrNotAvailable, format!("send to {remote}: this system has no IPv6"))
+        })?;
+        let sent = if encapsulated && bytes != [0xff] {
+            socket.send(&header, &[IoSlice::new(&NON_ESP_MARKER), IoSlice::new(bytes)], None, 0)
+        } else {
+            socket.send(&header, &[IoSlice::new(bytes)], None, 0)
+        };
+        sent.map_err(|e| io::Error::new(e.kind(), format!("send from {local} to {remote}: {e}")))
+    }
+
+    /// The source address that the system would use towards `remote`, outside the tunnel.
+    pub fn source_address(&self, remote: IpAddr) -> io::Result<IpAddr> {
+        lock(&self.inner.netlink).source_towards(remote, self.inner.mark)
+    }
+
+    /// Marks a socket as ours: its packets stay out of the tunnel even where a tunnel covers their destination. For
+    /// TCP sockets that carry IKE and ESP; those that a marked listener accepts are marked as well.
+    pub fn mark(&self, socket: &impl AsFd) -> io::Result<()> {
+        socket2::SockRef::from(socket).set_mark(self.inner.mark).map_err(|e| context(e, "mark a socket"))
+    }
+
+    /// Gives the TUN device an address that the peer assigned (a virtual IP).
+    pub fn add_virtual_address(&self, address: IpAddr) -> io::Result<()> {
+        lock(&self.inner.routes).add_address(address)
+    }
+
+    /// Takes a virtual IP from the TUN device; one that is gone already is fine.
+    pub fn remove_virtual_address(&self, address: IpAddr) -> io::Result<()> {
+        lock(&self.inner.routes).delete_address(address)
+    }
+
+    /// ESP for this stream goes into `sink` from now on (try_send; a full queue drops, as a network does).
+    pub fn attach_stream(&self, stream: StreamId, sink: mpsc::Sender<Bytes>) {
+        self.inner.shared.streams.write().unwrap_or_else(PoisonError::into_inner).insert(stream, sink);
+    }
+
+    /// The stream is gone.
+    pub fn detach_stream(&self, stream: StreamId) {
+        self.inner.shared.streams.write().unwrap_or_else(PoisonError::into_inner).remove(&stream);
+    }
+
+    /// An ESP packet (SPI first) came from a stream.
+    pub fn esp_from_stream(&self, stream: StreamId, local: SocketAddr, remote: SocketAddr, packet: &mut [u8]) {
+        self.esp_batch_from_stream(stream, local, remote, [packet]);
+    }
+
+    /// Several ESP packets came from a stream, in this order. Packets of one inner flow reach the system as one,
+    /// which is several times faster than one by one.
+    pub fn esp_batch_from_stream<'a>(
+        &self,
+        stream: StreamId,
+        local: SocketAddr,
+        remote: SocketAddr,
+        packets: impl IntoIterator<Item = &'a mut [u8]>,
+    ) {
+        let shared = &self.inner.shared;
+        let Some(tun) = shared.tun() else { return };
+        let from = Encapsulation::Stream { stream, local, remote };
+        let now = Instant::now();
+        FROM_STREAMS.with_borrow_mut(|FromStreams { inner, writer }| {
+            for packet in packets {
+                // A stream has no outer IP header whose ECN field would belong to this packet (RFC 9329 §9.5).
+                shared.inbound(now, from, 0, packet, inner, |packet| writer.push(&tun, packet));
+            }
+            writer.flush(&tun);
+        });
+    }
+
+    /// Packets that the data plane dropped so far, by reason.
+    pub fn drops(&self) -> Vec<(DropReason, u64)> {
+        self.inner.shared.datapath.drops()
+    }
+
+    /// Name of the TUN device.
+    pub fn tun_name(&self) -> &str {
+        &self.inner.tun_name
+    }
+
+    /// Stops the threads and removes device, routes and rule, whatever clones and planes remain.
+    pub async fn shutdown(self) -> io::Result<()> {
+        self.inner.stop()
+    }
+}
+
+impl Inner {
+    /// Stops the threads and removes device, routes and rules; a second call does nothing.
+    pub(crate) fn stop(&self) -> io::Result<()> {
+        rustix::io::write(&self.shared.stop, &1_u64.to_ne_bytes())?;
+        for thread in std::mem::take(&mut *lock(&self.threads)) {
+            if thread.join().is_err() {
+                tracing::error!("a network thread panicked");
+            }
+        }
+        let cleared = lock(&self.routes).clear();
+        // The last reference closes the device, and the system removes it.
+        *self.shared.tun.write().unwrap_or_else(PoisonError::into_inner) = None;
+        cleared
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        if let Err(e) = self.stop() {
+            tracing::warn!("{e}");
+        }
+    }
+}
+
+impl Shared {
+    pub(crate) fn tun(&self) -> Option<Arc<Tun>> {
+        self.tun.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Opens one ESP packet and hands the inner packet to `deliver`.
+    pub(crate) fn inbound(
+        &self,
+        now: Instant,
+        from: Encapsulation,
+        tos: u8,
+        packet: &mut [u8],
+        inner: &mut Vec<u8>,
+        deliver: impl FnOnce(&[u8]),
+    ) {
+        match self.datapath.inbound(now, from, tos, packet, inner) {
+            Inbound::Deliver { event } => {
+                deliver(inner);
+                if let Some(event) = event {
+                    self.events.plane(event);
+                }
+            }
+            Inbound::Drop(reason) => tracing::trace!(?from, ?reason, "inbound packet dropped"),
+        }
+    }
+
+    /// Queues an ESP packet for a stream.
+    pub(crate) fn send_to_stream(&self, stream: StreamId, packet: &[u8]) {
+        let streams = self.streams.read().unwrap_or_else(PoisonError::into_inner);
+        let sent = streams.get(&stream).map(|sink| sink.try_send(Bytes::copy_from_slice(packet)));
+        if !matches!(sent, Some(Ok(()))) {
+            tracing::trace!(stream = stream.0, "packet for a stream dropped");
+        }
+    }
+}
+
+impl Pair {
+    fn open(open: impl Fn(bool) -> io::Result<OuterSocket>) -> io::Result<Self> {
+        let ipv4 = open(false)?;
+        let ipv6 = match open(true) {
+            Ok(socket) => Some(socket),
+            Err(e) if is_without_ipv6(&e) => {
+                tracing::info!("no IPv6: {e}");
+                None
+            }
+            Err(e) => return Err(e),
+        };
+        Ok(Self { ipv4, ipv6 })
+    }
+
+    fn udp(port: u16, mark: u32) -> io::Result<Self> {
+        if port != 0 {
+            return Self::open(|ipv6| OuterSocket::udp(ipv6, port, mark));
+        }
+        // The port that the system chooses for IPv4 may be taken for IPv6.
+        let mut tries = 0;
+        loop {
+            let ipv4 = OuterSocket::udp(false, 0, mark)?;
+            match OuterSocket::udp(true, ipv4.port(), mark) {
+                Ok(ipv6) => return Ok(Self { ipv4, ipv6: Some(ipv6) }),
+                Err(e) if e.kind() == io::ErrorKind::AddrInUse && tries < 8 => tries += 1,
+                Err(e) if is_without_ipv6(&e) => return Ok(Self { ipv4, ipv6: None }),
+                Err(e) => return Err(e),
+            }
+        }
+    }
+
+    /// The socket of a family.
+    pub(crate) fn family(&self, ipv4: bool) -> Option<&OuterSocket> {
+        if ipv4 { Some(&self.ipv4) } else { self.ipv6.as_ref() }
+    }
+
+    /// Both sockets.
+    pub(crate) fn sockets(&self) -> impl Iterator<Item = &OuterSocket> {
+        std::iter::once(&self.ipv4).chain(&self.ipv6)
+    }
+}
+
+/// The way up to the daemon. Nothing here blocks.
+pub(crate) struct Events {
+    sender: mpsc::Sender<NetworkEvent>,
+    /// Events that must not be lost only because IKE filled the channel.
+    waiting: Mutex<VecDeque<NetworkEvent>>,
+}
+
+impl Events {
+    /// Sends an event up, or drops it when the channel is full. Anybody can send us any number of these, so the last
+    /// places are not theirs: a flood of IKE must not keep the expiry of an SA waiting.
+    pub(crate) fn offer(&self, event: NetworkEvent) {
+        if self.sender.capacity() <= RESERVED_EVENTS || self.sender.try_send(event).is_err() {
+            tracing::trace!("event dropped: the channel is full");
+        }
+    }
+
+    /// Sends an event of the data plane up, later when the channel is full.
+    pub(crate) fn plane(&self, event: PlaneEvent) {
+        let mut waiting = lock(&self.waiting);
+        if waiting.len() < EVENTS {
+            waiting.push_back(NetworkEvent::Plane(event));
+        }
+        self.send_waiting(&mut waiting);
+    }
+
+    /// Tries again what is waiting.
+    pub(crate) fn retry(&self) {
+        self.send_waiting(&mut lock(&self.waiting));
+    }
+
+    fn send_waiting(&self, waiting: &mut VecDeque<NetworkEvent>) {
+        while let Ok(permit) = self.sender.try_reserve() {
+            let Some(event) = waiting.pop_front() else { return };
+            permit.send(event);
+        }
+    }
+}
+
+/// Strict reverse path filtering judges a peer's outer packets by the route into the tunnel.
+fn warn_of_strict_reverse_paths() {
+    let strict = |name: &str| {
+        std::fs::read_to_string(format!("/proc/sys/net/ipv4/conf/{name}/rp_filter")).is_ok_and(|v| v.trim() == "1")
+    };
+    if strict("all") || strict("default") {
+        tracing::warn!(
+            "net.ipv4.conf.*.rp_filter is 1 (strict): where a tunnel covers its peer's own address, the system will \
+             drop the peer's packets; set it to 2"
+        );
+    }
+}
+
+fn is_without_ipv6(error: &io::Error) -> bool {
+    // EAFNOSUPPORT has no kind of its own.
+    error.kind() == io::ErrorKind::AddrNotAvailable || error.to_string().contains("Address family not supported")
+}
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// RFC 3948 §2.2.
+pub(crate) const NON_ESP_MARKER: [u8; 4] = [0; 4];
+const EVENTS: usize = 1024;
+/// Places in the channel for events of the data plane only.
+const RESERVED_EVENTS: usize = 64;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flood_of_ike_leaves_room_for_the_data_plane() {
+        let (sender, mut receiver) = mpsc::channel(EVENTS);
+        let events = Events { sender, waiting: Mutex::default() };
+        let remote = "192.0.2.1:500".parse().unwrap();
+        for _ in 0..2 * EVENTS {
+            events.offer(NetworkEvent::Unreachable { remote });
+        }
+        events.plane(PlaneEvent::Expire { spi_in: 256, hard: true });
+        let mut received = 0;
+        while let Ok(event) = receiver.try_recv() {
+            received += 1;
+            if matches!(event, NetworkEvent::Plane(_)) {
+                assert_eq!(received, EVENTS - RESERVED_EVENTS + 1);
+                return;
+            }
+        }
+        panic!("the expiry waits behind the flood");
+    }
+}

@@ -1,0 +1,111 @@
+//! The user-space data plane: the packet engine with routes into it.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
+use std::time::Instant;
+
+use ipsec::plane::{DataPlane, Encapsulation, PlaneError, SaPair, Trap, Usage};
+
+use crate::network::{Inner, lock};
+use crate::routes::Owner;
+
+/// The data plane over a running network.
+pub(crate) struct UserSpacePlane {
+    network: Arc<Inner>,
+    /// Inbound SPIs of the installed pairs.
+    installed: BTreeSet<u32>,
+    /// `reqid`s of the installed traps.
+    traps: BTreeSet<u32>,
+}
+
+impl UserSpacePlane {
+    pub(crate) fn new(network: Arc<Inner>) -> Self {
+        Self { network, installed: BTreeSet::new(), traps: BTreeSet::new() }
+    }
+}
+
+impl DataPlane for UserSpacePlane {
+    fn name(&self) -> &'static str {
+        "user-space"
+    }
+
+    fn install(&mut self, pair: SaPair) -> Result<(), PlaneError> {
+        let spi_in = pair.spi_in;
+        if self.installed.contains(&spi_in) {
+            return Err(PlaneError::SpiInUse(spi_in));
+        }
+        // Routes come first, since they can be undone exactly. Until the SAs are there, the engine drops what
+        // the routes bring: nothing goes out in clear.
+        lock(&self.network.routes)
+            .add(Owner::Pair(spi_in), pair.encapsulation.local(), &pair.local_ts, &pair.remote_ts)
+            .map_err(|e| system(format!("install the routes of SA {spi_in:08x}"), e))?;
+        if let Err(e) = self.network.shared.datapath.install(pair) {
+            lock(&self.network.routes).remove(Owner::Pair(spi_in));
+            return Err(e);
+        }
+        self.installed.insert(spi_in);
+        Ok(())
+    }
+
+    fn migrate(&mut self, spi_in: u32, to: Encapsulation) -> Result<(), PlaneError> {
+        self.network.shared.datapath.migrate(spi_in, to)
+    }
+
+    fn retire(&mut self, spi_in: u32) -> Result<(), PlaneError> {
+        self.network.shared.datapath.retire(spi_in)
+    }
+
+    fn delete(&mut self, spi_in: u32) -> Result<(), PlaneError> {
+        self.network.shared.datapath.delete(spi_in)?;
+        self.installed.remove(&spi_in);
+        lock(&self.network.routes).remove(Owner::Pair(spi_in));
+        Ok(())
+    }
+
+    fn install_trap(&mut self, trap: Trap) -> Result<(), PlaneError> {
+        let reqid = trap.reqid;
+        if self.traps.contains(&reqid) {
+            return Err(PlaneError::TrapInUse(reqid));
+        }
+        // Which outer address an SA will have is not known yet.
+        let outer = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+        lock(&self.network.routes)
+            .add(Owner::Trap(reqid), outer, &trap.local_ts, &trap.remote_ts)
+            .map_err(|e| system(format!("install the routes of trap {reqid}"), e))?;
+        if let Err(e) = self.network.shared.datapath.install_trap(trap) {
+            lock(&self.network.routes).remove(Owner::Trap(reqid));
+            return Err(e);
+        }
+        self.traps.insert(reqid);
+        Ok(())
+    }
+
+    fn remove_trap(&mut self, reqid: u32) -> Result<(), PlaneError> {
+        self.network.shared.datapath.remove_trap(reqid)?;
+        self.traps.remove(&reqid);
+        lock(&self.network.routes).remove(Owner::Trap(reqid));
+        Ok(())
+    }
+
+    fn usage(&self, spi_in: u32) -> Result<Usage, PlaneError> {
+        self.network.shared.datapath.usage(Instant::now(), spi_in)
+    }
+
+    fn shutdown(&mut self) -> Result<(), PlaneError> {
+        for spi_in in std::mem::take(&mut self.installed) {
+            lock(&self.network.routes).remove(Owner::Pair(spi_in));
+            self.network.shared.datapath.delete(spi_in)?;
+        }
+        for reqid in std::mem::take(&mut self.traps) {
+            lock(&self.network.routes).remove(Owner::Trap(reqid));
+            self.network.shared.datapath.remove_trap(reqid)?;
+        }
+        Ok(())
+    }
+}
+
+fn system(action: String, source: io::Error) -> PlaneError {
+    PlaneError::System { action, source }
+}

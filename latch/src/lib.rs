@@ -1,0 +1,14 @@
+//! IPsec connection latching (RFC 5660): a connection is pinned to the identity of the IPsec peer and to the
+//! protection it had, and stops before one byte passes under anything else.
+//!
+//! * [`database`]: latches, congruence classes, conflicts; no IO.
+//! * [`protocol`], [`server`]: how applications ask, over a Unix socket.
+//! * [`client`]: the library that applications use.
+
+#![forbid(unsafe_code)]
+
+pub mod client;
+pub mod database;
+pub mod protocol;
+mod seqpacket;
+pub mod server;

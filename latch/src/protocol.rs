@@ -1,0 +1,497 @@
+//! Messages between applications and the daemon; `docs/latch-protocol.md` describes them.
+//!
+//! One message is one datagram of a SOCK_SEQPACKET Unix socket: a JSON object of at most [`MAX_MESSAGE`] octets. A
+//! client sends [`Request`]s, `hello` first; the server answers each with a reply or a refusal that carries the
+//! request's number, and sends alerts when they happen.
+
+use std::fmt;
+use std::net::SocketAddr;
+
+use data_encoding::BASE64;
+use ipsec::plane::{EspSuite, Mode};
+use ipsec::transform::{Encr, Integ};
+use pad::{Identity, Proof};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::database::{Class, LatchError, LatchState};
+
+/// Version of the protocol that this crate speaks.
+pub const VERSION: u32 = 1;
+
+/// Longest message in octets, in both directions.
+pub const MAX_MESSAGE: usize = 64 * 1024;
+
+/// What a client sends, before its arguments are understood.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Request {
+    /// Chosen by the client; the answer carries it.
+    pub id: u64,
+    /// Which.
+    pub request: String,
+    /// Its arguments, an object.
+    #[serde(default = "no_arguments")]
+    pub arguments: Value,
+}
+
+/// A request that was understood.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Call {
+    /// `hello`.
+    Hello(Hello),
+    /// `create`; a socket comes with it.
+    Create(Create),
+    /// `inquire`; a socket may come with it.
+    Inquire(Inquire),
+    /// `release`.
+    Release(Release),
+    /// `list`.
+    List(List),
+}
+
+/// Opens a connection; must be the first request.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Hello {
+    /// [`VERSION`].
+    pub version: u32,
+}
+
+/// CREATE_CONNECTION_LATCH (RFC 5660 §2.3) for the TCP socket that comes with the message.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Create {
+    /// Identity that the peer must have, in the notation of `swanctl.conf`; may have wildcards.
+    pub peer: String,
+    /// Where the socket will connect to; left out when it is connected.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub remote: Option<SocketAddr>,
+}
+
+/// Asks who is at the other end, and for the latch (FIND_LATCH, INQUIRE_LATCH): of a TCP flow given by both addresses, or of
+/// the TCP socket that comes with the message.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Inquire {
+    /// Our end; left out when a socket comes along.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub local: Option<SocketAddr>,
+    /// The other end; left out when a connected socket comes along.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub remote: Option<SocketAddr>,
+}
+
+/// RELEASE_LATCH of a latch of this connection; ends its TCP connection.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Release {
+    /// Number of the latch.
+    pub latch: u64,
+}
+
+/// Lists latches in the order of their numbers, some at a time.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct List {
+    /// Only latches with greater numbers.
+    #[serde(default)]
+    pub after: u64,
+}
+
+/// What the server sends.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "kebab-case")]
+pub enum ServerMessage {
+    /// The request succeeded.
+    Reply {
+        /// Number of the request.
+        id: u64,
+        /// [`Welcome`], [`Created`], [`Inquired`], [`Listed`], or an empty object for `release`.
+        result: Value,
+    },
+    /// The request failed.
+    Refusal {
+        /// Number of the request, where it could be read.
+        id: Option<u64>,
+        /// Why.
+        #[serde(flatten)]
+        refusal: Refusal,
+    },
+    /// A latch of this connection changed its state (ALERT, RFC 5660 §2.3).
+    Alert {
+        /// Number of the latch.
+        latch: u64,
+        /// Its new state.
+        state: State,
+        /// Why, for a human.
+        reason: String,
+    },
+}
+
+/// Why a request failed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{message} ({code})")]
+pub struct Refusal {
+    /// For programs.
+    pub code: Code,
+    /// For a human.
+    pub message: String,
+}
+
+/// Kinds of refusal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Code {
+    /// Not a JSON object of the right shape.
+    Malformed,
+    /// Longer than [`MAX_MESSAGE`].
+    TooLong,
+    /// No such request.
+    UnknownRequest,
+    /// The server does not speak this version.
+    Version,
+    /// `hello` has not been said, or is said twice.
+    Hello,
+    /// No descriptor came along, or more than one.
+    Descriptor,
+    /// The descriptor is not a TCP socket that can be latched.
+    Socket,
+    /// The wanted peer is not an identity.
+    Identity,
+    /// No SA protects the flow.
+    NoSa,
+    /// The SA's peer is somebody else.
+    WrongPeer,
+    /// The flow is latched already.
+    Exists,
+    /// SAs of different classes cover the flow.
+    Conflict,
+    /// This connection has no such latch.
+    NoSuchLatch,
+    /// Too many latches or connections.
+    Limit,
+    /// The system refused something.
+    System,
+    /// A code that this crate does not know.
+    #[serde(other)]
+    Other,
+}
+
+impl fmt::Display for Code {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
+    }
+}
+
+/// Answer to `hello`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Welcome {
+    /// Version of the protocol that will be spoken.
+    pub version: u32,
+    /// Name and version of the daemon.
+    pub server: String,
+}
+
+/// Answer to `create`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Created {
+    /// Number of the latch.
+    pub latch: u64,
+    /// Our end.
+    pub local: SocketAddr,
+    /// The other end.
+    pub remote: SocketAddr,
+    /// Who is there.
+    pub peer: Peer,
+    /// How the packets are protected.
+    pub protection: Protection,
+}
+
+/// Answer to `inquire`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Inquired {
+    /// Our end.
+    pub local: SocketAddr,
+    /// The other end.
+    pub remote: SocketAddr,
+    /// The flow's latch; without one, the rest is what protects the flow at this moment and may change.
+    pub latch: Option<LatchInfo>,
+    /// Who is there.
+    pub peer: Peer,
+    /// How the packets are protected.
+    pub protection: Protection,
+}
+
+/// A latch's number and state.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LatchInfo {
+    /// Number of the latch.
+    pub number: u64,
+    /// Its state.
+    pub state: State,
+}
+
+/// Answer to `list`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Listed {
+    /// Latches by number.
+    pub latches: Vec<ListedLatch>,
+    /// There are more: ask again with `after` set to the last number.
+    pub more: bool,
+}
+
+/// One line of a list.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ListedLatch {
+    /// Number of the latch.
+    pub latch: u64,
+    /// Its state.
+    pub state: State,
+    /// Upper-layer protocol.
+    pub protocol: u8,
+    /// Our end.
+    pub local: SocketAddr,
+    /// The other end.
+    pub remote: SocketAddr,
+    /// The peer's identity as text, cut after 200 characters.
+    pub peer: String,
+}
+
+/// States of a latch (RFC 5660 §2.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum State {
+    /// Packets pass under congruent SAs only.
+    Established,
+    /// No packet passes.
+    Broken,
+    /// Gone.
+    Closed,
+}
+
+impl From<LatchState> for State {
+    fn from(state: LatchState) -> Self {
+        match state {
+            LatchState::Established => Self::Established,
+            LatchState::Broken => Self::Broken,
+            LatchState::Closed => Self::Closed,
+        }
+    }
+}
+
+/// Both identities and how the peer's was proved (RFC 5660 §2: certificate and trust anchor included).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Peer {
+    /// The identity that the peer proved.
+    pub id: IdentityInfo,
+    /// The identity that we asserted to it.
+    pub local_id: IdentityInfo,
+    /// How the peer proved it.
+    pub proof: ProofInfo,
+}
+
+/// An IKE identity (RFC 7296 §3.5).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IdentityInfo {
+    /// The identity for a human.
+    pub text: String,
+    /// The ID type octet.
+    pub kind: u8,
+    /// The identification data; base64 in JSON.
+    #[serde(with = "base64")]
+    pub data: Vec<u8>,
+}
+
+/// How an identity was proved.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "by", rename_all = "kebab-case")]
+pub enum ProofInfo {
+    /// By a pre-shared key.
+    SharedKey,
+    /// By a certificate.
+    Certificate {
+        /// DER of the end-entity certificate; base64 in JSON.
+        #[serde(with = "base64")]
+        end_entity: Vec<u8>,
+        /// DER of the trust anchor's certificate; base64 in JSON.
+        #[serde(with = "base64")]
+        trust_anchor: Vec<u8>,
+    },
+}
+
+/// How packets are protected: ESP with these algorithms.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Protection {
+    /// `tunnel` or `transport`.
+    pub mode: String,
+    /// The algorithms for a human.
+    pub suite: String,
+    /// IKEv2 number of the cipher.
+    pub encr: u16,
+    /// Key length in bits.
+    pub key_bits: u16,
+    /// IKEv2 number of the integrity algorithm; 0 with a combined-mode cipher.
+    pub integ: u16,
+    /// 64-bit sequence numbers.
+    pub esn: bool,
+    /// Replay protection is on.
+    pub replay_protection: bool,
+}
+
+impl Refusal {
+    /// Makes one.
+    pub fn new(code: Code, message: impl Into<String>) -> Self {
+        Self { code, message: message.into() }
+    }
+}
+
+impl From<LatchError> for Refusal {
+    fn from(error: LatchError) -> Self {
+        let code = match &error {
+            LatchError::NoSa(_) => Code::NoSa,
+            LatchError::WrongPeer { .. } => Code::WrongPeer,
+            LatchError::Exists(_) => Code::Exists,
+            LatchError::Conflict(_) => Code::Conflict,
+            LatchError::NotAConnection(_) => Code::Socket,
+        };
+        Self::new(code, error.to_string())
+    }
+}
+
+impl From<&Class> for Peer {
+    fn from(class: &Class) -> Self {
+        let proof = match &class.peer.proof {
+            Proof::PreSharedKey => ProofInfo::SharedKey,
+            Proof::Certificate { end_entity, trust_anchor, method: _ } => {
+                ProofInfo::Certificate { end_entity: end_entity.clone(), trust_anchor: trust_anchor.clone() }
+            }
+        };
+        Self { id: (&class.peer.id).into(), local_id: (&class.peer.local_id).into(), proof }
+    }
+}
+
+impl From<&Identity> for IdentityInfo {
+    fn from(identity: &Identity) -> Self {
+        Self { text: identity.to_string(), kind: identity.kind(), data: identity.wire_data() }
+    }
+}
+
+impl From<&Class> for Protection {
+    fn from(class: &Class) -> Self {
+        let EspSuite { encr, key_bits, integ, esn } = class.suite;
+        let mode = match class.mode {
+            Mode::Tunnel => "tunnel",
+            Mode::Transport => "transport",
+        };
+        Self {
+            mode: mode.to_owned(),
+            suite: suite_name(&class.suite),
+            encr: encr.0,
+            key_bits,
+            integ: integ.0,
+            esn,
+            replay_protection: class.replay_protection,
+        }
+    }
+}
+
+impl Call {
+    /// Name of the request on the wire.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Hello(_) => "hello",
+            Self::Create(_) => "create",
+            Self::Inquire(_) => "inquire",
+            Self::Release(_) => "release",
+            Self::List(_) => "list",
+        }
+    }
+
+    /// The datagram that asks this.
+    pub fn encode(&self, id: u64) -> Result<Vec<u8>, Refusal> {
+        let arguments = match self {
+            Self::Hello(arguments) => serde_json::to_value(arguments),
+            Self::Create(arguments) => serde_json::to_value(arguments),
+            Self::Inquire(arguments) => serde_json::to_value(arguments),
+            Self::Release(arguments) => serde_json::to_value(arguments),
+            Self::List(arguments) => serde_json::to_value(arguments),
+        };
+        let arguments = arguments.map_err(|error| Refusal::new(Code::Malformed, error.to_string()))?;
+        encode(&Request { id, request: self.name().to_owned(), arguments })
+    }
+
+    /// Reads a request; the error carries its number where that could be read.
+    pub fn decode(datagram: &[u8]) -> Result<(u64, Self), (Option<u64>, Refusal)> {
+        let request: Request = serde_json::from_slice(datagram)
+            .map_err(|error| (None, Refusal::new(Code::Malformed, format!("not a request: {error}"))))?;
+        let id = request.id;
+        let call = match request.request.as_str() {
+            "hello" => arguments(request.arguments).map(Self::Hello),
+            "create" => arguments(request.arguments).map(Self::Create),
+            "inquire" => arguments(request.arguments).map(Self::Inquire),
+            "release" => arguments(request.arguments).map(Self::Release),
+            "list" => arguments(request.arguments).map(Self::List),
+            unknown => {
+                let unknown: String = unknown.chars().take(40).collect();
+                Err(Refusal::new(Code::UnknownRequest, format!("there is no request {unknown:?}")))
+            }
+        };
+        call.map(|call| (id, call)).map_err(|refusal| (Some(id), refusal))
+    }
+}
+
+/// The datagram of a message.
+pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, Refusal> {
+    let datagram =
+        serde_json::to_vec(message).map_err(|error| Refusal::new(Code::Malformed, format!("encoding: {error}")))?;
+    if datagram.len() > MAX_MESSAGE {
+        return Err(Refusal::new(Code::TooLong, format!("the message would have {} octets", datagram.len())));
+    }
+    Ok(datagram)
+}
+
+fn arguments<T: DeserializeOwned>(value: Value) -> Result<T, Refusal> {
+    serde_json::from_value(value).map_err(|error| Refusal::new(Code::Malformed, format!("arguments: {error}")))
+}
+
+fn no_arguments() -> Value {
+    Value::Object(serde_json::Map::new())
+}
+
+/// Names as in the IANA registry of IKEv2 transforms.
+fn suite_name(suite: &EspSuite) -> String {
+    let mut name = match suite.encr {
+        Encr::NULL => "ENCR_NULL".to_owned(),
+        Encr::AES_CBC => "ENCR_AES_CBC".to_owned(),
+        Encr::AES_GCM_16 => "ENCR_AES_GCM_16".to_owned(),
+        Encr::CHACHA20_POLY1305 => "ENCR_CHACHA20_POLY1305".to_owned(),
+        Encr(other) => format!("ENCR {other}"),
+    };
+    if suite.key_bits != 0 {
+        name.push_str(&format!(" {} bits", suite.key_bits));
+    }
+    match suite.integ {
+        Integ::NONE => {}
+        Integ::HMAC_SHA1_96 => name.push_str(", AUTH_HMAC_SHA1_96"),
+        Integ::HMAC_SHA2_256_128 => name.push_str(", AUTH_HMAC_SHA2_256_128"),
+        Integ::HMAC_SHA2_384_192 => name.push_str(", AUTH_HMAC_SHA2_384_192"),
+        Integ::HMAC_SHA2_512_256 => name.push_str(", AUTH_HMAC_SHA2_512_256"),
+        Integ(other) => name.push_str(&format!(", INTEG {other}")),
+    }
+    name
+}
+
+mod base64 {
+    use super::{BASE64, Deserialize};
+
+    pub(super) fn serialize<S: serde::Serializer>(octets: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&BASE64.encode(octets))
+    }
+
+    pub(super) fn deserialize<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vec<u8>, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        BASE64.decode(text.as_bytes()).map_err(serde::de::Error::custom)
+    }
+}

@@ -1,0 +1,549 @@
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, UdpSocket};
+use std::os::fd::BorrowedFd;
+
+use ipsec::guard::{ClassId, Direction, FlowGuard, Verdict};
+use ipsec::plane::{EspSuite, Mode};
+use ipsec::selector::TrafficSelector;
+use ipsec::transform::{Encr, Integ};
+use pad::{AuthMethod, Identity, PeerIdentity, Proof};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use super::*;
+use crate::client::{Client, ClientError, LatchedStream};
+use crate::protocol::{MAX_MESSAGE, ProofInfo, State};
+
+#[tokio::test]
+async fn every_malformed_message_gets_a_precise_refusal_and_the_connection_lives_on() {
+    let house = House::new().await;
+    let raw = house.raw().await;
+    for (message, code) in [
+        ("{", "malformed"),
+        ("[]", "malformed"),
+        ("\u{0}\u{1}", "malformed"),
+        (r#"{"request":"list"}"#, "malformed"),
+        (r#"{"id":-1,"request":"list"}"#, "malformed"),
+        (r#"{"id":1,"request":"list","extra":1}"#, "malformed"),
+        (r#"{"id":1,"request":"list","arguments":{"before":1}}"#, "malformed"),
+        (r#"{"id":1,"request":"list","arguments":[[]]}"#, "malformed"),
+        (r#"{"id":1,"request":"create","arguments":{}}"#, "malformed"),
+        (r#"{"id":1,"request":"create","arguments":{"peer":"%any","remote":"nowhere"}}"#, "malformed"),
+        (r#"{"id":1,"request":"destroy"}"#, "unknown-request"),
+        (r#"{"id":1,"request":"hello","arguments":{"version":1}}"#, "hello"),
+        (r#"{"id":1,"request":"release","arguments":{"latch":1}}"#, "no-such-latch"),
+        (r#"{"id":1,"request":"inquire"}"#, "malformed"),
+        (r#"{"id":1,"request":"inquire","arguments":{"local":"127.0.0.1:1","remote":"127.0.0.1:2"}}"#, "no-sa"),
+    ] {
+        raw.send(message.as_bytes(), None).await.unwrap();
+        let answer = answer(&raw).await;
+        assert_eq!((&answer["type"], &answer["code"]), (&json!("refusal"), &json!(code)), "{message}: {answer}");
+        assert!(!answer["message"].as_str().unwrap().is_empty());
+    }
+    let deep = format!(r#"{{"id":1,"request":"list","arguments":{}{}}}"#, "[".repeat(5000), "]".repeat(5000));
+    raw.send(deep.as_bytes(), None).await.unwrap();
+    assert_eq!(answer(&raw).await["code"], "malformed");
+    assert_eq!(
+        ask(&raw, r#"{"id":7,"request":"list"}"#).await,
+        json!({"type": "reply", "id": 7, "result": {"latches": [], "more": false}})
+    );
+}
+
+#[tokio::test]
+async fn messages_beyond_64_kib_are_refused() {
+    let house = House::new().await;
+    let raw = house.raw().await;
+    let padded = |length: usize| {
+        let request = r#"{"id":1,"request":"list"}"#;
+        format!("{request}{}", " ".repeat(length - request.len()))
+    };
+    assert_eq!(ask(&raw, &padded(MAX_MESSAGE)).await["type"], "reply");
+    for length in [MAX_MESSAGE + 1, MAX_MESSAGE + 2, 2 * MAX_MESSAGE] {
+        assert_eq!(ask(&raw, &padded(length)).await["code"], "too-long");
+    }
+}
+
+#[tokio::test]
+async fn nothing_is_answered_before_hello_in_the_right_version() {
+    let house = House::new().await;
+    let raw = SeqPacket::new(connect(&house.path)).unwrap();
+    assert_eq!(ask(&raw, r#"{"id":1,"request":"list"}"#).await["code"], "hello");
+    let refusal = ask(&raw, r#"{"id":2,"request":"hello","arguments":{"version":2}}"#).await;
+    assert_eq!((&refusal["code"], &refusal["id"]), (&json!("version"), &json!(2)));
+    assert_eq!(ask(&raw, r#"{"id":3,"request":"list"}"#).await["code"], "hello");
+    let welcome = ask(&raw, r#"{"id":4,"request":"hello","arguments":{"version":1}}"#).await;
+    assert_eq!(welcome["result"]["version"], 1);
+}
+
+#[tokio::test]
+async fn only_bound_tcp_sockets_are_latched() {
+    let house = House::with_sa().await;
+    let raw = house.raw().await;
+    let file = tempfile::tempfile().unwrap();
+    let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let unbound = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP)).unwrap();
+    let wildcard = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP)).unwrap();
+    wildcard.bind(&"0.0.0.0:0".parse::<SocketAddr>().unwrap().into()).unwrap();
+    let (unix, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+    let refused: [(&str, BorrowedFd<'_>); 6] = [
+        ("a file", file.as_fd()),
+        ("UDP", udp.as_fd()),
+        ("a listener", listener.as_fd()),
+        ("unbound", unbound.as_fd()),
+        ("wildcard", wildcard.as_fd()),
+        ("a Unix socket", unix.as_fd()),
+    ];
+    for (what, descriptor) in refused {
+        raw.send(CREATE.as_bytes(), Some(descriptor)).await.unwrap();
+        let answer = answer(&raw).await;
+        assert_eq!(answer["code"], "socket", "{what}: {answer}");
+    }
+    assert_eq!(ask(&raw, CREATE).await["code"], "descriptor", "missing");
+    raw.send(br#"{"id":1,"request":"list"}"#, Some(udp.as_fd())).await.unwrap();
+    assert_eq!(answer(&raw).await["code"], "descriptor", "not wanted");
+    let bound = bound();
+    raw.send(br#"{"id":1,"request":"create","arguments":{"peer":"%any"}}"#, Some(bound.as_fd())).await.unwrap();
+    assert_eq!(answer(&raw).await["code"], "socket", "where to?");
+    raw.send(br#"{"id":1,"request":"create","arguments":{"peer":"","remote":"127.0.0.1:9"}}"#, Some(bound.as_fd()))
+        .await
+        .unwrap();
+    assert_eq!(answer(&raw).await["code"], "identity");
+    assert!(house.database.list().is_empty());
+}
+
+#[tokio::test]
+async fn a_connected_socket_is_latched_to_where_it_is_connected() {
+    let house = House::with_sa().await;
+    let raw = house.raw().await;
+    let far = TcpListener::bind("127.0.0.1:0").unwrap();
+    let near = std::net::TcpStream::connect(far.local_addr().unwrap()).unwrap();
+    raw.send(CREATE.as_bytes(), Some(near.as_fd())).await.unwrap();
+    assert_eq!(answer(&raw).await["code"], "socket", "it is connected elsewhere");
+    let create = json!({"id": 1, "request": "create", "arguments": {"peer": "%any"}}).to_string();
+    raw.send(create.as_bytes(), Some(near.as_fd())).await.unwrap();
+    let created = answer(&raw).await;
+    assert_eq!(created["result"]["remote"], far.local_addr().unwrap().to_string(), "{created}");
+    assert_eq!(created["result"]["local"], near.local_addr().unwrap().to_string());
+    raw.send(create.as_bytes(), Some(near.as_fd())).await.unwrap();
+    assert_eq!(answer(&raw).await["code"], "exists");
+}
+
+#[tokio::test]
+async fn no_connection_is_made_without_a_latch() {
+    // RFC 5660 §2: packets MUST NOT be sent until the channel is established.
+    let house = House::new().await;
+    let client = Client::connect(&house.path).await.unwrap();
+    let far = TcpListener::bind("127.0.0.1:0").unwrap();
+    far.set_nonblocking(true).unwrap();
+    let remote = far.local_addr().unwrap();
+    assert_eq!(refusal(client.latch_tcp(remote, None, "%any").await), Code::NoSa);
+    let (first, second) = (house.class("peer.example"), house.class("other.example"));
+    house.install(1, first);
+    assert_eq!(refusal(client.latch_tcp(remote, None, "other.example").await), Code::WrongPeer);
+    house.install(2, second);
+    assert_eq!(refusal(client.latch_tcp(remote, None, "%any").await), Code::Conflict);
+    assert_eq!(far.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock, "nobody connected");
+    assert!(house.database.list().is_empty());
+}
+
+#[tokio::test]
+async fn a_latched_stream_tells_who_is_there_and_carries_data() {
+    let house = House::with_sa().await;
+    let (client, far) = (Client::connect(&house.path).await.unwrap(), Far::listen());
+    let (mut stream, mut far) = far.latch(&client).await;
+    // RFC 5660 §2: "the peer certificate, when one is used, and the trust anchor".
+    let peer = stream.peer_identity().clone();
+    assert_eq!(
+        (peer.id.text.as_str(), peer.id.kind, peer.id.data.as_slice()),
+        ("peer.example", 2, &b"peer.example"[..])
+    );
+    assert_eq!(peer.local_id.text, "us.example");
+    assert_eq!(peer.proof, ProofInfo::Certificate { end_entity: b"leaf".to_vec(), trust_anchor: b"root".to_vec() });
+    let protection = stream.protection();
+    assert_eq!((protection.mode.as_str(), protection.encr, protection.key_bits), ("tunnel", 20, 256));
+    assert!(protection.esn && protection.replay_protection);
+    assert_eq!(protection.suite, "ENCR_AES_GCM_16 256 bits");
+
+    stream.write_all(b"ping").await.unwrap();
+    let mut buffer = [0; 4];
+    far.read_exact(&mut buffer).unwrap();
+    far.write_all(b"pong").unwrap();
+    stream.read_exact(&mut buffer).await.unwrap();
+    assert_eq!(&buffer, b"pong");
+
+    let whois = client.whois(stream.local_addr(), stream.peer_addr()).await.unwrap();
+    assert_eq!(whois.latch, Some(LatchInfo { number: stream.latch(), state: State::Established }));
+    assert_eq!(whois.peer, peer);
+    let listed = client.list().await.unwrap();
+    assert_eq!(listed.len(), 1);
+    assert_eq!(
+        (listed[0].latch, listed[0].local, listed[0].peer.as_str()),
+        (stream.latch(), stream.local_addr(), "peer.example")
+    );
+    // The far end is another flow: who asks for it sees no latch.
+    let unlatched = client.whois_socket(far.as_fd()).await.unwrap();
+    assert_eq!((unlatched.latch, unlatched.local), (None, stream.peer_addr()));
+}
+
+#[tokio::test]
+async fn a_break_resets_the_connection_at_once_and_alerts_the_holder() {
+    // RFC 5660 §2.3: inform the holder prior to accepting the SA; §5.5: reset is the default for TCP.
+    let house = House::with_sa().await;
+    let (client, far) = (Client::connect(&house.path).await.unwrap(), Far::listen());
+    let (mut stream, mut far) = far.latch(&client).await;
+    far.write_all(b"queued before the break").unwrap();
+    let flow = tcp_flow(stream.local_addr(), stream.peer_addr());
+    let (good, foreign) = (house.class("peer.example"), house.class("mallory.example"));
+    let alerts = house.database.before_install(foreign, &loopback(), &loopback());
+    assert_eq!(alerts.len(), 1);
+    // Without waiting for anything: neither class passes, and the far end has been reset.
+    for class in [Some(good), Some(foreign), None] {
+        assert_eq!(house.database.check(Direction::Inbound, &flow, class), Verdict::Drop);
+    }
+    assert_eq!(far.read(&mut [0; 8]).unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+
+    let broken = stream.broken().await;
+    assert_eq!(broken.state, State::Broken);
+    assert!(broken.reason.contains("mallory.example"), "{}", broken.reason);
+    let error = stream.read(&mut [0; 64]).await.unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+    assert!(error.to_string().contains("mallory.example"), "{error}");
+    assert!(stream.write(b"x").await.is_err());
+    assert_eq!(client.list().await.unwrap()[0].state, State::Broken);
+    drop(stream);
+    house.no_latches().await;
+}
+
+#[tokio::test]
+async fn a_reader_that_waits_hears_of_the_break() {
+    let house = House::with_sa().await;
+    let (client, far) = (Client::connect(&house.path).await.unwrap(), Far::listen());
+    let (stream, _far) = far.latch(&client).await;
+    let (mut reader, _writer) = tokio::io::split(stream);
+    let waiting = tokio::spawn(async move { reader.read(&mut [0; 8]).await });
+    tokio::task::yield_now().await;
+    house.database.before_install(house.class("mallory.example"), &loopback(), &loopback());
+    let error = timeout(PATIENCE, waiting).await.unwrap().unwrap().unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+}
+
+#[tokio::test]
+async fn losing_the_control_connection_ends_the_tcp_connection_before_the_latch() {
+    let house = House::with_sa().await;
+    let raw = house.raw().await;
+    let far = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut near = std::net::TcpStream::connect(far.local_addr().unwrap()).unwrap();
+    let (mut far, _) = far.accept().unwrap();
+    let create = br#"{"id":1,"request":"create","arguments":{"peer":"%any"}}"#;
+    raw.send(create, Some(near.as_fd())).await.unwrap();
+    assert_eq!(answer(&raw).await["type"], "reply");
+    near.write_all(b"written before").unwrap();
+    drop(raw);
+    let flow = tcp_flow(near.local_addr().unwrap(), near.peer_addr().unwrap());
+    let foreign = Some(house.class("mallory.example"));
+    // The far end gets what was written, then the end; until it closes too the flow stays latched.
+    let mut buffer = Vec::new();
+    let mut far = tokio::task::spawn_blocking(move || {
+        far.read_to_end(&mut buffer).unwrap();
+        assert_eq!(buffer, b"written before");
+        far
+    })
+    .await
+    .unwrap();
+    assert_eq!(house.database.check(Direction::Outbound, &flow, foreign), Verdict::Drop);
+    assert_eq!(near.write(b"x").unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+    assert!(matches!(near.read(&mut [0; 8]), Ok(0)));
+    far.flush().unwrap();
+    drop(far);
+    house.no_latches().await;
+    assert!(near.peer_addr().is_err(), "the connection had ended when the latch went");
+}
+
+#[tokio::test]
+async fn a_dropped_stream_delivers_what_was_written_and_then_releases() {
+    let house = House::with_sa().await;
+    let (client, far) = (Client::connect(&house.path).await.unwrap(), Far::listen());
+    let (mut stream, mut far) = far.latch(&client).await;
+    stream.write_all(b"last words").await.unwrap();
+    drop(stream);
+    let words = tokio::task::spawn_blocking(move || {
+        let mut words = Vec::new();
+        far.read_to_end(&mut words).map(|_| words)
+    });
+    assert_eq!(words.await.unwrap().unwrap(), b"last words");
+    house.no_latches().await;
+    assert!(client.list().await.unwrap().is_empty(), "the connection to the daemon lives on");
+}
+
+#[tokio::test]
+async fn a_failed_connection_releases_its_latch() {
+    let house = House::with_sa().await;
+    let client = Client::connect(&house.path).await.unwrap();
+    let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    assert!(matches!(client.latch_tcp(closed, None, "%any").await, Err(ClientError::System { .. })));
+    house.no_latches().await;
+}
+
+#[tokio::test]
+async fn latches_of_another_connection_cannot_be_released() {
+    let house = House::with_sa().await;
+    let (client, far) = (Client::connect(&house.path).await.unwrap(), Far::listen());
+    let (stream, _far) = far.latch(&client).await;
+    let raw = house.raw().await;
+    let release = json!({"id": 1, "request": "release", "arguments": {"latch": stream.latch()}}).to_string();
+    assert_eq!(ask(&raw, &release).await["code"], "no-such-latch");
+    assert_eq!(house.database.list().len(), 1);
+}
+
+#[tokio::test]
+async fn the_end_of_the_daemon_breaks_the_stream_and_keeps_the_latch() {
+    let house = House::with_sa().await;
+    let (client, far) = (Client::connect(&house.path).await.unwrap(), Far::listen());
+    let (mut stream, _far) = far.latch(&client).await;
+    let House { server, database, path, directory: _directory } = house;
+    drop(server);
+    assert!(!path.exists());
+    assert_eq!(timeout(PATIENCE, stream.broken()).await.unwrap().state, State::Closed);
+    assert_eq!(stream.read(&mut [0; 8]).await.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+    assert!(matches!(client.list().await, Err(ClientError::Closed)));
+    assert_eq!(database.list().len(), 1, "nobody may release it");
+}
+
+#[tokio::test]
+async fn too_many_connections_and_latches_are_refused() {
+    let limits = Limits { connections: 3, latches_per_connection: 1, latches: 2 };
+    let house = House::within(limits).await;
+    house.install(1, house.class("peer.example"));
+    let far = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut held = Vec::new();
+    for expected in ["reply", "reply", "refusal"] {
+        let raw = house.raw().await;
+        let near = std::net::TcpStream::connect(far.local_addr().unwrap()).unwrap();
+        let create = br#"{"id":1,"request":"create","arguments":{"peer":"%any"}}"#;
+        raw.send(create, Some(near.as_fd())).await.unwrap();
+        let first = answer(&raw).await;
+        assert_eq!(first["type"], expected, "{first}");
+        if expected == "reply" {
+            let second = std::net::TcpStream::connect(far.local_addr().unwrap()).unwrap();
+            raw.send(create, Some(second.as_fd())).await.unwrap();
+            assert_eq!(answer(&raw).await["code"], "limit", "the connection's");
+        } else {
+            assert_eq!(first["code"], "limit", "the daemon's");
+        }
+        held.push((raw, near));
+    }
+    let fourth = SeqPacket::new(connect(&house.path)).unwrap();
+    let refusal = answer(&fourth).await;
+    assert_eq!((&refusal["code"], &refusal["id"]), (&json!("limit"), &Value::Null));
+    assert!(fourth.receive().await.unwrap().is_none());
+    held.pop();
+    let patient = async {
+        while !matches!(Client::connect(&house.path).await, Ok(client) if client.list().await.is_ok()) {
+            sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(PATIENCE, patient).await.expect("there is room again");
+}
+
+#[tokio::test]
+async fn a_certificate_that_fits_no_message_latches_nothing() {
+    let house = House::new().await;
+    let huge = Proof::Certificate { end_entity: vec![0; MAX_MESSAGE], trust_anchor: vec![], method: AuthMethod::RSA };
+    house.install(1, house.database.intern(class("peer.example", huge)));
+    let client = Client::connect(&house.path).await.unwrap();
+    let far = TcpListener::bind("127.0.0.1:0").unwrap();
+    let refused = client.latch_tcp(far.local_addr().unwrap(), None, "%any").await;
+    assert_eq!(refusal(refused), Code::TooLong);
+    house.no_latches().await;
+}
+
+#[tokio::test]
+async fn lists_of_any_length_come_in_pages() {
+    let house = House::with_sa().await;
+    for port in 1..=250_u16 {
+        let flow = tcp_flow("127.0.0.1:1".parse().unwrap(), SocketAddr::new("127.0.0.2".parse().unwrap(), port));
+        house.database.create(flow, &IdentityPattern::any(), Box::new(|_| {})).unwrap();
+    }
+    let latches = Client::connect(&house.path).await.unwrap().list().await.unwrap();
+    assert_eq!(latches.iter().map(|latch| latch.latch).collect::<Vec<_>>(), (1..=250).collect::<Vec<_>>());
+}
+
+#[tokio::test]
+async fn the_socket_is_for_its_group_and_replaces_only_a_dead_one() {
+    let house = House::new().await;
+    assert_eq!(fs::metadata(&house.path).unwrap().permissions().mode() & 0o7777, 0o660);
+    let config = ServerConfig { path: house.path.clone(), device: None };
+    let taken = serve(config.clone(), Arc::default()).await.unwrap_err();
+    assert_eq!(taken.kind(), io::ErrorKind::AddrInUse);
+    let file = house.directory.path().join("file");
+    fs::write(&file, "precious").unwrap();
+    let taken = serve(ServerConfig { path: file.clone(), device: None }, Arc::default()).await.unwrap_err();
+    assert_eq!(taken.kind(), io::ErrorKind::AddrInUse);
+    assert_eq!(fs::read(&file).unwrap(), b"precious");
+    let dead = house.directory.path().join("dead");
+    drop(listen(&dead).unwrap());
+    assert!(serve(ServerConfig { path: dead, device: None }, Arc::default()).await.is_ok());
+}
+
+#[tokio::test]
+async fn a_device_that_is_not_there_fails_the_latch() {
+    let directory = TempDir::new().unwrap();
+    let path = directory.path().join("latch.sock");
+    let database = Arc::new(Database::new());
+    let config = ServerConfig { path: path.clone(), device: Some("nosuchdevice0".into()) };
+    let server = serve(config, Arc::clone(&database)).await.unwrap();
+    let house = House { server, database, path, directory };
+    house.install(1, house.class("peer.example"));
+    let client = Client::connect(&house.path).await.unwrap();
+    let far = TcpListener::bind("127.0.0.1:0").unwrap();
+    assert_eq!(refusal(client.latch_tcp(far.local_addr().unwrap(), None, "%any").await), Code::System);
+    assert!(house.database.list().is_empty());
+}
+
+#[tokio::test]
+async fn a_latched_socket_is_bound_to_the_device() {
+    let directory = TempDir::new().unwrap();
+    let path = directory.path().join("latch.sock");
+    let database = Arc::new(Database::new());
+    let config = ServerConfig { path: path.clone(), device: Some("lo".into()) };
+    let server = serve(config, Arc::clone(&database)).await.unwrap();
+    let house = House { server, database, path, directory };
+    house.install(1, house.class("peer.example"));
+    let raw = house.raw().await;
+    let socket = bound();
+    raw.send(CREATE.as_bytes(), Some(socket.as_fd())).await.unwrap();
+    assert_eq!(answer(&raw).await["type"], "reply");
+    assert_eq!(socket.device().unwrap().as_deref(), Some(&b"lo"[..]));
+}
+
+const PATIENCE: Duration = Duration::from_secs(10);
+
+const CREATE: &str = r#"{"id":1,"request":"create","arguments":{"peer":"%any","remote":"127.0.0.1:9"}}"#;
+
+struct House {
+    server: Server,
+    database: Arc<Database>,
+    path: PathBuf,
+    directory: TempDir,
+}
+
+impl House {
+    async fn new() -> Self {
+        Self::within(LIMITS).await
+    }
+
+    async fn with_sa() -> Self {
+        let house = Self::new().await;
+        house.install(1, house.class("peer.example"));
+        house
+    }
+
+    async fn within(limits: Limits) -> Self {
+        let directory = TempDir::new().unwrap();
+        let path = directory.path().join("latch.sock");
+        let database = Arc::new(Database::new());
+        let config = ServerConfig { path: path.clone(), device: None };
+        let server = serve_within(config, Arc::clone(&database), limits).await.unwrap();
+        Self { server, database, path, directory }
+    }
+
+    fn class(&self, peer: &str) -> ClassId {
+        let proof = Proof::Certificate {
+            end_entity: b"leaf".to_vec(),
+            trust_anchor: b"root".to_vec(),
+            method: AuthMethod::DIGITAL_SIGNATURE,
+        };
+        self.database.intern(class(peer, proof))
+    }
+
+    fn install(&self, sa: u64, class: ClassId) {
+        self.database.before_install(class, &loopback(), &loopback());
+        self.database.installed(sa, class, loopback(), loopback());
+    }
+
+    /// A connection that has said hello.
+    async fn raw(&self) -> SeqPacket {
+        let raw = SeqPacket::new(connect(&self.path)).unwrap();
+        let welcome = ask(&raw, r#"{"id":0,"request":"hello","arguments":{"version":1}}"#).await;
+        assert_eq!(welcome["type"], "reply");
+        raw
+    }
+
+    async fn no_latches(&self) {
+        let patient = async {
+            while !self.database.list().is_empty() {
+                sleep(Duration::from_millis(5)).await;
+            }
+        };
+        timeout(PATIENCE, patient).await.expect("all latches are released");
+    }
+}
+
+/// A TCP server at the other end.
+struct Far(TcpListener);
+
+impl Far {
+    fn listen() -> Self {
+        Self(TcpListener::bind("127.0.0.1:0").unwrap())
+    }
+
+    async fn latch(self, client: &Client) -> (LatchedStream, std::net::TcpStream) {
+        let stream = client.latch_tcp(self.0.local_addr().unwrap(), None, "peer.example").await.unwrap();
+        let (far, _) = self.0.accept().unwrap();
+        far.set_read_timeout(Some(PATIENCE)).unwrap();
+        (stream, far)
+    }
+}
+
+fn class(peer: &str, proof: Proof) -> Class {
+    Class {
+        peer: Arc::new(PeerIdentity {
+            id: Identity::Fqdn(peer.into()),
+            local_id: Identity::Fqdn("us.example".into()),
+            proof,
+            entry: "net".into(),
+        }),
+        mode: Mode::Tunnel,
+        suite: EspSuite { encr: Encr::AES_GCM_16, key_bits: 256, integ: Integ::NONE, esn: true },
+        replay_protection: true,
+    }
+}
+
+fn loopback() -> Vec<TrafficSelector> {
+    vec![TrafficSelector::network("127.0.0.0".parse().unwrap(), 8).unwrap()]
+}
+
+fn bound() -> Socket {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP)).unwrap();
+    socket.bind(&"127.0.0.1:0".parse::<SocketAddr>().unwrap().into()).unwrap();
+    socket
+}
+
+fn connect(path: &Path) -> OwnedFd {
+    let socket = seqpacket::socket().unwrap();
+    rustix::net::connect(&socket, &SocketAddrUnix::new(path).unwrap()).unwrap();
+    socket
+}
+
+async fn ask(raw: &SeqPacket, request: &str) -> Value {
+    raw.send(request.as_bytes(), None).await.unwrap();
+    answer(raw).await
+}
+
+async fn answer(raw: &SeqPacket) -> Value {
+    let datagram = timeout(PATIENCE, raw.receive()).await.unwrap().unwrap().unwrap();
+    assert!(datagram.descriptors.is_empty() && !datagram.truncated);
+    serde_json::from_slice(&datagram.octets).unwrap()
+}
+
+fn refusal<T>(result: Result<T, ClientError>) -> Code {
+    match result {
+        Err(ClientError::Refused(refusal)) => refusal.code,
+        Err(other) => panic!("{other}"),
+        Ok(_) => panic!("it was not refused"),
+    }
+}

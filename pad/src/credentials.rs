@@ -1,0 +1,175 @@
+//! Certificates, keys and secrets, and the two questions that IKE asks of them: *sign this as us*
+//! and *is this peer who it says it is*.
+
+use std::sync::Arc;
+
+use ipsec::secret::Secret;
+
+use crate::identity::{Identity, IdentityPattern};
+
+mod authenticate;
+mod sign;
+mod store;
+
+pub use store::{CredentialError, Credentials, StoredCertificate};
+
+/// An IKEv2 authentication method (RFC 7296 §3.8).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct AuthMethod(pub u8);
+impl AuthMethod {
+    /// RSA Digital Signature (PKCS#1 v1.5 with SHA-1 by tradition; RFC 7296 §2.15).
+    pub const RSA: Self = Self(1);
+    /// Shared Key Message Integrity Code.
+    pub const SHARED_KEY: Self = Self(2);
+    /// ECDSA with SHA-256 on P-256 (RFC 4754).
+    pub const ECDSA_256: Self = Self(9);
+    /// ECDSA with SHA-384 on P-384.
+    pub const ECDSA_384: Self = Self(10);
+    /// ECDSA with SHA-512 on P-521.
+    pub const ECDSA_521: Self = Self(11);
+    /// Digital Signature (RFC 7427).
+    pub const DIGITAL_SIGNATURE: Self = Self(14);
+}
+
+/// A kind of authentication that configuration asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum AuthClass {
+    /// `auth = psk`.
+    SharedKey,
+    /// `auth = pubkey`.
+    PublicKey,
+}
+
+/// Computes the shared-key MIC `prf(prf(secret, "Key Pad for IKEv2"), octets)` (RFC 7296 §2.15) for
+/// a given secret; IKE knows the PRF and the octets, the PAD knows the secret.
+pub trait SharedKeyMac: Send + Sync {
+    /// The AUTH value for `secret`.
+    fn mac(&self, secret: &Secret) -> Vec<u8>;
+}
+
+/// How we authenticate ourselves on a connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LocalAuth {
+    /// Which kind.
+    pub class: AuthClass,
+    /// Certificates that may be used, DER; empty lets [`Credentials::sign`] find one for the identity.
+    pub certificates: Vec<Vec<u8>>,
+    /// Use RSASSA-PSS rather than PKCS#1 v1.5 where the peer speaks RFC 7427.
+    pub rsa_pss: bool,
+}
+
+/// One entry of the PAD: which peer is admitted, proved how (RFC 4301 §4.4.3.1).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PadEntry {
+    /// Name, for logs and for [`PeerIdentity::entry`](crate::PeerIdentity::entry).
+    pub name: String,
+    /// Identities that it admits.
+    pub remote_id: IdentityPattern,
+    /// The kind of proof that it accepts.
+    pub class: AuthClass,
+    /// Trust anchors or intermediate CAs that the chain must pass; DER; empty accepts each loaded CA.
+    pub cacerts: Vec<Vec<u8>>,
+    /// If not empty, the end-entity certificate must be one of these (DER).
+    pub certs: Vec<Vec<u8>>,
+}
+
+/// What a peer sent to prove itself, and the entries that could admit it, in order.
+pub struct AuthenticateRequest {
+    /// The identity that it asserts.
+    pub peer_id: Identity,
+    /// The identity that we assert to it.
+    pub local_id: Identity,
+    /// AUTH method.
+    pub method: AuthMethod,
+    /// AUTH data.
+    pub auth: Vec<u8>,
+    /// The octets that the peer signed (RFC 7296 §2.15).
+    pub signed_octets: Vec<u8>,
+    /// MIC over the same octets.
+    pub shared_key_mac: Arc<dyn SharedKeyMac>,
+    /// X.509 certificates from its CERT payloads, DER, the end entity first.
+    pub certificates: Vec<Vec<u8>>,
+    /// Candidates in PAD order: the first that admits the peer wins.
+    pub entries: Vec<PadEntry>,
+}
+
+/// What is needed to authenticate ourselves.
+pub struct SignRequest {
+    /// The identity that we assert.
+    pub local_id: Identity,
+    /// The peer's identity, where known: the responder knows it, an initiator from configuration.
+    pub peer_id: Option<Identity>,
+    /// How.
+    pub auth: LocalAuth,
+    /// The octets to sign.
+    pub octets: Vec<u8>,
+    /// MIC over the same octets.
+    pub shared_key_mac: Arc<dyn SharedKeyMac>,
+    /// Hash algorithm ids of the peer's SIGNATURE_HASH_ALGORITHMS (RFC 7427 §4); `None` if it sent none.
+    pub peer_hashes: Option<Vec<u16>>,
+    /// SHA-1 hashes of acceptable CAs' public keys from CERTREQ payloads.
+    pub cert_requests: Vec<[u8; 20]>,
+}
+
+/// Our proof.
+#[derive(Debug)]
+pub struct SignedAuth {
+    /// AUTH method.
+    pub method: AuthMethod,
+    /// AUTH data.
+    pub auth: Vec<u8>,
+    /// Certificates for CERT payloads, DER, the end entity first, without the trust anchor.
+    pub certificates: Vec<Vec<u8>>,
+}
+
+/// Why a peer was not admitted. All of these become AUTHENTICATION_FAILED on the wire.
+#[derive(Debug, thiserror::Error)]
+pub enum AuthError {
+    /// No PAD entry admits this identity with this kind of proof.
+    #[error("no entry admits {0} with the authentication it used")]
+    NoEntry(String),
+    /// The MIC or signature does not verify.
+    #[error("the AUTH value of {0} is wrong")]
+    BadAuth(String),
+    /// We hold no shared key for this pair of identities.
+    #[error("there is no shared key for {0}")]
+    NoSharedKey(String),
+    /// The certificate is not acceptable.
+    #[error("the certificate of {id} is not acceptable: {reason}")]
+    Certificate {
+        /// Who.
+        id: String,
+        /// Why.
+        reason: String,
+    },
+    /// The AUTH method or signature algorithm is unknown or forbidden.
+    #[error("{id} uses an authentication method that is not acceptable: {reason}")]
+    Method {
+        /// Who.
+        id: String,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// Why we cannot authenticate ourselves.
+#[derive(Debug, thiserror::Error)]
+pub enum SignError {
+    /// There is no private key with a certificate for this identity.
+    #[error("there is no private key with a certificate for {0}")]
+    NoKey(String),
+    /// There is no shared key.
+    #[error("there is no shared key for {0}")]
+    NoSharedKey(String),
+    /// The key refused.
+    #[error("signing as {id} failed: {reason}")]
+    Failed {
+        /// Who.
+        id: String,
+        /// Why.
+        reason: String,
+    },
+}
+
+#[cfg(test)]
+mod tests;

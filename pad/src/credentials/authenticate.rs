@@ -1,0 +1,189 @@
+//! Is the peer who it says it is? (RFC 7296 §2.15, RFC 4945 §3, RFC 4301 §4.4.3)
+
+use std::sync::Arc;
+
+use rustls_pki_types::CertificateDer;
+use subtle::ConstantTimeEq;
+
+use super::{AuthClass, AuthError, AuthMethod, AuthenticateRequest, Credentials, PadEntry};
+use crate::certificate::{self, Certificate};
+use crate::peer::{PeerIdentity, Proof};
+use crate::signature::{self, VerifyError};
+
+/// Most certificates of a peer that are looked at.
+const MAX_CERTIFICATES: usize = 16;
+
+impl AuthMethod {
+    /// The kind of proof that the method is; `None` if we do not accept the method.
+    pub fn class(self) -> Option<AuthClass> {
+        match self {
+            Self::SHARED_KEY => Some(AuthClass::SharedKey),
+            Self::RSA | Self::ECDSA_256 | Self::ECDSA_384 | Self::ECDSA_521 | Self::DIGITAL_SIGNATURE => {
+                Some(AuthClass::PublicKey)
+            }
+            _ => None,
+        }
+    }
+}
+
+impl Credentials {
+    /// Checks a peer's proof against the PAD entries, in order. `now` is seconds since the Unix epoch.
+    ///
+    /// Of the entries that match the identity only the most specific count: an identity that an entry names is
+    /// proved as that entry demands, and a later `%any` with a weaker proof is no way around it. Among those
+    /// the first that accepts the kind of proof, and the proof itself, wins.
+    pub fn authenticate(&self, request: &AuthenticateRequest, now: u64) -> Result<PeerIdentity, AuthError> {
+        let id = request.peer_id.to_string();
+        let class = request
+            .method
+            .class()
+            .ok_or_else(|| AuthError::Method { id: id.clone(), reason: format!("method {}", request.method.0) })?;
+        let specificity = |entry: &PadEntry| entry.remote_id.match_specificity(&request.peer_id);
+        let best = request.entries.iter().filter_map(specificity).max();
+        let entries: Vec<&PadEntry> = request
+            .entries
+            .iter()
+            .filter(|entry| best.is_some() && specificity(entry) == best && entry.class == class)
+            .collect();
+        let Some(first) = entries.first() else { return Err(AuthError::NoEntry(id)) };
+        match class {
+            AuthClass::SharedKey => {
+                self.check_shared_key(request, &id)?;
+                Ok(admitted(request, first, Proof::PreSharedKey))
+            }
+            AuthClass::PublicKey => self.check_signature(request, &entries, now, &id),
+        }
+    }
+
+    fn check_shared_key(&self, request: &AuthenticateRequest, id: &str) -> Result<(), AuthError> {
+        let secret = self
+            .shared_secret(&request.local_id, Some(&request.peer_id))
+            .ok_or_else(|| AuthError::NoSharedKey(id.to_owned()))?;
+        let expected = request.shared_key_mac.mac(secret);
+        let equal: bool = expected.ct_eq(&request.auth).into();
+        if equal && !expected.is_empty() { Ok(()) } else { Err(AuthError::BadAuth(id.to_owned())) }
+    }
+
+    fn check_signature(
+        &self,
+        request: &AuthenticateRequest,
+        entries: &[&PadEntry],
+        now: u64,
+        id: &str,
+    ) -> Result<PeerIdentity, AuthError> {
+        let certificate_error = |reason: String| AuthError::Certificate { id: id.to_owned(), reason };
+        let signers = self.signers(request, entries).map_err(certificate_error)?;
+        // The signature comes before the chains: whoever does not hold the key costs one verification,
+        // however many entries there are.
+        let mut failure = None;
+        let mut signers = signers;
+        signers.retain(|signer| match check_auth(request, signer, id) {
+            Ok(()) => true,
+            Err(error) => {
+                failure.get_or_insert(error);
+                false
+            }
+        });
+        let mut default_anchors: Vec<Option<Result<Arc<Certificate>, String>>> = vec![None; signers.len()];
+        for entry in entries {
+            for (signer, default_anchor) in signers.iter().zip(&mut default_anchors) {
+                match self.admit(request, entry, signer, default_anchor, now) {
+                    Ok(anchor) => {
+                        let proof = Proof::Certificate {
+                            end_entity: signer.der().to_vec(),
+                            trust_anchor: anchor.der().to_vec(),
+                            method: request.method,
+                        };
+                        return Ok(admitted(request, entry, proof));
+                    }
+                    Err(reason) => {
+                        failure.get_or_insert(certificate_error(reason));
+                    }
+                }
+            }
+        }
+        Err(failure.unwrap_or_else(|| AuthError::BadAuth(id.to_owned())))
+    }
+
+    /// End-entity certificates that bind the asserted identity to a key: the peer's first (RFC 7296 §3.6), or
+    /// where it sent none, those that we know already.
+    fn signers(&self, request: &AuthenticateRequest, entries: &[&PadEntry]) -> Result<Vec<Arc<Certificate>>, String> {
+        if request.certificates.len() > MAX_CERTIFICATES {
+            return Err("there are too many certificates".to_owned());
+        }
+        if let Some(der) = request.certificates.first() {
+            let certificate = Certificate::parse(der).map_err(|error| error.to_string())?;
+            return if certificate.proves(&request.peer_id) {
+                Ok(vec![Arc::new(certificate)])
+            } else {
+                Err("it does not contain the identity".to_owned())
+            };
+        }
+        let pinned = entries.iter().flat_map(|entry| &entry.certs);
+        let mut known: Vec<_> = pinned.filter_map(|der| Certificate::parse(der).ok()).map(Arc::new).collect();
+        known.extend(self.certificates().iter().cloned());
+        let mut signers: Vec<Arc<Certificate>> = Vec::new();
+        for certificate in known {
+            if certificate.proves(&request.peer_id)
+                && !signers.contains(&certificate)
+                && signers.len() < MAX_CERTIFICATES
+            {
+                signers.push(certificate);
+            }
+        }
+        if signers.is_empty() { Err("it sent none and we know none".to_owned()) } else { Ok(signers) }
+    }
+
+    /// Says whether an entry accepts the certificate, and gives the anchor of the chain.
+    fn admit(
+        &self,
+        request: &AuthenticateRequest,
+        entry: &PadEntry,
+        signer: &Arc<Certificate>,
+        default_anchor: &mut Option<Result<Arc<Certificate>, String>>,
+        now: u64,
+    ) -> Result<Arc<Certificate>, String> {
+        if !signer.may_sign() {
+            return Err("its key usage does not allow signatures".to_owned());
+        }
+        if !signer.is_valid_at(now) {
+            return Err("it is not valid at this time".to_owned());
+        }
+        if !entry.certs.is_empty() {
+            if !entry.certs.iter().any(|pinned| pinned == signer.der()) {
+                return Err("it is not the configured one".to_owned());
+            }
+            // Configured by its octets, it needs nobody else to vouch for it.
+            if entry.cacerts.is_empty() {
+                return Ok(Arc::clone(signer));
+            }
+        }
+        let validate = |anchors: &[Arc<Certificate>]| {
+            let sent = request.certificates.iter().skip(1).map(|der| CertificateDer::from(der.as_slice()));
+            let loaded = self.intermediates().map(|certificate| CertificateDer::from(certificate.der()));
+            let intermediates: Vec<_> =
+                sent.filter(|der| der.len() <= certificate::MAX_CERTIFICATE_SIZE).chain(loaded).collect();
+            certificate::validate_chain(signer, anchors, &intermediates, now)
+        };
+        if entry.cacerts.is_empty() {
+            return default_anchor.get_or_insert_with(|| validate(self.authorities())).clone();
+        }
+        let anchors: Vec<_> =
+            entry.cacerts.iter().filter_map(|der| Certificate::parse(der).ok()).map(Arc::new).collect();
+        validate(&anchors)
+    }
+}
+
+fn check_auth(request: &AuthenticateRequest, signer: &Certificate, id: &str) -> Result<(), AuthError> {
+    let method = |reason: &str| AuthError::Method { id: id.to_owned(), reason: reason.to_owned() };
+    let (key_type, key) = signer.public_key().ok_or_else(|| method("its public key is of an unknown kind"))?;
+    signature::verify(request.method, key_type, key, &request.signed_octets, &request.auth).map_err(|error| match error
+    {
+        VerifyError::Method(reason) => method(reason),
+        VerifyError::Signature => AuthError::BadAuth(id.to_owned()),
+    })
+}
+
+fn admitted(request: &AuthenticateRequest, entry: &PadEntry, proof: Proof) -> PeerIdentity {
+    PeerIdentity { id: request.peer_id.clone(), local_id: request.local_id.clone(), proof, entry: entry.name.clone() }
+}

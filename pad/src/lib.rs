@@ -1,0 +1,22 @@
+//! Who may be whom: identities, credentials, and the ordered Peer Authorization Database
+//! (RFC 4301 §4.4.3). Its product is a [`PeerIdentity`]: a peer that has proved who it is.
+//!
+//! Pure: no sockets, no clocks; the time for certificate checks is an argument.
+
+#![forbid(unsafe_code)]
+
+pub mod certificate;
+pub mod credentials;
+mod distinguished_name;
+pub mod identity;
+pub mod peer;
+mod signature;
+
+pub use certificate::{Certificate, CertificateError};
+pub use credentials::{
+    AuthClass, AuthError, AuthMethod, AuthenticateRequest, CredentialError, Credentials, LocalAuth, PadEntry,
+    SharedKeyMac, SignError, SignRequest, SignedAuth, StoredCertificate,
+};
+pub use identity::{Identity, IdentityPattern, Specificity};
+pub use peer::{PeerIdentity, Proof};
+pub use signature::KeyType;

@@ -1,0 +1,34 @@
+//! A peer's proved identity: the value that SAD entries, latches, VICI and channel bindings share.
+
+use crate::credentials::AuthMethod;
+use crate::identity::Identity;
+
+/// Who the peer proved to be, how, and which PAD entry admitted it. Shared as `Arc<PeerIdentity>`
+/// by everything that the authentication gave rise to.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct PeerIdentity {
+    /// The identity that the peer asserted and proved.
+    pub id: Identity,
+    /// The identity that we asserted to it.
+    pub local_id: Identity,
+    /// How the peer proved it.
+    pub proof: Proof,
+    /// Name of the PAD entry (connection) that admitted it.
+    pub entry: String,
+}
+
+/// How an identity was proved.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Proof {
+    /// By a pre-shared key (RFC 7296 §2.15).
+    PreSharedKey,
+    /// By a certificate.
+    Certificate {
+        /// DER of the end-entity certificate.
+        end_entity: Vec<u8>,
+        /// DER of the certificate of the trust anchor that the chain ended at.
+        trust_anchor: Vec<u8>,
+        /// The AUTH method used.
+        method: AuthMethod,
+    },
+}

@@ -1,0 +1,16 @@
+//! The harness of the whole-system tests: hosts are network namespaces, daemons are real processes, and both
+//! strongSwan's and ours are driven by strongSwan's own `swanctl`.
+//!
+//! A missing tool or right is a failure that names the command that mends it; nothing is skipped.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    reason = "a harness fails by panicking, with the message as its report"
+)]
+
+pub mod daemon;
+pub mod host;
+pub mod pki;
+pub mod scene;

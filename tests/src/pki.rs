@@ -1,0 +1,57 @@
+//! Certificates for tests.
+
+use rcgen::{
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    KeyUsagePurpose, SanType, SignatureAlgorithm,
+};
+
+/// A CA.
+pub struct Authority {
+    issuer: Issuer<'static, KeyPair>,
+    certificate: rcgen::Certificate,
+}
+
+/// A key with its certificate, PEM.
+pub struct Credential {
+    /// The certificate.
+    pub certificate: Vec<u8>,
+    /// The key, PKCS#8.
+    pub key: Vec<u8>,
+}
+
+impl Authority {
+    /// A new self-signed CA.
+    pub fn new(name: &str, algorithm: &'static SignatureAlgorithm) -> Self {
+        let mut params = CertificateParams::default();
+        params.distinguished_name = dn(name);
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        let key = KeyPair::generate_for(algorithm).unwrap();
+        let certificate = params.self_signed(&key).unwrap();
+        Self { issuer: Issuer::new(params, key), certificate }
+    }
+
+    /// PEM of the CA's certificate.
+    pub fn certificate(&self) -> Vec<u8> {
+        self.certificate.pem().into_bytes()
+    }
+
+    /// Issues a certificate for a DNS name, with `O=Latchkey tests, CN=name` as subject.
+    pub fn issue(&self, name: &str, algorithm: &'static SignatureAlgorithm) -> Credential {
+        let mut params = CertificateParams::default();
+        params.distinguished_name = dn(name);
+        params.subject_alt_names = vec![SanType::DnsName(name.try_into().unwrap())];
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::Other(vec![1, 3, 6, 1, 5, 5, 7, 3, 17])];
+        let key = KeyPair::generate_for(algorithm).unwrap();
+        let certificate = params.signed_by(&key, &self.issuer).unwrap();
+        Credential { certificate: certificate.pem().into_bytes(), key: key.serialize_pem().into_bytes() }
+    }
+}
+
+fn dn(name: &str) -> DistinguishedName {
+    let mut dn = DistinguishedName::new();
+    dn.push(DnType::OrganizationName, "Latchkey tests");
+    dn.push(DnType::CommonName, name);
+    dn
+}
