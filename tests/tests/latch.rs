@@ -35,15 +35,7 @@ print("latched", answer["result"]["peer"]["id"]["text"], answer["result"]["peer"
 connection.settimeout(3)
 connection.connect(("10.2.0.1", 7))
 rounds = 0
-while True:
-    if select.select([service], [], [], 0)[0]:
-        alert = service.recv(65536)
-        if not alert:
-            print("daemon gone", file=out)
-        else:
-            alert = json.loads(alert)
-            print("alert", alert["state"], alert["reason"], file=out)
-        break
+while not select.select([service], [], [], 0)[0]:
     try:
         connection.sendall(b"ping")
         if connection.recv(100) != b"ping":
@@ -56,6 +48,14 @@ while True:
     if rounds % 20 == 0:
         print("talking", rounds, file=out)
     time.sleep(0.01)
+# The connection may end between two looks at the service: what the service has said is read in any case.
+if select.select([service], [], [], 5)[0]:
+    alert = service.recv(65536)
+    if not alert:
+        print("daemon gone", file=out)
+    else:
+        alert = json.loads(alert)
+        print("alert", alert["state"], alert["reason"], file=out)
 # Not one more octet, however hard it tries.
 for i in range(20):
     try:
