@@ -104,7 +104,7 @@ impl Daemon {
         let start = Instant::now();
         while !daemon.path("vici").exists() {
             assert!(
-                daemon.process.try_wait().unwrap().is_none() && start.elapsed() < Duration::from_secs(10),
+                daemon.process.try_wait().unwrap().is_none() && start.elapsed() < Duration::from_secs(30),
                 "{kind:?} did not start: {}",
                 daemon.output()
             );
@@ -231,7 +231,7 @@ impl Daemon {
             if let Some(status) = self.process.try_wait().unwrap() {
                 return status.success();
             }
-            if start.elapsed() > Duration::from_secs(10) {
+            if start.elapsed() > Duration::from_secs(30) {
                 return false;
             }
             thread::sleep(Duration::from_millis(20));

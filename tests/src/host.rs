@@ -41,7 +41,18 @@ impl Host {
 
     /// Runs a program inside and waits.
     pub fn run(&self, program: &str, args: &[&str]) -> Output {
-        self.command(program, args).output().unwrap_or_else(|error| panic!("{program}: {error}; {INSTALL}"))
+        let output =
+            self.command(program, args).output().unwrap_or_else(|error| panic!("{program}: {error}; {INSTALL}"));
+        let missing = String::from_utf8_lossy(&output.stderr).contains(&format!("exec of \"{program}\" failed"));
+        assert!(!missing, "{program} is missing; {INSTALL}");
+        output
+    }
+
+    /// Waits until a program inside listens on a TCP port.
+    pub fn wait_for_listener(&self, port: u16) {
+        wait_for(&format!("a listener on TCP port {port}"), Duration::from_secs(20), || {
+            !self.check("ss", &["-Hltn", &format!("sport = :{port}")]).is_empty()
+        });
     }
 
     /// Runs a program inside, which must succeed; gives its standard output.
@@ -134,7 +145,7 @@ impl Host {
             "socat",
             &["-u", &format!("{family}-LISTEN:5001,bind={address}"), &format!("CREATE:{}", received.display())],
         );
-        thread::sleep(Duration::from_millis(300));
+        to.wait_for_listener(5001);
         self.check(
             "socat",
             &[
@@ -143,7 +154,7 @@ impl Host {
                 &format!("{family}:{address}:5001,bind={from},connect-timeout=5"),
             ],
         );
-        listener.wait_at_most(Duration::from_secs(20));
+        listener.wait_at_most(Duration::from_secs(60));
         assert!(std::fs::read(&received).unwrap() == data, "what arrived differs from what was sent");
     }
 }

@@ -89,13 +89,13 @@ impl Holder {
 
     fn says(&self, what: &str) {
         let text = || self.report();
-        wait_for(&format!("the holder says {what:?}"), Duration::from_secs(10), || text().contains(what));
+        wait_for(&format!("the holder says {what:?}"), Duration::from_secs(30), || text().contains(what));
     }
 
     /// It goes on talking.
     fn talks(&self) {
         let lines = self.report().matches("talking").count();
-        wait_for("the holder goes on talking", Duration::from_secs(10), || {
+        wait_for("the holder goes on talking", Duration::from_secs(30), || {
             self.report().matches("talking").count() > lines + 1
         });
     }
@@ -103,7 +103,7 @@ impl Holder {
 
 fn echo_server(host: &Host) -> Process {
     let server = host.spawn("socat", &["TCP4-LISTEN:7,bind=10.2.0.1,reuseaddr,fork", "EXEC:cat"]);
-    std::thread::sleep(Duration::from_millis(300));
+    host.wait_for_listener(7);
     server
 }
 
@@ -160,7 +160,7 @@ fn nothing_leaves_when_the_daemon_is_killed() {
     let holder = Holder::start(&scene.a, &scene.host_a, "b.example");
     holder.talks();
     scene.a.signal("KILL");
-    wait_for("its end", Duration::from_secs(5), || !scene.a.is_running());
+    wait_for("its end", Duration::from_secs(30), || !scene.a.is_running());
     holder.says("over");
     assert_eq!(clear_packets(&scene.host_a), 0);
     // The witness sees what an ordinary socket does.
