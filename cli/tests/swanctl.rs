@@ -11,7 +11,7 @@ use std::process::{Command as Process, Output, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use ike::crypto::IkeSuite;
+use ike::crypto::{AdditionalKe, IkeSuite};
 use ike::engine::{
     ChildSaId, ChildSaStatus, ChildState, CloseReason, Event, IkeSaId, IkeSaStatus, IkeState, Path as IkePath,
     Transport,
@@ -712,6 +712,7 @@ fn sa() -> SaReport {
             integ: Integ::HMAC_SHA2_256_128,
             prf: Prf::HMAC_SHA2_256,
             ke: Ke::X25519,
+            additional: AdditionalKe::NONE,
         }),
         established: Some(Duration::from_secs(34)),
         rekey_in: Some(Duration::from_secs(13_041)),

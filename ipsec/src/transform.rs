@@ -31,6 +31,13 @@ impl TransformType {
     pub const KE: Self = Self(4);
     /// Sequence Numbers (formerly "Extended Sequence Numbers").
     pub const SN: Self = Self(5);
+    /// Additional Key Exchange 1 to 7 (RFC 9370 §2.2.1), whose ids are those of [`Ke`].
+    pub const ADDITIONAL_KE: [Self; 7] = [Self(6), Self(7), Self(8), Self(9), Self(10), Self(11), Self(12)];
+
+    /// True for the types of [`Self::ADDITIONAL_KE`].
+    pub fn is_additional_ke(self) -> bool {
+        Self::ADDITIONAL_KE.contains(&self)
+    }
 }
 
 /// Encryption algorithm ids (transform type 1).
@@ -78,7 +85,7 @@ impl Integ {
 }
 
 /// Key exchange method ids (transform type 4).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Ke(pub u16);
 impl Ke {
     /// No key exchange (a Child SA without perfect forward secrecy).
@@ -97,6 +104,12 @@ impl Ke {
     pub const ECP_521: Self = Self(21);
     /// Curve25519.
     pub const X25519: Self = Self(31);
+    /// ML-KEM-512 (FIPS 203).
+    pub const ML_KEM_512: Self = Self(35);
+    /// ML-KEM-768.
+    pub const ML_KEM_768: Self = Self(36);
+    /// ML-KEM-1024.
+    pub const ML_KEM_1024: Self = Self(37);
 }
 
 /// Sequence-number ids (transform type 5, RFC 9827).

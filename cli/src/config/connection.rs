@@ -599,6 +599,9 @@ impl<'s, 'r> Options<'s, 'r> {
                 Err(error) => self.invalid(option, &error.to_string()),
             }
         }
+        if proposals.iter().flat_map(|proposal| &proposal.transforms).any(|t| t.kind.is_additional_ke()) {
+            self.invalid(option, "additional key exchanges (ke1_ to ke7_, RFC 9370) are not served yet");
+        }
         for (at, proposal) in proposals.iter_mut().enumerate() {
             match u8::try_from(at + 1) {
                 Ok(number) => proposal.number = number,

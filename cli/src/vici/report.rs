@@ -90,6 +90,9 @@ pub fn ike_sa_without_children(status: &IkeSaStatus) -> Section {
         push_cipher(&mut section, suite.encr, suite.key_bits, suite.integ);
         section.push_value("prf-alg", names::prf(suite.prf));
         section.push_value("dh-group", names::ke(suite.ke));
+        for (number, method) in suite.additional.iter() {
+            section.push_value(format!("ake{number}"), names::ke(method));
+        }
     }
     if status.state == IkeState::Established {
         push_seconds(&mut section, "established", status.established);
@@ -403,7 +406,18 @@ pub fn algorithms() -> Section {
     let ciphers = |ids: &[Encr]| ids.iter().map(|id| names::encr(*id)).collect();
     let integrity = [Integ::HMAC_SHA1_96, Integ::HMAC_SHA2_256_128, Integ::HMAC_SHA2_384_192, Integ::HMAC_SHA2_512_256];
     let prfs = [Prf::HMAC_SHA1, Prf::HMAC_SHA2_256, Prf::HMAC_SHA2_384, Prf::HMAC_SHA2_512];
-    let methods = [Ke::ECP_256, Ke::ECP_384, Ke::ECP_521, Ke::X25519, Ke::MODP_2048, Ke::MODP_3072, Ke::MODP_4096];
+    let methods = [
+        Ke::ECP_256,
+        Ke::ECP_384,
+        Ke::ECP_521,
+        Ke::X25519,
+        Ke::MODP_2048,
+        Ke::MODP_3072,
+        Ke::MODP_4096,
+        Ke::ML_KEM_512,
+        Ke::ML_KEM_768,
+        Ke::ML_KEM_1024,
+    ];
     let hashes = ["HASH_SHA1", "HASH_SHA2_256", "HASH_SHA2_384", "HASH_SHA2_512"];
     let mut all = message();
     all.push_section("encryption", section(ciphers(&[Encr::AES_CBC])));

@@ -1,10 +1,21 @@
-//! Key exchange (RFC 7296 §2.8): X25519 (RFC 7748, 8031), ECP (RFC 5903), MODP (RFC 3526).
+//! Key exchange (RFC 7296 §2.8): X25519 (RFC 7748, 8031), ECP (RFC 5903), MODP (RFC 3526), and ML-KEM
+//! (FIPS 203), first or additional (RFC 9370).
 //!
-//! Private values come from the caller's [`Rng`], never from a library's, so that simulations repeat.
+//! The two sides differ with a KEM, so they have an API each, for all methods alike:
+//!
+//! * the initiator of the exchange calls [`KeyExchange::generate`], sends [`KeyExchange::public`] and gives
+//!   the answer to [`KeyExchange::agree`];
+//! * the responder gives what came to [`respond`], which returns what to send back and the secret.
+//!
+//! Both `agree` and `respond` consume or make the private value, so that none serves twice (RFC 7296 §2.12).
+//!
+//! Private values come from the caller's [`Rng`], so that simulations repeat; those of ML-KEM come from
+//! AWS-LC's own generator, because its interface takes no randomness.
 
 use std::fmt;
 
 use aws_lc_rs::agreement::{self, Algorithm, ECDH_P256, ECDH_P384, ECDH_P521, PrivateKey, UnparsedPublicKey};
+use aws_lc_rs::kem::{self, DecapsulationKey, EncapsulationKey, ML_KEM_512, ML_KEM_768, ML_KEM_1024};
 use ipsec::secret::Secret;
 use ipsec::transform::Ke;
 use zeroize::Zeroizing;
@@ -12,7 +23,7 @@ use zeroize::Zeroizing;
 use super::{KeyError, modp};
 use crate::Rng;
 
-/// One side's private value of a key exchange; used once.
+/// The private value of a key exchange's initiator; used once.
 pub struct KeyExchange {
     method: Ke,
     public: Vec<u8>,
@@ -28,6 +39,7 @@ impl fmt::Debug for KeyExchange {
 enum Private {
     Curve(PrivateKey),
     Modp(&'static modp::Group, Secret),
+    Kem(DecapsulationKey),
 }
 
 /// A curve and how its keys look.
@@ -58,14 +70,51 @@ fn curve(method: Ke) -> Option<Curve> {
     Some(Curve { algorithm, private_len, public_len, top, sec1 })
 }
 
+/// A KEM and the length of its ciphertexts in octets.
+fn kem(method: Ke) -> Option<(&'static kem::Algorithm, usize)> {
+    match method {
+        Ke::ML_KEM_512 => Some((&ML_KEM_512, 768)),
+        Ke::ML_KEM_768 => Some((&ML_KEM_768, 1088)),
+        Ke::ML_KEM_1024 => Some((&ML_KEM_1024, 1568)),
+        _ => None,
+    }
+}
+
 /// True for the methods that [`KeyExchange`] has.
 pub(super) fn supported(method: Ke) -> bool {
-    curve(method).is_some() || modp::group(method).is_some()
+    curve(method).is_some() || modp::group(method).is_some() || kem(method).is_some()
+}
+
+/// The responder's side: checks the initiator's public value, and gives our answer for the KE payload (a
+/// public value, or a KEM's ciphertext) with the shared secret.
+///
+/// [`KeyError::PublicValue`] where the initiator's value fails the checks of [`KeyExchange::agree`] or, with
+/// ML-KEM, those of FIPS 203 §7.2: the length and the modulus. The peer is then told INVALID_SYNTAX.
+pub fn respond(method: Ke, peer: &[u8], rng: &mut dyn Rng) -> Result<(Vec<u8>, Secret), KeyError> {
+    if let Some((algorithm, ciphertext_len)) = kem(method) {
+        // Both steps check: the first the length, the second that each coefficient is below the modulus.
+        let peer = EncapsulationKey::new(algorithm, peer).map_err(|_| KeyError::PublicValue)?;
+        let (ciphertext, secret) = peer.encapsulate().map_err(|_| KeyError::PublicValue)?;
+        let ciphertext = ciphertext.as_ref().to_vec();
+        if ciphertext.len() != ciphertext_len {
+            return Err(KeyError::Unsupported);
+        }
+        return Ok((ciphertext, Secret::new(secret.as_ref().to_vec())));
+    }
+    let ours = KeyExchange::generate(method, rng)?;
+    let public = ours.public.clone();
+    Ok((public, ours.agree(peer)?))
 }
 
 impl KeyExchange {
-    /// Makes a key pair from `rng`.
+    /// Makes a key pair, from `rng` but for ML-KEM.
     pub fn generate(method: Ke, rng: &mut dyn Rng) -> Result<Self, KeyError> {
+        if let Some((algorithm, _)) = kem(method) {
+            let private = DecapsulationKey::generate(algorithm).map_err(|_| KeyError::Unsupported)?;
+            let public = private.encapsulation_key().and_then(|key| key.key_bytes());
+            let public = public.map_err(|_| KeyError::Unsupported)?.as_ref().to_vec();
+            return Ok(Self { method, public, private: Private::Kem(private) });
+        }
         if let Some(group) = modp::group(method) {
             let (exponent, public) = group.generate(rng)?;
             return Ok(Self { method, public, private: Private::Modp(group, exponent) });
@@ -110,10 +159,12 @@ impl KeyExchange {
 
     /// The shared secret g^ir, after the peer's value has passed its checks: its length; MODP:
     /// 1 < y < p - 1 (RFC 6989 §2.1); ECP: a point of the curve (§2.3), of whose product x is the secret
-    /// (RFC 5903 §7); X25519: a result other than 0 (RFC 7748 §6.1).
+    /// (RFC 5903 §7); X25519: a result other than 0 (RFC 7748 §6.1); ML-KEM: the length alone (FIPS 203
+    /// §7.3), since a ciphertext that was not made for our key gives a secret that nobody else has.
     pub fn agree(self, peer: &[u8]) -> Result<Secret, KeyError> {
         let private = match self.private {
             Private::Modp(group, exponent) => return group.agree(&exponent, peer),
+            Private::Kem(private) => return decapsulate(self.method, &private, peer),
             Private::Curve(private) => private,
         };
         let curve = curve(self.method).ok_or(KeyError::Unsupported)?;
@@ -134,4 +185,13 @@ impl KeyExchange {
             Ok(Secret::new(shared.to_vec()))
         })
     }
+}
+
+fn decapsulate(method: Ke, private: &DecapsulationKey, ciphertext: &[u8]) -> Result<Secret, KeyError> {
+    let (_, length) = kem(method).ok_or(KeyError::Unsupported)?;
+    if ciphertext.len() != length {
+        return Err(KeyError::PublicValue);
+    }
+    let secret = private.decapsulate(ciphertext.into()).map_err(|_| KeyError::PublicValue)?;
+    Ok(Secret::new(secret.as_ref().to_vec()))
 }

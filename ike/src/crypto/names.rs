@@ -96,6 +96,11 @@ pub fn ke(id: Ke) -> String {
     )
 }
 
+/// Name of an additional key exchange, numbered from 1 to 7: `KE1_ML_KEM_768`.
+pub fn additional_ke(number: u8, id: Ke) -> String {
+    format!("KE{number}_{}", ke(id))
+}
+
 fn named(id: u16, name: &str) -> String {
     if name.is_empty() { format!("({id})") } else { name.to_owned() }
 }

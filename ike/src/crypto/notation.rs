@@ -2,6 +2,8 @@
 
 use ipsec::transform::{Encr, Integ, Ke, Prf, Proposal, Protocol, SequenceNumbers, Transform, TransformType};
 
+use super::selection::distinct_methods;
+
 /// Why a proposal string is not one.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("proposal {text:?}: {reason}")]
@@ -18,7 +20,8 @@ pub struct ProposalError {
 /// Numbers count from 1 in what is returned; use [`renumber`] on a list made of several. SPIs are empty.
 /// An IKE proposal without a PRF takes the PRFs of its integrity algorithms; integrity algorithms beside
 /// combined-mode ciphers, and PRFs in an ESP proposal, have no other effect. ESP without `esn` or `noesn`
-/// means `noesn`.
+/// means `noesn`. `ke1_` to `ke7_` before a key exchange method make it one of an additional key exchange
+/// (RFC 9370); `ke1_none` makes that one optional.
 pub fn parse_proposals(text: &str, protocol: Protocol) -> Result<Vec<Proposal>, ProposalError> {
     let fail = |reason: String| ProposalError { text: text.to_owned(), reason };
     if protocol != Protocol::IKE && protocol != Protocol::ESP {
@@ -46,9 +49,26 @@ pub fn renumber(proposals: &mut Vec<Proposal>) {
 pub fn without_ke(proposals: &[Proposal]) -> Vec<Proposal> {
     let mut proposals = proposals.to_vec();
     for proposal in &mut proposals {
-        proposal.transforms.retain(|transform| transform.kind != TransformType::KE);
+        let is_ke = |kind: TransformType| kind == TransformType::KE || kind.is_additional_ke();
+        proposal.transforms.retain(|transform| !is_ke(transform.kind));
     }
     proposals
+}
+
+/// The proposals that can do without additional key exchanges, without them: for a peer that has not
+/// announced IKE_INTERMEDIATE (RFC 9370 §2.2.1). Numbers stay.
+pub fn without_additional_ke(proposals: &[Proposal]) -> Vec<Proposal> {
+    let dispensable = |proposal: &&Proposal| {
+        TransformType::ADDITIONAL_KE.iter().all(|kind| {
+            let mut methods = proposal.transforms.iter().filter(|transform| transform.kind == *kind).peekable();
+            methods.peek().is_none() || methods.any(|transform| transform.id == Ke::NONE.0)
+        })
+    };
+    let mut kept: Vec<Proposal> = proposals.iter().filter(dispensable).cloned().collect();
+    for proposal in &mut kept {
+        proposal.transforms.retain(|transform| !transform.kind.is_additional_ke());
+    }
+    kept
 }
 
 /// Checks that a proposal has what its protocol needs, and adds what goes without saying.
@@ -96,8 +116,37 @@ fn complete(transforms: Vec<Transform>, protocol: Protocol) -> Result<Proposal, 
     if combined {
         kept.retain(|transform| transform.kind != TransformType::INTEG);
     }
+    check_additional_ke(&mut kept)?;
     kept.sort_by_key(|transform| transform.kind);
     Ok(Proposal { number: 1, protocol, spi: Vec::new(), transforms: kept })
+}
+
+/// Drops additional key exchanges that can only be `NONE`, which a peer without RFC 9370 would refuse, and
+/// refuses what nobody could choose from: each key exchange needs a method of its own.
+fn check_additional_ke(kept: &mut Vec<Transform>) -> Result<(), &'static str> {
+    let methods = |kept: &[Transform], kind| -> Vec<Ke> {
+        kept.iter().filter(|transform| transform.kind == kind).map(|transform| Ke(transform.id)).collect()
+    };
+    for kind in TransformType::ADDITIONAL_KE {
+        if methods(kept, kind) == [Ke::NONE] {
+            kept.retain(|transform| transform.kind != kind);
+        }
+    }
+    if !kept.iter().any(|transform| transform.kind.is_additional_ke()) {
+        return Ok(());
+    }
+    let first = methods(kept, TransformType::KE);
+    if first.iter().all(|method| *method == Ke::NONE) {
+        return Err("an additional key exchange needs a first one");
+    }
+    let additional = TransformType::ADDITIONAL_KE.map(|kind| {
+        let methods = methods(kept, kind);
+        if methods.is_empty() { vec![Ke::NONE] } else { methods }
+    });
+    match distinct_methods(&first, &additional) {
+        Some(_) => Ok(()),
+        None => Err("the key exchanges must each have a method of their own"),
+    }
 }
 
 fn combined_mode(transform: &Transform) -> bool {
@@ -174,8 +223,21 @@ fn sequence_numbers(id: SequenceNumbers) -> Transform {
     Transform::new(TransformType::SN, id.0)
 }
 
+/// The transform type and the method's name of `ke1_mlkem768` and the like.
+fn additional(word: &str) -> Option<(TransformType, &str)> {
+    let (number, method) = word.strip_prefix("ke")?.split_once('_')?;
+    let mut kinds = TransformType::ADDITIONAL_KE.into_iter().zip(1_u8..);
+    let (kind, _) = kinds.find(|(_, known)| number == known.to_string())?;
+    Some((kind, method))
+}
+
 fn keyword(word: &str) -> Result<Transform, String> {
     let lower = word.to_ascii_lowercase();
+    if let Some((kind, method)) = additional(&lower) {
+        let method = keyword(method).ok().filter(|transform| transform.kind == TransformType::KE);
+        let method = method.ok_or_else(|| format!("{word:?} does not name a key exchange method that we have"))?;
+        return Ok(Transform::new(kind, method.id));
+    }
     Ok(match lower.as_str() {
         "aes" | "aes128" => encr(Encr::AES_CBC, 128),
         "aes192" => encr(Encr::AES_CBC, 192),
@@ -192,7 +254,7 @@ fn keyword(word: &str) -> Result<Transform, String> {
         "prfsha256" => prf(Prf::HMAC_SHA2_256),
         "prfsha384" => prf(Prf::HMAC_SHA2_384),
         "prfsha512" => prf(Prf::HMAC_SHA2_512),
-        "modpnone" => ke(Ke::NONE),
+        "none" | "modpnone" => ke(Ke::NONE),
         "modp2048" => ke(Ke::MODP_2048),
         "modp3072" => ke(Ke::MODP_3072),
         "modp4096" => ke(Ke::MODP_4096),
@@ -200,6 +262,9 @@ fn keyword(word: &str) -> Result<Transform, String> {
         "ecp384" => ke(Ke::ECP_384),
         "ecp521" => ke(Ke::ECP_521),
         "x25519" | "curve25519" => ke(Ke::X25519),
+        "mlkem512" => ke(Ke::ML_KEM_512),
+        "mlkem768" => ke(Ke::ML_KEM_768),
+        "mlkem1024" => ke(Ke::ML_KEM_1024),
         "esn" => sequence_numbers(SequenceNumbers::PARTIAL_64),
         "noesn" => sequence_numbers(SequenceNumbers::SEQUENTIAL_32),
         "" => return Err("a keyword is empty".to_owned()),
@@ -211,7 +276,7 @@ fn keyword(word: &str) -> Result<Transform, String> {
 
 /// Keywords that strongSwan has and we do not: so that the message says which of the two it is.
 fn is_known_elsewhere(word: &str) -> bool {
-    const WORDS: [&str; 27] = [
+    const WORDS: [&str; 24] = [
         "null",
         "des",
         "3des",
@@ -236,9 +301,6 @@ fn is_known_elsewhere(word: &str) -> bool {
         "modp8192",
         "x448",
         "curve448",
-        "mlkem512",
-        "mlkem768",
-        "mlkem1024",
     ];
     const PREFIXES: [&str; 16] = [
         "aes128",
@@ -258,13 +320,5 @@ fn is_known_elsewhere(word: &str) -> bool {
         "ecp384bp",
         "ecp512bp",
     ];
-    // ke1_mlkem768: an additional key exchange (RFC 9370).
-    let additional = word
-        .strip_prefix("ke")
-        .and_then(|rest| rest.split_once('_'))
-        .is_some_and(|(digits, _)| matches!(digits, "1" | "2" | "3" | "4" | "5" | "6" | "7"));
-    additional
-        || word == "chacha20poly1305compat"
-        || WORDS.contains(&word)
-        || PREFIXES.iter().any(|prefix| word.starts_with(prefix))
+    word == "chacha20poly1305compat" || WORDS.contains(&word) || PREFIXES.iter().any(|prefix| word.starts_with(prefix))
 }

@@ -1,10 +1,17 @@
 //! Choosing among offered proposals, and checking what a responder chose (RFC 7296 §2.7, §3.3.6).
+//!
+//! Additional key exchanges (RFC 9370 §2.2.1) are transform types of their own. A proposal that lacks one of
+//! these types means `NONE` for it, on either side: what requires an additional key exchange never agrees
+//! with what does not know them. One proposal never has the same method twice, `NONE` apart, over the first
+//! key exchange and the seven additional ones; among the possible combinations the first key exchange has
+//! the first say, then ADDKE1, and so on. Without a first key exchange (a Child SA without PFS) there is no
+//! additional one.
 
 use ipsec::crypto::Protection;
 use ipsec::plane::EspSuite;
 use ipsec::transform::{Encr, Integ, Ke, Prf, Proposal, Protocol, SequenceNumbers, Transform, TransformType};
 
-use super::{IkeSuite, kex, prf_len};
+use super::{AdditionalKe, IkeSuite, kex, prf_len};
 
 /// A selection among a peer's IKE proposals.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,6 +29,8 @@ pub struct EspChoice {
     pub suite: EspSuite,
     /// Key exchange, `NONE` without PFS.
     pub ke: Ke,
+    /// Additional key exchanges.
+    pub additional: AdditionalKe,
     /// The answer for the SA payload, with our SPI still to be filled in; the peer's SPI is in the offer
     /// that has the same number.
     pub proposal: Proposal,
@@ -51,7 +60,7 @@ pub fn select_esp(
 ) -> Option<EspChoice> {
     let rules = Rules { protocol: Protocol::ESP, with_ke, ours_first, preferred_ke };
     let (picked, proposal) = select(offered, configured, rules)?;
-    Some(EspChoice { suite: picked.esp_suite(), ke: picked.ke, proposal })
+    Some(EspChoice { suite: picked.esp_suite(), ke: picked.ke, additional: picked.additional, proposal })
 }
 
 /// Checks that a responder's answer is one of what we offered, and gives the suite (§2.7).
@@ -59,10 +68,10 @@ pub fn accept_ike(answer: &[Proposal], offered: &[Proposal]) -> Option<IkeSuite>
     accept(answer, offered, Protocol::IKE, true)?.ike_suite()
 }
 
-/// The same for ESP.
-pub fn accept_esp(answer: &[Proposal], offered: &[Proposal], with_ke: bool) -> Option<(EspSuite, Ke)> {
+/// The same for ESP, with the key exchange (`NONE` without PFS) and the additional ones.
+pub fn accept_esp(answer: &[Proposal], offered: &[Proposal], with_ke: bool) -> Option<(EspSuite, Ke, AdditionalKe)> {
     let picked = accept(answer, offered, Protocol::ESP, with_ke)?;
-    Some((picked.esp_suite(), picked.ke))
+    Some((picked.esp_suite(), picked.ke, picked.additional))
 }
 
 #[derive(Clone, Copy)]
@@ -81,13 +90,14 @@ struct Picked {
     prf: Option<Prf>,
     integ: Integ,
     ke: Ke,
+    additional: AdditionalKe,
     sequence_numbers: SequenceNumbers,
 }
 
 impl Picked {
     fn ike_suite(&self) -> Option<IkeSuite> {
-        let Self { encr, key_bits, prf, integ, ke, .. } = *self;
-        Some(IkeSuite { encr, key_bits, integ, prf: prf?, ke })
+        let Self { encr, key_bits, prf, integ, ke, additional, .. } = *self;
+        Some(IkeSuite { encr, key_bits, integ, prf: prf?, ke, additional })
     }
 
     fn esp_suite(&self) -> EspSuite {
@@ -107,7 +117,7 @@ impl Picked {
             TransformType::INTEG => transform.id == self.integ.0,
             TransformType::KE => with_ke && transform.id == self.ke.0,
             TransformType::SN => transform.id == self.sequence_numbers.0,
-            _ => false,
+            kind => with_ke && self.additional.of(kind) == Some(Ke(transform.id)),
         };
         let mut transforms: Vec<Transform> = Vec::new();
         for transform in offered.transforms.iter().filter(usable).filter(chosen) {
@@ -157,7 +167,7 @@ fn pick(theirs: &Proposal, ours: &Proposal, rules: Rules) -> Option<Picked> {
         &[TransformType::ENCR, TransformType::INTEG, TransformType::KE, TransformType::SN]
     };
     // A kind that we do not know would remain unanswered: the whole proposal is refused (§3.3.6).
-    if theirs.transforms.iter().any(|transform| !kinds.contains(&transform.kind)) {
+    if theirs.transforms.iter().any(|t| !kinds.contains(&t.kind) && !t.kind.is_additional_ke()) {
         return None;
     }
     let (first, second) = if rules.ours_first { (ours, theirs) } else { (theirs, ours) };
@@ -198,16 +208,18 @@ fn pick(theirs: &Proposal, ours: &Proposal, rules: Rules) -> Option<Picked> {
     } else {
         None
     };
-    let ke = if rules.with_ke {
-        let possible: Vec<Ke> = optional(TransformType::KE)
-            .into_iter()
-            .map(Ke)
-            .filter(|ke| if *ke == Ke::NONE { !ike } else { kex::supported(*ke) })
-            .collect();
-        let preferred = possible.iter().find(|ke| rules.preferred_ke == Some(**ke));
-        *preferred.or(possible.first())?
+    let (ke, additional) = if rules.with_ke {
+        let possible = |kind| -> Vec<Ke> {
+            let ids = optional(kind).into_iter().map(Ke);
+            ids.filter(|ke| *ke == Ke::NONE || kex::supported(*ke)).collect()
+        };
+        let mut first = possible(TransformType::KE);
+        first.retain(|ke| !ike || *ke != Ke::NONE);
+        // The method at hand to the front, the others in order.
+        first.sort_by_key(|ke| rules.preferred_ke != Some(*ke));
+        distinct_methods(&first, &TransformType::ADDITIONAL_KE.map(possible))?
     } else {
-        Ke::NONE
+        (Ke::NONE, AdditionalKe::NONE)
     };
     let sequence_numbers = if ike {
         SequenceNumbers::SEQUENTIAL_32
@@ -217,7 +229,55 @@ fn pick(theirs: &Proposal, ours: &Proposal, rules: Rules) -> Option<Picked> {
             .map(SequenceNumbers)
             .find(|sn| matches!(*sn, SequenceNumbers::SEQUENTIAL_32 | SequenceNumbers::PARTIAL_64))?
     };
-    Some(Picked { encr, key_bits, prf, integ, ke, sequence_numbers })
+    Some(Picked { encr, key_bits, prf, integ, ke, additional, sequence_numbers })
+}
+
+/// One method out of each list, none of them twice but `NONE`; the earlier of a list is better, and the
+/// earlier list has the first say. No additional one without a first one.
+pub(super) fn distinct_methods(first: &[Ke], additional: &[Vec<Ke>; 7]) -> Option<(Ke, AdditionalKe)> {
+    first.iter().find_map(|first| {
+        if *first == Ke::NONE {
+            return additional.iter().all(|list| list.contains(&Ke::NONE)).then_some((Ke::NONE, AdditionalKe::NONE));
+        }
+        let mut taken = vec![*first];
+        let mut chosen = [Ke::NONE; 7];
+        let mut rest = additional.as_slice();
+        for slot in &mut chosen {
+            let (list, after) = rest.split_first()?;
+            rest = after;
+            *slot = *list.iter().find(|method| {
+                let free = **method == Ke::NONE || !taken.contains(method);
+                free && can_be_distinct(rest, &[taken.as_slice(), &[**method]].concat())
+            })?;
+            taken.push(*slot);
+        }
+        Some((*first, AdditionalKe(chosen)))
+    })
+}
+
+/// True when each of the lists can have a method of its own that is not `taken`, or `NONE`. A bipartite
+/// matching, because a peer that can choose the lists must not make us try all combinations.
+fn can_be_distinct(lists: &[Vec<Ke>], taken: &[Ke]) -> bool {
+    let lists: Vec<&Vec<Ke>> = lists.iter().filter(|list| !list.contains(&Ke::NONE)).collect();
+    let mut owners = Vec::new();
+    (0..lists.len()).all(|index| assign(&lists, index, &mut taken.to_vec(), &mut owners))
+}
+
+/// Finds a method for the list at `index`, moving those that own one already; none that was `tried`.
+fn assign(lists: &[&Vec<Ke>], index: usize, tried: &mut Vec<Ke>, owners: &mut Vec<(Ke, usize)>) -> bool {
+    for method in lists.get(index).into_iter().copied().flatten() {
+        if tried.contains(method) {
+            continue;
+        }
+        tried.push(*method);
+        let owner = owners.iter().find(|(owned, _)| owned == method).map(|(_, owner)| *owner);
+        if owner.is_none_or(|owner| assign(lists, owner, tried, owners)) {
+            owners.retain(|(owned, _)| owned != method);
+            owners.push((*method, index));
+            return true;
+        }
+    }
+    false
 }
 
 /// §3.3.1: IKE has none at first and 8 octets in a rekey; ESP 4 octets. 0 is never an SPI (RFC 4303 §2.1).

@@ -5,8 +5,10 @@ use ipsec::transform::Prf;
 use super::*;
 use crate::Rng;
 
+mod additional_key_exchange;
 mod key_derivation;
 mod key_exchange;
+mod ml_kem;
 mod proposals;
 
 fn hex(text: &str) -> Vec<u8> {

@@ -8,7 +8,7 @@ use ipsec::transform::Ke;
 use super::context::Context;
 use super::{Engine, Path, Transport};
 use crate::config::{Connection, Fragmentation};
-use crate::crypto::{self, IkeChoice, KeyExchange, KeySeed};
+use crate::crypto::{self, IkeChoice, KeySeed};
 use crate::sa::auth::{InitMaterial, cert_request};
 use crate::sa::channel::{Channel, Spis};
 use crate::sa::fault::{Fault, notify};
@@ -152,9 +152,7 @@ impl Engine {
             .collect();
         let first = candidates.first().ok_or(Fault::NoProposalChosen)?;
 
-        let ke = KeyExchange::generate(*group, ctx.rng.as_mut()).map_err(|_| Fault::NoProposalChosen)?;
-        let ours = ke.public().to_vec();
-        let secret = ke.agree(public).map_err(|error| Fault::InvalidSyntax(error.to_string()))?;
+        let (ours, secret) = crypto::respond(*group, public, ctx.rng.as_mut())?;
         let id = ctx.next_ike();
         let spis = Spis { initiator: header.initiator_spi, responder: ctx.reserve_ike_spi(id) };
         let nr = ctx.random(NONCE_LENGTH);

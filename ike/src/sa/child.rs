@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use ipsec::plane::{Encapsulation, EspSuite, Mode, SaPair};
 use ipsec::secret::Secret;
 use ipsec::selector::{TrafficSelector, narrow};
-use ipsec::transform::{Ke, Prf, Proposal, Protocol, TransformType};
+use ipsec::transform::{Ke, Prf, Proposal, Protocol};
 use pad::PeerIdentity;
 
 use super::Core;
@@ -158,10 +158,7 @@ pub(crate) struct Unusable {
 impl ChildOffer {
     /// For IKE_AUTH: the nonces are those of IKE_SA_INIT, and there is no key exchange (§1.2).
     pub(crate) fn first(ctx: &mut Context, core: &Core, config: Arc<Child>, nonce: Vec<u8>) -> Self {
-        let mut proposals = config.esp_proposals.clone();
-        for proposal in &mut proposals {
-            proposal.transforms.retain(|transform| transform.kind != TransformType::KE);
-        }
+        let proposals = crypto::without_ke(&config.esp_proposals);
         let mut distinct: Vec<Proposal> = Vec::new();
         for proposal in proposals {
             if !distinct.iter().any(|other| other.transforms == proposal.transforms) {
@@ -258,7 +255,7 @@ impl ChildOffer {
         let (Some(answer), Some(ts_i), Some(ts_r)) = (&parts.sa, &parts.ts_initiator, &parts.ts_responder) else {
             return Err(unusable(false, "the answer lacks SA or traffic selectors"));
         };
-        let Some((suite, method)) = crypto::accept_esp(answer, &self.proposals, self.own_exchange) else {
+        let Some((suite, method, _)) = crypto::accept_esp(answer, &self.proposals, self.own_exchange) else {
             return Err(unusable(true, "the peer chose what we did not offer"));
         };
         let spi_out = answer.first().and_then(|proposal| spi_of(&proposal.spi));
@@ -351,9 +348,9 @@ pub(crate) fn answer(
     if choice.ke != Ke::NONE {
         let (_, theirs) =
             parts.ke.as_ref().filter(|(group, _)| *group == choice.ke).ok_or(Fault::InvalidKe(choice.ke))?;
-        let ke = KeyExchange::generate(choice.ke, ctx.rng.as_mut()).map_err(|_| Fault::NoProposalChosen)?;
-        public = Some(Payload::Ke { group: choice.ke, data: ke.public().to_vec() });
-        secret = Some(ke.agree(theirs).map_err(|error| Fault::InvalidSyntax(error.to_string()))?);
+        let (ours, shared) = crypto::respond(choice.ke, theirs, ctx.rng.as_mut())?;
+        public = Some(Payload::Ke { group: choice.ke, data: ours });
+        secret = Some(shared);
     }
     let keys = crypto::child_keys(parent.prf, parent.d, &choice.suite, secret.as_ref(), ni, nr);
     let (keys_in, keys_out) = keys.map_err(|_| Fault::NoProposalChosen)?;

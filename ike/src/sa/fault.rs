@@ -3,6 +3,7 @@
 
 use ipsec::transform::{Ke, Protocol};
 
+use crate::crypto::KeyError;
 use crate::wire::{Notify, NotifyType, Payload};
 
 /// Why an exchange fails; each has its notify message type.
@@ -57,6 +58,15 @@ impl Fault {
     /// The Notify as a payload.
     pub(crate) fn payload(&self) -> Payload {
         Payload::Notify(self.notify())
+    }
+}
+
+impl From<KeyError> for Fault {
+    fn from(error: KeyError) -> Self {
+        match error {
+            KeyError::Unsupported => Self::NoProposalChosen,
+            KeyError::PublicValue => Self::InvalidSyntax(error.to_string()),
+        }
     }
 }
 

@@ -186,9 +186,7 @@ impl Established {
         }
         let offer = offered.iter().find(|offer| offer.number == choice.proposal.number);
         let spi_i = offer.and_then(|offer| ike_spi(&offer.spi)).ok_or(Fault::NoProposalChosen)?;
-        let ke = KeyExchange::generate(*group, ctx.rng.as_mut()).map_err(|_| Fault::NoProposalChosen)?;
-        let ours = ke.public().to_vec();
-        let secret = ke.agree(public).map_err(|error| Fault::InvalidSyntax(error.to_string()))?;
+        let (ours, secret) = crypto::respond(*group, public, ctx.rng.as_mut())?;
         let nr = ctx.random(NONCE_LENGTH);
         let id = ctx.next_ike();
         let spi_r = ctx.reserve_ike_spi(id);

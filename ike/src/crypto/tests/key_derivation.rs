@@ -50,7 +50,14 @@ impl Vector {
 }
 
 fn suite(prf: Prf) -> IkeSuite {
-    IkeSuite { encr: Encr::AES_GCM_16, key_bits: 128, integ: Integ::NONE, prf, ke: Ke::X25519 }
+    IkeSuite {
+        encr: Encr::AES_GCM_16,
+        key_bits: 128,
+        integ: Integ::NONE,
+        prf,
+        ke: Ke::X25519,
+        additional: AdditionalKe::NONE,
+    }
 }
 
 #[test]

@@ -37,8 +37,9 @@ fn pair(method: Ke) -> (KeyExchange, KeyExchange) {
 
 #[test]
 fn a_method_that_we_lack_is_refused() {
-    for method in [Ke::NONE, Ke(2), Ke(32), Ke(36)] {
+    for method in [Ke::NONE, Ke(2), Ke(32), Ke(38)] {
         assert_eq!(KeyExchange::generate(method, &mut Seeded::new(1)).err(), Some(KeyError::Unsupported));
+        assert_eq!(respond(method, &[2; 32], &mut Seeded::new(1)).err(), Some(KeyError::Unsupported));
     }
 }
 

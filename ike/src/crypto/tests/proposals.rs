@@ -33,12 +33,18 @@ fn choose_ike(offered: &str, configured: &str) -> Option<IkeSuite> {
     select_ike(&ike(offered), &ike(configured), true, None).map(|choice| choice.suite)
 }
 
-const GCM: IkeSuite =
-    IkeSuite { encr: Encr::AES_GCM_16, key_bits: 256, integ: Integ::NONE, prf: Prf::HMAC_SHA2_384, ke: Ke::ECP_384 };
+const GCM: IkeSuite = IkeSuite {
+    encr: Encr::AES_GCM_16,
+    key_bits: 256,
+    integ: Integ::NONE,
+    prf: Prf::HMAC_SHA2_384,
+    ke: Ke::ECP_384,
+    additional: AdditionalKe::NONE,
+};
 
 #[test]
 fn a_keyword_that_we_lack_is_told_from_one_that_nobody_has() {
-    for word in ["aes128ccm16", "3des", "x448", "mlkem768", "modp1024", "camellia128", "aes256gcm8", "ke1_mlkem768"] {
+    for word in ["aes128ccm16", "3des", "x448", "modp1024", "camellia128", "aes256gcm8"] {
         let reason = reason(&format!("aes128-sha256-{word}-x25519"), Protocol::IKE);
         assert_eq!(reason, format!("{word:?} is not supported"));
     }
@@ -262,6 +268,7 @@ fn the_configured_order_wins_if_it_shall() {
         integ: Integ::HMAC_SHA2_256_128,
         prf: Prf::HMAC_SHA2_256,
         ke: Ke::MODP_2048,
+        additional: AdditionalKe::NONE,
     };
     assert_eq!((choice.suite, choice.proposal.number), (suite, 1));
     // Within a proposal, too.
@@ -345,7 +352,7 @@ fn perfect_forward_secrecy_is_what_both_sides_say() {
     // A responder must not drop what we insisted on, nor add to it.
     assert_eq!(accept_esp(&esp("aes128gcm16"), &esp("aes128gcm16-x25519"), true), None);
     assert_eq!(accept_esp(&esp("aes128gcm16-x25519"), &esp("aes128gcm16"), true), None);
-    let (_, ke) = accept_esp(&esp("aes128gcm16-x25519"), &esp("aes128gcm16-x25519"), true).unwrap();
+    let (_, ke, _) = accept_esp(&esp("aes128gcm16-x25519"), &esp("aes128gcm16-x25519"), true).unwrap();
     assert_eq!(ke, Ke::X25519);
 }
 
@@ -365,7 +372,7 @@ fn extended_sequence_numbers_are_what_both_sides_say() {
     let choice = select_esp(&silent, &esp("aes128gcm16"), true, false, None).unwrap();
     assert_eq!(ids(&choice.proposal, TransformType::SN), []);
     let expected = EspSuite { encr: Encr::AES_GCM_16, key_bits: 128, integ: Integ::NONE, esn: false };
-    assert_eq!(accept_esp(&silent, &esp("aes128gcm16"), false), Some((expected, Ke::NONE)));
+    assert_eq!(accept_esp(&silent, &esp("aes128gcm16"), false), Some((expected, Ke::NONE, AdditionalKe::NONE)));
     assert_eq!(accept_esp(&silent, &esp("aes128gcm16-esn"), false), None);
     // A number that we do not know (RFC 9827 §4) is no choice, though both have it.
     let mut newer = esp("aes128gcm16");
