@@ -1,5 +1,6 @@
 //! Traffic selectors (RFC 7296 §3.13, RFC 4301 §4.4.1.1) and narrowing (RFC 7296 §2.9).
 
+use std::collections::HashSet;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -102,6 +103,20 @@ impl TrafficSelector {
     /// One address, any protocol and port.
     pub fn host(address: IpAddr) -> Self {
         Self { protocol: 0, start_port: 0, end_port: u16::MAX, start: address, end: address }
+    }
+
+    /// The selectors of one packet, ours and the peer's: what its sender puts first into TSi and TSr (RFC 7296 §2.9).
+    /// A packet that shows no ports (a later fragment, a protocol without) has those for any port.
+    pub fn of_flow(flow: &Flow) -> (Self, Self) {
+        let shows_ports = (flow.local_port, flow.remote_port) != (0, 0);
+        let one = |address, port| Self {
+            protocol: flow.protocol,
+            start_port: if shows_ports { port } else { 0 },
+            end_port: if shows_ports { port } else { u16::MAX },
+            start: address,
+            end: address,
+        };
+        (one(flow.local, flow.local_port), one(flow.remote, flow.remote_port))
     }
 
     /// True for OPAQUE ports: packets whose ports cannot be seen (RFC 4301 §4.4.1.1).
@@ -299,21 +314,71 @@ fn protocol_name(protocol: u8) -> Option<&'static str> {
     })
 }
 
-/// Narrows what a peer proposed to what policy allows (RFC 7296 §2.9): the intersections of each pair,
-/// without duplicates and contained ones, in policy order. Empty means TS_UNACCEPTABLE.
-pub fn narrow(proposed: &[TrafficSelector], allowed: &[TrafficSelector]) -> Vec<TrafficSelector> {
-    let mut narrowed: Vec<TrafficSelector> = Vec::new();
-    for allowed in allowed {
-        for proposed in proposed {
-            let Some(overlap) = allowed.intersect(proposed) else { continue };
-            if narrowed.iter().any(|kept| kept.contains(&overlap)) {
-                continue;
-            }
-            narrowed.retain(|kept| !overlap.contains(kept));
-            narrowed.push(overlap);
+/// A TS payload counts its selectors in one octet (RFC 7296 §3.13).
+pub const MAX_SELECTORS: usize = 255;
+
+/// Comparisons that one narrowing may take. Honest peers need a few hundred; lists that were made to overlap in as many
+/// ways as they can would need millions.
+const MAX_COMPARISONS: usize = 1 << 18;
+
+/// What came of narrowing (RFC 7296 §2.9).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Narrowed {
+    /// What both sides allow, none of them within another, in policy order; at most [`MAX_SELECTORS`]. Empty means
+    /// TS_UNACCEPTABLE.
+    pub selectors: Vec<TrafficSelector>,
+    /// False when there is more that both allow than these: the limits were reached.
+    pub complete: bool,
+}
+
+/// Narrows what a peer proposed to what policy allows (RFC 7296 §2.9): the intersections of each pair, without
+/// duplicates and contained ones. What the peer proposed first is narrowed first, so that no limit takes it away: it may
+/// stand for the packet that wants the SA.
+pub fn narrow(proposed: &[TrafficSelector], allowed: &[TrafficSelector]) -> Narrowed {
+    let (proposed, allowed) = (distinct(proposed), distinct(allowed));
+    let (first, rest) = proposed.split_at(proposed.len().min(1));
+    let mut narrowing = Narrowing::default();
+    let complete = [first, rest].into_iter().all(|proposed| {
+        allowed.iter().enumerate().all(|(at, allowed)| {
+            proposed.iter().filter_map(|one| allowed.intersect(one)).all(|overlap| narrowing.add(at, overlap))
+        })
+    });
+    // Stable: within one selector of the policy in the order of the proposal.
+    narrowing.kept.sort_by_key(|(at, _)| *at);
+    Narrowed { selectors: narrowing.kept.into_iter().map(|(_, selector)| selector).collect(), complete }
+}
+
+/// A narrowing under way.
+#[derive(Default)]
+struct Narrowing {
+    /// None within another, each with its place in the policy.
+    kept: Vec<(usize, TrafficSelector)>,
+    comparisons: usize,
+}
+
+impl Narrowing {
+    /// Takes an overlap unless another one contains it. False when a limit is reached, and it is left out.
+    fn add(&mut self, at: usize, overlap: TrafficSelector) -> bool {
+        self.comparisons += self.kept.len();
+        if self.comparisons > MAX_COMPARISONS {
+            return false;
         }
+        if self.kept.iter().any(|(_, other)| other.contains(&overlap)) {
+            return true;
+        }
+        self.kept.retain(|(_, other)| !overlap.contains(other));
+        let has_room = self.kept.len() < MAX_SELECTORS;
+        if has_room {
+            self.kept.push((at, overlap));
+        }
+        has_room
     }
-    narrowed
+}
+
+/// Each once; what no payload could carry is not looked at.
+fn distinct(selectors: &[TrafficSelector]) -> Vec<TrafficSelector> {
+    let mut seen = HashSet::new();
+    selectors.iter().take(MAX_SELECTORS).filter(|selector| seen.insert(**selector)).copied().collect()
 }
 
 #[cfg(test)]

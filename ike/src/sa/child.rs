@@ -327,7 +327,8 @@ pub(crate) fn answer(
     let mut chosen = None;
     for config in by_mode(configs, wants_transport) {
         let (local, remote) = resolve(config, parent.core);
-        let (local_ts, remote_ts) = (narrow(&theirs.local, &local), narrow(&theirs.remote, &remote));
+        let (local_ts, remote_ts) =
+            (narrow(&theirs.local, &local).selectors, narrow(&theirs.remote, &remote).selectors);
         if local_ts.is_empty() || remote_ts.is_empty() {
             continue;
         }
