@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use ike::config::{Child, ConfiguredSelector};
-use ipsec::selector::TrafficSelector;
+use ipsec::selector::{Flow, TrafficSelector};
 
 /// What a trap selects.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,6 +22,12 @@ impl Selectors {
             remote_ts: fixed(&child.remote_ts, remote_addrs, "remote")?,
         })
     }
+}
+
+/// True when selectors of both sides have a packet inside.
+pub fn covers(local_ts: &[TrafficSelector], remote_ts: &[TrafficSelector], packet: &Flow) -> bool {
+    let (local, remote) = TrafficSelector::of_flow(packet);
+    local_ts.iter().any(|ts| ts.contains(&local)) && remote_ts.iter().any(|ts| ts.contains(&remote))
 }
 
 fn fixed(configured: &[ConfiguredSelector], addresses: &[String], side: &str) -> Result<Vec<TrafficSelector>, String> {

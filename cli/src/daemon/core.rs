@@ -9,8 +9,8 @@ use anyhow::Context as _;
 use espintcp::streams::{StreamEvent, Streams};
 use ike::config::{Child, DpdAction, StartAction};
 use ike::engine::{
-    ChildReady, ChildSaId, ChildState, CloseReason, Engine, Event, IkeState, Initiate, InstallError, Job, JobId,
-    JobOutcome, Output, Path, Target, Transport,
+    ChildReady, ChildSaId, ChildSaStatus, ChildState, CloseReason, Engine, Event, IkeState, Initiate, InstallError,
+    Job, JobId, JobOutcome, Output, Path, Target, Transport,
 };
 use ipsec::guard::ClassId;
 use ipsec::plane::{DataPlane, Encapsulation, Mode, PlaneError, PlaneEvent, StreamId, Trap, Usage};
@@ -23,7 +23,7 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 use super::filelog::FileLogs;
 use super::traps::{Key, Traps};
 use super::updown::{Scripts, Updown};
-use crate::config::trap::Selectors;
+use crate::config::trap::{Selectors, covers};
 use crate::config::{ConnectionDefinition, TrapActions};
 use crate::control::{Command, Matched, PolicyReport, SaFilter, SaReport};
 
@@ -35,6 +35,9 @@ const TRAFFIC_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Messages handled in one turn before timers get theirs.
 const BUDGET: usize = 64;
+
+/// Child SAs that one trap may have: a peer that wants one for each pair of addresses is not asked without end.
+const CHILDREN_OF_A_TRAP: usize = 256;
 
 /// What the core is made of.
 pub(super) struct Parts {
@@ -59,6 +62,8 @@ struct InstalledChild {
     connection: String,
     local_ts: Vec<TrafficSelector>,
     remote_ts: Vec<TrafficSelector>,
+    /// The peer would make others for what it left out of the selectors.
+    additional_ts: bool,
     updown: Option<Updown>,
     /// Its script was told that it, or the Child SA that it replaces, is up.
     told_up: bool,
@@ -256,7 +261,10 @@ impl Core {
         match finished {
             Finished::Job(job, outcome) => self.engine.handle_job(Instant::now(), job, outcome),
             Finished::Resolved(token, outcome) => match *outcome {
-                Ok(request) => self.engine.initiate(Instant::now(), request),
+                Ok(request) => match self.traps.packet_of(token) {
+                    Some(packet) => self.engine.initiate_for_packet(Instant::now(), request, packet),
+                    None => self.engine.initiate(Instant::now(), request),
+                },
                 Err(reason) => self.finish(token, Err(reason)),
             },
         }
@@ -323,6 +331,8 @@ impl Core {
         });
         let reqid = self.reqid(class, ready.replaces, &ready.config, &ready.pair.local_ts, &ready.pair.remote_ts)?;
         let updown = Updown::new(&ready, reqid, self.network.tun_name());
+        let additional_ts = ready.additional_ts
+            || ready.replaces.and_then(|old| self.children.get(&old)).is_some_and(|old| old.additional_ts);
         let ChildReady { child_sa, connection, mut pair, .. } = ready;
         pair.class = class;
         pair.reqid = reqid;
@@ -337,6 +347,7 @@ impl Core {
             connection,
             local_ts: pair.local_ts.clone(),
             remote_ts: pair.remote_ts.clone(),
+            additional_ts,
             updown,
             told_up: false,
         };
@@ -483,27 +494,35 @@ impl Core {
     /// A packet fell into a trap.
     fn acquire(&mut self, now: Instant, reqid: u32, flow: &Flow) {
         let Some((connection, child)) = self.traps.due(now, reqid) else { return };
-        if self.stopping.is_some() || self.is_negotiated(now, &connection, &child) {
+        if self.stopping.is_some() || self.is_negotiated(now, &connection, &child, flow) {
             return;
         }
         tracing::info!(connection, child, %flow, "initiating for a packet");
-        self.initiate(Some(&connection), Some(&child), None);
+        self.initiate_for(Some(&connection), Some(&child), Some(*flow), None);
     }
 
-    /// True while the connection's IKE SA is on its way (what is asked for later comes after it), and when there is an
-    /// SA for the child: where the peer narrowed it, another one would not cover the packet either.
-    fn is_negotiated(&self, now: Instant, connection: &str, child: &str) -> bool {
-        self.engine.ike_sas(now).iter().filter(|sa| sa.connection == connection).any(|sa| {
-            let begins = sa.initiator && matches!(sa.state, IkeState::Created | IkeState::Connecting);
-            begins
-                || sa.children.iter().any(|one| {
-                    one.name == child
-                        && matches!(
-                            one.state,
-                            ChildState::Created | ChildState::Installing | ChildState::Installed | ChildState::Rekeying
-                        )
-                })
-        })
+    /// True while the connection's IKE SA is on its way (what is asked for later comes after it), when there is an SA for
+    /// the packet, and when there is one for the child that the peer narrowed without a word of others
+    /// (ADDITIONAL_TS_POSSIBLE, RFC 7296 §2.9): another one would not cover the packet either.
+    fn is_negotiated(&self, now: Instant, connection: &str, child: &str, packet: &Flow) -> bool {
+        let mut made = 0;
+        for sa in self.engine.ike_sas(now).iter().filter(|sa| sa.connection == connection) {
+            if sa.initiator && matches!(sa.state, IkeState::Created | IkeState::Connecting) {
+                return true;
+            }
+            let live = |one: &&ChildSaStatus| match one.state {
+                ChildState::Created | ChildState::Installing | ChildState::Installed | ChildState::Rekeying => true,
+                ChildState::Rekeyed | ChildState::Deleting | ChildState::Deleted => false,
+            };
+            for one in sa.children.iter().filter(|one| one.name == child).filter(live) {
+                let more = self.children.get(&one.id).is_some_and(|installed| installed.additional_ts);
+                if !more || covers(&one.local_ts, &one.remote_ts, packet) {
+                    return true;
+                }
+                made += 1;
+            }
+        }
+        made >= CHILDREN_OF_A_TRAP
     }
 
     fn traps_of(&self, connection: &str, child: &str) -> TrapActions {
@@ -651,7 +670,12 @@ impl Core {
     }
 
     fn finish(&mut self, token: u64, outcome: Result<(), String>) {
-        self.traps.ended(Instant::now(), token, outcome.is_ok());
+        let packet = self.traps.packet_of(token).filter(|_| outcome.is_ok());
+        let well = match packet {
+            Some(packet) => self.children.values().any(|child| covers(&child.local_ts, &child.remote_ts, &packet)),
+            None => outcome.is_ok(),
+        };
+        self.traps.ended(Instant::now(), token, well);
         if let Some(reply) = self.waiting.remove(&token) {
             // The caller may have given up waiting.
             let _ = reply.send(outcome);
@@ -775,6 +799,17 @@ impl Core {
     }
 
     fn initiate(&mut self, ike: Option<&str>, child: Option<&str>, reply: Option<oneshot::Sender<Result<(), String>>>) {
+        self.initiate_for(ike, child, None, reply);
+    }
+
+    /// Initiates, perhaps for a packet that fell into a trap.
+    fn initiate_for(
+        &mut self,
+        ike: Option<&str>,
+        child: Option<&str>,
+        packet: Option<Flow>,
+        reply: Option<oneshot::Sender<Result<(), String>>>,
+    ) {
         let token = self.token();
         if let Some(reply) = reply {
             self.waiting.insert(token, reply);
@@ -784,7 +819,7 @@ impl Core {
             Err(reason) => return self.finish(token, Err(reason)),
         };
         let child_name = child.as_ref().map(|child| child.name.as_str());
-        self.traps.begun(Instant::now(), token, &definition.connection.name, child_name);
+        self.traps.begun(Instant::now(), token, &definition.connection.name, child_name, packet);
         let network = self.network.clone();
         let finished = self.finished.clone();
         tokio::spawn(async move {

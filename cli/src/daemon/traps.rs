@@ -4,6 +4,8 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use ipsec::selector::Flow;
+
 use crate::config::ConnectionDefinition;
 use crate::config::trap::Selectors;
 
@@ -28,6 +30,8 @@ pub(super) struct Installed {
 struct Initiation {
     connection: String,
     child: Option<String>,
+    /// The packet that it is for.
+    packet: Option<Flow>,
     since: Instant,
 }
 
@@ -89,12 +93,24 @@ impl Traps {
     }
 
     /// An initiation begins.
-    pub(super) fn begun(&mut self, now: Instant, token: u64, connection: &str, child: Option<&str>) {
+    pub(super) fn begun(
+        &mut self,
+        now: Instant,
+        token: u64,
+        connection: &str,
+        child: Option<&str>,
+        packet: Option<Flow>,
+    ) {
         let (connection, child) = (connection.to_owned(), child.map(str::to_owned));
-        self.initiations.insert(token, Initiation { connection, child, since: now });
+        self.initiations.insert(token, Initiation { connection, child, packet, since: now });
     }
 
-    /// An initiation is over.
+    /// The packet that an initiation is for.
+    pub(super) fn packet_of(&self, token: u64) -> Option<Flow> {
+        self.initiations.get(&token)?.packet
+    }
+
+    /// An initiation is over; it ended well if the packet that it was for has an SA now.
     pub(super) fn ended(&mut self, now: Instant, token: u64, well: bool) {
         let Some(Initiation { connection, child: Some(child), .. }) = self.initiations.remove(&token) else { return };
         if let Some(trap) = self.installed.get_mut(&(connection, child)) {
@@ -126,16 +142,16 @@ mod tests {
         assert_eq!(traps.due(now, 7), None, "no such trap");
         traps.insert(key(), 7, selectors("10.2.0.0"));
         assert_eq!(traps.due(now, 7), Some(key()));
-        traps.begun(now, 1, "site", Some("other"));
-        traps.begun(now, 2, "site", None);
+        traps.begun(now, 1, "site", Some("other"), None);
+        traps.begun(now, 2, "site", None, None);
         assert_eq!(traps.due(now, 7), Some(key()), "other initiations");
-        traps.begun(now, 3, "site", Some("net"));
+        traps.begun(now, 3, "site", Some("net"), None);
         assert_eq!(traps.due(now, 7), None, "under way");
         traps.ended(now, 3, false);
         assert_eq!(traps.due(now + Duration::from_millis(4900), 7), None, "failed just now");
         let later = now + Duration::from_secs(5);
         assert_eq!(traps.due(later, 7), Some(key()));
-        traps.begun(later, 4, "site", Some("net"));
+        traps.begun(later, 4, "site", Some("net"), None);
         traps.ended(later, 4, true);
         assert_eq!(traps.due(later, 7), Some(key()), "no pause after success");
     }

@@ -14,6 +14,7 @@ use super::{
 use crate::Rng;
 use crate::config::{Connection, Fragmentation};
 use crate::engine::Transport;
+use crate::engine::triggers::Triggers;
 use crate::sa::Established;
 use crate::sa::retry::after;
 
@@ -78,6 +79,7 @@ pub(crate) struct Context {
     /// What to initiate again: reauthentication.
     pub(crate) reinitiate: Vec<Initiate>,
     pub(crate) tombstones: BTreeMap<u64, Tombstone>,
+    pub(crate) triggers: Triggers,
     last_job: u64,
     last_ike: u64,
     last_child: u64,
@@ -101,6 +103,7 @@ impl Context {
             superseded: Vec::new(),
             reinitiate: Vec::new(),
             tombstones: BTreeMap::new(),
+            triggers: Triggers::default(),
             last_job: 0,
             last_ike: 0,
             last_child: 0,
@@ -114,6 +117,9 @@ impl Context {
     }
 
     pub(crate) fn event(&mut self, event: Event) {
+        if let Event::Done { token } | Event::Failed { token: Some(token), .. } = &event {
+            self.triggers.remove(*token);
+        }
         self.outputs.push_back(Output::Event(event));
     }
 

@@ -8,6 +8,7 @@
 pub(crate) mod context;
 mod cookie;
 mod responder;
+pub(crate) mod triggers;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -15,7 +16,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ipsec::plane::{Encapsulation, EspSuite, Mode, SaPair, StreamId};
-use ipsec::selector::TrafficSelector;
+use ipsec::selector::{Flow, TrafficSelector};
 use ipsec::transform::Ke;
 use pad::{AuthError, AuthenticateRequest, Identity, PeerIdentity, SignError, SignRequest, SignedAuth};
 
@@ -175,6 +176,9 @@ pub struct ChildReady {
     pub config: Arc<Child>,
     /// Who the peer proved to be.
     pub peer: Arc<PeerIdentity>,
+    /// The peer would make another Child SA for what it left out of this one's selectors (ADDITIONAL_TS_POSSIBLE,
+    /// SINGLE_PAIR_REQUIRED).
+    pub additional_ts: bool,
     /// What to install, except `reqid` and `class`, which are 0 unless `replaces` or configuration fixes
     /// the `reqid`; the driver fills them in.
     pub pair: SaPair,
@@ -532,6 +536,13 @@ impl Engine {
         let token = Some(request.token);
         self.initiate_for(now, request, token);
         self.settle(now);
+    }
+
+    /// As [`Self::initiate`], for a packet that fell into a trap: its selectors come first in the offer, so that the
+    /// responder's answer has room for it (§2.9).
+    pub fn initiate_for_packet(&mut self, now: Instant, request: Initiate, packet: Flow) {
+        self.ctx.triggers.insert(request.token, packet);
+        self.initiate(now, request);
     }
 
     /// Deletes SAs with the peer's knowledge; `force` does not wait for its answer.

@@ -242,7 +242,9 @@ impl InitiatorAuth {
         payloads.extend(auth);
         if let Some(child) = self.first_child() {
             let nonce = self.material.ni.clone();
-            let offer = ChildOffer::first(ctx, &self.core, child, nonce);
+            let trigger =
+                self.wants.iter().find(|want| want.child.is_some()).and_then(|want| ctx.triggers.of(want.token));
+            let offer = ChildOffer::first(ctx, &self.core, child, nonce).wanted_by(trigger);
             payloads.extend(offer.payloads());
             self.offer = Some(Box::new(offer));
         }

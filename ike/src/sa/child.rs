@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use ipsec::plane::{Encapsulation, EspSuite, Mode, SaPair};
 use ipsec::secret::Secret;
-use ipsec::selector::{TrafficSelector, narrow};
+use ipsec::selector::TrafficSelector;
 use ipsec::transform::{Ke, Prf, Proposal, Protocol};
 use pad::PeerIdentity;
 
@@ -19,10 +19,12 @@ use super::fault::{Fault, notify};
 use super::init::{NONCE_LENGTH, methods, numbered, offers};
 use super::parts::{Parts, address_selectors};
 use super::retry::{after, random_below};
+use super::selectors::{Candidate, Selectors, candidates};
 use crate::Rng;
 use crate::config::Child;
 use crate::crypto::{self, KeyExchange};
 use crate::engine::context::Context;
+use crate::engine::triggers::Trigger;
 use crate::engine::{ChildReady, ChildSaId, ChildSaStatus, ChildState, CloseReason};
 use crate::wire::{Notify, NotifyType, Payload, WireSelector};
 
@@ -44,6 +46,8 @@ pub(crate) struct ChildSa {
     pub(crate) expire_at: Option<Instant>,
     pub(crate) local_ts: Vec<TrafficSelector>,
     pub(crate) remote_ts: Vec<TrafficSelector>,
+    /// The peer took selectors of one pair of addresses only (SINGLE_PAIR_REQUIRED).
+    pub(crate) single_pair: bool,
     /// The Child SA that it took the place of.
     pub(crate) replaces: Option<ChildSaId>,
     /// The lower nonce of the exchange that made it (RFC 7296 §2.8.1).
@@ -140,8 +144,9 @@ pub(crate) struct ChildOffer {
     pub(crate) replaces: Option<Replaced>,
     pub(crate) nonce: Vec<u8>,
     proposals: Vec<Proposal>,
-    local_ts: Vec<TrafficSelector>,
-    remote_ts: Vec<TrafficSelector>,
+    selectors: Selectors,
+    /// The selectors are those of one pair of addresses: the peer takes no others.
+    single_pair: bool,
     ke: Option<KeyExchange>,
     /// In CREATE_CHILD_SA, with a nonce of its own.
     own_exchange: bool,
@@ -207,9 +212,26 @@ impl ChildOffer {
     ) -> Self {
         let spi = ctx.reserve_child_spi(core.id);
         let id = ctx.next_child();
-        let (local_ts, remote_ts) = resolve(&config, core);
+        let selectors = resolve(&config, core);
         let proposals = numbered(&proposals, &spi.to_be_bytes());
-        Self { id, config, spi, replaces, nonce, proposals, local_ts, remote_ts, ke, own_exchange }
+        Self { id, config, spi, replaces, nonce, proposals, selectors, single_pair: false, ke, own_exchange }
+    }
+
+    /// Offers for the packet that wants the Child SA, if there is one (§2.9).
+    pub(crate) fn wanted_by(mut self, trigger: Option<Trigger>) -> Self {
+        self.selectors = self.selectors.wanted_by(trigger);
+        self.single_pair = trigger.is_some_and(|trigger| trigger.single_pair);
+        self
+    }
+
+    /// Offers what a predecessor has, where its peer would refuse more; elsewhere the configuration's selectors, which are
+    /// a superset (§2.9.2).
+    pub(crate) fn succeeding(mut self, old: Option<&ChildSa>) -> Self {
+        if let Some(old) = old.filter(|old| old.single_pair) {
+            self.selectors = Selectors { local: old.local_ts.clone(), remote: old.remote_ts.clone() };
+            self.single_pair = true;
+        }
+        self
     }
 
     /// True when INVALID_KE_PAYLOAD with this group is worth another try (§1.3).
@@ -239,8 +261,8 @@ impl ChildOffer {
         if let Some(ke) = &self.ke {
             payloads.push(Payload::Ke { group: ke.method(), data: ke.public().to_vec() });
         }
-        payloads.push(Payload::TsInitiator(wire_selectors(&self.local_ts)));
-        payloads.push(Payload::TsResponder(wire_selectors(&self.remote_ts)));
+        payloads.push(Payload::TsInitiator(wire_selectors(&self.selectors.local)));
+        payloads.push(Payload::TsResponder(wire_selectors(&self.selectors.remote)));
         payloads
     }
 
@@ -265,11 +287,8 @@ impl ChildOffer {
         if mode != self.config.mode {
             return Err(unusable(true, "the peer chose another mode"));
         }
-        let (local_ts, remote_ts) = (address_selectors(ts_i), address_selectors(ts_r));
-        let narrowed = |chosen: &[TrafficSelector], offered: &[TrafficSelector]| {
-            !chosen.is_empty() && chosen.iter().all(|selector| offered.iter().any(|offer| offer.contains(selector)))
-        };
-        if !narrowed(&local_ts, &self.local_ts) || !narrowed(&remote_ts, &self.remote_ts) {
+        let chosen = Selectors { local: address_selectors(ts_i), remote: address_selectors(ts_r) };
+        if chosen.local.is_empty() || chosen.remote.is_empty() || !self.selectors.contains(&chosen) {
             return Err(unusable(true, "the peer's traffic selectors are not within ours"));
         }
         let secret = match (method, self.ke, &parts.ke) {
@@ -290,8 +309,10 @@ impl ChildOffer {
             spi_out,
             suite,
             ke: method,
-            local_ts,
-            remote_ts,
+            local_ts: chosen.local,
+            remote_ts: chosen.remote,
+            single_pair: self.single_pair,
+            additional_ts: self.single_pair || parts.has(NotifyType::ADDITIONAL_TS_POSSIBLE),
             lowest_nonce: self.nonce.min(nr.to_vec()),
         };
         Ok(made.split(parent, keys_in, keys_out))
@@ -323,25 +344,16 @@ pub(crate) fn answer(
     let wants_transport = parts.has(NotifyType::USE_TRANSPORT_MODE);
     let theirs = Proposed::read(parent.core, address_selectors(ts_i), address_selectors(ts_r), wants_transport);
     let preferred = parts.ke.as_ref().map(|(group, _)| *group);
-    let mut fault = Fault::TsUnacceptable;
-    let mut chosen = None;
-    for config in by_mode(configs, wants_transport) {
-        let (local, remote) = resolve(config, parent.core);
-        let (local_ts, remote_ts) =
-            (narrow(&theirs.local, &local).selectors, narrow(&theirs.remote, &remote).selectors);
-        if local_ts.is_empty() || remote_ts.is_empty() {
-            continue;
-        }
-        let ours_first = ctx.config.prefer_configured_proposals;
-        match crypto::select_esp(offered, &config.esp_proposals, ours_first, own_exchange, preferred) {
-            Some(choice) => {
-                chosen = Some((config, choice, local_ts, remote_ts));
-                break;
-            }
-            None => fault = Fault::NoProposalChosen,
-        }
-    }
-    let Some((config, choice, local_ts, remote_ts)) = chosen else { return Err(fault) };
+    let fitting = candidates(configs, &theirs.selectors, wants_transport, |config| resolve(config, parent.core));
+    let fault = if fitting.is_empty() { Fault::TsUnacceptable } else { Fault::NoProposalChosen };
+    let ours_first = ctx.config.prefer_configured_proposals;
+    let mut agreed = fitting.into_iter().filter_map(|candidate| {
+        let proposals = &candidate.config.esp_proposals;
+        Some((crypto::select_esp(offered, proposals, ours_first, own_exchange, preferred)?, candidate))
+    });
+    let (choice, candidate) = agreed.next().ok_or(fault)?;
+    let leaves_out = candidate.leaves_out(agreed.map(|(_, other)| other));
+    let Candidate { config, narrowed: Selectors { local: local_ts, remote: remote_ts }, .. } = candidate;
     let offer = offered.iter().find(|offer| offer.number == choice.proposal.number);
     let spi_out = offer.and_then(|offer| spi_of(&offer.spi)).ok_or(Fault::NoProposalChosen)?;
     let mut public = None;
@@ -363,6 +375,9 @@ pub(crate) fn answer(
         payloads.push(notify(NotifyType::USE_TRANSPORT_MODE, Vec::new()));
     }
     payloads.push(notify(NotifyType::ESP_TFC_PADDING_NOT_SUPPORTED, Vec::new()));
+    if leaves_out {
+        payloads.push(notify(NotifyType::ADDITIONAL_TS_POSSIBLE, Vec::new()));
+    }
     let mut proposal = choice.proposal;
     proposal.spi = spi_in.to_be_bytes().to_vec();
     payloads.push(Payload::Sa(vec![proposal]));
@@ -384,6 +399,8 @@ pub(crate) fn answer(
         ke: choice.ke,
         local_ts,
         remote_ts,
+        single_pair: false,
+        additional_ts: false,
         lowest_nonce: ni.min(nr).to_vec(),
     };
     let (child, mut ready) = made.split(parent, keys_in, keys_out);
@@ -391,25 +408,17 @@ pub(crate) fn answer(
     Ok(ChildAnswer { child, ready, payloads })
 }
 
-/// Configurations of the mode that the peer asks for. Transport mode is a wish that may be declined
-/// (§1.3.1), so tunnel configurations come after those of transport mode; the reverse is not possible.
-fn by_mode(configs: &[Arc<Child>], transport: bool) -> impl Iterator<Item = &Arc<Child>> {
-    let wished = configs.iter().filter(move |config| transport && config.mode == Mode::Transport);
-    wished.chain(configs.iter().filter(|config| config.mode == Mode::Tunnel))
-}
-
 /// Our and the peer's selectors of a configuration on this IKE SA.
-fn resolve(config: &Child, core: &Core) -> (Vec<TrafficSelector>, Vec<TrafficSelector>) {
+fn resolve(config: &Child, core: &Core) -> Selectors {
     let local = config.local_ts.iter().map(|selector| selector.resolve(core.path.local.ip()));
     let remote = config.remote_ts.iter().map(|selector| selector.resolve(core.path.remote.ip()));
-    (local.collect(), remote.collect())
+    Selectors { local: local.collect(), remote: remote.collect() }
 }
 
 /// What the peer proposed, in our terms. In transport mode through a NAT its selectors name addresses that
 /// only it sees; they stand for those of the IKE SA (§2.23.1).
 struct Proposed {
-    local: Vec<TrafficSelector>,
-    remote: Vec<TrafficSelector>,
+    selectors: Selectors,
     original_local: Option<IpAddr>,
     original_remote: Option<IpAddr>,
 }
@@ -425,7 +434,7 @@ impl Proposed {
         if transport && core.nat.local {
             original_local = substitute(&mut local, core.path.local.ip());
         }
-        Self { local, remote, original_local, original_remote }
+        Self { selectors: Selectors { local, remote }, original_local, original_remote }
     }
 
     fn restore_local(&self, selectors: &[TrafficSelector]) -> Vec<TrafficSelector> {
@@ -481,6 +490,8 @@ struct Made {
     ke: Ke,
     local_ts: Vec<TrafficSelector>,
     remote_ts: Vec<TrafficSelector>,
+    single_pair: bool,
+    additional_ts: bool,
     lowest_nonce: Vec<u8>,
 }
 
@@ -518,6 +529,7 @@ impl Made {
             connection: parent.core.name.clone(),
             config: Arc::clone(&self.config),
             peer: Arc::clone(parent.peer),
+            additional_ts: self.additional_ts,
             pair,
         };
         let child = ChildSa {
@@ -536,6 +548,7 @@ impl Made {
             expire_at: None,
             local_ts: self.local_ts,
             remote_ts: self.remote_ts,
+            single_pair: self.single_pair,
             replaces: self.replaces.map(|(id, _)| id),
             lowest_nonce: self.lowest_nonce,
             down_at: None,

@@ -32,6 +32,11 @@ impl Established {
         nr: &[u8],
     ) -> Result<(), Closed> {
         if let Some(error) = parts.error() {
+            if error.kind == NotifyType::SINGLE_PAIR_REQUIRED && ctx.triggers.restrict_to_pair(token) {
+                ctx.release_child_spi(offer.spi);
+                self.queue.push_front(Task::CreateChild { config: offer.config, token, group: None, tries: 0 });
+                return self.pump(ctx, now);
+            }
             // §1.2: the IKE SA stays.
             let reason = format!("received {} notify error", notify_name(error.kind));
             ctx.release_child_spi(offer.spi);
@@ -83,7 +88,10 @@ impl Established {
     ) -> Result<(), Closed> {
         let name = config.name.clone();
         let offer = match ChildOffer::create(ctx, &self.core, config, replaces, group) {
-            Ok(offer) => offer,
+            Ok(offer) => {
+                let old = replaces.and_then(|replaced| self.children.get(&replaced.id));
+                offer.wanted_by(ctx.triggers.of(token)).succeeding(old)
+            }
             Err(reason) => {
                 self.child_failed(ctx, token, &name, &reason);
                 return Ok(());
@@ -185,6 +193,10 @@ impl Established {
                     }
                     return Ok(());
                 }
+            }
+            NotifyType::SINGLE_PAIR_REQUIRED if replaced.is_none() && ctx.triggers.restrict_to_pair(token) => {
+                self.queue.push_front(again(None, next));
+                return Ok(());
             }
             // §2.21.3: the peer found our request malformed and closes.
             NotifyType::INVALID_SYNTAX => {

@@ -19,6 +19,7 @@ pub(crate) mod nat;
 pub(crate) mod parts;
 pub(crate) mod rekey;
 pub(crate) mod retry;
+pub(crate) mod selectors;
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;

@@ -9,6 +9,7 @@ mod network;
 mod refusals;
 mod rekey;
 mod seeds;
+mod selectors;
 mod stream;
 
 use std::collections::BTreeMap;

@@ -6,7 +6,7 @@ use crate::sa::parts::Parts;
 use crate::wire::{Notify, NotifyType, Payload};
 
 /// A, which is authenticated, sends this request; gives what B answers.
-fn ask(pair: &mut Pair, exchange: ExchangeType, payloads: &[Payload]) -> Parts {
+pub(super) fn ask(pair: &mut Pair, exchange: ExchangeType, payloads: &[Payload]) -> Parts {
     let retry = retry::Retry::start(pair.now, &pair.sides[A].engine.ctx.config.retransmission, false, &mut TestRng(1));
     let slot = pair.sides[A].engine.sas.values_mut().next().unwrap();
     let IkeSa::Established(sa) = &mut slot.sa else { panic!("an established IKE SA") };
@@ -15,6 +15,12 @@ fn ask(pair: &mut Pair, exchange: ExchangeType, payloads: &[Payload]) -> Parts {
     let (now, before) = (pair.now, pair.sides[B].sent.len());
     pair.sides[B].engine.handle_message(now, path, &sealed[0]);
     pair.drain(B);
+    if pair.sides[B].sent.len() == before {
+        // A Child SA is installed before the answer is sent, which A's engine shall not take.
+        let cut = std::mem::replace(&mut pair.cut, true);
+        pair.run(Duration::from_millis(100));
+        pair.cut = cut;
+    }
     assert_eq!(pair.sides[B].sent.len(), before + 1, "one answer");
     let answer = pair.sides[B].sent[before].bytes.clone();
     let Ok(Incoming::Protected(protected)) = wire::parse(&answer) else { panic!("a protected answer") };
