@@ -3,6 +3,8 @@
 
 use std::sync::Arc;
 
+use pkcs8::der::asn1::AnyRef;
+use pkcs8::der::{Decode, Encode, Tag};
 use rustls_pki_types::{CertificateDer, SignatureVerificationAlgorithm, TrustAnchor, UnixTime};
 use sha1::{Digest, Sha1};
 use sha2::Sha256;
@@ -12,8 +14,10 @@ use webpki::{
 };
 use x509_parser::prelude::{FromDer, GeneralName, ParsedExtension, X509Certificate};
 
+use crate::constraints::{SignatureConstraints, SignatureSettings};
+use crate::distinguished_name::elements;
 use crate::identity::Identity;
-use crate::signature::{self, KeyType};
+use crate::signature::{self, KeyType, Scheme};
 
 /// Largest certificate that is read, in octets.
 pub const MAX_CERTIFICATE_SIZE: usize = 64 * 1024;
@@ -44,6 +48,7 @@ pub struct Certificate {
     is_authority: bool,
     may_sign: bool,
     may_certify: bool,
+    signature_scheme: Option<Scheme>,
 }
 
 impl std::fmt::Debug for Certificate {
@@ -108,6 +113,7 @@ impl Certificate {
             may_sign: usage.is_none_or(|usage| usage.digital_signature() || usage.non_repudiation()),
             // RFC 5280 §6.1.4 (n).
             may_certify: is_authority && usage.is_none_or(|usage| usage.key_cert_sign()),
+            signature_scheme: signature_scheme(der),
         })
     }
 
@@ -231,6 +237,12 @@ impl Certificate {
     }
 }
 
+/// What its issuer signed it with.
+fn signature_scheme(der: &[u8]) -> Option<Scheme> {
+    let parts = elements(AnyRef::from_der(der).ok()?, Tag::Sequence)?;
+    Scheme::of_certificate(&parts.get(1)?.to_der().ok()?)
+}
+
 fn alternative_name(name: &GeneralName<'_>) -> Option<Identity> {
     match name {
         GeneralName::DNSName(name) => Identity::from_wire(2, name.as_bytes()).ok(),
@@ -244,14 +256,24 @@ fn alternative_name(name: &GeneralName<'_>) -> Option<Identity> {
 /// Validates the chain from `leaf` to one of `anchors` at `now`, and gives the anchor it ends at.
 ///
 /// Signatures with SHA-1 and RSA keys below 2048 bits are refused. The anchor's validity and key usage are
-/// checked too: an expired CA vouches for nobody.
+/// checked too: an expired CA vouches for nobody. The constraints hold for the keys of all certificates, the
+/// anchor's included, and for the signatures of all but the anchor.
 pub(crate) fn validate_chain(
     leaf: &Certificate,
     anchors: &[Arc<Certificate>],
     intermediates: &[CertificateDer<'_>],
     now: u64,
+    (constraints, settings): (&SignatureConstraints, SignatureSettings),
 ) -> Result<Arc<Certificate>, String> {
-    let usable: Vec<_> = anchors.iter().filter(|anchor| anchor.may_certify && anchor.is_valid_at(now)).collect();
+    if !constraints.admits_certificate(leaf.signature_scheme, settings) {
+        return Err("its issuer's signature is none that the configuration asks for".to_owned());
+    }
+    let key_fits = |certificate: &Certificate| {
+        let admits = |key| constraints.admits_key(key, certificate.key_bits());
+        certificate.key_type().map_or(constraints.admits_every_key(), admits)
+    };
+    let usable: Vec<_> =
+        anchors.iter().filter(|anchor| anchor.may_certify && anchor.is_valid_at(now) && key_fits(anchor)).collect();
     let ders: Vec<_> = usable.iter().map(|anchor| CertificateDer::from(anchor.der())).collect();
     let mut anchors = Vec::new();
     for (certificate, der) in usable.iter().zip(&ders) {
@@ -263,23 +285,24 @@ pub(crate) fn validate_chain(
     let der = CertificateDer::from(leaf.der());
     let leaf = EndEntityCert::try_from(&der).map_err(|error| error.to_string())?;
     let time = UnixTime::since_unix_epoch(std::time::Duration::from_secs(now));
+    let issuers_are_good = |path: &VerifiedPath<'_>| {
+        for issuer in path.intermediate_certificates() {
+            let issuer = Certificate::parse(&issuer.der()).ok().filter(|issuer| issuer.may_certify);
+            let issuer = issuer.ok_or(webpki::Error::EndEntityUsedAsCa)?;
+            if !key_fits(&issuer) || !constraints.admits_certificate(issuer.signature_scheme, settings) {
+                return Err(webpki::Error::UnknownIssuer);
+            }
+        }
+        Ok(())
+    };
     let path = leaf
-        .verify_for_usage(SIGNATURES, &trusted, intermediates, time, IkeUsage, None, Some(&issuers_may_certify))
+        .verify_for_usage(SIGNATURES, &trusted, intermediates, time, IkeUsage, None, Some(&issuers_are_good))
         .map_err(|error| error.to_string())?;
     anchors
         .into_iter()
         .find(|(anchor, _)| anchor == path.anchor())
         .map(|(_, certificate)| certificate)
         .ok_or_else(|| "the trust anchor is not known".to_owned())
-}
-
-fn issuers_may_certify(path: &VerifiedPath<'_>) -> Result<(), webpki::Error> {
-    for issuer in path.intermediate_certificates() {
-        if !Certificate::parse(&issuer.der()).is_ok_and(|issuer| issuer.may_certify) {
-            return Err(webpki::Error::EndEntityUsedAsCa);
-        }
-    }
-    Ok(())
 }
 
 /// RFC 4945 §5.1.3.12 takes certificates without extendedKeyUsage, with anyExtendedKeyUsage or with

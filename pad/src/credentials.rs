@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 use ipsec::secret::Secret;
 
+use crate::announcement::AuthAnnouncement;
+use crate::constraints::{SignatureConstraints, SignatureSettings};
 use crate::identity::{Identity, IdentityPattern};
 
 mod authenticate;
@@ -54,8 +56,8 @@ pub struct LocalAuth {
     pub class: AuthClass,
     /// Certificates that may be used, DER; empty lets [`Credentials::sign`] find one for the identity.
     pub certificates: Vec<Vec<u8>>,
-    /// Use RSASSA-PSS rather than PKCS#1 v1.5 where the peer speaks RFC 7427.
-    pub rsa_pss: bool,
+    /// What our key and our signature have to be.
+    pub constraints: SignatureConstraints,
 }
 
 /// One entry of the PAD: which peer is admitted, proved how (RFC 4301 §4.4.3.1).
@@ -71,6 +73,8 @@ pub struct PadEntry {
     pub cacerts: Vec<Vec<u8>>,
     /// If not empty, the end-entity certificate must be one of these (DER).
     pub certs: Vec<Vec<u8>>,
+    /// What the keys and signatures of the chain and of AUTH have to be.
+    pub constraints: SignatureConstraints,
 }
 
 /// What a peer sent to prove itself, and the entries that could admit it, in order.
@@ -91,6 +95,8 @@ pub struct AuthenticateRequest {
     pub certificates: Vec<Vec<u8>>,
     /// Candidates in PAD order: the first that admits the peer wins.
     pub entries: Vec<PadEntry>,
+    /// The daemon's settings.
+    pub settings: SignatureSettings,
 }
 
 /// What is needed to authenticate ourselves.
@@ -109,6 +115,10 @@ pub struct SignRequest {
     pub peer_hashes: Option<Vec<u16>>,
     /// SHA-1 hashes of acceptable CAs' public keys from CERTREQ payloads.
     pub cert_requests: Vec<[u8; 20]>,
+    /// The peer's SUPPORTED_AUTH_METHODS (RFC 9593), in its order of preference; `None` if it sent none.
+    pub announced: Option<Vec<AuthAnnouncement>>,
+    /// The daemon's settings.
+    pub settings: SignatureSettings,
 }
 
 /// Our proof.

@@ -5,14 +5,18 @@
 
 #![forbid(unsafe_code)]
 
+mod announcement;
 pub mod certificate;
+mod constraints;
 pub mod credentials;
 mod distinguished_name;
 pub mod identity;
 pub mod peer;
 mod signature;
 
+pub use announcement::AuthAnnouncement;
 pub use certificate::{Certificate, CertificateError};
+pub use constraints::{ConstraintError, SignatureConstraints, SignatureSettings};
 pub use credentials::{
     AuthClass, AuthError, AuthMethod, AuthenticateRequest, CredentialError, Credentials, LocalAuth, PadEntry,
     SharedKeyMac, SignError, SignRequest, SignedAuth, StoredCertificate,

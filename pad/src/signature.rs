@@ -12,6 +12,8 @@ use pkcs8::der::{Decode, Tag, TagNumber};
 use pkcs8::spki::SubjectPublicKeyInfoRef;
 use sha1::{Digest, Sha1};
 
+use crate::announcement::AuthAnnouncement;
+use crate::constraints::{SignatureConstraints, SignatureSettings};
 use crate::credentials::AuthMethod;
 use crate::distinguished_name::elements;
 
@@ -65,38 +67,49 @@ pub(crate) enum VerifyError {
     Signature,
 }
 
-/// Verifies an AUTH value over `octets` with a public key.
+/// Verifies an AUTH value over `octets` with a public key. Gives the scheme that it verified with; `None` is
+/// PKCS#1 v1.5 with SHA-1 of method 1, which no constraint can name.
 pub(crate) fn verify(
     method: AuthMethod,
     key_type: KeyType,
     public_key: &[u8],
     octets: &[u8],
     auth: &[u8],
-) -> Result<(), VerifyError> {
+) -> Result<Option<Scheme>, VerifyError> {
+    type Candidate = (&'static dyn VerificationAlgorithm, Option<Scheme>);
     // RFC 7296 §3.8: SHA-1 is what peers without RFC 7427 sign with, but the hash is the signer's choice.
-    const METHOD_1: &[&dyn VerificationAlgorithm] =
-        &[&signature::RSA_PKCS1_2048_8192_SHA1_FOR_LEGACY_USE_ONLY, &signature::RSA_PKCS1_2048_8192_SHA256];
-    let (algorithms, value): (Vec<&dyn VerificationAlgorithm>, &[u8]) = match (method, key_type) {
+    const METHOD_1: [Candidate; 2] = [
+        (&signature::RSA_PKCS1_2048_8192_SHA1_FOR_LEGACY_USE_ONLY, None),
+        (&signature::RSA_PKCS1_2048_8192_SHA256, Some(Scheme::Pkcs1(Hash::Sha256))),
+    ];
+    let (candidates, value): (Vec<Candidate>, &[u8]) = match (method, key_type) {
         (AuthMethod::RSA, KeyType::Rsa) => (METHOD_1.to_vec(), auth),
         // RFC 4754 §3: each method is one curve with one hash.
-        (AuthMethod::ECDSA_256, KeyType::EcdsaP256) => (vec![&signature::ECDSA_P256_SHA256_FIXED], auth),
-        (AuthMethod::ECDSA_384, KeyType::EcdsaP384) => (vec![&signature::ECDSA_P384_SHA384_FIXED], auth),
-        (AuthMethod::ECDSA_521, KeyType::EcdsaP521) => (vec![&signature::ECDSA_P521_SHA512_FIXED], auth),
+        (AuthMethod::ECDSA_256, KeyType::EcdsaP256) => {
+            (vec![(&signature::ECDSA_P256_SHA256_FIXED, Some(Scheme::Ecdsa(Hash::Sha256)))], auth)
+        }
+        (AuthMethod::ECDSA_384, KeyType::EcdsaP384) => {
+            (vec![(&signature::ECDSA_P384_SHA384_FIXED, Some(Scheme::Ecdsa(Hash::Sha384)))], auth)
+        }
+        (AuthMethod::ECDSA_521, KeyType::EcdsaP521) => {
+            (vec![(&signature::ECDSA_P521_SHA512_FIXED, Some(Scheme::Ecdsa(Hash::Sha512)))], auth)
+        }
         (AuthMethod::DIGITAL_SIGNATURE, _) => {
             let (scheme, value) = digital_signature(auth).map_err(VerifyError::Method)?;
             let algorithm = scheme
                 .verification_algorithm(key_type)
                 .ok_or(VerifyError::Method("the signature algorithm does not fit the key"))?;
-            (vec![algorithm], value)
+            (vec![(algorithm, Some(scheme))], value)
         }
         _ => return Err(VerifyError::Method("the method does not fit the key")),
     };
     let verifies = |algorithm| UnparsedPublicKey::new(algorithm, public_key).verify(octets, value).is_ok();
-    if algorithms.into_iter().any(verifies) { Ok(()) } else { Err(VerifyError::Signature) }
+    let verified = candidates.into_iter().find(|(algorithm, _)| verifies(*algorithm));
+    verified.map(|(_, scheme)| scheme).ok_or(VerifyError::Signature)
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Hash {
+pub(crate) enum Hash {
     Sha256,
     Sha384,
     Sha512,
@@ -126,7 +139,7 @@ const IDENTITY_HASH: u16 = 5;
 
 /// A signature algorithm that an RFC 7427 AUTH value can name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Scheme {
+pub(crate) enum Scheme {
     Pkcs1(Hash),
     Pss(Hash),
     Ecdsa(Hash),
@@ -134,6 +147,40 @@ enum Scheme {
 }
 
 impl Scheme {
+    /// The scheme of a certificate's signature: its AlgorithmIdentifier in DER (RFC 5280 §4.1.1.2).
+    pub(crate) fn of_certificate(algorithm: &[u8]) -> Option<Self> {
+        let fields = elements(AnyRef::from_der(algorithm).ok()?, Tag::Sequence)?;
+        let oid = fields.first()?.decode_as::<ObjectIdentifier>().ok()?;
+        let known = [
+            (SHA256_WITH_RSA_ENCRYPTION, Self::Pkcs1(Hash::Sha256)),
+            (SHA384_WITH_RSA_ENCRYPTION, Self::Pkcs1(Hash::Sha384)),
+            (SHA512_WITH_RSA_ENCRYPTION, Self::Pkcs1(Hash::Sha512)),
+            (ECDSA_SHA256, Self::Ecdsa(Hash::Sha256)),
+            (ECDSA_SHA384, Self::Ecdsa(Hash::Sha384)),
+            (ECDSA_SHA512, Self::Ecdsa(Hash::Sha512)),
+            (ED25519, Self::Ed25519),
+        ];
+        let fixed = known.into_iter().find(|(known, _)| *known == oid).map(|(_, scheme)| scheme);
+        fixed.or_else(|| pss_hash(algorithm).map(Self::Pss))
+    }
+
+    /// Types of key that sign with it.
+    pub(crate) fn key_types(self) -> &'static [KeyType] {
+        match self {
+            Self::Pkcs1(_) | Self::Pss(_) => &[KeyType::Rsa],
+            Self::Ecdsa(_) => &[KeyType::EcdsaP256, KeyType::EcdsaP384, KeyType::EcdsaP521],
+            Self::Ed25519 => &[KeyType::Ed25519],
+        }
+    }
+
+    /// IANA's number of its hash (RFC 7427 §7, RFC 8420 §2).
+    fn hash_id(self) -> u16 {
+        match self {
+            Self::Pkcs1(hash) | Self::Pss(hash) | Self::Ecdsa(hash) => hash.id(),
+            Self::Ed25519 => IDENTITY_HASH,
+        }
+    }
+
     fn verification_algorithm(self, key: KeyType) -> Option<&'static dyn VerificationAlgorithm> {
         Some(match (self, key) {
             (Self::Pkcs1(Hash::Sha256), KeyType::Rsa) => &signature::RSA_PKCS1_2048_8192_SHA256,
@@ -156,7 +203,7 @@ impl Scheme {
         })
     }
 
-    fn algorithm_identifier(self) -> &'static [u8] {
+    pub(crate) fn algorithm_identifier(self) -> &'static [u8] {
         match self {
             Self::Pkcs1(Hash::Sha256) => SHA256_WITH_RSA,
             Self::Pkcs1(Hash::Sha384) => SHA384_WITH_RSA,
@@ -313,51 +360,104 @@ impl PrivateKey {
         &self.public_key
     }
 
-    /// Signs `octets`: with method 14 if the peer announced a hash that the key can use, else with the key's
-    /// own method (RFC 7427 §4).
-    pub(crate) fn sign(
+    /// The ways in which it can sign for a peer, the preferred first: with method 14 and a hash that the peer
+    /// announced, else with the key's own method (RFC 7427 §4). Without constraints the hash is as strong as the key,
+    /// where the peer knows it.
+    pub(crate) fn ways(
         &self,
-        octets: &[u8],
         peer_hashes: Option<&[u16]>,
-        rsa_pss: bool,
-    ) -> Result<(AuthMethod, Vec<u8>), &'static str> {
-        const REFUSED: &str = "the key could not sign";
-        let announced = |hash: u16| peer_hashes.is_some_and(|hashes| hashes.contains(&hash));
+        constraints: &SignatureConstraints,
+        settings: SignatureSettings,
+    ) -> Vec<Way> {
+        let announced = |scheme: &Scheme| peer_hashes.is_some_and(|hashes| hashes.contains(&scheme.hash_id()));
+        let can = self.schemes(settings);
+        let schemes = match constraints.auth_schemes(settings) {
+            Some(asked) => asked.into_iter().filter(|scheme| can.contains(scheme)).collect(),
+            None => can,
+        };
+        let classic = match self.key_type {
+            KeyType::EcdsaP256 => Some((AuthMethod::ECDSA_256, Scheme::Ecdsa(Hash::Sha256))),
+            KeyType::EcdsaP384 => Some((AuthMethod::ECDSA_384, Scheme::Ecdsa(Hash::Sha384))),
+            KeyType::EcdsaP521 => Some((AuthMethod::ECDSA_521, Scheme::Ecdsa(Hash::Sha512))),
+            // RSA's own method would mean SHA-1.
+            KeyType::Rsa | KeyType::Ed25519 => None,
+        };
+        let classic = classic.filter(|(_, scheme)| schemes.contains(scheme)).map(|(method, _)| Way::Own(method));
+        schemes.into_iter().filter(announced).map(Way::Digital).chain(classic).collect()
+    }
+
+    /// Schemes that the key has, in the order in which it takes them by itself.
+    fn schemes(&self, settings: SignatureSettings) -> Vec<Scheme> {
         match &self.signer {
             Signer::Rsa(pair) => {
-                let hash = [Hash::Sha256, Hash::Sha384, Hash::Sha512]
-                    .into_iter()
-                    .find(|hash| announced(hash.id()))
-                    .ok_or("the peer takes RSA signatures with SHA-1 only, and those are not made")?;
-                let (scheme, encoding): (_, &'static dyn RsaEncoding) = match (rsa_pss, hash) {
-                    (false, Hash::Sha256) => (Scheme::Pkcs1(hash), &signature::RSA_PKCS1_SHA256),
-                    (false, Hash::Sha384) => (Scheme::Pkcs1(hash), &signature::RSA_PKCS1_SHA384),
-                    (false, Hash::Sha512) => (Scheme::Pkcs1(hash), &signature::RSA_PKCS1_SHA512),
-                    (true, Hash::Sha256) => (Scheme::Pss(hash), &signature::RSA_PSS_SHA256),
-                    (true, Hash::Sha384) => (Scheme::Pss(hash), &signature::RSA_PSS_SHA384),
-                    (true, Hash::Sha512) => (Scheme::Pss(hash), &signature::RSA_PSS_SHA512),
+                // NIST SP 800-57's strengths: 3072 bits equal 128, 7680 bits equal 192.
+                let hashes = match pair.public_modulus_len() {
+                    0..=384 => [Hash::Sha256, Hash::Sha384, Hash::Sha512],
+                    385..=960 => [Hash::Sha384, Hash::Sha512, Hash::Sha256],
+                    _ => [Hash::Sha512, Hash::Sha384, Hash::Sha256],
+                };
+                let (pss, pkcs1) = (hashes.map(Scheme::Pss), hashes.map(Scheme::Pkcs1));
+                if settings.rsa_pss { [pss, pkcs1].concat() } else { [pkcs1, pss].concat() }
+            }
+            // The library binds each curve to one hash.
+            Signer::Ecdsa { .. } => vec![Scheme::Ecdsa(match self.key_type {
+                KeyType::EcdsaP384 => Hash::Sha384,
+                KeyType::EcdsaP521 => Hash::Sha512,
+                KeyType::EcdsaP256 | KeyType::Rsa | KeyType::Ed25519 => Hash::Sha256,
+            })],
+            Signer::Ed25519(_) => vec![Scheme::Ed25519],
+        }
+    }
+
+    /// Signs `octets` in one of the key's [`Self::ways`].
+    pub(crate) fn sign(&self, octets: &[u8], way: Way) -> Result<(AuthMethod, Vec<u8>), &'static str> {
+        const REFUSED: &str = "the key could not sign";
+        let ecdsa = |pair: &EcdsaKeyPair| pair.sign(&SystemRandom::new(), octets).map_err(|_| REFUSED);
+        match (&self.signer, way) {
+            (Signer::Rsa(pair), Way::Digital(scheme)) => {
+                let encoding: &'static dyn RsaEncoding = match scheme {
+                    Scheme::Pkcs1(Hash::Sha256) => &signature::RSA_PKCS1_SHA256,
+                    Scheme::Pkcs1(Hash::Sha384) => &signature::RSA_PKCS1_SHA384,
+                    Scheme::Pkcs1(Hash::Sha512) => &signature::RSA_PKCS1_SHA512,
+                    Scheme::Pss(Hash::Sha256) => &signature::RSA_PSS_SHA256,
+                    Scheme::Pss(Hash::Sha384) => &signature::RSA_PSS_SHA384,
+                    Scheme::Pss(Hash::Sha512) => &signature::RSA_PSS_SHA512,
+                    Scheme::Ecdsa(_) | Scheme::Ed25519 => return Err(REFUSED),
                 };
                 let mut value = vec![0; pair.public_modulus_len()];
                 pair.sign(encoding, &SystemRandom::new(), octets, &mut value).map_err(|_| REFUSED)?;
                 digital_signature_auth(scheme, &value)
             }
-            Signer::Ecdsa { asn1, fixed } => {
-                let (hash, method) = match self.key_type {
-                    KeyType::EcdsaP384 => (Hash::Sha384, AuthMethod::ECDSA_384),
-                    KeyType::EcdsaP521 => (Hash::Sha512, AuthMethod::ECDSA_521),
-                    KeyType::EcdsaP256 | KeyType::Rsa | KeyType::Ed25519 => (Hash::Sha256, AuthMethod::ECDSA_256),
-                };
-                let sign = |pair: &EcdsaKeyPair| pair.sign(&SystemRandom::new(), octets).map_err(|_| REFUSED);
-                if announced(hash.id()) {
-                    digital_signature_auth(Scheme::Ecdsa(hash), sign(asn1)?.as_ref())
-                } else {
-                    Ok((method, sign(fixed)?.as_ref().to_vec()))
-                }
+            (Signer::Ecdsa { asn1, .. }, Way::Digital(scheme)) => digital_signature_auth(scheme, ecdsa(asn1)?.as_ref()),
+            (Signer::Ecdsa { fixed, .. }, Way::Own(method)) => Ok((method, ecdsa(fixed)?.as_ref().to_vec())),
+            (Signer::Ed25519(pair), Way::Digital(scheme)) => {
+                digital_signature_auth(scheme, pair.try_sign(octets).map_err(|_| REFUSED)?.as_ref())
             }
-            Signer::Ed25519(_) if !announced(IDENTITY_HASH) => Err("the peer does not take Ed25519 signatures"),
-            Signer::Ed25519(pair) => {
-                digital_signature_auth(Scheme::Ed25519, pair.try_sign(octets).map_err(|_| REFUSED)?.as_ref())
+            (Signer::Rsa(_) | Signer::Ed25519(_), Way::Own(_)) => Err(REFUSED),
+        }
+    }
+}
+
+/// How a key signs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// With method 14.
+    Digital(Scheme),
+    /// With the key's own method.
+    Own(AuthMethod),
+}
+
+impl Way {
+    /// Says whether an announcement (RFC 9593) is about this way.
+    pub(crate) fn is_announced_by(self, announcement: &AuthAnnouncement) -> bool {
+        match self {
+            Self::Digital(scheme) => {
+                announcement.method == AuthMethod::DIGITAL_SIGNATURE
+                    && (announcement.algorithm.is_empty()
+                        || announcement.algorithm == scheme.algorithm_identifier()
+                        || Scheme::of_certificate(&announcement.algorithm) == Some(scheme))
             }
+            Self::Own(method) => announcement.method == method,
         }
     }
 }
@@ -376,6 +476,12 @@ const P_256: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.10045.3.1.
 const P_384: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.132.0.34");
 const P_521: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.132.0.35");
 const ED25519: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.101.112");
+const SHA256_WITH_RSA_ENCRYPTION: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.113549.1.1.11");
+const SHA384_WITH_RSA_ENCRYPTION: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.113549.1.1.12");
+const SHA512_WITH_RSA_ENCRYPTION: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.113549.1.1.13");
+const ECDSA_SHA256: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.10045.4.3.2");
+const ECDSA_SHA384: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.10045.4.3.3");
+const ECDSA_SHA512: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.10045.4.3.4");
 const SHA_256: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.16.840.1.101.3.4.2.1");
 const SHA_384: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.16.840.1.101.3.4.2.2");
 const SHA_512: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.16.840.1.101.3.4.2.3");

@@ -16,7 +16,7 @@ use ike::config::{
 use ike::crypto::parse_proposals;
 use ipsec::plane::{Lifetime, Mode};
 use ipsec::transform::{Proposal, Protocol};
-use pad::{AuthClass, Identity, IdentityPattern, LocalAuth, PadEntry};
+use pad::{AuthClass, Identity, IdentityPattern, LocalAuth, PadEntry, SignatureConstraints};
 
 use crate::config::certificate::{certificate_der, is_authority, read_certificate, subject};
 use crate::config::trap::Selectors;
@@ -244,7 +244,8 @@ fn local_auth(
     certificates: &dyn CertificateSource,
 ) -> Option<(Option<Identity>, LocalAuth)> {
     let Some(mut auth) = auth_section(options, "local") else {
-        let auth = LocalAuth { class: AuthClass::PublicKey, certificates: Vec::new(), rsa_pss: false };
+        let constraints = SignatureConstraints::default();
+        let auth = LocalAuth { class: AuthClass::PublicKey, certificates: Vec::new(), constraints };
         return Some((None, auth));
     };
     auth.known("round");
@@ -266,7 +267,8 @@ fn local_auth(
     };
     auth.finish(&["cert"]);
     let id = id.or_else(|| certs.first().and_then(|certificate| subject(certificate)));
-    Some((id, LocalAuth { class: class?, certificates: certs, rsa_pss: false }))
+    let (class, constraints) = class?;
+    Some((id, LocalAuth { class, certificates: certs, constraints }))
 }
 
 fn remote_auth(name: &str, options: &mut Options<'_, '_>, certificates: &dyn CertificateSource) -> Option<PadEntry> {
@@ -276,6 +278,7 @@ fn remote_auth(name: &str, options: &mut Options<'_, '_>, certificates: &dyn Cer
         class: AuthClass::PublicKey,
         cacerts: Vec::new(),
         certs: Vec::new(),
+        constraints: SignatureConstraints::default(),
     };
     let Some(mut auth) = auth_section(options, "remote") else {
         let message = "no 'remote' section: each peer with a certificate of a loaded CA is admitted";
@@ -305,7 +308,7 @@ fn remote_auth(name: &str, options: &mut Options<'_, '_>, certificates: &dyn Cer
         }
     }
     auth.finish(&["cert", "cacert"]);
-    entry.class = class?;
+    (entry.class, entry.constraints) = class?;
     Some(entry)
 }
 
@@ -614,19 +617,22 @@ impl<'s, 'r> Options<'s, 'r> {
         proposals
     }
 
-    fn auth_class(&mut self) -> Option<AuthClass> {
+    /// `auth`: the kind of proof, and for signatures what is asked of them.
+    fn auth_class(&mut self) -> Option<(AuthClass, SignatureConstraints)> {
         match self.text("auth") {
-            None | Some("pubkey") => Some(AuthClass::PublicKey),
-            Some("psk") => Some(AuthClass::SharedKey),
-            Some(text) => {
-                let reason = if text.starts_with("eap") || text.starts_with("xauth") {
-                    "EAP and XAuth are not served yet; write pubkey or psk"
-                } else {
-                    "constraints on keys and signatures cannot be enforced yet; write pubkey or psk"
-                };
-                self.invalid("auth", reason);
+            None => Some((AuthClass::PublicKey, SignatureConstraints::default())),
+            Some("psk") => Some((AuthClass::SharedKey, SignatureConstraints::default())),
+            Some(text) if text.starts_with("eap") || text.starts_with("xauth") => {
+                self.invalid("auth", "EAP and XAuth are not served yet; write pubkey or psk");
                 None
             }
+            Some(text) => match SignatureConstraints::parse(text) {
+                Ok(constraints) => Some((AuthClass::PublicKey, constraints)),
+                Err(error) => {
+                    self.invalid("auth", &error.to_string());
+                    None
+                }
+            },
         }
     }
 
@@ -836,9 +842,9 @@ mod tests {
             "pubkeys = k",
             "auth = eap-tls",
             "auth = xauth",
-            "auth = pubkey-sha256",
-            "auth = rsa-4096",
-            "auth = ike:rsa/pss-sha256",
+            "auth = pubkey-sha1",
+            "auth = rsa-4096-sha265",
+            "auth = bliss-128",
             "auth = any",
         ] {
             let message = refusal(&format!("remote {{ {option} }}"));
@@ -904,6 +910,20 @@ mod tests {
                 (StartAction::Trap, StartAction::None),
                 (StartAction::Start, StartAction::None)
             ]
+        );
+    }
+
+    #[test]
+    fn constraints_on_keys_and_signatures_are_read() {
+        let connection = read_good(
+            "local { auth = ike:rsa/pss-sha512\n id = a.example }\n remote { auth = ecdsa-384-sha384\n id = b.example }",
+        );
+        let parse = |text| SignatureConstraints::parse(text).unwrap();
+        assert_eq!(connection.local_auth.constraints, parse("ike:rsa/pss-sha512"));
+        assert_eq!(connection.remote.constraints, parse("ecdsa-384-sha384"));
+        assert_eq!(
+            (connection.local_auth.class, connection.remote.class),
+            (AuthClass::PublicKey, AuthClass::PublicKey)
         );
     }
 

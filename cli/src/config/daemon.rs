@@ -158,6 +158,9 @@ pub fn read_settings(root: &Section) -> Loaded {
     reader.set("delete_rekeyed_delay", &mut engine.delete_rekeyed_delay, seconds);
     reader.set("keep_alive", &mut engine.keep_alive, seconds);
     reader.set("prefer_configured_proposals", &mut engine.prefer_configured_proposals, values::boolean);
+    reader.set("signature_authentication", &mut engine.signature_authentication, values::boolean);
+    reader.set("signature_authentication_constraints", &mut engine.signatures.constraints_for_auth, values::boolean);
+    reader.set("rsa_pss", &mut engine.signatures.rsa_pss, values::boolean);
     reader.set("latch_socket", &mut config.latch_socket, |text| Some(PathBuf::from(text)));
     reader.set("install_routes", &mut config.install_routes, values::boolean);
     reader.set("routing_table", &mut config.routing_table, |text| limited(text, u32::MAX));

@@ -18,7 +18,9 @@ use std::time::{Duration, Instant};
 use ipsec::plane::{Encapsulation, EspSuite, Mode, SaPair, StreamId};
 use ipsec::selector::{Flow, TrafficSelector};
 use ipsec::transform::Ke;
-use pad::{AuthError, AuthenticateRequest, Identity, PeerIdentity, SignError, SignRequest, SignedAuth};
+use pad::{
+    AuthError, AuthenticateRequest, Identity, PeerIdentity, SignError, SignRequest, SignatureSettings, SignedAuth,
+};
 
 use crate::Rng;
 use crate::config::{Child, Connection, Retransmission};
@@ -89,6 +91,10 @@ pub struct EngineConfig {
     pub prefer_configured_proposals: bool,
     /// NAT keepalive interval (`charon.keep_alive`); zero is off.
     pub keep_alive: Duration,
+    /// `charon.signature_authentication`: announce and use RFC 7427's method.
+    pub signature_authentication: bool,
+    /// `charon.rsa_pss` and `charon.signature_authentication_constraints`.
+    pub signatures: SignatureSettings,
 }
 
 impl Default for EngineConfig {
@@ -105,6 +111,8 @@ impl Default for EngineConfig {
             delete_rekeyed_delay: Duration::from_secs(5),
             prefer_configured_proposals: true,
             keep_alive: Duration::from_secs(20),
+            signature_authentication: true,
+            signatures: SignatureSettings::default(),
         }
     }
 }

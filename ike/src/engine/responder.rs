@@ -9,7 +9,7 @@ use super::context::Context;
 use super::{Engine, Path, Transport};
 use crate::config::{Connection, Fragmentation};
 use crate::crypto::{self, IkeChoice, KeySeed};
-use crate::sa::auth::{InitMaterial, cert_request};
+use crate::sa::auth::{InitMaterial, auth_announcement, cert_request};
 use crate::sa::channel::{Channel, Spis};
 use crate::sa::fault::{Fault, notify};
 use crate::sa::init::{CHILDLESS_IKEV2_SUPPORTED, NONCE_LENGTH, capabilities, proposals};
@@ -178,7 +178,9 @@ impl Engine {
             theirs: bytes.to_vec(),
             ni: ni.clone(),
             nr,
-            peer_hashes: parts.signature_hashes(),
+            peer_hashes: parts.signature_hashes().filter(|_| ctx.config.signature_authentication),
+            announced: None,
+            settings: ctx.config.signatures,
             cert_requests: parts.cert_requests,
             cert_requested: parts.cert_requested,
         };
@@ -208,7 +210,8 @@ fn answer(
     let mut payloads = vec![Payload::Sa(vec![proposal]), Payload::Ke { group, data }, Payload::Nonce(nr.to_vec())];
     payloads.extend(nat::payloads(spis.initiator, spis.responder, &core.path, core.nat.fake));
     payloads.extend(candidates.iter().find_map(|connection| cert_request(connection, &ctx.authorities)));
-    payloads.extend(capabilities(fragmentation));
+    payloads.push(auth_announcement(candidates, ctx.config.signatures));
+    payloads.extend(capabilities(ctx, fragmentation));
     payloads.push(notify(CHILDLESS_IKEV2_SUPPORTED, Vec::new()));
     wire::encode(&Message { header: answer_header(request, spis.responder), payloads })
 }

@@ -4,13 +4,17 @@ use std::sync::Arc;
 
 use ipsec::secret::Secret;
 use ipsec::transform::Prf;
-use pad::{AuthMethod, Identity, LocalAuth, PadEntry, SharedKeyMac, SignRequest, SignedAuth};
+use pad::{
+    AuthAnnouncement, AuthMethod, Identity, LocalAuth, PadEntry, SharedKeyMac, SignRequest, SignatureSettings,
+    SignedAuth,
+};
 
 use super::channel::Channel;
+use super::fault::notify;
 use super::parts::Parts;
 use crate::config::{Connection, SendCert};
 use crate::crypto::{self, KeyError};
-use crate::wire::{Identification, Payload};
+use crate::wire::{Identification, NotifyType, Payload};
 
 /// X.509 Certificate - Signature (RFC 7296 §3.6).
 const X509_SIGNATURE: u8 = 4;
@@ -34,6 +38,10 @@ pub(crate) struct InitMaterial {
     pub(crate) cert_requests: Vec<[u8; 20]>,
     /// It sent a CERTREQ at all.
     pub(crate) cert_requested: bool,
+    /// Its SUPPORTED_AUTH_METHODS (RFC 9593).
+    pub(crate) announced: Option<Vec<AuthAnnouncement>>,
+    /// The daemon's settings of signatures.
+    pub(crate) settings: SignatureSettings,
 }
 
 impl InitMaterial {
@@ -49,8 +57,9 @@ impl InitMaterial {
         signed_octets(channel.suite.prf, &self.theirs, nonce, key, id)
     }
 
-    /// Adds what an IKE_AUTH request's CERTREQ payloads say.
-    pub(crate) fn note_cert_requests(&mut self, parts: &Parts) {
+    /// Adds what an IKE_AUTH request says about how the peer can verify us.
+    pub(crate) fn note_wishes(&mut self, parts: &Parts) {
+        self.announced = parts.auth_announcements();
         self.cert_requested |= parts.cert_requested;
         self.cert_requests.extend_from_slice(&parts.cert_requests);
     }
@@ -72,6 +81,8 @@ impl InitMaterial {
             octets,
             peer_hashes: self.peer_hashes.clone(),
             cert_requests: self.cert_requests.clone(),
+            announced: self.announced.clone(),
+            settings: self.settings,
         })
     }
 
@@ -97,6 +108,7 @@ impl InitMaterial {
             signed_octets,
             certificates,
             entries,
+            settings: self.settings,
         })
     }
 }
@@ -125,6 +137,12 @@ pub(crate) fn cert_request(connection: &Connection, authorities: &[[u8; 20]]) ->
     let wanted = connection.send_certreq && connection.remote.class == pad::AuthClass::PublicKey;
     (wanted && !authorities.is_empty())
         .then(|| Payload::CertReq { encoding: X509_SIGNATURE, authorities: authorities.concat() })
+}
+
+/// SUPPORTED_AUTH_METHODS for what these connections accept of a peer (RFC 9593 §3.1).
+pub(crate) fn auth_announcement(connections: &[Arc<Connection>], settings: SignatureSettings) -> Payload {
+    let entries: Vec<&PadEntry> = connections.iter().map(|connection| &connection.remote).collect();
+    notify(NotifyType::SUPPORTED_AUTH_METHODS, AuthAnnouncement::of_entries(&entries, settings))
 }
 
 fn signed_octets(

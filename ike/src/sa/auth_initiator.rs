@@ -7,7 +7,7 @@ use pad::{Identity, PeerIdentity, SignError, SignedAuth};
 
 use ipsec::plane::StreamId;
 
-use super::auth::{InitMaterial, cert_request, identification, proof_payloads};
+use super::auth::{InitMaterial, auth_announcement, cert_request, identification, proof_payloads};
 use super::channel::{Channel, Received};
 use super::child::ChildOffer;
 use super::fault::{Fault, notify, notify_name};
@@ -236,6 +236,10 @@ impl InitiatorAuth {
             payloads.push(notify(NotifyType::INITIAL_CONTACT, Vec::new()));
         }
         payloads.extend(cert_request(&self.connection, &ctx.authorities));
+        if self.material.announced.is_some() {
+            // RFC 9593 §3.1: to a responder that knows what it is.
+            payloads.push(auth_announcement(std::slice::from_ref(&self.connection), ctx.config.signatures));
+        }
         if let Some(remote) = self.connection.remote.remote_id.as_exact() {
             payloads.push(Payload::IdResponder(identification(remote)));
         }

@@ -177,7 +177,7 @@ impl ResponderAuth {
             Ok(asserted) => asserted,
             Err(error) => return self.refuse(ctx, now, &Fault::AuthenticationFailed, &error.to_string()),
         };
-        self.material.note_cert_requests(&parts);
+        self.material.note_wishes(&parts);
         let groups = self.groups(ctx, &asserted, &parts);
         let claim = Claim { id, asserted, parts: Box::new(parts) };
         self.verify(ctx, now, claim, groups)

@@ -356,7 +356,9 @@ impl Initiating {
             theirs: datagram.to_vec(),
             ni: attempt.nonce,
             nr: nr.clone(),
-            peer_hashes: parts.signature_hashes(),
+            peer_hashes: parts.signature_hashes().filter(|_| ctx.config.signature_authentication),
+            announced: parts.auth_announcements(),
+            settings: ctx.config.signatures,
             cert_requests: parts.cert_requests,
             cert_requested: parts.cert_requested,
         };
@@ -487,7 +489,7 @@ impl Attempt {
         payloads.push(Payload::Nonce(self.nonce.clone()));
         let fake = connection.force_encapsulation;
         payloads.extend(nat::payloads(self.spi, 0, &self.path, fake));
-        payloads.extend(capabilities(connection.fragmentation != Fragmentation::No));
+        payloads.extend(capabilities(ctx, connection.fragmentation != Fragmentation::No));
         let header = Header {
             initiator_spi: self.spi,
             responder_spi: 0,
@@ -522,13 +524,15 @@ impl Attempt {
 pub(crate) const CHILDLESS_IKEV2_SUPPORTED: NotifyType = NotifyType(16418);
 
 /// Notifies that say what we speak.
-pub(crate) fn capabilities(fragmentation: bool) -> Vec<Payload> {
+pub(crate) fn capabilities(ctx: &Context, fragmentation: bool) -> Vec<Payload> {
     let mut payloads = Vec::new();
     if fragmentation {
         payloads.push(notify(NotifyType::IKEV2_FRAGMENTATION_SUPPORTED, Vec::new()));
     }
-    let hashes = SIGNATURE_HASHES.iter().flat_map(|hash| hash.to_be_bytes()).collect();
-    payloads.push(notify(NotifyType::SIGNATURE_HASH_ALGORITHMS, hashes));
+    if ctx.config.signature_authentication {
+        let hashes = SIGNATURE_HASHES.iter().flat_map(|hash| hash.to_be_bytes()).collect();
+        payloads.push(notify(NotifyType::SIGNATURE_HASH_ALGORITHMS, hashes));
+    }
     payloads
 }
 

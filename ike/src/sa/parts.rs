@@ -3,6 +3,8 @@
 use ipsec::selector::TrafficSelector;
 use ipsec::transform::{Ke, Proposal, Protocol};
 
+use pad::AuthAnnouncement;
+
 use super::fault::{Fault, is_error};
 use crate::wire::{self, Identification, Notify, NotifyType, Opened, Payload, WireSelector};
 
@@ -95,6 +97,13 @@ impl Parts {
     /// The first error Notify.
     pub(crate) fn error(&self) -> Option<&Notify> {
         self.notifies.iter().find(|notify| is_error(notify.kind))
+    }
+
+    /// The peer's SUPPORTED_AUTH_METHODS (RFC 9593 §3.2). An empty one says that they come in IKE_INTERMEDIATE, a
+    /// broken one says nothing: both are as none.
+    pub(crate) fn auth_announcements(&self) -> Option<Vec<AuthAnnouncement>> {
+        let notify = self.notify(NotifyType::SUPPORTED_AUTH_METHODS)?;
+        AuthAnnouncement::parse_all(&notify.data).filter(|announcements| !announcements.is_empty())
     }
 
     /// The peer's SIGNATURE_HASH_ALGORITHMS (RFC 7427 §4).

@@ -123,6 +123,7 @@ impl NotifyType {
     pub const NON_FIRST_FRAGMENTS_ALSO: Self = Self(16395);
     pub const IKEV2_FRAGMENTATION_SUPPORTED: Self = Self(16430);
     pub const SIGNATURE_HASH_ALGORITHMS: Self = Self(16431);
+    pub const SUPPORTED_AUTH_METHODS: Self = Self(16443);
 }
 
 /// A traffic selector as received: unknown types are kept so that they can be skipped knowingly.

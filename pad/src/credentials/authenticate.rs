@@ -7,11 +7,16 @@ use subtle::ConstantTimeEq;
 
 use super::{AuthClass, AuthError, AuthMethod, AuthenticateRequest, Credentials, PadEntry};
 use crate::certificate::{self, Certificate};
+use crate::constraints::SignatureConstraints;
 use crate::peer::{PeerIdentity, Proof};
-use crate::signature::{self, VerifyError};
+use crate::signature::{self, Scheme, VerifyError};
 
 /// Most certificates of a peer that are looked at.
 const MAX_CERTIFICATES: usize = 16;
+
+/// Chains of one certificate to the loaded authorities, by the constraints that they were checked against: many
+/// entries cost no more than a few.
+type DefaultChains = Vec<(SignatureConstraints, Result<Arc<Certificate>, String>)>;
 
 impl AuthMethod {
     /// The kind of proof that the method is; `None` if we do not accept the method.
@@ -76,18 +81,24 @@ impl Credentials {
         // The signature comes before the chains: whoever does not hold the key costs one verification,
         // however many entries there are.
         let mut failure = None;
-        let mut signers = signers;
-        signers.retain(|signer| match check_auth(request, signer, id) {
-            Ok(()) => true,
-            Err(error) => {
-                failure.get_or_insert(error);
-                false
+        let mut verified = Vec::new();
+        for signer in signers {
+            match check_auth(request, &signer, id) {
+                Ok(scheme) => verified.push((signer, scheme)),
+                Err(error) => {
+                    failure.get_or_insert(error);
+                }
             }
-        });
-        let mut default_anchors: Vec<Option<Result<Arc<Certificate>, String>>> = vec![None; signers.len()];
+        }
+        let mut by_default: Vec<DefaultChains> = verified.iter().map(|_| Vec::new()).collect();
         for entry in entries {
-            for (signer, default_anchor) in signers.iter().zip(&mut default_anchors) {
-                match self.admit(request, entry, signer, default_anchor, now) {
+            for ((signer, scheme), by_default) in verified.iter().zip(&mut by_default) {
+                if !entry.constraints.admits_auth(*scheme, request.settings) {
+                    let reason = "its signature is none that the configuration asks for".to_owned();
+                    failure.get_or_insert(AuthError::Method { id: id.to_owned(), reason });
+                    continue;
+                }
+                match self.admit(request, entry, signer, by_default, now) {
                     Ok(anchor) => {
                         let proof = Proof::Certificate {
                             end_entity: signer.der().to_vec(),
@@ -140,9 +151,13 @@ impl Credentials {
         request: &AuthenticateRequest,
         entry: &PadEntry,
         signer: &Arc<Certificate>,
-        default_anchor: &mut Option<Result<Arc<Certificate>, String>>,
+        by_default: &mut DefaultChains,
         now: u64,
     ) -> Result<Arc<Certificate>, String> {
+        let bits = signer.key_bits();
+        if !signer.key_type().is_some_and(|key| entry.constraints.admits_signer(key, bits)) {
+            return Err("its key is none that the configuration asks for".to_owned());
+        }
         if !signer.may_sign() {
             return Err("its key usage does not allow signatures".to_owned());
         }
@@ -163,10 +178,16 @@ impl Credentials {
             let loaded = self.intermediates().map(|certificate| CertificateDer::from(certificate.der()));
             let intermediates: Vec<_> =
                 sent.filter(|der| der.len() <= certificate::MAX_CERTIFICATE_SIZE).chain(loaded).collect();
-            certificate::validate_chain(signer, anchors, &intermediates, now)
+            let constraints = (&entry.constraints, request.settings);
+            certificate::validate_chain(signer, anchors, &intermediates, now, constraints)
         };
         if entry.cacerts.is_empty() {
-            return default_anchor.get_or_insert_with(|| validate(self.authorities())).clone();
+            if let Some((_, known)) = by_default.iter().find(|(known, _)| *known == entry.constraints) {
+                return known.clone();
+            }
+            let chain = validate(self.authorities());
+            by_default.push((entry.constraints.clone(), chain.clone()));
+            return chain;
         }
         let anchors: Vec<_> =
             entry.cacerts.iter().filter_map(|der| Certificate::parse(der).ok()).map(Arc::new).collect();
@@ -174,7 +195,7 @@ impl Credentials {
     }
 }
 
-fn check_auth(request: &AuthenticateRequest, signer: &Certificate, id: &str) -> Result<(), AuthError> {
+fn check_auth(request: &AuthenticateRequest, signer: &Certificate, id: &str) -> Result<Option<Scheme>, AuthError> {
     let method = |reason: &str| AuthError::Method { id: id.to_owned(), reason: reason.to_owned() };
     let (key_type, key) = signer.public_key().ok_or_else(|| method("its public key is of an unknown kind"))?;
     signature::verify(request.method, key_type, key, &request.signed_octets, &request.auth).map_err(|error| match error

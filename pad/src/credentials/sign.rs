@@ -4,7 +4,17 @@ use std::sync::Arc;
 
 use super::{AuthClass, AuthMethod, Credentials, SignError, SignRequest, SignedAuth};
 use crate::certificate::Certificate;
-use crate::signature::PrivateKey;
+use crate::signature::{PrivateKey, Way};
+
+/// Why a key does not sign.
+const NO_WAY: &str = "the peer takes none of the signatures that the key can make and the configuration allows";
+
+/// A certificate with its key, and how it will sign; `None` if it cannot sign for this peer.
+struct Signer<'a> {
+    certificate: Arc<Certificate>,
+    key: &'a PrivateKey,
+    way: Option<Way>,
+}
 
 /// Longest chain of intermediate certificates that is sent.
 const MAX_INTERMEDIATES: usize = 8;
@@ -26,37 +36,56 @@ impl Credentials {
                 Ok(SignedAuth { method: AuthMethod::SHARED_KEY, auth, certificates: Vec::new() })
             }
             AuthClass::PublicKey => {
-                let (certificate, key) = self.signer(request).ok_or_else(|| SignError::NoKey(id.clone()))?;
-                let (method, auth) = key
-                    .sign(&request.octets, request.peer_hashes.as_deref(), request.auth.rsa_pss)
-                    .map_err(|reason| SignError::Failed { id, reason: reason.to_owned() })?;
-                let chain = self.chain(&certificate);
+                let signer = self.signer(request).ok_or_else(|| SignError::NoKey(id.clone()))?;
+                let failed = |reason: &str| SignError::Failed { id: id.clone(), reason: reason.to_owned() };
+                let way = signer.way.ok_or_else(|| failed(NO_WAY))?;
+                let (method, auth) = signer.key.sign(&request.octets, way).map_err(failed)?;
+                let chain = self.chain(&signer.certificate);
                 let intermediates = chain.iter().filter(|issuer| !issuer.is_self_issued());
-                let certificates = std::iter::once(&certificate).chain(intermediates);
+                let certificates = std::iter::once(&signer.certificate).chain(intermediates);
                 let certificates = certificates.map(|certificate| certificate.der().to_vec()).collect();
                 Ok(SignedAuth { method, auth, certificates })
             }
         }
     }
 
-    fn signer(&self, request: &SignRequest) -> Option<(Arc<Certificate>, &PrivateKey)> {
+    /// The certificate and key to sign with: one that the peer says it can verify (RFC 9593) before others, then one
+    /// under an authority that it asked for; of equals the first.
+    fn signer(&self, request: &SignRequest) -> Option<Signer<'_>> {
         let certificates: Vec<Arc<Certificate>> = if request.auth.certificates.is_empty() {
             self.certificates().to_vec()
         } else {
             let configured = request.auth.certificates.iter();
             configured.filter_map(|der| Certificate::parse(der).ok()).map(Arc::new).collect()
         };
-        let mut usable: Vec<_> = certificates
+        let constraints = &request.auth.constraints;
+        let usable = certificates
             .into_iter()
             .filter(|certificate| certificate.proves(&request.local_id))
             .filter_map(|certificate| self.private_key_of(&certificate).map(|key| (certificate, key)))
-            .collect();
-        let asked_for = |certificate: &Certificate| {
-            let chain = self.chain(certificate);
-            chain.iter().any(|issuer| request.cert_requests.contains(&issuer.public_key_info_hash()))
-        };
-        let position = usable.iter().position(|(certificate, _)| asked_for(certificate)).unwrap_or(0);
-        (position < usable.len()).then(|| usable.swap_remove(position))
+            .filter(|(certificate, key)| constraints.admits_signer(key.key_type(), certificate.key_bits()));
+        let signers = usable.map(|(certificate, key)| {
+            let issuers: Vec<[u8; 20]> =
+                self.chain(&certificate).iter().map(|issuer| issuer.public_key_info_hash()).collect();
+            let ways = key.ways(request.peer_hashes.as_deref(), constraints, request.settings);
+            // Both orders are preferences; the peer's decides, since it is the one that has to verify.
+            let announced = request.announced.iter().flatten().find_map(|announcement| {
+                let authority = usize::from(announcement.cert_link).checked_sub(1);
+                let linked = authority.and_then(|index| request.cert_requests.get(index));
+                let fits = announcement.cert_link == 0 || linked.is_some_and(|hash| issuers.contains(hash));
+                ways.iter().copied().find(|way| fits && way.is_announced_by(announcement))
+            });
+            let asked_for = issuers.iter().any(|issuer| request.cert_requests.contains(issuer));
+            let rank = (announced.is_some(), !ways.is_empty(), asked_for);
+            (rank, Signer { way: announced.or(ways.first().copied()), certificate, key })
+        });
+        // The first of those with the highest rank.
+        signers
+            .fold(None, |best: Option<(_, Signer<'_>)>, next| match best {
+                Some(best) if best.0 >= next.0 => Some(best),
+                _ => Some(next),
+            })
+            .map(|(_, signer)| signer)
     }
 
     /// Issuers of a certificate that are loaded, from the nearest to the root.

@@ -108,6 +108,7 @@ fn entry(name: &str, pattern: &str, class: AuthClass) -> PadEntry {
         class,
         cacerts: Vec::new(),
         certs: Vec::new(),
+        constraints: SignatureConstraints::default(),
     }
 }
 
@@ -119,11 +120,17 @@ fn sign_request(local: &str) -> SignRequest {
     SignRequest {
         local_id: id(local),
         peer_id: None,
-        auth: LocalAuth { class: AuthClass::PublicKey, certificates: Vec::new(), rsa_pss: false },
+        auth: LocalAuth {
+            class: AuthClass::PublicKey,
+            certificates: Vec::new(),
+            constraints: SignatureConstraints::default(),
+        },
         octets: OCTETS.to_vec(),
         shared_key_mac: Arc::new(TestMac),
         peer_hashes: Some(vec![2, 3, 4, 5]),
         cert_requests: Vec::new(),
+        announced: None,
+        settings: SignatureSettings::default(),
     }
 }
 
@@ -137,6 +144,7 @@ fn request(peer_id: &str, signed: SignedAuth, entries: Vec<PadEntry>) -> Authent
         shared_key_mac: Arc::new(TestMac),
         certificates: signed.certificates,
         entries,
+        settings: SignatureSettings::default(),
     }
 }
 
@@ -149,8 +157,14 @@ fn request_of(
 ) -> AuthenticateRequest {
     let key = KeyPair::generate().unwrap();
     let certificate = authority.issue(name, &key, change);
-    let (method, auth) = private_key(&key).sign(OCTETS, Some(&[2]), false).unwrap();
+    let (method, auth) = sign_with(&key, Some(&[2]));
     request(name, SignedAuth { method, auth, certificates: vec![certificate] }, entries)
+}
+
+fn sign_with(key: &KeyPair, hashes: Option<&[u16]>) -> (AuthMethod, Vec<u8>) {
+    let key = private_key(key);
+    let ways = key.ways(hashes, &SignatureConstraints::default(), SignatureSettings::default());
+    key.sign(OCTETS, ways[0]).unwrap()
 }
 
 fn private_key(key: &KeyPair) -> crate::signature::PrivateKey {
@@ -404,7 +418,7 @@ fn every_method_authenticates() {
         let certificate = authority.issue("moon.example.org", key, |_| ());
         let mut sign = sign_request("moon.example.org");
         sign.peer_hashes = hashes.map(<[u16]>::to_vec);
-        sign.auth.rsa_pss = rsa_pss;
+        sign.settings.rsa_pss = rsa_pss;
         let signed = peer(key, &[&certificate]).sign(&sign);
         match (signed, expected) {
             (Ok(signed), Ok(method)) => {
@@ -508,7 +522,7 @@ fn pinned_certificate_is_its_own_anchor_but_still_expires() {
     let ca = self_signed(|params| params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained));
     let expired = self_signed(|params| params.not_after = date_time_ymd(2026, 2, 1));
     let issued = authority.issue("moon.example.org", &key, |_| ());
-    let (method, auth) = private_key(&key).sign(OCTETS, None, false).unwrap();
+    let (method, auth) = sign_with(&key, None);
     let sent = |certificate: &[u8], entries| {
         let signed = SignedAuth { method, auth: auth.clone(), certificates: vec![certificate.to_vec()] };
         request("moon.example.org", signed, entries)
@@ -788,4 +802,154 @@ fn only_authorities_become_trust_anchors() {
     assert_eq!(leaf.alternative_names(), [id("moon.example.org")]);
     assert_eq!((leaf.key_bits(), leaf.key_type()), (256, Some(crate::KeyType::EcdsaP256)));
     assert_eq!([leaf.key_id()], snapshot.private_key_ids().as_slice());
+}
+
+fn constrained(text: &str) -> Vec<PadEntry> {
+    let mut entries = pubkey("*.example.org");
+    entries[0].constraints = SignatureConstraints::parse(text).unwrap();
+    entries
+}
+
+// swanctl.conf(5), `remote.auth`: key strength and hashes of the whole chain and of the signature in AUTH.
+#[test]
+fn constraints_hold_for_the_chain_and_for_auth_of_the_peer() {
+    // P-256 with SHA-256 throughout.
+    let authority = Authority::new("CA");
+    let credentials = trusting(&authority);
+    let certificate_only =
+        ["ecdsa-384", "rsa-2048", "rsa-2048-ecdsa-384", "ed25519", "pubkey-sha384", "pubkey-identity"];
+    for text in certificate_only {
+        let request = request_of(&authority, "moon.example.org", |_| (), constrained(text));
+        let refused = credentials.authenticate(&request, NOW);
+        assert!(
+            matches!(refused, Err(AuthError::Certificate { .. } | AuthError::Method { .. })),
+            "{text}: {refused:?}"
+        );
+    }
+    for text in ["ike:ecdsa-sha384", "ike:rsa-sha256", "ike:rsa/pss-sha256", "ike:ed25519-identity"] {
+        let request = request_of(&authority, "moon.example.org", |_| (), constrained(text));
+        let refused = credentials.authenticate(&request, NOW);
+        assert!(refused.is_err(), "{text}");
+    }
+    for text in ["pubkey", "ecdsa", "ecdsa-256", "rsa-2048-ecdsa-256", "pubkey-sha384-sha256", "ike:pubkey-sha256"] {
+        let request = request_of(&authority, "moon.example.org", |_| (), constrained(text));
+        assert!(credentials.authenticate(&request, NOW).is_ok(), "{text}");
+    }
+    // Nor is an intermediate or the authority weaker than asked for.
+    let below = authority.below("intermediate", |_| ());
+    let p384 = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P384_SHA384).unwrap();
+    let certificate = below.issue("moon.example.org", &p384, |_| ());
+    let (method, auth) = sign_with(&p384, Some(&[3]));
+    let signed = SignedAuth { method, auth, certificates: vec![certificate, below.der()] };
+    let mut request = request("moon.example.org", signed, constrained("ecdsa-384"));
+    assert!(matches!(credentials.authenticate(&request, NOW), Err(AuthError::Certificate { .. })));
+    request.entries = constrained("ecdsa-256-sha384");
+    assert!(credentials.authenticate(&request, NOW).is_err(), "the chain is signed with SHA-256");
+    request.entries = constrained("ecdsa-256-sha256-ike:ecdsa-sha384");
+    assert!(credentials.authenticate(&request, NOW).is_ok());
+    // A pinned certificate has no chain, but it has a key.
+    let pinned = request.certificates[0].clone();
+    request.entries = constrained("ecdsa-521");
+    request.entries[0].certs = vec![pinned.clone()];
+    assert!(credentials.authenticate(&request, NOW).is_err());
+    request.entries = constrained("ecdsa-384");
+    request.entries[0].certs = vec![pinned];
+    assert!(credentials.authenticate(&request, NOW).is_ok());
+}
+
+// The first entry that the whole proof fits admits the peer: one with constraints is not skipped half-checked.
+#[test]
+fn constraints_are_those_of_the_entry_that_admits() {
+    let authority = Authority::new("CA");
+    let mut entries = constrained("ecdsa-384");
+    entries.extend(constrained("ecdsa-256"));
+    entries[0].name = "strong".to_owned();
+    let request = request_of(&authority, "moon.example.org", |_| (), entries);
+    assert_eq!(trusting(&authority).authenticate(&request, NOW).unwrap().entry, "conn");
+}
+
+// swanctl.conf(5), `remote.auth`: method 1 with SHA-1 is not what a constraint on hashes can mean.
+#[test]
+fn constraints_on_hashes_refuse_sha1() {
+    let authority = Authority::new("CA");
+    let certificate = authority.issue("moon.example.org", rsa_key(), |_| ());
+    let auth = include_bytes!("testdata/rsa-sha1.signature").to_vec();
+    let signed = SignedAuth { method: AuthMethod::RSA, auth, certificates: vec![certificate] };
+    let mut request = request("moon.example.org", signed, constrained("ike:rsa-sha256-sha384-sha512"));
+    request.signed_octets = b"octets".to_vec();
+    assert!(matches!(trusting(&authority).authenticate(&request, NOW), Err(AuthError::Method { .. })));
+}
+
+/// OID and hash of a method 14 AUTH value.
+fn algorithm_of(signed: &SignedAuth) -> &[u8] {
+    assert_eq!(signed.method, AuthMethod::DIGITAL_SIGNATURE);
+    &signed.auth[1..1 + usize::from(signed.auth[0])]
+}
+
+// swanctl.conf(5), `local.auth`: the order is that of the configuration, as far as the peer knows the hash.
+#[test]
+fn constraints_choose_our_signature() {
+    let authority = Authority::new("CA");
+    let certificate = authority.issue("moon.example.org", rsa_key(), |_| ());
+    let moon = peer(rsa_key(), &[&certificate]);
+    let sign = |text: &str, hashes: &[u16], rsa_pss| {
+        let mut sign = sign_request("moon.example.org");
+        sign.auth.constraints = SignatureConstraints::parse(text).unwrap();
+        sign.peer_hashes = Some(hashes.to_vec());
+        sign.settings.rsa_pss = rsa_pss;
+        moon.sign(&sign).map(|signed| algorithm_of(&signed).to_vec())
+    };
+    let scheme = |text: &str, hashes: &[u16], rsa_pss| {
+        let algorithm = sign(text, hashes, rsa_pss).unwrap();
+        format!("{:?}", crate::signature::Scheme::of_certificate(&algorithm).unwrap())
+    };
+    assert_eq!(scheme("pubkey", &[4, 3, 2], false), "Pkcs1(Sha256)");
+    assert_eq!(scheme("pubkey", &[4, 3, 2], true), "Pss(Sha256)");
+    assert_eq!(scheme("pubkey-sha512-sha256", &[2, 3, 4], false), "Pkcs1(Sha512)");
+    assert_eq!(scheme("pubkey-sha512-sha256", &[2, 3], false), "Pkcs1(Sha256)");
+    assert_eq!(scheme("pubkey-sha256-ike:rsa/pss-sha384", &[2, 3, 4], false), "Pss(Sha384)");
+    assert_eq!(scheme("rsa-sha384", &[2, 3, 4], true), "Pss(Sha384)");
+    assert!(matches!(sign("rsa-sha512", &[2, 3], false), Err(SignError::Failed { .. })));
+    assert!(matches!(sign("ecdsa", &[2, 3], false), Err(SignError::NoKey(_))));
+    assert!(matches!(sign("rsa-8192", &[2, 3], false), Err(SignError::NoKey(_))));
+}
+
+// RFC 9593 §3: of several certificates that which the peer says it can verify.
+#[test]
+fn announcements_choose_the_credential() {
+    let authority = Authority::new("CA");
+    let other = Authority::new("other CA");
+    let p256 = KeyPair::generate().unwrap();
+    let of_rsa = authority.issue("moon.example.org", rsa_key(), |_| ());
+    let of_p256 = other.issue("moon.example.org", &p256, |_| ());
+    let mut moon = peer(rsa_key(), &[&of_rsa, &of_p256]);
+    moon.add_private_key(p256.serialize_pem().as_bytes(), None).unwrap();
+    moon.add_authority(&authority.der()).unwrap();
+    moon.add_authority(&other.der()).unwrap();
+    let chosen = |announced: Option<Vec<AuthAnnouncement>>, requests: Vec<[u8; 20]>| {
+        let mut sign = sign_request("moon.example.org");
+        sign.announced = announced;
+        sign.cert_requests = requests;
+        let signed = moon.sign(&sign).unwrap();
+        (signed.method, signed.certificates[0] == of_p256)
+    };
+    let of_entry = |text: &str| {
+        let entry = constrained(text).remove(0);
+        AuthAnnouncement::parse_all(&AuthAnnouncement::of_entries(&[&entry], SignatureSettings::default()))
+    };
+    let digital = AuthMethod::DIGITAL_SIGNATURE;
+    assert_eq!(chosen(None, Vec::new()), (digital, false));
+    assert_eq!(chosen(of_entry("ecdsa"), Vec::new()), (digital, true));
+    assert_eq!(chosen(of_entry("rsa/pss-sha512"), Vec::new()), (digital, false));
+    let own =
+        |cert_link| Some(vec![AuthAnnouncement { method: AuthMethod::ECDSA_256, cert_link, algorithm: Vec::new() }]);
+    assert_eq!(chosen(own(0), Vec::new()), (AuthMethod::ECDSA_256, true));
+    // The link names an authority that did not issue it, then the one that did, then none.
+    let hashes = [&authority, &other].map(|ca| Certificate::parse(&ca.der()).unwrap().public_key_info_hash());
+    assert_eq!(chosen(own(1), hashes.to_vec()), (digital, false));
+    assert_eq!(chosen(own(2), hashes.to_vec()), (AuthMethod::ECDSA_256, true));
+    assert_eq!(chosen(own(9), hashes.to_vec()), (digital, false));
+    // What fits nothing of ours leaves the choice as it was: the peer may know more than it says.
+    assert_eq!(chosen(Some(Vec::new()), Vec::new()), (digital, false));
+    assert_eq!(chosen(of_entry("ed25519"), Vec::new()), (digital, false));
 }

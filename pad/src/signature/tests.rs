@@ -50,7 +50,7 @@ fn rfc4754() -> [(AuthMethod, KeyType, Vec<u8>, Vec<u8>); 3] {
 #[test]
 fn ecdsa_vectors_of_rfc_4754_verify_and_nothing_near_them_does() {
     for (method, key_type, key, auth) in rfc4754() {
-        assert_eq!(verify(method, key_type, &key, b"abc", &auth), Ok(()));
+        assert!(verify(method, key_type, &key, b"abc", &auth).is_ok());
         assert_eq!(verify(method, key_type, &key, b"abd", &auth), Err(VerifyError::Signature));
         assert_eq!(verify(method, key_type, &key, b"abc", &auth[1..]), Err(VerifyError::Signature));
         assert_eq!(verify(method, key_type, &key, b"abc", &[&auth[..], b"\0"].concat()), Err(VerifyError::Signature));

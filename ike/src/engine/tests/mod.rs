@@ -10,6 +10,7 @@ mod refusals;
 mod rekey;
 mod seeds;
 mod selectors;
+mod signatures;
 mod stream;
 
 use std::collections::BTreeMap;
@@ -21,7 +22,7 @@ use ipsec::plane::{Encapsulation, Mode, SaPair, StreamId};
 use ipsec::secret::Secret;
 use ipsec::selector::TrafficSelector;
 use ipsec::transform::Protocol;
-use pad::{AuthClass, Credentials, Identity, IdentityPattern, LocalAuth, PadEntry};
+use pad::{AuthClass, Credentials, Identity, IdentityPattern, LocalAuth, PadEntry, SignatureConstraints};
 
 use super::*;
 use crate::config::{
@@ -177,13 +178,18 @@ pub(super) fn connection(side: usize) -> Connection {
         remote_port: 500,
         proposals: parse_proposals("aes128gcm16-prfsha256-x25519", Protocol::IKE).unwrap(),
         local_id: Some(id(local)),
-        local_auth: LocalAuth { class: AuthClass::SharedKey, certificates: Vec::new(), rsa_pss: false },
+        local_auth: LocalAuth {
+            class: AuthClass::SharedKey,
+            certificates: Vec::new(),
+            constraints: SignatureConstraints::default(),
+        },
         remote: PadEntry {
             name: "site".to_owned(),
             remote_id: IdentityPattern::exact(id(remote)),
             class: AuthClass::SharedKey,
             cacerts: Vec::new(),
             certs: Vec::new(),
+            constraints: SignatureConstraints::default(),
         },
         children: vec![Arc::new(child("net", local_net, remote_net))],
         fragmentation: Fragmentation::Yes,

@@ -1,0 +1,60 @@
+//! Proofs and what follows from them, with real daemons: signatures and constraints.
+
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+use latchkey_tests::daemon::Daemon;
+use latchkey_tests::daemon::Kind::{self, Latchkey, Strongswan};
+use latchkey_tests::scene::{Auth, Scene, Suite, configurations, hosts};
+
+const ROLES: [(Kind, Kind); 2] = [(Latchkey, Strongswan), (Strongswan, Latchkey)];
+
+const RSA: Suite = Suite {
+    ike: "aes256gcm16-prfsha384-x25519",
+    esp: "aes128gcm16",
+    auth: Auth::Certificates(&rcgen::PKCS_RSA_SHA256),
+    connection: "",
+    child: "",
+};
+
+/// Both daemons with `auth` of the local and the remote section as given, for each end.
+fn scene((initiator, responder): (Kind, Kind), suite: &Suite, of_a: [&str; 2], of_b: [&str; 2]) -> Scene {
+    let (host_a, host_b) = hosts();
+    let [(text_a, files_a), (text_b, files_b)] = configurations(suite);
+    let with = |text: String, [local, remote]: [&str; 2]| {
+        let text = text.replacen("auth = pubkey", &format!("auth = {local}"), 1);
+        text.replacen("auth = pubkey", &format!("auth = {remote}"), 1)
+    };
+    // The first replacement must not be what the second one finds.
+    assert!(!of_a.contains(&"pubkey") && !of_b.contains(&"pubkey"));
+    let b = Daemon::start(responder, &host_b, &with(text_b, of_b), &files_b);
+    let a = Daemon::start(initiator, &host_a, &with(text_a, of_a), &files_a);
+    Scene { a, b, host_a, host_b }
+}
+
+// swanctl.conf(5), `auth`: RSASSA-PSS (RFC 7427, appendix A.4) both ways, with the hash that is asked for.
+#[test]
+fn rsa_pss_is_made_and_demanded() {
+    for roles in ROLES {
+        let auth = "ike:rsa/pss-sha512";
+        let scene = scene(roles, &RSA, [auth, auth], [auth, auth]);
+        scene.a.initiate("net");
+        scene.passes();
+        let strongswan = if roles.0 == Strongswan { &scene.a } else { &scene.b };
+        let log = strongswan.log();
+        assert!(log.matches("RSA_EMSA_PSS").count() >= 2, "{log}");
+    }
+}
+
+// swanctl.conf(5), `remote.auth`: a peer with a weaker key or another signature is refused, by us and to us alike.
+#[test]
+fn constraints_refuse_what_they_do_not_admit() {
+    for roles in ROLES {
+        for demanded in ["rsa-3072", "ike:rsa-sha512", "pubkey-sha384"] {
+            let offered = "ike:rsa-sha256";
+            let scene = scene(roles, &RSA, [offered, "rsa-2048"], ["rsa-2048", demanded]);
+            let tried = scene.a.swanctl(&["--initiate", "--child", "net", "--timeout", "20"]);
+            assert!(!tried.status.success(), "{demanded}\n{}{}", scene.a.output(), scene.b.output());
+            assert_eq!((scene.a.established(), scene.b.established()), (0, 0), "{demanded}");
+        }
+    }
+}
