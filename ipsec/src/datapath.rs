@@ -1,7 +1,8 @@
 //! The user-space data plane's packet engine, pure: inner packets become ESP packets and back (RFC 4301 §5).
 //! Shared by threads; look-ups take no lock for long.
 //!
-//! Control calls build new tables and swap them in whole; a packet sees the tables of before or of after.
+//! Control calls change a copy of the tables, which share all but the changed paths with it, and swap it in; a packet sees
+//! the tables of before or of after.
 
 use std::collections::HashMap;
 use std::mem;
@@ -19,7 +20,7 @@ use crate::plane::{Encapsulation, Mode, PlaneError, PlaneEvent, SaPair, Trap, Us
 use crate::replay::Freshness;
 use crate::sad::{Counter, Entry, Expiry, Sa};
 use crate::selector::Flow;
-use crate::spd::{Policies, TrapState, Traps};
+use crate::spd::{Selected, Tables, TrapState};
 
 /// What becomes of a packet that we want to send.
 #[derive(Debug, PartialEq, Eq)]
@@ -121,33 +122,8 @@ pub struct DataPath {
     first_now: OnceLock<Instant>,
 }
 
-/// What look-ups need. Never changed, only replaced.
-#[derive(Default)]
-struct Tables {
-    /// Oldest first.
-    entries: Vec<Arc<Entry>>,
-    by_spi: HashMap<u32, Arc<Entry>>,
-    policies: Policies,
-    traps: Arc<Traps>,
-}
-
 /// Path MTUs by outer destination, with the tick at which each is forgotten.
 type PathMtus = HashMap<IpAddr, (usize, u64)>;
-
-/// A predecessor stops sending: its successors need not wait any longer.
-fn succeed(tables: &Tables, reqid: u32) {
-    for entry in tables.entries.iter().filter(|entry| entry.sa.reqid == reqid) {
-        entry.sa.waits.store(false, Ordering::Relaxed);
-    }
-}
-
-impl Tables {
-    fn new(entries: Vec<Arc<Entry>>, traps: Arc<Traps>) -> Self {
-        let by_spi = entries.iter().map(|entry| (entry.sa.spi_in, Arc::clone(entry))).collect();
-        let policies = Policies::new(&entries);
-        Self { entries, by_spi, policies, traps }
-    }
-}
 
 #[derive(Default)]
 struct Events {
@@ -216,33 +192,31 @@ impl DataPath {
             if tables.by_spi.contains_key(&spi_in) {
                 return Err(PlaneError::SpiInUse(spi_in));
             }
-            let mut entries = tables.entries.clone();
-            if !entries.iter().any(|entry| entry.sa.reqid == sa.reqid && entry.sa.sends()) {
+            if !tables.of_reqid(sa.reqid).any(|entry| entry.sa.sends()) {
                 sa.waits.store(false, Ordering::Relaxed);
             }
-            entries.push(Arc::new(Entry { order: *order, encapsulation, sa: Arc::new(sa) }));
-            *order += 1;
-            Ok(entries)
+            tables.insert(&Arc::new(Entry { order, encapsulation, sa: Arc::new(sa) }));
+            Ok(())
         })
     }
 
     /// As [`crate::plane::DataPlane::migrate`].
     pub fn migrate(&self, spi_in: u32, to: Encapsulation) -> Result<(), PlaneError> {
         self.change(|_, tables| {
-            let mut entries = tables.entries.clone();
-            let entry =
-                entries.iter_mut().find(|entry| entry.sa.spi_in == spi_in).ok_or(PlaneError::NoSuchSa(spi_in))?;
-            *entry = Arc::new(Entry { encapsulation: to, ..Entry::clone(entry) });
-            Ok(entries)
+            let old = tables.by_spi.get(&spi_in).cloned().ok_or(PlaneError::NoSuchSa(spi_in))?;
+            tables.remove(&old);
+            tables.insert(&Arc::new(Entry { encapsulation: to, ..Entry::clone(&old) }));
+            Ok(())
         })
     }
 
     /// As [`crate::plane::DataPlane::delete`].
     pub fn delete(&self, spi_in: u32) -> Result<(), PlaneError> {
         self.change(|_, tables| {
-            let gone = tables.by_spi.get(&spi_in).ok_or(PlaneError::NoSuchSa(spi_in))?;
-            succeed(tables, gone.sa.reqid);
-            Ok(tables.entries.iter().filter(|entry| entry.sa.spi_in != spi_in).cloned().collect())
+            let gone = tables.by_spi.get(&spi_in).cloned().ok_or(PlaneError::NoSuchSa(spi_in))?;
+            tables.succeed(gone.sa.reqid);
+            tables.remove(&gone);
+            Ok(())
         })
     }
 
@@ -252,29 +226,23 @@ impl DataPath {
         let tables = self.tables.load();
         let entry = tables.by_spi.get(&spi_in).ok_or(PlaneError::NoSuchSa(spi_in))?;
         // The successor first: at no moment is there nobody who sends.
-        succeed(&tables, entry.sa.reqid);
+        tables.succeed(entry.sa.reqid);
         entry.sa.retired.store(true, Ordering::Relaxed);
         Ok(())
     }
 
     /// As [`crate::plane::DataPlane::install_trap`].
     pub fn install_trap(&self, trap: Trap) -> Result<(), PlaneError> {
-        self.change_traps(|traps| {
-            if traps.iter().any(|known| known.trap.reqid == trap.reqid) {
-                return Err(PlaneError::TrapInUse(trap.reqid));
-            }
-            traps.push(Arc::new(TrapState::new(trap)));
-            Ok(())
+        self.change(|order, tables| {
+            let reqid = trap.reqid;
+            let installed = tables.insert_trap(&Arc::new(TrapState::new(trap, order)));
+            if installed { Ok(()) } else { Err(PlaneError::TrapInUse(reqid)) }
         })
     }
 
     /// As [`crate::plane::DataPlane::remove_trap`].
     pub fn remove_trap(&self, reqid: u32) -> Result<(), PlaneError> {
-        self.change_traps(|traps| {
-            let at = traps.iter().position(|known| known.trap.reqid == reqid);
-            traps.remove(at.ok_or(PlaneError::NoSuchTrap(reqid))?);
-            Ok(())
-        })
+        self.change(|_, tables| if tables.remove_trap(reqid) { Ok(()) } else { Err(PlaneError::NoSuchTrap(reqid)) })
     }
 
     /// As [`crate::plane::DataPlane::usage`].
@@ -305,7 +273,7 @@ impl DataPath {
         if mtu >= lookup(&known, remote, tick) {
             return;
         }
-        if !self.tables.load().entries.iter().any(|entry| entry.encapsulation.remote() == remote) {
+        if !self.tables.load().sends_to(remote) {
             return;
         }
         let mut path_mtu: PathMtus =
@@ -378,32 +346,17 @@ impl DataPath {
         Some(entry.sa.receiver().seen_from.unwrap_or(configured))
     }
 
-    fn change(
-        &self,
-        entries: impl FnOnce(&mut u64, &Tables) -> Result<Vec<Arc<Entry>>, PlaneError>,
-    ) -> Result<(), PlaneError> {
+    fn change(&self, change: impl FnOnce(u64, &mut Tables) -> Result<(), PlaneError>) -> Result<(), PlaneError> {
         let mut order = lock(&self.control);
-        let tables = self.tables.load();
-        let entries = entries(&mut order, &tables)?;
-        self.tables.store(Arc::new(Tables::new(entries, Arc::clone(&tables.traps))));
-        Ok(())
-    }
-
-    fn change_traps(
-        &self,
-        change: impl FnOnce(&mut Vec<Arc<TrapState>>) -> Result<(), PlaneError>,
-    ) -> Result<(), PlaneError> {
-        let _order = lock(&self.control);
-        let tables = self.tables.load();
-        let mut traps = tables.traps.all.clone();
-        change(&mut traps)?;
-        self.tables.store(Arc::new(Tables::new(tables.entries.clone(), Arc::new(Traps::new(traps)))));
+        let mut tables = Tables::clone(&self.tables.load());
+        change(*order, &mut tables)?;
+        *order += 1;
+        self.tables.store(Arc::new(tables));
         Ok(())
     }
 
     /// What becomes of a packet that no SA is for. It never goes out, so no latch needs to see it.
-    fn acquire(&self, now: Instant, tables: &Tables, flow: Flow, shows_ports: bool) -> Result<Outbound, DropReason> {
-        let state = tables.traps.select(&flow, shows_ports).ok_or(DropReason::NoPolicy)?;
+    fn acquire(&self, now: Instant, state: &TrapState, flow: Flow) -> Result<Outbound, DropReason> {
         let tick = self.tick(now);
         let due = |last: u64| (last == 0 || tick.saturating_sub(last) >= ACQUIRE_EVERY).then_some(tick);
         // Of threads that come at once, one reports.
@@ -418,8 +371,10 @@ impl DataPath {
         let view = Packet::parse(packet).ok_or(DropReason::Malformed)?;
         let flow = view.outbound_flow();
         let tables = self.tables.load();
-        let Some(entry) = tables.policies.select(&flow, view.shows_ports()) else {
-            return self.acquire(now, &tables, flow, view.shows_ports());
+        let entry = match tables.select(&flow, view.shows_ports()) {
+            Some(Selected::Pair(entry)) => entry,
+            Some(Selected::Trap(state)) => return self.acquire(now, state, flow),
+            None => return Err(DropReason::NoPolicy),
         };
         let sa = &*entry.sa;
         if self.guard.check(Direction::Outbound, &view.guarded(flow), Some(sa.class)) == Verdict::Drop {

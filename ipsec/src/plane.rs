@@ -128,8 +128,8 @@ pub struct SaPair {
     pub await_peer: bool,
 }
 
-/// A trap: a PROTECT policy without an SA (RFC 4301 §4.4.1). What it selects, and no SA does, is dropped and reported
-/// as [`PlaneEvent::Acquire`].
+/// A trap: a PROTECT policy without an SA (RFC 4301 §4.4.1). What it selects, and no SA as specific does, is dropped and
+/// reported as [`PlaneEvent::Acquire`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Trap {
     /// Names it in events and for its removal; unique among traps, whatever `reqid`s SAs have.
@@ -258,7 +258,8 @@ pub trait DataPlane: Send {
     fn retire(&mut self, spi_in: u32) -> Result<(), PlaneError>;
     /// Removes the pair; its policies and routes go with the last pair of the `reqid`.
     fn delete(&mut self, spi_in: u32) -> Result<(), PlaneError>;
-    /// Installs a trap with its routes. SAs that select the same packets take precedence, installed before or after.
+    /// Installs a trap with its routes. SAs that select the same packets and are as specific take precedence, installed
+    /// before or after; wider ones do not.
     /// Received packets are not compared with it.
     fn install_trap(&mut self, trap: Trap) -> Result<(), PlaneError>;
     /// Removes a trap; routes that an SA or another trap needs stay.

@@ -50,7 +50,7 @@ impl fmt::Display for Flow {
 
 /// Whether addresses count in 32 or 128 bits; ranges never cross families.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Family {
+pub(crate) enum Family {
     V4,
     V6,
 }
@@ -77,7 +77,7 @@ impl Family {
     }
 }
 
-fn number(address: IpAddr) -> (Family, u128) {
+pub(crate) fn number(address: IpAddr) -> (Family, u128) {
     match address {
         IpAddr::V4(address) => (Family::V4, u128::from(address.to_bits())),
         IpAddr::V6(address) => (Family::V6, address.to_bits()),
@@ -239,7 +239,7 @@ impl TrafficSelector {
     }
 
     /// The address range as numbers; `None` when it mixes families or is upside down.
-    fn range(&self) -> Option<(Family, u128, u128)> {
+    pub(crate) fn range(&self) -> Option<(Family, u128, u128)> {
         let (family, start) = number(self.start);
         let (end_family, end) = number(self.end);
         (family == end_family && start <= end).then_some((family, start, end))

@@ -1,81 +1,145 @@
-//! The outbound half of the Security Policy Database (RFC 4301 §4.4.1): which SA a packet goes into.
+//! The Security Policy Database (RFC 4301 §4.4.1) as packets need it: which SA an outbound packet goes into, or which
+//! trap it falls into.
 //!
 //! Of the policies that cover a packet the one with the more specific remote selector wins, among equal ones the one
 //! with the more specific local selectors, then the newest: a wide tunnel must not take the traffic of a narrow one to
-//! another peer whenever it is rekeyed. Single addresses (road warriors) are found by a hash, so that a gateway with
-//! thousands of them does not compare a packet with each.
+//! another peer whenever it is rekeyed. A trap is a policy like any other, but for an SA that is as specific, which is
+//! what the trap is there for.
 
-use std::cmp::Reverse;
-use std::collections::HashMap;
 use std::net::IpAddr;
+use std::ops::RangeInclusive;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 
+use rpds::{HashTrieMapSync, RedBlackTreeMapSync};
+
+use crate::networks::{Networks, Selects};
 use crate::plane::Trap;
 use crate::sad::Entry;
-use crate::selector::{Flow, TrafficSelector};
+use crate::selector::{Flow, TrafficSelector, narrow};
 
-/// Installed pairs in order of look-up; every list has the most specific first, and of equal ones the newest.
-#[derive(Default)]
-pub(crate) struct Policies {
-    /// Remote selectors of a single address.
-    by_host: HashMap<IpAddr, Vec<Policy>>,
-    /// All others.
-    wide: Vec<Policy>,
+/// Installed pairs and traps. A copy is cheap, and so is a change to it.
+#[derive(Clone)]
+pub(crate) struct Tables {
+    pub(crate) by_spi: HashTrieMapSync<u32, Arc<Entry>>,
+    by_reqid: RedBlackTreeMapSync<(u32, u64), Arc<Entry>>,
+    /// How many pairs send to an outer address.
+    outer: HashTrieMapSync<IpAddr, usize>,
+    policies: Networks<Arc<Entry>>,
+    traps: HashTrieMapSync<u32, Arc<TrapState>>,
+    trap_policies: Networks<Arc<TrapState>>,
 }
 
-/// One remote selector of a pair.
-struct Policy {
-    remote: TrafficSelector,
-    entry: Arc<Entry>,
+impl Default for Tables {
+    fn default() -> Self {
+        Self {
+            by_spi: HashTrieMapSync::new_sync(),
+            by_reqid: RedBlackTreeMapSync::new_sync(),
+            outer: HashTrieMapSync::new_sync(),
+            policies: Networks::default(),
+            traps: HashTrieMapSync::new_sync(),
+            trap_policies: Networks::default(),
+        }
+    }
 }
 
-impl Policies {
-    /// Sorts entries.
-    pub(crate) fn new(entries: &[Arc<Entry>]) -> Self {
-        let mut sorted: Vec<_> = entries
-            .iter()
-            .flat_map(|entry| {
-                let local = entry.sa.local_ts.iter().map(TrafficSelector::width).max();
-                let policy = |remote: &TrafficSelector| Policy { remote: *remote, entry: Arc::clone(entry) };
-                entry
-                    .sa
-                    .remote_ts
-                    .iter()
-                    .map(move |remote| ((remote.width(), local, Reverse(entry.order)), policy(remote)))
-            })
-            .collect();
-        sorted.sort_by_key(|(rank, _)| *rank);
-        let mut policies = Self::default();
-        for (_, policy) in sorted {
-            if policy.remote.start == policy.remote.end {
-                policies.by_host.entry(policy.remote.start).or_default().push(policy);
-            } else {
-                policies.wide.push(policy);
+/// Where an outbound packet goes.
+pub(crate) enum Selected<'a> {
+    Pair(&'a Arc<Entry>),
+    Trap(&'a TrapState),
+}
+
+impl Tables {
+    /// Adds a pair.
+    pub(crate) fn insert(&mut self, entry: &Arc<Entry>) {
+        self.by_spi.insert_mut(entry.sa.spi_in, Arc::clone(entry));
+        self.by_reqid.insert_mut((entry.sa.reqid, entry.order), Arc::clone(entry));
+        let remote = entry.encapsulation.remote();
+        let others = self.outer.get(&remote).copied().unwrap_or(0);
+        self.outer.insert_mut(remote, others + 1);
+        self.policies.insert(entry);
+    }
+
+    /// Removes a pair.
+    pub(crate) fn remove(&mut self, entry: &Arc<Entry>) {
+        self.by_spi.remove_mut(&entry.sa.spi_in);
+        self.by_reqid.remove_mut(&(entry.sa.reqid, entry.order));
+        let remote = entry.encapsulation.remote();
+        match self.outer.get(&remote).copied() {
+            Some(count) if count > 1 => self.outer.insert_mut(remote, count - 1),
+            _ => {
+                self.outer.remove_mut(&remote);
             }
         }
-        policies
+        self.policies.remove(entry);
     }
 
-    /// The entry that an outbound packet goes into; pairs that do not send are passed over.
-    pub(crate) fn select(&self, flow: &Flow, shows_ports: bool) -> Option<&Arc<Entry>> {
-        let hosts = self.by_host.get(&flow.remote).into_iter().flatten();
-        let found = hosts.chain(&self.wide).find(|policy| {
-            policy.remote.selects(flow.protocol, flow.remote, flow.remote_port, shows_ports)
-                && policy.entry.sa.sends()
-                && policy.entry.sa.selects(flow, shows_ports)
-        });
-        found.map(|policy| &policy.entry)
+    /// Adds a trap; false when its `reqid` is taken.
+    pub(crate) fn insert_trap(&mut self, state: &Arc<TrapState>) -> bool {
+        let reqid = state.trap.reqid;
+        if self.traps.contains_key(&reqid) {
+            return false;
+        }
+        self.traps.insert_mut(reqid, Arc::clone(state));
+        self.trap_policies.insert(state);
+        true
+    }
+
+    /// Removes a trap; false when there is none.
+    pub(crate) fn remove_trap(&mut self, reqid: u32) -> bool {
+        let Some(state) = self.traps.get(&reqid).cloned() else { return false };
+        self.trap_policies.remove(&state);
+        self.traps.remove_mut(&reqid)
+    }
+
+    /// The pairs of a `reqid`, oldest first.
+    pub(crate) fn of_reqid(&self, reqid: u32) -> impl Iterator<Item = &Arc<Entry>> {
+        let all: RangeInclusive<(u32, u64)> = (reqid, 0)..=(reqid, u64::MAX);
+        self.by_reqid.range(all).map(|(_, entry)| entry)
+    }
+
+    /// A predecessor stops sending: its successors need not wait any longer.
+    pub(crate) fn succeed(&self, reqid: u32) {
+        for entry in self.of_reqid(reqid) {
+            entry.sa.waits.store(false, Ordering::Relaxed);
+        }
+    }
+
+    /// True when packets of some pair go to this outer address.
+    pub(crate) fn sends_to(&self, remote: IpAddr) -> bool {
+        self.outer.contains_key(&remote)
+    }
+
+    /// The pair that an outbound packet goes into, those that do not send passed over; or the trap that it falls into.
+    pub(crate) fn select(&self, flow: &Flow, shows_ports: bool) -> Option<Selected<'_>> {
+        let pair = self.policies.select(flow, shows_ports);
+        let trap = self.trap_policies.select(flow, shows_ports);
+        match (pair, trap) {
+            (Some((rank, _)), Some((narrower, state))) if narrower.is_narrower_than(rank) => {
+                Some(Selected::Trap(state))
+            }
+            (Some((_, entry)), _) => Some(Selected::Pair(entry)),
+            (None, trap) => trap.map(|(_, state)| Selected::Trap(state)),
+        }
     }
 }
 
-/// Policies without SAs, for packets that no SA is for.
-#[derive(Default)]
-pub(crate) struct Traps {
-    /// In order of installation.
-    pub(crate) all: Vec<Arc<TrapState>>,
-    /// One entry for each remote selector, in the order of [`Policies`].
-    sorted: Vec<(TrafficSelector, Arc<TrapState>)>,
+impl Selects for Arc<Entry> {
+    fn order(&self) -> u64 {
+        self.order
+    }
+
+    fn local_ts(&self) -> &[TrafficSelector] {
+        &self.sa.local_ts
+    }
+
+    fn remote_ts(&self) -> &[TrafficSelector] {
+        &self.sa.remote_ts
+    }
+
+    fn takes(&self, flow: &Flow, shows_ports: bool) -> bool {
+        self.sa.sends() && self.sa.selects(flow, shows_ports)
+    }
 }
 
 /// A trap, and when it was last reported.
@@ -83,39 +147,37 @@ pub(crate) struct TrapState {
     pub(crate) trap: Trap,
     /// The data path's tick; 0 before the first.
     pub(crate) reported: AtomicU64,
+    order: u64,
 }
 
 impl TrapState {
-    pub(crate) fn new(trap: Trap) -> Self {
-        Self { trap, reported: AtomicU64::new(0) }
+    /// Selectors within others go, as they do from an SA's in its negotiation: they would make the trap look more specific
+    /// than its SA.
+    pub(crate) fn new(mut trap: Trap, order: u64) -> Self {
+        trap.local_ts = narrow(&trap.local_ts, &trap.local_ts).selectors;
+        trap.remote_ts = narrow(&trap.remote_ts, &trap.remote_ts).selectors;
+        Self { trap, reported: AtomicU64::new(0), order }
     }
 }
 
-impl Traps {
-    /// Sorts traps.
-    pub(crate) fn new(all: Vec<Arc<TrapState>>) -> Self {
-        let mut sorted: Vec<_> = all
-            .iter()
-            .rev()
-            .flat_map(|state| state.trap.remote_ts.iter().map(move |remote| (*remote, Arc::clone(state))))
-            .collect();
-        // Stable: of equals the newest stays first.
-        sorted.sort_by_key(|(remote, state)| {
-            (remote.width(), state.trap.local_ts.iter().map(TrafficSelector::width).max())
-        });
-        Self { all, sorted }
+impl Selects for Arc<TrapState> {
+    fn order(&self) -> u64 {
+        self.order
     }
 
-    /// The trap that an outbound packet falls into.
-    pub(crate) fn select(&self, flow: &Flow, shows_ports: bool) -> Option<&TrapState> {
-        let found = self.sorted.iter().find(|(remote, state)| {
-            remote.selects(flow.protocol, flow.remote, flow.remote_port, shows_ports)
-                && state
-                    .trap
-                    .local_ts
-                    .iter()
-                    .any(|local| local.selects(flow.protocol, flow.local, flow.local_port, shows_ports))
-        });
-        found.map(|(_, state)| &**state)
+    fn local_ts(&self) -> &[TrafficSelector] {
+        &self.trap.local_ts
+    }
+
+    fn remote_ts(&self) -> &[TrafficSelector] {
+        &self.trap.remote_ts
+    }
+
+    fn takes(&self, flow: &Flow, shows_ports: bool) -> bool {
+        let selects = |local: &TrafficSelector| local.selects(flow.protocol, flow.local, flow.local_port, shows_ports);
+        self.trap.local_ts.iter().any(selects)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -286,8 +286,10 @@ fn an_sa_takes_the_packets_of_a_trap_while_it_sends() {
     assert!(acquires(&mut now, "10.2.0.6"), "the peer deleted the SA");
     plane.delete(1010).unwrap();
     assert!(acquires(&mut now, "10.2.0.6"));
+    // A wider one is for somebody else's packets.
     plane.install(half(20, 2, 1, &["10.0.0.0/8"])).unwrap();
-    assert_eq!(spi_for(&plane, "10.2.0.6"), Some(20));
+    assert_eq!(spi_for(&plane, "10.3.0.6"), Some(20));
+    assert!(acquires(&mut now, "10.2.0.6"));
 }
 
 #[test]
