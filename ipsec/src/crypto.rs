@@ -1,13 +1,16 @@
 //! Protection of octets by a negotiated cipher and integrity algorithm: one code path for ESP packets
 //! (RFC 4303 §3.3.2) and IKE's Encrypted payload (RFC 7296 §3.14, RFC 5282).
 
+mod portable;
+
 use std::fmt;
 
 use aws_lc_rs::aead::{self, Aad, LessSafeKey, Nonce, UnboundKey};
 use aws_lc_rs::cipher::{self, DecryptingKey, DecryptionContext, EncryptingKey, EncryptionContext, UnboundCipherKey};
-use aws_lc_rs::hmac;
+use aws_lc_rs::{cmac, hmac};
 use subtle::ConstantTimeEq;
 
+use self::portable::{CCM_SALT_LEN, Portable};
 use crate::plane::EspKeys;
 use crate::transform::{Encr, Integ};
 
@@ -44,36 +47,66 @@ pub struct Protection {
 
 enum Algorithm {
     /// The nonce is salt | explicit IV (RFC 4106 §4, RFC 7634 §2).
-    Aead {
-        key: LessSafeKey,
-        salt: [u8; SALT_LEN],
-    },
+    Aead { key: LessSafeKey, salt: [u8; SALT_LEN] },
+    /// The same with an empty text: everything is associated data (RFC 4543 §3).
+    Gmac { key: LessSafeKey, salt: [u8; SALT_LEN] },
+    /// An AEAD that AWS-LC lacks.
+    Portable(Portable),
+    /// A cipher and a MAC.
     Separate(Box<Separate>),
 }
 
 /// Encrypt, then MAC over aad | IV | ciphertext | suffix (RFC 4303 §3.3.2.1).
 struct Separate {
-    /// `None` is ENCR_NULL.
-    cipher: Option<Cbc>,
-    mac: hmac::Key,
+    cipher: Cipher,
+    mac: Mac,
     icv_len: usize,
 }
 
-struct Cbc {
-    encrypting: EncryptingKey,
-    decrypting: DecryptingKey,
+#[allow(clippy::large_enum_variant, reason = "lies in a box already; the large one is the usual one")]
+enum Cipher {
+    /// ENCR_NULL.
+    Null,
+    Cbc {
+        encrypting: EncryptingKey,
+        decrypting: DecryptingKey,
+    },
+    /// Encrypting and decrypting are one (RFC 3686 §2.1); the nonce is the salt of the keys (§5.1).
+    Ctr {
+        key: EncryptingKey,
+        nonce: [u8; SALT_LEN],
+    },
+}
+
+#[allow(clippy::large_enum_variant, reason = "lies in a box already; the large one is the usual one")]
+enum Mac {
+    Hmac(hmac::Key),
+    Cmac(cmac::Key),
 }
 
 /// What a suite consists of, before keys.
 enum Shape {
     Aead(&'static aead::Algorithm),
-    Separate { cipher: Option<&'static cipher::Algorithm>, cipher_key_len: usize, mac: MacShape },
+    Gmac(&'static aead::Algorithm),
+    Portable { salt_len: usize, icv_len: usize },
+    Separate { cipher: Option<CipherShape>, mac: MacShape },
+}
+
+#[derive(Clone, Copy)]
+struct CipherShape {
+    algorithm: &'static cipher::Algorithm,
+    counter_mode: bool,
 }
 
 struct MacShape {
-    algorithm: hmac::Algorithm,
+    algorithm: MacAlgorithm,
     key_len: usize,
     icv_len: usize,
+}
+
+enum MacAlgorithm {
+    Hmac(hmac::Algorithm),
+    Cmac(cmac::Algorithm),
 }
 
 const SALT_LEN: usize = 4;
@@ -82,30 +115,46 @@ const AEAD_ICV_LEN: usize = 16;
 const AES_BLOCK_LEN: usize = 16;
 
 fn shape(encr: Encr, key_bits: u16, integ: Integ) -> Option<Shape> {
-    let aead = |algorithm| (integ == Integ::NONE).then_some(Shape::Aead(algorithm));
-    match (encr, key_bits) {
-        (Encr::AES_GCM_16, 128) => aead(&aead::AES_128_GCM),
-        (Encr::AES_GCM_16, 192) => aead(&aead::AES_192_GCM),
-        (Encr::AES_GCM_16, 256) => aead(&aead::AES_256_GCM),
-        (Encr::CHACHA20_POLY1305, 256) => aead(&aead::CHACHA20_POLY1305),
-        (Encr::AES_CBC, 128) => separate(Some(&cipher::AES_128), 16, integ),
-        (Encr::AES_CBC, 192) => separate(Some(&cipher::AES_192), 24, integ),
-        (Encr::AES_CBC, 256) => separate(Some(&cipher::AES_256), 32, integ),
-        (Encr::NULL, 0) => separate(None, 0, integ),
+    let aes = || match key_bits {
+        128 => Some((&cipher::AES_128, &aead::AES_128_GCM)),
+        192 => Some((&cipher::AES_192, &aead::AES_192_GCM)),
+        256 => Some((&cipher::AES_256, &aead::AES_256_GCM)),
         _ => None,
-    }
-}
-
-fn separate(cipher: Option<&'static cipher::Algorithm>, cipher_key_len: usize, integ: Integ) -> Option<Shape> {
-    // Key and ICV lengths: RFC 2404 §2, RFC 4868 §2.1.1 and §2.3.
-    let mac = match integ {
-        Integ::HMAC_SHA1_96 => MacShape { algorithm: hmac::HMAC_SHA1_FOR_LEGACY_USE_ONLY, key_len: 20, icv_len: 12 },
-        Integ::HMAC_SHA2_256_128 => MacShape { algorithm: hmac::HMAC_SHA256, key_len: 32, icv_len: 16 },
-        Integ::HMAC_SHA2_384_192 => MacShape { algorithm: hmac::HMAC_SHA384, key_len: 48, icv_len: 24 },
-        Integ::HMAC_SHA2_512_256 => MacShape { algorithm: hmac::HMAC_SHA512, key_len: 64, icv_len: 32 },
+    };
+    let combined = match (encr, key_bits) {
+        (Encr::AES_GCM_16, _) => Shape::Aead(aes()?.1),
+        (Encr::NULL_AUTH_AES_GMAC, _) => Shape::Gmac(aes()?.1),
+        (Encr::CHACHA20_POLY1305, 256) => Shape::Aead(&aead::CHACHA20_POLY1305),
+        (Encr::AES_CCM_8, 128 | 192 | 256) => Shape::Portable { salt_len: CCM_SALT_LEN, icv_len: 8 },
+        (Encr::AES_CCM_12, 128 | 192 | 256) => Shape::Portable { salt_len: CCM_SALT_LEN, icv_len: 12 },
+        (Encr::AES_CCM_16, 128 | 192 | 256) => Shape::Portable { salt_len: CCM_SALT_LEN, icv_len: 16 },
+        (Encr::AES_GCM_8, 128 | 192 | 256) => Shape::Portable { salt_len: SALT_LEN, icv_len: 8 },
+        (Encr::AES_GCM_12, 128 | 192 | 256) => Shape::Portable { salt_len: SALT_LEN, icv_len: 12 },
+        (Encr::AES_CBC, _) => {
+            let cipher = CipherShape { algorithm: aes()?.0, counter_mode: false };
+            return Some(Shape::Separate { cipher: Some(cipher), mac: mac(integ)? });
+        }
+        (Encr::AES_CTR, _) => {
+            let cipher = CipherShape { algorithm: aes()?.0, counter_mode: true };
+            return Some(Shape::Separate { cipher: Some(cipher), mac: mac(integ)? });
+        }
+        (Encr::NULL, 0) => return Some(Shape::Separate { cipher: None, mac: mac(integ)? }),
         _ => return None,
     };
-    Some(Shape::Separate { cipher, cipher_key_len, mac })
+    (integ == Integ::NONE).then_some(combined)
+}
+
+fn mac(integ: Integ) -> Option<MacShape> {
+    // Key and ICV lengths: RFC 2404 §2, RFC 4868 §2.1.1 and §2.3, RFC 4494 §3.
+    let hmac = |algorithm, key_len, icv_len| MacShape { algorithm: MacAlgorithm::Hmac(algorithm), key_len, icv_len };
+    Some(match integ {
+        Integ::HMAC_SHA1_96 => hmac(hmac::HMAC_SHA1_FOR_LEGACY_USE_ONLY, 20, 12),
+        Integ::HMAC_SHA2_256_128 => hmac(hmac::HMAC_SHA256, 32, 16),
+        Integ::HMAC_SHA2_384_192 => hmac(hmac::HMAC_SHA384, 48, 24),
+        Integ::HMAC_SHA2_512_256 => hmac(hmac::HMAC_SHA512, 64, 32),
+        Integ::AES_CMAC_96 => MacShape { algorithm: MacAlgorithm::Cmac(cmac::AES_128), key_len: 16, icv_len: 12 },
+        _ => return None,
+    })
 }
 
 impl Protection {
@@ -113,10 +162,20 @@ impl Protection {
     /// (a combined-mode cipher with an integrity algorithm, a plain cipher without one).
     /// `key_bits` is 256 for ChaCha20-Poly1305 and 0 for ENCR_NULL.
     pub fn key_lengths(encr: Encr, key_bits: u16, integ: Integ) -> Option<KeyLengths> {
+        let key_len = usize::from(key_bits / 8);
         Some(match shape(encr, key_bits, integ)? {
-            Shape::Aead(algorithm) => KeyLengths { encr: algorithm.key_len() + SALT_LEN, integ: 0 },
-            Shape::Separate { cipher_key_len, mac, .. } => KeyLengths { encr: cipher_key_len, integ: mac.key_len },
+            Shape::Aead(_) | Shape::Gmac(_) => KeyLengths { encr: key_len + SALT_LEN, integ: 0 },
+            Shape::Portable { salt_len, .. } => KeyLengths { encr: key_len + salt_len, integ: 0 },
+            Shape::Separate { cipher, mac } => {
+                let counter_mode = cipher.is_some_and(|cipher| cipher.counter_mode);
+                KeyLengths { encr: key_len + if counter_mode { SALT_LEN } else { 0 }, integ: mac.key_len }
+            }
         })
+    }
+
+    /// True for ciphers that need no integrity algorithm and take none (RFC 7296 §3.3.3).
+    pub fn is_combined_mode_cipher(encr: Encr) -> bool {
+        [128, 256].into_iter().any(|bits| shape(encr, bits, Integ::NONE).is_some())
     }
 
     /// Binds keys.
@@ -126,61 +185,69 @@ impl Protection {
         if encr_key.len() != lengths.encr || integ_key.len() != lengths.integ {
             return Err(CryptoError::KeyLength);
         }
+        let aead = |algorithm| {
+            let (key, salt) = encr_key.split_last_chunk::<SALT_LEN>().ok_or(CryptoError::KeyLength)?;
+            let key = UnboundKey::new(algorithm, key).map_err(|_| CryptoError::KeyLength)?;
+            Ok::<_, CryptoError>((LessSafeKey::new(key), *salt))
+        };
         let algorithm = match shape(encr, key_bits, integ).ok_or(CryptoError::Unsupported)? {
             Shape::Aead(algorithm) => {
-                let (key, salt) = encr_key.split_last_chunk::<SALT_LEN>().ok_or(CryptoError::KeyLength)?;
-                let key = UnboundKey::new(algorithm, key).map_err(|_| CryptoError::KeyLength)?;
-                Algorithm::Aead { key: LessSafeKey::new(key), salt: *salt }
+                let (key, salt) = aead(algorithm)?;
+                Algorithm::Aead { key, salt }
             }
-            Shape::Separate { cipher, mac, .. } => {
-                let cipher = match cipher {
-                    None => None,
-                    Some(algorithm) => {
-                        let key = || UnboundCipherKey::new(algorithm, encr_key).map_err(|_| CryptoError::KeyLength);
-                        Some(Cbc {
-                            encrypting: EncryptingKey::cbc(key()?).map_err(|_| CryptoError::Unsupported)?,
-                            decrypting: DecryptingKey::cbc(key()?).map_err(|_| CryptoError::Unsupported)?,
-                        })
-                    }
-                };
-                let mac_key = hmac::Key::new(mac.algorithm, integ_key);
-                Algorithm::Separate(Box::new(Separate { cipher, mac: mac_key, icv_len: mac.icv_len }))
+            Shape::Gmac(algorithm) => {
+                let (key, salt) = aead(algorithm)?;
+                Algorithm::Gmac { key, salt }
+            }
+            Shape::Portable { icv_len, .. } => {
+                let (key, salt) = encr_key.split_at_checked(usize::from(key_bits / 8)).ok_or(CryptoError::KeyLength)?;
+                Algorithm::Portable(Portable::new(encr, key, salt, icv_len)?)
+            }
+            Shape::Separate { cipher, mac } => {
+                let icv_len = mac.icv_len;
+                let cipher = Cipher::new(cipher, encr_key)?;
+                Algorithm::Separate(Box::new(Separate { cipher, mac: Mac::new(mac, integ_key)?, icv_len }))
             }
         };
         Ok(Self { algorithm })
     }
 
-    /// Octets of explicit IV before the text (8 for AEADs, 16 for CBC, 0 for ENCR_NULL).
+    /// Octets of explicit IV before the text (8 for AEADs and counter mode, 16 for CBC, 0 for ENCR_NULL).
     pub fn iv_len(&self) -> usize {
         match &self.algorithm {
-            Algorithm::Aead { .. } => AEAD_IV_LEN,
-            Algorithm::Separate(separate) if separate.cipher.is_some() => AES_BLOCK_LEN,
-            Algorithm::Separate(_) => 0,
+            Algorithm::Aead { .. } | Algorithm::Gmac { .. } | Algorithm::Portable(_) => AEAD_IV_LEN,
+            Algorithm::Separate(separate) => match separate.cipher {
+                Cipher::Null => 0,
+                Cipher::Cbc { .. } => AES_BLOCK_LEN,
+                Cipher::Ctr { .. } => AEAD_IV_LEN,
+            },
         }
     }
 
     /// Octets of integrity check value after the text.
     pub fn icv_len(&self) -> usize {
         match &self.algorithm {
-            Algorithm::Aead { .. } => AEAD_ICV_LEN,
+            Algorithm::Aead { .. } | Algorithm::Gmac { .. } => AEAD_ICV_LEN,
+            Algorithm::Portable(portable) => portable.icv_len,
             Algorithm::Separate(separate) => separate.icv_len,
         }
     }
 
-    /// The text's length must be a multiple of this (16 for CBC, 1 for AEADs and ENCR_NULL).
+    /// The text's length must be a multiple of this (16 for CBC, 1 for all others).
     pub fn block_len(&self) -> usize {
         if self.needs_random_iv() { AES_BLOCK_LEN } else { 1 }
     }
 
-    /// True for ciphers whose IV must be unpredictable (CBC); false where a counter serves (AEADs).
+    /// True for ciphers whose IV must be unpredictable (CBC); false where a counter serves and must serve,
+    /// because an IV that occurs twice is fatal (AEADs, counter mode).
     pub fn needs_random_iv(&self) -> bool {
-        matches!(&self.algorithm, Algorithm::Separate(separate) if separate.cipher.is_some())
+        matches!(&self.algorithm, Algorithm::Separate(separate) if matches!(separate.cipher, Cipher::Cbc { .. }))
     }
 
     /// True for combined-mode ciphers: the high half of an extended sequence number then belongs into the
     /// AAD between SPI and low half (RFC 4106 §5, RFC 7634 §2.1), otherwise into the suffix.
     pub fn is_combined_mode(&self) -> bool {
-        matches!(&self.algorithm, Algorithm::Aead { .. })
+        !matches!(&self.algorithm, Algorithm::Separate(_))
     }
 
     /// Encrypts `text` in place and writes the integrity check value.
@@ -204,13 +271,21 @@ impl Protection {
                     key.seal_in_place_separate_tag(nonce, Aad::from(aad), text).map_err(|_| CryptoError::Length)?;
                 icv.copy_from_slice(tag.as_ref());
             }
+            Algorithm::Gmac { key, salt } => {
+                let everything = [aad, iv, text].concat();
+                let nonce = nonce(salt, iv)?;
+                let tag = key
+                    .seal_in_place_separate_tag(nonce, Aad::from(everything), &mut [])
+                    .map_err(|_| CryptoError::Length)?;
+                icv.copy_from_slice(tag.as_ref());
+            }
+            Algorithm::Portable(portable) => portable.seal(iv, aad, text, icv)?,
             Algorithm::Separate(separate) => {
-                if let Some(Cbc { encrypting, .. }) = &separate.cipher {
-                    let context = EncryptionContext::Iv128(iv.try_into().map_err(|_| CryptoError::Length)?);
-                    encrypting.less_safe_encrypt(text, context).map_err(|_| CryptoError::Length)?;
-                }
-                let tag = sign(&separate.mac, &[aad, iv, text, suffix]);
-                icv.copy_from_slice(tag.as_ref().get(..separate.icv_len).ok_or(CryptoError::Length)?);
+                separate.cipher.encrypt(iv, text)?;
+                separate.mac.sign(&[aad, iv, text, suffix], |tag| {
+                    icv.copy_from_slice(tag.get(..separate.icv_len).ok_or(CryptoError::Length)?);
+                    Ok(())
+                })?;
             }
         }
         Ok(())
@@ -228,16 +303,19 @@ impl Protection {
                     return Err(CryptoError::Integrity);
                 }
             }
+            Algorithm::Gmac { key, salt } => {
+                let everything = [aad, iv, text].concat();
+                let nonce = nonce(salt, iv)?;
+                key.open_in_place_separate_tag(nonce, Aad::from(everything), icv, &mut [])
+                    .map_err(|_| CryptoError::Integrity)?;
+            }
+            Algorithm::Portable(portable) => portable.open(iv, aad, text, icv)?,
             Algorithm::Separate(separate) => {
-                let tag = sign(&separate.mac, &[aad, iv, text, suffix]);
-                let expected = tag.as_ref().get(..separate.icv_len).ok_or(CryptoError::Length)?;
-                if !bool::from(expected.ct_eq(icv)) {
-                    return Err(CryptoError::Integrity);
-                }
-                if let Some(Cbc { decrypting, .. }) = &separate.cipher {
-                    let context = DecryptionContext::Iv128(iv.try_into().map_err(|_| CryptoError::Length)?);
-                    decrypting.decrypt(text, context).map_err(|_| CryptoError::Length)?;
-                }
+                separate.mac.sign(&[aad, iv, text, suffix], |tag| {
+                    let expected = tag.get(..separate.icv_len).ok_or(CryptoError::Length)?;
+                    if bool::from(expected.ct_eq(icv)) { Ok(()) } else { Err(CryptoError::Integrity) }
+                })?;
+                separate.cipher.decrypt(iv, text)?;
             }
         }
         Ok(())
@@ -247,6 +325,81 @@ impl Protection {
         let right =
             iv.len() == self.iv_len() && icv.len() == self.icv_len() && text.len().is_multiple_of(self.block_len());
         if right { Ok(()) } else { Err(CryptoError::Length) }
+    }
+}
+
+impl Cipher {
+    fn new(shape: Option<CipherShape>, encr_key: &[u8]) -> Result<Self, CryptoError> {
+        let Some(CipherShape { algorithm, counter_mode }) = shape else { return Ok(Self::Null) };
+        let unbound = |key| UnboundCipherKey::new(algorithm, key).map_err(|_| CryptoError::KeyLength);
+        if counter_mode {
+            let (key, nonce) = encr_key.split_last_chunk::<SALT_LEN>().ok_or(CryptoError::KeyLength)?;
+            let key = EncryptingKey::ctr(unbound(key)?).map_err(|_| CryptoError::Unsupported)?;
+            return Ok(Self::Ctr { key, nonce: *nonce });
+        }
+        Ok(Self::Cbc {
+            encrypting: EncryptingKey::cbc(unbound(encr_key)?).map_err(|_| CryptoError::Unsupported)?,
+            decrypting: DecryptingKey::cbc(unbound(encr_key)?).map_err(|_| CryptoError::Unsupported)?,
+        })
+    }
+
+    fn encrypt(&self, iv: &[u8], text: &mut [u8]) -> Result<(), CryptoError> {
+        match self {
+            Self::Null => Ok(()),
+            Self::Cbc { encrypting, .. } => encrypt(encrypting, iv, text),
+            Self::Ctr { key, nonce } => encrypt(key, &counter_block(nonce, iv), text),
+        }
+    }
+
+    fn decrypt(&self, iv: &[u8], text: &mut [u8]) -> Result<(), CryptoError> {
+        match self {
+            Self::Cbc { decrypting, .. } => {
+                let context = DecryptionContext::Iv128(iv.try_into().map_err(|_| CryptoError::Length)?);
+                decrypting.decrypt(text, context).map(|_| ()).map_err(|_| CryptoError::Length)
+            }
+            Self::Null | Self::Ctr { .. } => self.encrypt(iv, text),
+        }
+    }
+}
+
+fn encrypt(key: &EncryptingKey, iv: &[u8], text: &mut [u8]) -> Result<(), CryptoError> {
+    let context = EncryptionContext::Iv128(iv.try_into().map_err(|_| CryptoError::Length)?);
+    key.less_safe_encrypt(text, context).map(|_| ()).map_err(|_| CryptoError::Length)
+}
+
+/// The first counter block: nonce | IV | 1 (RFC 3686 §4).
+fn counter_block(nonce: &[u8; SALT_LEN], iv: &[u8]) -> Vec<u8> {
+    [nonce.as_slice(), iv, &[0, 0, 0, 1]].concat()
+}
+
+impl Mac {
+    fn new(shape: MacShape, key: &[u8]) -> Result<Self, CryptoError> {
+        Ok(match shape.algorithm {
+            MacAlgorithm::Hmac(algorithm) => Self::Hmac(hmac::Key::new(algorithm, key)),
+            MacAlgorithm::Cmac(algorithm) => {
+                Self::Cmac(cmac::Key::new(algorithm, key).map_err(|_| CryptoError::KeyLength)?)
+            }
+        })
+    }
+
+    /// Gives the whole tag over the parts to `then`.
+    fn sign(&self, parts: &[&[u8]], then: impl FnOnce(&[u8]) -> Result<(), CryptoError>) -> Result<(), CryptoError> {
+        match self {
+            Self::Hmac(key) => {
+                let mut context = hmac::Context::with_key(key);
+                for part in parts {
+                    context.update(part);
+                }
+                then(context.sign().as_ref())
+            }
+            Self::Cmac(key) => {
+                let mut context = cmac::Context::with_key(key);
+                for part in parts {
+                    context.update(part).map_err(|_| CryptoError::Unsupported)?;
+                }
+                then(context.sign().map_err(|_| CryptoError::Unsupported)?.as_ref())
+            }
+        }
     }
 }
 
@@ -262,14 +415,6 @@ fn nonce(salt: &[u8; SALT_LEN], iv: &[u8]) -> Result<Nonce, CryptoError> {
     first.copy_from_slice(salt);
     second.copy_from_slice(iv.get(..AEAD_IV_LEN).ok_or(CryptoError::Length)?);
     Ok(Nonce::assume_unique_for_key(nonce))
-}
-
-fn sign(key: &hmac::Key, parts: &[&[u8]]) -> hmac::Tag {
-    let mut context = hmac::Context::with_key(key);
-    for part in parts {
-        context.update(part);
-    }
-    context.sign()
 }
 
 #[cfg(test)]

@@ -48,8 +48,22 @@ impl Encr {
     pub const NULL: Self = Self(11);
     /// ENCR_AES_CBC.
     pub const AES_CBC: Self = Self(12);
+    /// ENCR_AES_CTR (RFC 3686, 5930).
+    pub const AES_CTR: Self = Self(13);
+    /// AES-CCM with an 8-octet ICV (RFC 4309, 5282).
+    pub const AES_CCM_8: Self = Self(14);
+    /// AES-CCM with a 12-octet ICV.
+    pub const AES_CCM_12: Self = Self(15);
+    /// AES-CCM with a 16-octet ICV.
+    pub const AES_CCM_16: Self = Self(16);
+    /// AES-GCM with an 8-octet ICV (RFC 4106, 5282).
+    pub const AES_GCM_8: Self = Self(18);
+    /// AES-GCM with a 12-octet ICV.
+    pub const AES_GCM_12: Self = Self(19);
     /// AES-GCM with a 16-octet ICV.
     pub const AES_GCM_16: Self = Self(20);
+    /// ENCR_NULL_AUTH_AES_GMAC: integrity alone (RFC 4543).
+    pub const NULL_AUTH_AES_GMAC: Self = Self(21);
     /// ENCR_CHACHA20_POLY1305.
     pub const CHACHA20_POLY1305: Self = Self(28);
 }
@@ -66,6 +80,8 @@ impl Prf {
     pub const HMAC_SHA2_384: Self = Self(6);
     /// PRF_HMAC_SHA2_512.
     pub const HMAC_SHA2_512: Self = Self(7);
+    /// PRF_AES128_CMAC (RFC 4615).
+    pub const AES128_CMAC: Self = Self(8);
 }
 
 /// Integrity algorithm ids (transform type 3).
@@ -76,6 +92,8 @@ impl Integ {
     pub const NONE: Self = Self(0);
     /// AUTH_HMAC_SHA1_96.
     pub const HMAC_SHA1_96: Self = Self(2);
+    /// AUTH_AES_CMAC_96 (RFC 4494).
+    pub const AES_CMAC_96: Self = Self(8);
     /// AUTH_HMAC_SHA2_256_128.
     pub const HMAC_SHA2_256_128: Self = Self(12);
     /// AUTH_HMAC_SHA2_384_192.
@@ -96,6 +114,10 @@ impl Ke {
     pub const MODP_3072: Self = Self(15);
     /// 4096-bit MODP group.
     pub const MODP_4096: Self = Self(16);
+    /// 6144-bit MODP group.
+    pub const MODP_6144: Self = Self(17);
+    /// 8192-bit MODP group.
+    pub const MODP_8192: Self = Self(18);
     /// NIST P-256.
     pub const ECP_256: Self = Self(19);
     /// NIST P-384.

@@ -465,7 +465,14 @@ fn suite_name(suite: &EspSuite) -> String {
     let mut name = match suite.encr {
         Encr::NULL => "ENCR_NULL".to_owned(),
         Encr::AES_CBC => "ENCR_AES_CBC".to_owned(),
+        Encr::AES_CTR => "ENCR_AES_CTR".to_owned(),
+        Encr::AES_CCM_8 => "ENCR_AES_CCM_8".to_owned(),
+        Encr::AES_CCM_12 => "ENCR_AES_CCM_12".to_owned(),
+        Encr::AES_CCM_16 => "ENCR_AES_CCM_16".to_owned(),
+        Encr::AES_GCM_8 => "ENCR_AES_GCM_8".to_owned(),
+        Encr::AES_GCM_12 => "ENCR_AES_GCM_12".to_owned(),
         Encr::AES_GCM_16 => "ENCR_AES_GCM_16".to_owned(),
+        Encr::NULL_AUTH_AES_GMAC => "ENCR_NULL_AUTH_AES_GMAC".to_owned(),
         Encr::CHACHA20_POLY1305 => "ENCR_CHACHA20_POLY1305".to_owned(),
         Encr(other) => format!("ENCR {other}"),
     };
@@ -475,6 +482,7 @@ fn suite_name(suite: &EspSuite) -> String {
     match suite.integ {
         Integ::NONE => {}
         Integ::HMAC_SHA1_96 => name.push_str(", AUTH_HMAC_SHA1_96"),
+        Integ::AES_CMAC_96 => name.push_str(", AUTH_AES_CMAC_96"),
         Integ::HMAC_SHA2_256_128 => name.push_str(", AUTH_HMAC_SHA2_256_128"),
         Integ::HMAC_SHA2_384_192 => name.push_str(", AUTH_HMAC_SHA2_384_192"),
         Integ::HMAC_SHA2_512_256 => name.push_str(", AUTH_HMAC_SHA2_512_256"),

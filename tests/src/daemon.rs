@@ -60,7 +60,7 @@ impl Daemon {
             Kind::Strongswan => "charon-systemd",
         };
         let plugins = "random nonce openssl pem pkcs1 pkcs8 x509 pubkey constraints revocation curve25519 aes sha1 \
-                       sha2 hmac gcm chapoly kdf mgf1 gmp kernel-libipsec kernel-netlink socket-default vici updown";
+                       sha2 hmac gcm chapoly kdf mgf1 gmp ccm ctr cmac kernel-libipsec kernel-netlink socket-default vici updown";
         let load = match kind {
             Kind::Latchkey => String::new(),
             Kind::Strongswan => format!("load = {plugins}\njournal {{\ndefault = -1\n}}\n"),

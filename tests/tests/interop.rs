@@ -54,6 +54,31 @@ fn chacha20_poly1305() {
     both_roles(&Suite { ike: "chacha20poly1305-prfsha256-x25519", esp: "chacha20poly1305", ..Suite::default() });
 }
 
+// RFC 4309, 5282; RFC 4494, 4615.
+#[test]
+fn aes_ccm_and_cmac() {
+    both_roles(&Suite { ike: "aes128ccm16-prfaescmac-ecp256", esp: "aes128ccm8", ..Suite::default() });
+    both_roles(&Suite { ike: "aes256ccm8-prfsha256-x25519", esp: "aes128-aescmac", ..Suite::default() });
+}
+
+// RFC 3686, 5930; RFC 3526 §6.
+#[test]
+fn aes_ctr() {
+    both_roles(&Suite { ike: "aes128ctr-sha256-modp6144", esp: "aes256ctr-sha512", ..Suite::default() });
+}
+
+// RFC 4106 §6, RFC 5282.
+#[test]
+fn aes_gcm_with_a_short_icv() {
+    both_roles(&Suite { ike: "aes256gcm12-prfsha256-x25519", esp: "aes128gcm8", ..Suite::default() });
+}
+
+// RFC 2410.
+#[test]
+fn esp_without_encryption() {
+    both_roles(&Suite { esp: "null-sha256", ..Suite::default() });
+}
+
 #[test]
 fn modp_groups() {
     for ike in ["aes128gcm16-prfsha256-modp2048", "aes256gcm16-prfsha512-modp3072", "aes256-sha256-modp4096"] {

@@ -605,6 +605,9 @@ impl<'s, 'r> Options<'s, 'r> {
         if proposals.iter().flat_map(|proposal| &proposal.transforms).any(|t| t.kind.is_additional_ke()) {
             self.invalid(option, "additional key exchanges (ke1_ to ke7_, RFC 9370) are not served yet");
         }
+        for warning in ike::crypto::warnings(&proposals) {
+            self.warning(option, warning);
+        }
         for (at, proposal) in proposals.iter_mut().enumerate() {
             match u8::try_from(at + 1) {
                 Ok(number) => proposal.number = number,
@@ -953,6 +956,32 @@ mod tests {
              children { c { policies = yes\n mark_in = 0/0x00000000\n hw_offload = auto\n tfc_padding = 0\n ipcomp = no
                 label_mode = system\n copy_dscp = out\n interface = \"\" } }",
         );
+    }
+
+    // RFC 8247, RFC 8221: served where somebody names them.
+    #[test]
+    fn weak_algorithms_are_a_warning_and_the_default_is_not() {
+        let outcome = read(
+            "remote { }\n proposals = aes128-sha1-modp2048\n children { c { esp_proposals = null-sha256, aes128gcm16 } }",
+        );
+        assert!(outcome.definition.is_some());
+        let messages: Vec<String> = outcome.reports.iter().map(Report::to_string).collect();
+        assert_eq!(
+            messages,
+            [
+                "swanctl.conf:2:2: connections.gw: prfsha1: SHA-1 is on its way out (RFC 8247 §2.2)",
+                "swanctl.conf:2:2: connections.gw: sha1: SHA-1 is on its way out (RFC 8247 §2.3)",
+                "swanctl.conf:3:17: connections.gw.children.c: null: everybody on the way reads what is sent (RFC 8221 §5)",
+            ]
+        );
+        read_good("proposals = default\n remote { }\n children { c { esp_proposals = default } }");
+    }
+
+    // RFC 9370: until they are served.
+    #[test]
+    fn additional_key_exchanges_are_refused_by_name() {
+        let message = refusal("remote { }\n proposals = aes128gcm16-prfsha256-x25519-ke1_mlkem768");
+        assert!(message.contains("additional key exchanges (ke1_ to ke7_, RFC 9370) are not served yet"), "{message}");
     }
 
     #[test]

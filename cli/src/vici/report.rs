@@ -404,8 +404,25 @@ pub fn algorithms() -> Section {
         section
     };
     let ciphers = |ids: &[Encr]| ids.iter().map(|id| names::encr(*id)).collect();
-    let integrity = [Integ::HMAC_SHA1_96, Integ::HMAC_SHA2_256_128, Integ::HMAC_SHA2_384_192, Integ::HMAC_SHA2_512_256];
-    let prfs = [Prf::HMAC_SHA1, Prf::HMAC_SHA2_256, Prf::HMAC_SHA2_384, Prf::HMAC_SHA2_512];
+    let plain = [Encr::NULL, Encr::AES_CBC, Encr::AES_CTR];
+    let combined = [
+        Encr::AES_CCM_8,
+        Encr::AES_CCM_12,
+        Encr::AES_CCM_16,
+        Encr::AES_GCM_8,
+        Encr::AES_GCM_12,
+        Encr::AES_GCM_16,
+        Encr::NULL_AUTH_AES_GMAC,
+        Encr::CHACHA20_POLY1305,
+    ];
+    let integrity = [
+        Integ::HMAC_SHA1_96,
+        Integ::AES_CMAC_96,
+        Integ::HMAC_SHA2_256_128,
+        Integ::HMAC_SHA2_384_192,
+        Integ::HMAC_SHA2_512_256,
+    ];
+    let prfs = [Prf::HMAC_SHA1, Prf::AES128_CMAC, Prf::HMAC_SHA2_256, Prf::HMAC_SHA2_384, Prf::HMAC_SHA2_512];
     let methods = [
         Ke::ECP_256,
         Ke::ECP_384,
@@ -414,15 +431,17 @@ pub fn algorithms() -> Section {
         Ke::MODP_2048,
         Ke::MODP_3072,
         Ke::MODP_4096,
+        Ke::MODP_6144,
+        Ke::MODP_8192,
         Ke::ML_KEM_512,
         Ke::ML_KEM_768,
         Ke::ML_KEM_1024,
     ];
     let hashes = ["HASH_SHA1", "HASH_SHA2_256", "HASH_SHA2_384", "HASH_SHA2_512"];
     let mut all = message();
-    all.push_section("encryption", section(ciphers(&[Encr::AES_CBC])));
+    all.push_section("encryption", section(ciphers(&plain)));
     all.push_section("integrity", section(integrity.iter().map(|id| names::integ(*id)).collect()));
-    all.push_section("aead", section(ciphers(&[Encr::AES_GCM_16, Encr::CHACHA20_POLY1305])));
+    all.push_section("aead", section(ciphers(&combined)));
     all.push_section("hasher", section(hashes.iter().map(|name| (*name).to_owned()).collect()));
     all.push_section("prf", section(prfs.iter().map(|id| names::prf(*id)).collect()));
     for empty in ["xof", "kdf", "drbg"] {

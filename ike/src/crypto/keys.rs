@@ -5,6 +5,7 @@ use ipsec::plane::{EspKeys, EspSuite};
 use ipsec::secret::Secret;
 use ipsec::transform::Prf;
 
+use super::prf::nonce_as_key;
 use super::{IkeSuite, KeyError, prf, prf_len, prf_plus};
 
 /// Keys of an IKE SA (RFC 7296 §2.14).
@@ -38,7 +39,7 @@ pub struct KeySeed<'a> {
 /// Keys of a first IKE SA: SKEYSEED = prf(Ni | Nr, g^ir) (RFC 7296 §2.14).
 pub fn ike_keys(suite: &IkeSuite, secret: &Secret, seed: KeySeed<'_>) -> Result<IkeKeys, KeyError> {
     // A Secret because the nonces are a key here, though not a secret one.
-    let nonces = Secret::new([seed.ni, seed.nr].concat());
+    let nonces = Secret::new([nonce_as_key(suite.prf, seed.ni), nonce_as_key(suite.prf, seed.nr)].concat());
     let skeyseed = prf(suite.prf, nonces.expose(), &[secret.expose()])?;
     expand(suite, &skeyseed, seed)
 }

@@ -1,9 +1,10 @@
 //! Cryptography of IKE: PRF and prf+ (RFC 7296 §2.13), key exchange (§2.8 and RFC 7748, 5903, 3526; FIPS 203),
 //! keys of IKE and Child SAs (§2.14, §2.17), proposals in strongSwan's notation and their selection.
 //!
-//! No primitive is implemented here: HMAC and hashes are RustCrypto's, curves AWS-LC's, MODP arithmetic
-//! crypto-bigint's.
+//! No primitive is implemented here: HMAC and hashes are RustCrypto's, curves, CMAC and ML-KEM AWS-LC's, MODP
+//! arithmetic crypto-bigint's.
 
+mod advice;
 mod kex;
 mod keys;
 mod modp;
@@ -16,6 +17,7 @@ mod tests;
 
 use ipsec::transform::{Encr, Integ, Ke, Prf, TransformType};
 
+pub use self::advice::warnings;
 pub use self::kex::{KeyExchange, respond};
 pub use self::keys::{IkeKeys, KeySeed, child_keys, ike_keys, rekeyed_ike_keys};
 pub use self::notation::{ProposalError, parse_proposals, renumber, without_additional_ke, without_ke};

@@ -1,8 +1,9 @@
 //! Proposals in strongSwan's notation: keywords joined by `-` (`aes256gcm16-prfsha384-ecp384`).
 
+use ipsec::crypto::Protection;
 use ipsec::transform::{Encr, Integ, Ke, Prf, Proposal, Protocol, SequenceNumbers, Transform, TransformType};
 
-use super::selection::distinct_methods;
+use super::selection::{distinct_methods, encrypts};
 
 /// Why a proposal string is not one.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -86,6 +87,9 @@ fn complete(transforms: Vec<Transform>, protocol: Protocol) -> Result<Proposal, 
     if !has(&kept, TransformType::ENCR) {
         return Err("an encryption algorithm is missing");
     }
+    if protocol == Protocol::IKE && !ciphers().all(|cipher| encrypts(Encr(cipher.id))) {
+        return Err("null and gmac leave the text readable: they are for ESP only");
+    }
     if combined && !ciphers().all(combined_mode) {
         return Err("combined-mode and other encryption algorithms cannot be in one proposal");
     }
@@ -150,7 +154,7 @@ fn check_additional_ke(kept: &mut Vec<Transform>) -> Result<(), &'static str> {
 }
 
 fn combined_mode(transform: &Transform) -> bool {
-    matches!(Encr(transform.id), Encr::AES_GCM_16 | Encr::CHACHA20_POLY1305)
+    Protection::is_combined_mode_cipher(Encr(transform.id))
 }
 
 /// The PRF of the same hash as an integrity algorithm.
@@ -163,10 +167,13 @@ fn prf_of(transform: &Transform) -> Option<Transform> {
         Integ::HMAC_SHA2_256_128 => Some(prf(Prf::HMAC_SHA2_256)),
         Integ::HMAC_SHA2_384_192 => Some(prf(Prf::HMAC_SHA2_384)),
         Integ::HMAC_SHA2_512_256 => Some(prf(Prf::HMAC_SHA2_512)),
+        Integ::AES_CMAC_96 => Some(prf(Prf::AES128_CMAC)),
         _ => None,
     }
 }
 
+/// What strongSwan's default has, without what needs a warning (SHA-1), what makes a peer's request costly
+/// (MODP above 4096 bits) and what few want (Brainpool); combined modes and short key exchanges first.
 fn default_proposals(protocol: Protocol) -> Vec<Proposal> {
     let combined = vec![
         encr(Encr::AES_GCM_16, 128),
@@ -181,7 +188,6 @@ fn default_proposals(protocol: Protocol) -> Vec<Proposal> {
         integ(Integ::HMAC_SHA2_256_128),
         integ(Integ::HMAC_SHA2_384_192),
         integ(Integ::HMAC_SHA2_512_256),
-        integ(Integ::HMAC_SHA1_96),
     ];
     let methods = [Ke::X25519, Ke::ECP_256, Ke::ECP_384, Ke::ECP_521, Ke::MODP_3072, Ke::MODP_4096, Ke::MODP_2048];
     let mut proposals: Vec<Proposal> = [combined, other]
@@ -189,7 +195,7 @@ fn default_proposals(protocol: Protocol) -> Vec<Proposal> {
         .map(|mut transforms| {
             transforms.extend(methods.map(ke));
             if protocol == Protocol::IKE {
-                let prfs = [Prf::HMAC_SHA2_256, Prf::HMAC_SHA2_384, Prf::HMAC_SHA2_512, Prf::HMAC_SHA1];
+                let prfs = [Prf::HMAC_SHA2_256, Prf::HMAC_SHA2_384, Prf::HMAC_SHA2_512];
                 transforms.extend(prfs.map(prf));
             } else {
                 // Perfect forward secrecy where the peer has it, too.
@@ -231,6 +237,31 @@ fn additional(word: &str) -> Option<(TransformType, &str)> {
     Some((kind, method))
 }
 
+/// AES in all its modes: `aes256`, `aes128ctr`, `aes192ccm12` (octets) or `aes192ccm96` (bits), `aes256gmac`.
+fn aes(word: &str) -> Option<Transform> {
+    let rest = word.strip_prefix("aes")?;
+    let (bits, mode) = match rest.split_at_checked(3) {
+        Some(("128", mode)) => (128, mode),
+        Some(("192", mode)) => (192, mode),
+        Some(("256", mode)) => (256, mode),
+        _ if rest.is_empty() => (128, rest),
+        _ => return None,
+    };
+    let id = match mode {
+        "" => Encr::AES_CBC,
+        "ctr" => Encr::AES_CTR,
+        "ccm8" | "ccm64" => Encr::AES_CCM_8,
+        "ccm12" | "ccm96" => Encr::AES_CCM_12,
+        "ccm" | "ccm16" | "ccm128" => Encr::AES_CCM_16,
+        "gcm8" | "gcm64" => Encr::AES_GCM_8,
+        "gcm12" | "gcm96" => Encr::AES_GCM_12,
+        "gcm" | "gcm16" | "gcm128" => Encr::AES_GCM_16,
+        "gmac" => Encr::NULL_AUTH_AES_GMAC,
+        _ => return None,
+    };
+    Some(encr(id, bits))
+}
+
 fn keyword(word: &str) -> Result<Transform, String> {
     let lower = word.to_ascii_lowercase();
     if let Some((kind, method)) = additional(&lower) {
@@ -238,18 +269,18 @@ fn keyword(word: &str) -> Result<Transform, String> {
         let method = method.ok_or_else(|| format!("{word:?} does not name a key exchange method that we have"))?;
         return Ok(Transform::new(kind, method.id));
     }
+    if let Some(transform) = aes(&lower) {
+        return Ok(transform);
+    }
     Ok(match lower.as_str() {
-        "aes" | "aes128" => encr(Encr::AES_CBC, 128),
-        "aes192" => encr(Encr::AES_CBC, 192),
-        "aes256" => encr(Encr::AES_CBC, 256),
-        "aes128gcm" | "aes128gcm16" | "aes128gcm128" => encr(Encr::AES_GCM_16, 128),
-        "aes192gcm" | "aes192gcm16" | "aes192gcm128" => encr(Encr::AES_GCM_16, 192),
-        "aes256gcm" | "aes256gcm16" | "aes256gcm128" => encr(Encr::AES_GCM_16, 256),
+        "null" => Transform::new(TransformType::ENCR, Encr::NULL.0),
         "chacha20poly1305" => Transform::new(TransformType::ENCR, Encr::CHACHA20_POLY1305.0),
         "sha" | "sha1" => integ(Integ::HMAC_SHA1_96),
         "sha256" | "sha2_256" => integ(Integ::HMAC_SHA2_256_128),
         "sha384" | "sha2_384" => integ(Integ::HMAC_SHA2_384_192),
         "sha512" | "sha2_512" => integ(Integ::HMAC_SHA2_512_256),
+        "aescmac" => integ(Integ::AES_CMAC_96),
+        "prfaescmac" => prf(Prf::AES128_CMAC),
         "prfsha1" => prf(Prf::HMAC_SHA1),
         "prfsha256" => prf(Prf::HMAC_SHA2_256),
         "prfsha384" => prf(Prf::HMAC_SHA2_384),
@@ -258,6 +289,8 @@ fn keyword(word: &str) -> Result<Transform, String> {
         "modp2048" => ke(Ke::MODP_2048),
         "modp3072" => ke(Ke::MODP_3072),
         "modp4096" => ke(Ke::MODP_4096),
+        "modp6144" => ke(Ke::MODP_6144),
+        "modp8192" => ke(Ke::MODP_8192),
         "ecp256" => ke(Ke::ECP_256),
         "ecp384" => ke(Ke::ECP_384),
         "ecp521" => ke(Ke::ECP_521),
@@ -276,8 +309,7 @@ fn keyword(word: &str) -> Result<Transform, String> {
 
 /// Keywords that strongSwan has and we do not: so that the message says which of the two it is.
 fn is_known_elsewhere(word: &str) -> bool {
-    const WORDS: [&str; 24] = [
-        "null",
+    const WORDS: [&str; 19] = [
         "des",
         "3des",
         "cast128",
@@ -287,25 +319,18 @@ fn is_known_elsewhere(word: &str) -> bool {
         "sha256_96",
         "sha2_256_96",
         "aesxcbc",
-        "aescmac",
         "camelliaxcbc",
         "prfmd5",
         "prfaesxcbc",
         "prfcamelliaxcbc",
-        "prfaescmac",
         "modpnull",
         "modp768",
         "modp1024",
         "modp1536",
-        "modp6144",
-        "modp8192",
         "x448",
         "curve448",
     ];
-    const PREFIXES: [&str; 16] = [
-        "aes128",
-        "aes192",
-        "aes256",
+    const PREFIXES: [&str; 13] = [
         "camellia",
         "blowfish",
         "serpent",

@@ -192,6 +192,9 @@ fn pick(theirs: &Proposal, ours: &Proposal, rules: Rules) -> Option<Picked> {
 
     let (encr, key_bits, integ) = common(TransformType::ENCR).find_map(|transform| {
         let (encr, bits) = (Encr(transform.id), key_bits(transform)?);
+        if ike && !encrypts(encr) {
+            return None;
+        }
         if Protection::key_lengths(encr, bits, Integ::NONE).is_some() {
             // Combined mode: no integrity algorithm, or NONE if they list any (§3.3.3, RFC 5282 §8).
             let mut theirs = theirs.transforms.iter().filter(|t| t.kind == TransformType::INTEG).peekable();
@@ -280,6 +283,11 @@ fn assign(lists: &[&Vec<Ke>], index: usize, tried: &mut Vec<Ke>, owners: &mut Ve
     false
 }
 
+/// False for ciphers that leave the text readable, which IKE messages must not be (RFC 8247 §2.1, RFC 4543 §3).
+pub(super) fn encrypts(encr: Encr) -> bool {
+    !matches!(encr, Encr::NULL | Encr::NULL_AUTH_AES_GMAC)
+}
+
 /// §3.3.1: IKE has none at first and 8 octets in a rekey; ESP 4 octets. 0 is never an SPI (RFC 4303 §2.1).
 fn spi_is_possible(proposal: &Proposal) -> bool {
     let length_is_possible = match proposal.protocol {
@@ -299,7 +307,8 @@ fn usable(transform: &&Transform) -> bool {
 fn key_bits(transform: &Transform) -> Option<u16> {
     match (Encr(transform.id), transform.key_bits) {
         (Encr::CHACHA20_POLY1305, None) => Some(256),
-        (Encr::CHACHA20_POLY1305, Some(_)) => None,
+        (Encr::NULL, None) => Some(0),
+        (Encr::CHACHA20_POLY1305 | Encr::NULL, Some(_)) => None,
         (_, bits) => bits,
     }
 }

@@ -254,9 +254,9 @@ impl Protected {
 /// longer than `max_length` octets, as SKF fragments (RFC 7383 §2.5) each within it (larger only where
 /// more than [`MAX_FRAGMENTS`] would be needed). `max_length` of `None` never fragments.
 ///
-/// The IV comes from `rng` for ciphers that need it unpredictable. For AEADs it is made of message ID,
-/// response flag, fragment number and total, so it is unique under the key (RFC 5282 §3.1) as long as
-/// each message is sealed once: **never seal a header and message ID again with other payloads**; keep
+/// The IV comes from `rng` for ciphers that need it unpredictable. For AEADs and counter mode it is made of
+/// message ID, response flag, fragment number and total, so it is unique under the key (RFC 5282 §3.1) as long
+/// as each message is sealed once: **never seal a header and message ID again with other payloads**; keep
 /// the octets for retransmission. Another `max_length` gives other totals, so the same message may be
 /// fragmented anew.
 ///
@@ -374,7 +374,7 @@ fn initialization_vector(
         | u64::from(header.response) << 16
         | u64::from(number) << 8
         | u64::from(total);
-    // All AEADs here have an IV of 8 octets; in a longer one the rest stays random.
+    // All ciphers here that count have an IV of 8 octets; in a longer one the rest stays random.
     for (octet, part) in iv.iter_mut().zip(parts.to_be_bytes()) {
         *octet = part;
     }

@@ -4,7 +4,7 @@ use super::*;
 use crate::secret::Secret;
 
 /// Every suite that we have, with plausible names for failures.
-pub(crate) const SUITES: [(Encr, u16, Integ); 11] = [
+pub(crate) const SUITES: [(Encr, u16, Integ); 24] = [
     (Encr::AES_GCM_16, 128, Integ::NONE),
     (Encr::AES_GCM_16, 192, Integ::NONE),
     (Encr::AES_GCM_16, 256, Integ::NONE),
@@ -16,6 +16,19 @@ pub(crate) const SUITES: [(Encr, u16, Integ); 11] = [
     (Encr::AES_CBC, 256, Integ::HMAC_SHA2_512_256),
     (Encr::NULL, 0, Integ::HMAC_SHA2_256_128),
     (Encr::NULL, 0, Integ::HMAC_SHA1_96),
+    (Encr::NULL, 0, Integ::AES_CMAC_96),
+    (Encr::AES_CBC, 128, Integ::AES_CMAC_96),
+    (Encr::AES_CTR, 128, Integ::HMAC_SHA2_256_128),
+    (Encr::AES_CTR, 192, Integ::HMAC_SHA2_384_192),
+    (Encr::AES_CTR, 256, Integ::AES_CMAC_96),
+    (Encr::AES_CCM_8, 128, Integ::NONE),
+    (Encr::AES_CCM_12, 192, Integ::NONE),
+    (Encr::AES_CCM_16, 256, Integ::NONE),
+    (Encr::AES_GCM_8, 128, Integ::NONE),
+    (Encr::AES_GCM_12, 192, Integ::NONE),
+    (Encr::AES_GCM_12, 256, Integ::NONE),
+    (Encr::NULL_AUTH_AES_GMAC, 128, Integ::NONE),
+    (Encr::NULL_AUTH_AES_GMAC, 256, Integ::NONE),
 ];
 
 #[test]
@@ -29,6 +42,13 @@ fn nonsense_combinations_are_refused() {
         (Encr::AES_CBC, 0, Integ::HMAC_SHA2_256_128),
         (Encr::NULL, 0, Integ::NONE),
         (Encr::NULL, 128, Integ::HMAC_SHA2_256_128),
+        (Encr::AES_CTR, 128, Integ::NONE),
+        (Encr::AES_CTR, 160, Integ::HMAC_SHA2_256_128),
+        (Encr::AES_CCM_8, 128, Integ::AES_CMAC_96),
+        (Encr::AES_CCM_16, 0, Integ::NONE),
+        (Encr::AES_GCM_12, 64, Integ::NONE),
+        (Encr::NULL_AUTH_AES_GMAC, 128, Integ::HMAC_SHA2_256_128),
+        (Encr::NULL_AUTH_AES_GMAC, 0, Integ::NONE),
         (Encr(3), 192, Integ::HMAC_SHA2_256_128),
         (Encr::AES_CBC, 128, Integ(1)),
     ] {
@@ -120,6 +140,149 @@ fn gcm_specification_test_case_4() {
     );
 }
 
+// The same case with the tag cut (RFC 4106 §6)
+#[test]
+fn short_gcm_icvs_are_the_beginning_of_the_tag() {
+    for (encr, icv) in [(Encr::AES_GCM_8, "5bc94fbc3221a5db"), (Encr::AES_GCM_12, "5bc94fbc3221a5db94fae95a")] {
+        let keys = keys(&hex("feffe9928665731c6d6a8f9467308308cafebabe"), &[]);
+        check(
+            &Protection::new(encr, 128, Integ::NONE, &keys).unwrap(),
+            &hex("feedfacedeadbeeffeedfacedeadbeefabaddad2"),
+            &hex("facedbaddecaf888"),
+            &hex("d9313225f88406e5a55909c5aff5269a86a7a9531534f7da2e4c303d8a318a721c3c0c95956809532fcf0e2449a6b525\
+                  b16aedf5aa0de657ba637b39"),
+            &hex("42831ec2217774244b7221b784d0d49ce3aa212f2c02a4e035c17e2329aca12e21d514b25466931c7d8f6a5aac84aa05\
+                  1ba30b396a0aac973d58e091"),
+            &hex(icv),
+        );
+    }
+}
+
+// draft-mcgrew-gcm-test-01: associated data are SPI, sequence number, IV and the whole payload (RFC 4543 §3,
+// figure 4)
+#[test]
+fn gmac_of_an_esp_packet() {
+    let keys = keys(&hex("4c80cdefbb5d10da906ac73c3613a63422433c64"), &[]);
+    let packet = hex("45000030da3a00008001df3bc0a80005c0a800010800c6cd020007006162636465666768696a6b6c6d6e6f70\
+                      7172737401020201");
+    check(
+        &Protection::new(Encr::NULL_AUTH_AES_GMAC, 128, Integ::NONE, &keys).unwrap(),
+        &hex("0000432100000007"),
+        &[0; 8],
+        &packet,
+        &packet,
+        &hex("f2a9a836e155106aa8dcd618e4099aaa"),
+    );
+}
+
+// RFC 4309 §8 refers to vectors for nonces of other lengths; these were computed with OpenSSL 3.0.
+#[test]
+fn ccm_with_a_nonce_of_eleven_octets() {
+    for (encr, key_len, cipher, icv) in [
+        (
+            Encr::AES_CCM_8,
+            16,
+            "c6fcee5c4ae5999c7e37ba8e08ea1084c523b416ddc751baca2cb1c494376034cb42cd32a20a2db1accd0a2f",
+            "5f4b0af82b0127b1",
+        ),
+        (
+            Encr::AES_CCM_12,
+            24,
+            "d9fb8d7786b9e7951f2ccd8b1c57efe493745f3901ca2518bb587d0cc28fcea654b8e568012ad5eba3991a59",
+            "bcaebdb592febbcd4e7d8002",
+        ),
+        (
+            Encr::AES_CCM_16,
+            32,
+            "3257d3070b39b49cac32ae6ee76f1fc6b732805cec9f511a424cd4c75fe7bcbd5c995a0132f36e5bac4b8ae0",
+            "75c5c42f1ae95f9eab3ea98f19631440",
+        ),
+    ] {
+        let key: Vec<u8> = (0x40..).take(key_len).chain([0xa0, 0xa1, 0xa2]).collect();
+        let bits = u16::try_from(8 * key_len).unwrap();
+        check(
+            &Protection::new(encr, bits, Integ::NONE, &keys(&key, &[])).unwrap(),
+            &hex("0102030400000005"),
+            &hex("1011121314151617"),
+            &(0..44).collect::<Vec<u8>>(),
+            &hex(cipher),
+            &hex(icv),
+        );
+    }
+}
+
+// RFC 3686 §6, vectors 1, 3, 6 and 9
+#[test]
+fn rfc3686_section_6_aes_ctr() {
+    let counting: Vec<u8> = (0..36).collect();
+    for (bits, key, nonce, iv, plain, cipher) in [
+        (
+            128,
+            "ae6852f8121067cc4bf7a5765577f39e",
+            "00000030",
+            "0000000000000000",
+            b"Single block msg".to_vec(),
+            "e4095d4fb7a7b3792d6175a3261311b8",
+        ),
+        (
+            128,
+            "7691be035e5020a8ac6e618529f9a0dc",
+            "00e0017b",
+            "27777f3f4a1786f0",
+            counting.clone(),
+            "c1cf48a89f2ffdd9cf4652e9efdb72d74540a42bde6d7836d59a5ceaaef3105325b2072f",
+        ),
+        (
+            192,
+            "02bf391ee8ecb159b959617b0965279bf59b60a786d3e0fe",
+            "0007bdfd",
+            "5cbd60278dcc0912",
+            counting.clone(),
+            "96893fc55e5c722f540b7dd1ddf7e758d288bc95c69165884536c811662f2188abee0935",
+        ),
+        (
+            256,
+            "ff7a617ce69148e4f1726e2f43581de2aa62d9f805532edff1eed687fb54153d",
+            "001cc5b7",
+            "51a51d70a1c11148",
+            counting.clone(),
+            "eb6c52821d0bbbf7ce7594462aca4faab407df866569fd07f48cc0b583d6071f1ec0e6b8",
+        ),
+    ] {
+        let keys = keys(&hex(&format!("{key}{nonce}")), &[7; 32]);
+        let protection = Protection::new(Encr::AES_CTR, bits, Integ::HMAC_SHA2_256_128, &keys).unwrap();
+        let (mut text, mut icv) = (plain.clone(), [0; 16]);
+        protection.seal(b"aad", b"esn", &hex(iv), &mut text, &mut icv).unwrap();
+        assert_eq!(text, hex(cipher));
+        protection.open(b"aad", b"esn", &hex(iv), &mut text, &icv).unwrap();
+        assert_eq!(text, plain);
+    }
+}
+
+// RFC 4494 §5: the ICV is the first 96 bits of the CMAC
+#[test]
+fn rfc4494_section_5_aes_cmac_96() {
+    let keys = keys(&[], &hex("2b7e151628aed2a6abf7158809cf4f3c"));
+    let protection = Protection::new(Encr::NULL, 0, Integ::AES_CMAC_96, &keys).unwrap();
+    let message =
+        hex("6bc1bee22e409f96e93d7e117393172aae2d8a571e03ac9c9eb76fac45af8e5130c81c46a35ce411e5fbc1191a0a52ef\
+                       f69f2445df4f9b17ad2b417be66c3710");
+    for (length, expected) in [
+        (0, "bb1d6929e95937287fa37d12"),
+        (16, "070a16b46b4d4144f79bdd9d"),
+        (40, "dfa66747de9ae63030ca3261"),
+        (64, "51f0bebf7e3b9d92fc497417"),
+    ] {
+        // Wherever the parts meet, the tag is one of the whole.
+        for split in [0, length / 3, length] {
+            let (aad, text) = message[..length].split_at(split);
+            let mut icv = [0; 12];
+            protection.seal(aad, b"", b"", &mut text.to_vec(), &mut icv).unwrap();
+            assert_eq!(icv.as_slice(), hex(expected), "{length} {split}");
+        }
+    }
+}
+
 // RFC 3602 §4, cases 1, 2 and 4
 #[test]
 fn rfc3602_section_4_aes_cbc() {
@@ -187,7 +350,7 @@ proptest! {
             changed[bit / 8] ^= 1 << (bit % 8);
             let [aad, iv, mut text, icv] = parts;
             prop_assert_eq!(protection.open(&aad, b"", &iv, &mut text, &icv), Err(CryptoError::Integrity));
-            if protection.iv_len() > 0 && text.len() >= 8 {
+            if !matches!(suite.0, Encr::NULL | Encr::NULL_AUTH_AES_GMAC) && text.len() >= 8 {
                 prop_assert_ne!(&text, &plain);
             }
         }

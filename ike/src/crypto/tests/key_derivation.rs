@@ -62,9 +62,9 @@ fn suite(prf: Prf) -> IkeSuite {
 
 #[test]
 fn a_prf_that_we_lack_is_refused() {
-    assert_eq!(prf(Prf(8), b"key", &[b"data"]).unwrap_err(), KeyError::Unsupported);
-    assert_eq!(prf_plus(Prf(8), b"key", &[b"data"], 1).unwrap_err(), KeyError::Unsupported);
-    assert_eq!(prf_len(Prf(8)), None);
+    assert_eq!(prf(Prf(4), b"key", &[b"data"]).unwrap_err(), KeyError::Unsupported);
+    assert_eq!(prf_plus(Prf(4), b"key", &[b"data"], 1).unwrap_err(), KeyError::Unsupported);
+    assert_eq!(prf_len(Prf(4)), None);
 }
 
 // RFC 7296 §2.13: the counter is one octet.
@@ -159,4 +159,37 @@ fn rekeyed_ike_keys_match_the_published_vectors() {
         checked += 1;
     }
     assert_eq!(checked, 2);
+}
+
+// RFC 4615 §4
+#[test]
+fn rfc4615_section_4_keys_of_every_length() {
+    let message = hex("000102030405060708090a0b0c0d0e0f10111213");
+    for (key, expected) in [
+        ("000102030405060708090a0b0c0d0e0fedcb", "84a348a4a45d235babfffc0d2b4da09a"),
+        ("000102030405060708090a0b0c0d0e0f", "980ae87b5f4c9c5214f5b6a8455e4c2d"),
+        ("00010203040506070809", "290d9e112edb09ee141fcf64c0b72f3d"),
+    ] {
+        let (first, rest) = message.split_at(7);
+        assert_eq!(prf(Prf::AES128_CMAC, &hex(key), &[first, rest]).unwrap().expose(), hex(expected));
+    }
+}
+
+// RFC 7296 §2.14: with a PRF of a fixed key, 64 bits of each nonce are the key of SKEYSEED, and whole nonces the
+// seed of prf+. Computed with OpenSSL.
+#[test]
+fn ike_keys_with_aes_cmac() {
+    let (ni, nr): (Vec<u8>, Vec<u8>) = ((0x10..0x30).collect(), (0x50..0x70).collect());
+    let secret = Secret::new((0..32).collect());
+    let seed = KeySeed { ni: &ni, nr: &nr, spi_i: 0x0102030405060708, spi_r: 0x1112131415161718 };
+    let keys = ike_keys(&suite(Prf::AES128_CMAC), &secret, seed).unwrap();
+    for (key, expected) in [
+        (&keys.d, "668f1963ac54c289bc6d1196ef6ec01c"),
+        (&keys.initiator.encr, "dc7dbeb958e096703bec8497130015bfcf3689c9"),
+        (&keys.responder.encr, "9a7075406ea65a46b3d180a9996ade47128f43eb"),
+        (&keys.pi, "022e1050107ee8ca5a788ad71df53cd2"),
+        (&keys.pr, "3bc897448dbfe2983b2bcc6b6aa29443"),
+    ] {
+        assert_eq!(key.expose(), hex(expected));
+    }
 }

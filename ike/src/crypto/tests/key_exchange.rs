@@ -2,8 +2,17 @@ use super::*;
 
 const VECTORS: &str = include_str!("../../../tests/vectors/kex.txt");
 
-const METHODS: [Ke; 7] =
-    [Ke::X25519, Ke::ECP_256, Ke::ECP_384, Ke::ECP_521, Ke::MODP_2048, Ke::MODP_3072, Ke::MODP_4096];
+const METHODS: [Ke; 9] = [
+    Ke::X25519,
+    Ke::ECP_256,
+    Ke::ECP_384,
+    Ke::ECP_521,
+    Ke::MODP_2048,
+    Ke::MODP_3072,
+    Ke::MODP_4096,
+    Ke::MODP_6144,
+    Ke::MODP_8192,
+];
 
 fn method(name: &str) -> Ke {
     match name {

@@ -1,3 +1,4 @@
+use ipsec::crypto::Protection;
 use ipsec::plane::EspSuite;
 use ipsec::transform::{Proposal, Protocol, SequenceNumbers, Transform, TransformType};
 
@@ -44,11 +45,14 @@ const GCM: IkeSuite = IkeSuite {
 
 #[test]
 fn a_keyword_that_we_lack_is_told_from_one_that_nobody_has() {
-    for word in ["aes128ccm16", "3des", "x448", "modp1024", "camellia128", "aes256gcm8"] {
+    for word in ["3des", "aesxcbc", "x448", "modp1024", "camellia128", "modp768", "md5", "ecp512bp"] {
         let reason = reason(&format!("aes128-sha256-{word}-x25519"), Protocol::IKE);
         assert_eq!(reason, format!("{word:?} is not supported"));
     }
-    assert_eq!(reason("aes128-sha257-x25519", Protocol::IKE), "unknown keyword \"sha257\"");
+    for word in ["sha257", "aes512", "aes128gcm7", "aesctr", "aes128ccm10", "aes192gmac16", "aes1280"] {
+        let reason = reason(&format!("aes128-{word}-x25519"), Protocol::IKE);
+        assert_eq!(reason, format!("unknown keyword {word:?}"));
+    }
     assert_eq!(reason("aes128--x25519", Protocol::IKE), "a keyword is empty");
     assert_eq!(reason("", Protocol::ESP), "a keyword is empty");
     assert_eq!(reason("default-x25519", Protocol::IKE), "default cannot be joined with other keywords");
@@ -67,6 +71,10 @@ fn an_incomplete_or_mixed_proposal_is_refused() {
         ("aes128gcm16-prfsha256", Protocol::IKE, "a key exchange method is missing"),
         ("aes128-sha256-modpnone", Protocol::IKE, "a key exchange method is missing"),
         ("aes128-sha256-x25519-esn", Protocol::IKE, "esn and noesn are for ESP only"),
+        ("null-sha256-x25519", Protocol::IKE, "null and gmac leave the text readable: they are for ESP only"),
+        ("aes256gmac-prfsha256-x25519", Protocol::IKE, "null and gmac leave the text readable: they are for ESP only"),
+        ("null", Protocol::ESP, "an integrity algorithm is missing"),
+        ("aes128ctr-prfsha256-x25519", Protocol::IKE, "an integrity algorithm is missing"),
         (
             "aes128-aes128gcm16-sha256-x25519",
             Protocol::IKE,
@@ -110,6 +118,11 @@ fn all_spellings_of_an_algorithm_are_one_transform() {
         ("aes256gcm16-prfsha256-ecp256", "aes256gcm128-prfsha256-ecp256"),
         ("aes192gcm16-prfsha1-ecp521", "aes192gcm - prfsha1 - ecp521"),
         ("aes128-sha1-modp2048", "aes128-sha-modp2048-modp2048"),
+        ("aes128ccm8-prfaescmac-modp6144", "aes128ccm64-PRFAESCMAC-modp6144"),
+        ("aes192ccm12-prfsha256-modp8192", "aes192ccm96-prfsha256-modp8192"),
+        ("aes256ccm16-prfsha256-x25519", "aes256ccm-aes256ccm128-prfsha256-x25519"),
+        ("aes256gcm8-aes256gcm12-prfsha256-x25519", "aes256gcm64-aes256gcm96-prfsha256-x25519"),
+        ("aes128ctr-aescmac-x25519", "aes128ctr-aescmac-prfaescmac-x25519"),
     ] {
         assert_eq!(ike(one), ike(other));
     }
@@ -433,4 +446,86 @@ fn names_are_strongswans() {
     assert_eq!(names::ke(Ke::ECP_384), "ECP_384");
     assert_eq!(names::ke(Ke::MODP_3072), "MODP_3072");
     assert_eq!(names::ke(Ke(1234)), "(1234)");
+}
+
+// RFC 8247, RFC 8221: what a default offers, and only what they do not discourage.
+#[test]
+fn the_default_has_what_the_rfcs_require_and_nothing_that_needs_a_warning() {
+    for protocol in [Protocol::IKE, Protocol::ESP] {
+        let default = parse_proposals("default", protocol).unwrap();
+        assert_eq!(warnings(&default), [""; 0]);
+        let all = |kind| default.iter().flat_map(|proposal| ids(proposal, kind)).collect::<Vec<u16>>();
+        for id in [Encr::AES_CBC.0, Encr::AES_GCM_16.0, Encr::CHACHA20_POLY1305.0] {
+            assert!(all(TransformType::ENCR).contains(&id), "{id}");
+        }
+        for id in [Integ::HMAC_SHA2_256_128.0, Integ::HMAC_SHA2_512_256.0] {
+            assert!(all(TransformType::INTEG).contains(&id), "{id}");
+        }
+        for id in [Ke::MODP_2048.0, Ke::ECP_256.0, Ke::X25519.0] {
+            assert!(all(TransformType::KE).contains(&id), "{id}");
+        }
+        assert!(!all(TransformType::INTEG).contains(&Integ::HMAC_SHA1_96.0));
+        assert!(!all(TransformType::PRF).contains(&Prf::HMAC_SHA1.0));
+        // Combined modes before others, and a short key exchange before long ones.
+        assert_eq!(all(TransformType::ENCR)[0], Encr::AES_GCM_16.0);
+        assert_eq!(all(TransformType::KE)[0], Ke::X25519.0);
+    }
+    let prfs = ids(&ike("default")[0], TransformType::PRF);
+    assert_eq!(prfs, [Prf::HMAC_SHA2_256.0, Prf::HMAC_SHA2_384.0, Prf::HMAC_SHA2_512.0]);
+}
+
+#[test]
+fn weak_algorithms_are_served_when_named_and_warned_of() {
+    for (text, protocol, reason) in [
+        ("null-sha256", Protocol::ESP, "RFC 8221 §5"),
+        ("aes128gmac", Protocol::ESP, "RFC 4543 §1"),
+        ("aes128ccm8", Protocol::ESP, "RFC 8221 §5"),
+        ("aes128gcm8-prfsha256-x25519", Protocol::IKE, "RFC 8221 §5"),
+        ("aes128gcm12-prfsha256-x25519", Protocol::IKE, "RFC 8221 §5"),
+        ("aes128gcm16-prfsha1-x25519", Protocol::IKE, "RFC 8247 §2.2"),
+        ("aes128-sha1", Protocol::ESP, "RFC 8247 §2.3"),
+        ("aes128gcm16-prfsha256-mlkem768", Protocol::IKE, "RFC 9370 §2"),
+    ] {
+        let warnings = warnings(&parse_proposals(text, protocol).unwrap());
+        assert_eq!(warnings.len(), 1, "{text}: {warnings:?}");
+        assert!(warnings[0].contains(reason), "{text}: {warnings:?}");
+    }
+    // Each reason once; IKE's integrity algorithm and the PRF that comes with it are two.
+    let twice = [ike("aes128-aes256-sha1-modp2048"), ike("aes192-sha1-modp2048")].concat();
+    assert_eq!(warnings(&twice).len(), 2);
+    for text in ["aes256ccm16-prfaescmac-modp8192", "aes128ctr-sha256-ecp256", "aes128gcm16-prfsha256-mlkem512"] {
+        assert_eq!(warnings(&ike(text)), [""; 0], "{text}");
+    }
+    assert_eq!(warnings(&esp("aes128gcm16-mlkem768")), [""; 0]);
+}
+
+// RFC 8247 §2.1, RFC 4543 §3: not even if both sides name them.
+#[test]
+fn an_ike_sa_is_never_without_encryption() {
+    let mut null = ike("aes128-sha256-x25519");
+    null[0].transforms[0] = Transform::new(TransformType::ENCR, Encr::NULL.0);
+    assert_eq!(select_ike(&null, &null, true, None), None);
+    let mut gmac = ike("aes128gcm16-prfsha256-x25519");
+    gmac[0].transforms[0].id = Encr::NULL_AUTH_AES_GMAC.0;
+    assert_eq!(select_ike(&gmac, &gmac, true, None), None);
+}
+
+#[test]
+fn every_algorithm_that_has_a_name_makes_a_suite() {
+    for cipher in ["aes128ctr-sha256", "aes192ccm8", "aes256ccm12", "aes128ccm16", "aes256gcm8", "aes192gcm12"] {
+        for rest in ["prfaescmac-modp6144", "prfsha512-modp8192", "prfsha256-mlkem512"] {
+            let offered = ike(&format!("{cipher}-{rest}"));
+            let choice = select_ike(&offered, &offered, true, None).unwrap();
+            assert_eq!(accept_ike(&[choice.proposal], &offered), Some(choice.suite));
+        }
+    }
+    for text in ["null-sha256", "null-aescmac", "aes128gmac", "aes256gmac", "aes192ctr-aescmac-esn", "aes256ccm16"] {
+        let offered = esp(text);
+        let choice = select_esp(&offered, &offered, true, false, None).unwrap();
+        let suite = choice.suite;
+        assert!(Protection::key_lengths(suite.encr, suite.key_bits, suite.integ).is_some(), "{text}");
+        // RFC 7296 §3.3.5: a Key Length only where the cipher has several.
+        let attribute = choice.proposal.transforms[0].key_bits;
+        assert_eq!(attribute.is_none(), suite.encr == Encr::NULL);
+    }
 }
