@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use ike::engine::{ChildSaId, Event, IkeSaId, IkeSaStatus};
+use ike::engine::{ChildSaId, CloseReason, Event, IkeSaId, IkeSaStatus};
 use tokio::sync::broadcast;
 
 use crate::control::SaReport;
@@ -91,6 +91,8 @@ async fn announcement(shared: &Shared, event: &Event, ended: &VecDeque<IkeSaStat
             let sas = shared.control.list_sas().await;
             Some(ike_updown(find(&sas, ended, *id)?, true))
         }
+        // Its successor is up: charon announces the rekeying alone.
+        Event::IkeDown(_, CloseReason::Rekeyed) => None,
         Event::IkeDown(status, _) => Some(ike_updown(status, false)),
         Event::ChildUp(id, child) => {
             let sas = shared.control.list_sas().await;

@@ -19,6 +19,7 @@ use super::fault::Fault;
 use super::parts::Parts;
 use super::rekey::IkeOffer;
 use super::retry::{Due, Retry, after, random_below, total};
+use super::succession::Successor;
 use super::{Core, Want};
 use crate::config::{Child, Connection, Unique};
 use crate::engine::context::{Context, PeerKey, Superseded};
@@ -60,14 +61,16 @@ pub(crate) struct Established {
     pub(super) passive: Option<Passive>,
     /// The peer rekeys the Child SA that we are rekeying (RFC 7296 §2.8.1).
     pub(super) collision: Option<Collision>,
+    /// The peer rekeyed this IKE SA while our own rekey of it is under way (RFC 7296 §2.8.2).
+    pub(super) peers_successor: Option<Box<Successor>>,
     /// SPIs that the peer deleted while our CREATE_CHILD_SA was out: it may have made that very Child SA.
     pub(super) deleted_early: Vec<u32>,
     last_inbound: Instant,
     last_outbound: Instant,
     /// Where the request came from that is being answered.
     reply_path: Path,
-    rekey_at: Option<Instant>,
-    reauth_at: Option<Instant>,
+    pub(super) rekey_at: Option<Instant>,
+    pub(super) reauth_at: Option<Instant>,
     pub(super) expire_at: Option<Instant>,
     /// When what the peer proved is too old, however often the IKE SA is rekeyed.
     proof_ends_at: Option<Instant>,
@@ -180,9 +183,7 @@ impl Established {
     /// The successor of a rekeyed IKE SA: same peer, same connection, same path.
     pub(super) fn successor(&mut self, ctx: &mut Context, now: Instant, id: IkeSaId, channel: Channel) -> Self {
         let core = Core { id, ..self.core.clone() };
-        let (connection, peer) = (Arc::clone(&self.connection), Arc::clone(&self.peer));
-        let mut new = Self::make(ctx, now, core, channel, connection, peer);
-        new.channel.fragmentation = self.channel.fragmentation;
+        let mut new = self.twin(ctx, now, core, channel);
         // Reauthentication is due when it was: rekeying proves nothing about the peer.
         new.reauth_at = self.reauth_at;
         new.proof_ends_at = self.proof_ends_at;
@@ -190,16 +191,42 @@ impl Established {
         new.children = std::mem::take(&mut self.children);
         new.queue = std::mem::take(&mut self.queue);
         new.delayed = std::mem::take(&mut self.delayed);
+        new.rekeyed_already(ctx);
+        if !matches!(self.stream, StreamState::Up) {
+            new.stream = std::mem::replace(&mut self.stream, StreamState::Lost);
+        }
         for (child_id, child) in &new.children {
             ctx.child_owners.insert(*child_id, id);
             ctx.child_spis.insert(child.spi_in, id);
         }
-        self.state = IkeState::Rekeyed;
-        (self.rekey_at, self.reauth_at, self.expire_at) = (None, None, None);
+        self.become_rekeyed();
         let line = format!("IKE_SA {}[{}] rekeyed, successor is [{}]", self.core.name, self.core.id.0, id.0);
         ctx.log("IKE", 0, self.core.tag(), line);
         ctx.event(Event::IkeRekeyed { old: self.core.id, new: id });
         new
+    }
+
+    /// Another IKE SA with the same peer, connection and path, and without Child SAs.
+    pub(super) fn twin(&self, ctx: &mut Context, now: Instant, core: Core, channel: Channel) -> Self {
+        let (connection, peer) = (Arc::clone(&self.connection), Arc::clone(&self.peer));
+        let mut twin = Self::make(ctx, now, core, channel, connection, peer);
+        twin.channel.fragmentation = self.channel.fragmentation;
+        twin
+    }
+
+    /// Its predecessor's wish to be rekeyed has come true.
+    fn rekeyed_already(&mut self, ctx: &mut Context) {
+        let mut wishes = Vec::new();
+        let mut keep = |task: &Task| match task {
+            Task::RekeyIke { token, .. } => {
+                wishes.push(*token);
+                false
+            }
+            _ => true,
+        };
+        self.queue.retain(&mut keep);
+        self.delayed.retain(|(_, task)| keep(task));
+        wishes.into_iter().for_each(|token| done(ctx, token));
     }
 
     fn make(
@@ -231,6 +258,7 @@ impl Established {
             active: None,
             passive: None,
             collision: None,
+            peers_successor: None,
             deleted_early: Vec::new(),
             last_inbound: now,
             last_outbound: now,
@@ -828,6 +856,9 @@ impl Established {
             }
             Due::GiveUp => {
                 ctx.log("IKE", 1, self.core.tag(), format!("giving up after {count} retransmits"));
+                if self.adopt_peers_successor(ctx, now) {
+                    return Err(self.close(ctx, now, CloseReason::Rekeyed));
+                }
                 let reason = match &self.active {
                     Some(Active::DeleteIke { reason, .. }) => *reason,
                     _ => CloseReason::Timeout,
@@ -930,6 +961,7 @@ impl Established {
 
     /// Says Delete without waiting for the answer, and closes.
     pub(super) fn farewell(&mut self, ctx: &mut Context, now: Instant, reason: CloseReason) -> Closed {
+        self.drop_peers_successor(ctx, now, true);
         if !self.channel.is_waiting() {
             let retry = Retry::start(now, &ctx.config.retransmission, true, ctx.rng.as_mut());
             let payloads = [Payload::Delete { protocol: Protocol::IKE, spis: Vec::new() }];
@@ -984,6 +1016,7 @@ impl Established {
             Some(Active::Liveness) | None => {}
         }
         self.drop_tasks(ctx, "the IKE_SA closed");
+        self.drop_peers_successor(ctx, now, false);
         ctx.bury(now, self.channel.local_spi(), self.channel.last_words());
         ctx.event(Event::IkeDown(Box::new(status), reason));
         Closed

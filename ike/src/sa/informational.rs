@@ -34,6 +34,10 @@ impl Established {
             let line = format!("received DELETE for IKE_SA {}[{}]", self.core.name, self.core.id.0);
             ctx.log("IKE", 0, self.core.tag(), line);
             self.respond(ctx, now, &[]);
+            if deletes_ike {
+                // §2.8.2: the peer is done with its own rekey, and ours is to be forgotten.
+                self.adopt_peers_successor(ctx, now);
+            }
             let reason = match self.state {
                 IkeState::Rekeyed => CloseReason::Rekeyed,
                 IkeState::Deleting => CloseReason::Local,

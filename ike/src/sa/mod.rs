@@ -20,6 +20,7 @@ pub(crate) mod parts;
 pub(crate) mod rekey;
 pub(crate) mod retry;
 pub(crate) mod selectors;
+pub(crate) mod succession;
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;

@@ -1,7 +1,5 @@
-//! Rekeying the IKE SA with CREATE_CHILD_SA, both roles (RFC 7296 §1.3.2, §2.8, §2.18, §2.25.2).
-//!
-//! When both sides rekey at once each answers the other with TEMPORARY_FAILURE and tries again after a
-//! random while; so there is never more than one successor.
+//! Rekeying the IKE SA with CREATE_CHILD_SA, both roles (RFC 7296 §1.3.2, §2.8, §2.18, §2.25.2). What becomes
+//! of a finished successor is decided in `succession`.
 
 use std::time::Instant;
 
@@ -13,7 +11,7 @@ use super::established::{Active, Closed, MAX_TRIES, Task, done, failed};
 use super::fault::{Fault, notify_name};
 use super::init::{NONCE_LENGTH, methods, numbered, offers, proposals};
 use super::parts::Parts;
-use super::retry::{after, total};
+use super::succession::Successor;
 use crate::crypto::{self, KeyExchange, KeySeed};
 use crate::engine::context::Context;
 use crate::engine::{CloseReason, IkeState};
@@ -83,6 +81,11 @@ impl Established {
             ctx.release_ike_spi(offer.spi);
             let reason = format!("received {} notify error", notify_name(error.kind));
             ctx.log("IKE", 1, self.core.tag(), reason.clone());
+            if error.kind != NotifyType::INVALID_SYNTAX && self.adopt_peers_successor(ctx, now) {
+                // §2.8.2: the peer's own rekey stands, whether it noticed ours or not.
+                done(ctx, token);
+                return Ok(());
+            }
             let next = tries.saturating_add(1);
             match error.kind {
                 NotifyType::INVALID_KE_PAYLOAD if tries < MAX_TRIES => {
@@ -107,15 +110,10 @@ impl Established {
             return Ok(());
         }
         let spi = offer.spi;
-        match self.successor_channel(offer, parts) {
-            Ok(channel) => {
-                let id = ctx.next_ike();
-                ctx.ike_spis.insert(spi, id);
-                let successor = self.successor(ctx, now, id, channel);
-                ctx.spawned.push(successor);
+        match self.complete(ctx, offer, parts) {
+            Ok(ours) => {
                 done(ctx, token);
-                // §2.8: who rekeyed deletes the old one.
-                self.queue.push_front(Task::DeleteIke { token: None, reason: CloseReason::Rekeyed });
+                self.own_successor(ctx, now, ours);
                 Ok(())
             }
             Err(reason) => {
@@ -127,7 +125,8 @@ impl Established {
         }
     }
 
-    fn successor_channel(&self, offer: IkeOffer, parts: &Parts) -> Result<Channel, String> {
+    /// The successor that the answer to our offer makes.
+    fn complete(&self, ctx: &mut Context, offer: IkeOffer, parts: &Parts) -> Result<Successor, String> {
         let (Some(answer), Some((group, public)), Some(nr)) = (&parts.sa, &parts.ke, &parts.nonce) else {
             return Err("the answer lacks SA, KE or nonce".to_owned());
         };
@@ -141,7 +140,10 @@ impl Established {
         let secret = offer.ke.agree(public).map_err(|error| error.to_string())?;
         let keys = crypto::rekeyed_ike_keys(self.channel.suite.prf, &self.channel.d, &suite, &secret, seed);
         let keys = keys.map_err(|error| error.to_string())?;
-        Channel::new(suite, keys, spis, true, true).map_err(|error| error.to_string())
+        let channel = Channel::new(suite, keys, spis, true, true).map_err(|error| error.to_string())?;
+        let id = ctx.next_ike();
+        ctx.ike_spis.insert(offer.spi, id);
+        Ok(Successor { id, channel, lowest_nonce: offer.nonce.min(nr.clone()) })
     }
 
     /// Responder: the peer rekeys the IKE SA.
@@ -160,19 +162,19 @@ impl Established {
     }
 
     fn answer_rekey(&mut self, ctx: &mut Context, now: Instant, parts: &Parts) -> Result<(), Fault> {
-        // §2.25.2: not while Child SAs are made, rekeyed or closed, nor while we rekey or close this one.
+        // §2.25.2: not while Child SAs are made, rekeyed or closed, nor while we close this one.
         let busy = match &self.active {
-            None | Some(Active::Liveness) => false,
+            None | Some(Active::Liveness | Active::RekeyIke(_)) => false,
             Some(
                 Active::Create { .. }
                 | Active::Install { .. }
-                | Active::RekeyIke(_)
                 | Active::DeleteChild { .. }
                 | Active::DeleteSpi(_)
                 | Active::DeleteIke { .. },
             ) => true,
         };
-        if busy || self.passive.is_some() || self.state != IkeState::Established {
+        let open = matches!(self.state, IkeState::Established | IkeState::Rekeying);
+        if busy || self.passive.is_some() || !open || self.peers_successor.is_some() {
             return Err(Fault::TemporaryFailure);
         }
         let (Some(offered), Some((group, public)), Some(ni)) = (&parts.sa, &parts.ke, &parts.nonce) else {
@@ -202,13 +204,10 @@ impl Established {
         };
         let mut proposal = choice.proposal;
         proposal.spi = spi_r.to_be_bytes().to_vec();
+        let lowest_nonce = ni.clone().min(nr.clone());
         let reply = [Payload::Sa(vec![proposal]), Payload::Nonce(nr), Payload::Ke { group: *group, data: ours }];
         self.respond(ctx, now, &reply);
-        let successor = self.successor(ctx, now, id, channel);
-        ctx.spawned.push(successor);
-        // The peer deletes the old one; if it does not, we forget it.
-        let patience = total(&ctx.config.retransmission) + ctx.config.half_open_timeout;
-        self.expire_at = Some(after(now, patience));
+        self.peer_rekeyed(ctx, now, Successor { id, channel, lowest_nonce });
         Ok(())
     }
 }

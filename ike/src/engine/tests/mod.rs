@@ -2,7 +2,9 @@
 
 mod attack;
 mod authentication;
+mod by_hand;
 mod child_sa;
+mod ike_rekey;
 mod informational;
 mod init;
 mod network;
@@ -91,6 +93,8 @@ pub(super) struct Side {
     pub(super) events: Vec<Event>,
     pub(super) refuse_installs: Option<InstallError>,
     pub(super) sent: Vec<Transmit>,
+    /// First octet of the engine's next nonces.
+    nonce: by_hand::FirstOctet,
     reqids: u32,
     /// Open streams: ours to the other side's number.
     pub(super) streams: BTreeMap<StreamId, StreamId>,
@@ -122,6 +126,8 @@ pub(super) struct Pair {
     pub(super) tcp_blocked: bool,
     /// Everything is lost.
     pub(super) cut: bool,
+    /// Datagrams wait here for the test to deliver them.
+    held: Option<Vec<by_hand::Held>>,
     ports: u16,
     server_streams: u64,
 }
@@ -218,7 +224,9 @@ impl Pair {
         let now = Instant::now();
         let mut rng = TestRng(seed);
         let mut side = |connection: Connection| {
-            let mut engine = Engine::new(config.clone(), Box::new(TestRng(rng.next())), now);
+            let nonce = by_hand::FirstOctet::default();
+            let source = by_hand::NonceRng::new(TestRng(rng.next()), &nonce);
+            let mut engine = Engine::new(config.clone(), Box::new(source), now);
             engine.set_connections(vec![Arc::new(connection)]);
             Side {
                 engine,
@@ -227,6 +235,7 @@ impl Pair {
                 events: Vec::new(),
                 refuse_installs: None,
                 sent: Vec::new(),
+                nonce,
                 reqids: 0,
                 streams: BTreeMap::new(),
                 stream_paths: BTreeMap::new(),
@@ -248,6 +257,7 @@ impl Pair {
             udp_blocked: false,
             tcp_blocked: false,
             cut: false,
+            held: None,
             ports: 40_000,
             server_streams: 1 << 63,
         }
@@ -421,6 +431,10 @@ impl Pair {
             return;
         }
         let Some((to, path)) = self.route(from, path) else { return };
+        if let Some(held) = &mut self.held {
+            held.push(by_hand::Held { to, path, bytes });
+            return;
+        }
         let copies = if self.rng.percent(self.duplication) { 2 } else { 1 };
         for _ in 0..copies {
             if !self.rng.percent(self.loss) {
