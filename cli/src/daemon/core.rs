@@ -2,12 +2,14 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
+use std::num::NonZero;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
 use espintcp::streams::{StreamEvent, Streams};
 use ike::config::{Child, DpdAction, StartAction};
+use ike::crypto::KeyWork;
 use ike::engine::{
     ChildReady, ChildSaId, ChildSaStatus, ChildState, CloseReason, Engine, Event, IkeState, Initiate, InstallError,
     Job, JobId, JobOutcome, Output, Path, Target, Transport,
@@ -18,9 +20,10 @@ use ipsec::selector::{Flow, TrafficSelector};
 use kernel::network::{Network, NetworkEvent};
 use latch::database::{Class, Database};
 use pad::Credentials;
-use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio::sync::{Semaphore, broadcast, mpsc, oneshot};
 
 use super::filelog::FileLogs;
+use super::run::SystemRng;
 use super::traps::{Key, Traps};
 use super::updown::{Scripts, Updown};
 use crate::config::trap::{Selectors, covers};
@@ -104,6 +107,8 @@ pub(super) struct Core {
     waiting: HashMap<u64, oneshot::Sender<Result<(), String>>>,
     /// Terminations that wait for all of their SAs.
     finished: mpsc::UnboundedSender<Finished>,
+    /// A permit for each key exchange that may be computed at a time.
+    processors: Arc<Semaphore>,
     from_finished: mpsc::UnboundedReceiver<Finished>,
     events: broadcast::Sender<Arc<Event>>,
     from_network: mpsc::Receiver<NetworkEvent>,
@@ -133,6 +138,7 @@ impl Core {
             next_token: 1,
             waiting: HashMap::new(),
             finished,
+            processors: Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(1, NonZero::get))),
             from_finished,
             events: parts.events,
             from_network: parts.from_network,
@@ -285,6 +291,7 @@ impl Core {
                         JobOutcome::Authenticate(credentials.authenticate(&request, unix_time()))
                     });
                 }
+                Output::Job(job, Job::KeyExchange(work)) => self.spawn_key_work(job, work),
                 Output::Job(job, Job::InstallChild(ready)) => {
                     let outcome = self.install(*ready);
                     self.engine.handle_job(Instant::now(), job, JobOutcome::InstallChild(outcome));
@@ -294,6 +301,20 @@ impl Core {
                 Output::CloseStream(stream) => self.streams.close(stream.0),
             }
         }
+    }
+
+    /// As many at a time as there are processors: it is all computing, and the rest of the pool stays free.
+    fn spawn_key_work(&self, job: JobId, work: KeyWork) {
+        let (finished, processors) = (self.finished.clone(), Arc::clone(&self.processors));
+        tokio::spawn(async move {
+            // The semaphore is never closed.
+            let Ok(permit) = processors.acquire_owned().await else { return };
+            tokio::task::spawn_blocking(move || {
+                let outcome = JobOutcome::KeyExchange(work.run(&mut SystemRng));
+                drop(permit);
+                let _ = finished.send(Finished::Job(job, outcome));
+            });
+        });
     }
 
     fn spawn_job(&self, job: JobId, work: impl FnOnce() -> JobOutcome + Send + 'static) {

@@ -39,7 +39,7 @@ pub struct DaemonOptions {
 }
 
 /// Randomness of the operating system, by way of the crypto library.
-struct SystemRng;
+pub(super) struct SystemRng;
 
 impl ike::Rng for SystemRng {
     fn fill(&mut self, buffer: &mut [u8]) {

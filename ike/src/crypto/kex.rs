@@ -5,16 +5,19 @@
 //!
 //! * the initiator of the exchange calls [`KeyExchange::generate`], sends [`KeyExchange::public`] and gives
 //!   the answer to [`KeyExchange::agree`];
-//! * the responder gives what came to [`respond`], which returns what to send back and the secret.
+//! * the responder gives what came to [`respond`], which returns what to send back and the secret; or to
+//!   [`answer`], which leaves the secret for later ([`Pending::finish`]).
 //!
-//! Both `agree` and `respond` consume or make the private value, so that none serves twice (RFC 7296 §2.12).
+//! All of them consume or make the private value, so that none serves twice (RFC 7296 §2.12).
 //!
 //! Private values come from the caller's [`Rng`], so that simulations repeat; those of ML-KEM come from
 //! AWS-LC's own generator, because its interface takes no randomness.
 
 use std::fmt;
 
-use aws_lc_rs::agreement::{self, Algorithm, ECDH_P256, ECDH_P384, ECDH_P521, PrivateKey, UnparsedPublicKey};
+use aws_lc_rs::agreement::{
+    self, Algorithm, ECDH_P256, ECDH_P384, ECDH_P521, ParsedPublicKey, PrivateKey, UnparsedPublicKey,
+};
 use aws_lc_rs::kem::{self, DecapsulationKey, EncapsulationKey, ML_KEM_512, ML_KEM_768, ML_KEM_1024};
 use ipsec::secret::Secret;
 use ipsec::transform::Ke;
@@ -81,7 +84,7 @@ fn kem(method: Ke) -> Option<(&'static kem::Algorithm, usize)> {
 }
 
 /// True for the methods that [`KeyExchange`] has.
-pub(super) fn supported(method: Ke) -> bool {
+pub fn supported(method: Ke) -> bool {
     curve(method).is_some() || modp::group(method).is_some() || kem(method).is_some()
 }
 
@@ -91,6 +94,13 @@ pub(super) fn supported(method: Ke) -> bool {
 /// [`KeyError::PublicValue`] where the initiator's value fails the checks of [`KeyExchange::agree`] or, with
 /// ML-KEM, those of FIPS 203 §7.2: the length and the modulus. The peer is then told INVALID_SYNTAX.
 pub fn respond(method: Ke, peer: &[u8], rng: &mut dyn Rng) -> Result<(Vec<u8>, Secret), KeyError> {
+    let (public, pending) = answer(method, peer, rng)?;
+    Ok((public, pending.finish()?))
+}
+
+/// The first half of [`respond`]: checks the initiator's public value as far as that costs little, and gives
+/// our answer. A stranger gets no more than that; the other half waits until it shows that it got the answer.
+pub fn answer(method: Ke, peer: &[u8], rng: &mut dyn Rng) -> Result<(Vec<u8>, Pending), KeyError> {
     if let Some((algorithm, ciphertext_len)) = kem(method) {
         // Both steps check: the first the length, the second that each coefficient is below the modulus.
         let peer = EncapsulationKey::new(algorithm, peer).map_err(|_| KeyError::PublicValue)?;
@@ -99,11 +109,62 @@ pub fn respond(method: Ke, peer: &[u8], rng: &mut dyn Rng) -> Result<(Vec<u8>, S
         if ciphertext.len() != ciphertext_len {
             return Err(KeyError::Unsupported);
         }
-        return Ok((ciphertext, Secret::new(secret.as_ref().to_vec())));
+        return Ok((ciphertext, Pending(Half::Done(Secret::new(secret.as_ref().to_vec())))));
     }
+    check(method, peer)?;
     let ours = KeyExchange::generate(method, rng)?;
-    let public = ours.public.clone();
-    Ok((public, ours.agree(peer)?))
+    Ok((ours.public.clone(), Pending(Half::Agree { ours, peer: peer.to_vec() })))
+}
+
+/// Checks a public value without a private one; what remains for [`KeyExchange::agree`] is X25519's zero.
+fn check(method: Ke, peer: &[u8]) -> Result<(), KeyError> {
+    if let Some(group) = modp::group(method) {
+        return group.check(peer).map(|_| ());
+    }
+    let curve = curve(method).ok_or(KeyError::Unsupported)?;
+    if peer.len() != curve.public_len {
+        return Err(KeyError::PublicValue);
+    }
+    let point = UnparsedPublicKey::new(curve.algorithm, encoded(&curve, peer));
+    ParsedPublicKey::try_from(point).map(|_| ()).map_err(|_| KeyError::PublicValue)
+}
+
+/// A public value as the library reads it.
+fn encoded(curve: &Curve, public: &[u8]) -> Vec<u8> {
+    let mut point = Vec::with_capacity(public.len().saturating_add(1));
+    if curve.sec1 {
+        point.push(SEC1_UNCOMPRESSED);
+    }
+    point.extend_from_slice(public);
+    point
+}
+
+/// What a responder needs to compute the shared secret of an exchange that it has answered.
+pub struct Pending(Half);
+
+enum Half {
+    /// A KEM's is there with the ciphertext.
+    Done(Secret),
+    Agree {
+        ours: KeyExchange,
+        peer: Vec<u8>,
+    },
+}
+
+impl fmt::Debug for Pending {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Pending")
+    }
+}
+
+impl Pending {
+    /// The shared secret; [`KeyError::PublicValue`] as with [`respond`].
+    pub fn finish(self) -> Result<Secret, KeyError> {
+        match self.0 {
+            Half::Done(secret) => Ok(secret),
+            Half::Agree { ours, peer } => ours.agree(&peer),
+        }
+    }
 }
 
 impl KeyExchange {
@@ -171,12 +232,7 @@ impl KeyExchange {
         if peer.len() != curve.public_len {
             return Err(KeyError::PublicValue);
         }
-        let mut point = Vec::with_capacity(peer.len().saturating_add(1));
-        if curve.sec1 {
-            point.push(SEC1_UNCOMPRESSED);
-        }
-        point.extend_from_slice(peer);
-        let peer = UnparsedPublicKey::new(curve.algorithm, point);
+        let peer = UnparsedPublicKey::new(curve.algorithm, encoded(&curve, peer));
         agreement::agree(&private, peer, KeyError::PublicValue, |shared| {
             // The library refuses 0 already; an all-zero secret must not depend on its version.
             if !curve.sec1 && shared.iter().fold(0, |all, octet| all | octet) == 0 {

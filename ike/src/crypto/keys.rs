@@ -56,6 +56,17 @@ pub fn rekeyed_ike_keys(
     expand(suite, &skeyseed, seed)
 }
 
+/// Keys of an IKE SA after an additional key exchange in IKE_INTERMEDIATE: SKEYSEED(n) = prf(SK_d(n-1), SK(n) |
+/// Ni | Nr), and the rest as before, with the nonces and SPIs of IKE_SA_INIT (RFC 9370 §2.2.2).
+pub fn intermediate_ike_keys(
+    suite: &IkeSuite,
+    sk_d: &Secret,
+    secret: &Secret,
+    seed: KeySeed<'_>,
+) -> Result<IkeKeys, KeyError> {
+    rekeyed_ike_keys(suite.prf, sk_d, suite, secret, seed)
+}
+
 /// {SK_d | SK_ai | SK_ar | SK_ei | SK_er | SK_pi | SK_pr} = prf+(SKEYSEED, Ni | Nr | SPIi | SPIr).
 fn expand(suite: &IkeSuite, skeyseed: &Secret, seed: KeySeed<'_>) -> Result<IkeKeys, KeyError> {
     let KeyLengths { encr, integ } =

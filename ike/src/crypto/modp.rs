@@ -49,6 +49,12 @@ impl Group {
     /// The shared secret, as long as the modulus. The peer's value must be as long too, and
     /// 1 < y < p - 1 (RFC 6989 §2.1).
     pub(super) fn agree(&self, exponent: &Secret, peer: &[u8]) -> Result<Secret, KeyError> {
+        let peer = self.check(peer)?;
+        self.power(&peer, exponent).map(Secret::new)
+    }
+
+    /// Reads a peer's value, and checks it as far as [`Self::agree`] does.
+    pub(super) fn check(&self, peer: &[u8]) -> Result<BoxedUint, KeyError> {
         if peer.len() != bytes(self.bits) {
             return Err(KeyError::PublicValue);
         }
@@ -58,7 +64,7 @@ impl Group {
         if peer <= one || peer >= prime.wrapping_sub(&one) {
             return Err(KeyError::PublicValue);
         }
-        self.power(&peer, exponent).map(Secret::new)
+        Ok(peer)
     }
 
     #[cfg(test)]

@@ -13,6 +13,7 @@ use super::{
 };
 use crate::Rng;
 use crate::config::{Connection, Fragmentation};
+use crate::crypto::KeyWork;
 use crate::engine::Transport;
 use crate::engine::triggers::Triggers;
 use crate::sa::Established;
@@ -158,6 +159,11 @@ impl Context {
     /// Hands out a job.
     pub(crate) fn job(&mut self, ike_sa: IkeSaId, job: Job) -> JobId {
         self.push_job(JobEntry { ike_sa, installs: None }, job)
+    }
+
+    /// Hands out a step of a key exchange.
+    pub(crate) fn key_work(&mut self, ike_sa: IkeSaId, work: KeyWork) -> JobId {
+        self.job(ike_sa, Job::KeyExchange(work))
     }
 
     /// Hands out a Child SA for installation.

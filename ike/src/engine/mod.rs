@@ -24,7 +24,7 @@ use pad::{
 
 use crate::Rng;
 use crate::config::{Child, Connection, Retransmission};
-use crate::crypto::IkeSuite;
+use crate::crypto::{IkeSuite, KeyDone, KeyError, KeyWork};
 use crate::sa::established::Closed;
 use crate::sa::{Established, IkeSa, Initiating, Want, retry};
 use crate::wire::{self, ExchangeType, Incoming, Message, Protected, WireError};
@@ -154,6 +154,8 @@ pub enum Job {
     Sign(SignRequest),
     /// Authenticate the peer: [`pad::Credentials::authenticate`].
     Authenticate(AuthenticateRequest),
+    /// A step of a key exchange: [`KeyWork::run`].
+    KeyExchange(KeyWork),
     /// Ask the latches, then install: a Child SA is ready. The exchange goes on after the answer, so a
     /// responder's answer never promises an SA that is not there, and a latch breaks before the SA goes in.
     InstallChild(Box<ChildReady>),
@@ -164,6 +166,7 @@ impl std::fmt::Debug for Job {
         f.write_str(match self {
             Self::Sign(_) => "Sign",
             Self::Authenticate(_) => "Authenticate",
+            Self::KeyExchange(_) => "KeyExchange",
             Self::InstallChild(_) => "InstallChild",
         })
     }
@@ -199,6 +202,8 @@ pub enum JobOutcome {
     Sign(Result<SignedAuth, SignError>),
     /// To `Authenticate`.
     Authenticate(Result<PeerIdentity, AuthError>),
+    /// To `KeyExchange`.
+    KeyExchange(Result<KeyDone, KeyError>),
     /// To `InstallChild`: the `reqid` it got, or why not.
     InstallChild(Result<u32, InstallError>),
 }
@@ -562,6 +567,8 @@ impl Engine {
                 let reason = "terminated";
                 match sa {
                     IkeSa::Initiating(sa) => sa.abandon(ctx, reason, CloseReason::Local),
+                    IkeSa::InitiatorIntermediate(sa) => sa.abandon(ctx, reason, CloseReason::Local),
+                    IkeSa::ResponderIntermediate(sa) => sa.abandon(ctx, CloseReason::Local),
                     IkeSa::InitiatorAuth(sa) => sa.abandon(ctx, reason, CloseReason::Local),
                     IkeSa::ResponderAuth(sa) => sa.abandon(ctx, CloseReason::Local),
                     IkeSa::Established(mut sa) => {
@@ -652,8 +659,9 @@ impl Engine {
         let want = Want { child, token };
         let reusable = self.sas.iter().find(|(_, slot)| match &slot.sa {
             IkeSa::Initiating(sa) => sa.serves(&connection, remote),
+            IkeSa::InitiatorIntermediate(sa) => sa.serves(&connection, remote),
             IkeSa::InitiatorAuth(sa) => sa.serves(&connection, remote),
-            IkeSa::ResponderAuth(_) => false,
+            IkeSa::ResponderIntermediate(_) | IkeSa::ResponderAuth(_) => false,
             IkeSa::Established(sa) => sa.serves(&connection, remote),
         });
         match reusable.map(|(id, _)| *id) {
@@ -661,6 +669,10 @@ impl Engine {
                 IkeSa::Initiating(mut sa) => {
                     sa.add_want(want);
                     Some(IkeSa::Initiating(sa))
+                }
+                IkeSa::InitiatorIntermediate(mut sa) => {
+                    sa.add_want(want);
+                    Some(IkeSa::InitiatorIntermediate(sa))
                 }
                 IkeSa::InitiatorAuth(mut sa) => {
                     sa.add_want(want);

@@ -8,18 +8,22 @@ use ipsec::transform::Ke;
 use super::context::Context;
 use super::{Engine, Path, Transport};
 use crate::config::{Connection, Fragmentation};
-use crate::crypto::{self, IkeChoice, KeySeed};
-use crate::sa::auth::{InitMaterial, auth_announcement, cert_request};
-use crate::sa::channel::{Channel, Spis};
+use crate::crypto::{self, IkeChoice};
+use crate::sa::auth::{InitMaterial, IntAuth, auth_announcement, cert_request};
+use crate::sa::channel::Spis;
 use crate::sa::fault::{Fault, notify};
 use crate::sa::init::{CHILDLESS_IKEV2_SUPPORTED, NONCE_LENGTH, capabilities, proposals};
+use crate::sa::intermediate_responder::Request;
 use crate::sa::nat::{self, Nat};
 use crate::sa::parts::Parts;
-use crate::sa::{Core, IkeSa, ResponderAuth};
+use crate::sa::{Core, IkeSa, ResponderIntermediate};
 use crate::wire::{self, ExchangeType, Header, Message, NotifyType, Payload};
 
 /// Half-open IKE SAs in all, whatever the thresholds: each takes memory for `half_open_timeout`.
 const MAX_HALF_OPEN: usize = 4096;
+
+/// Jobs that are out beyond which no stranger gets another one.
+const MAX_JOBS: usize = 1024;
 
 impl Engine {
     pub(super) fn handle_init_request(&mut self, now: Instant, path: Path, message: Message, bytes: &[u8]) {
@@ -31,17 +35,25 @@ impl Engine {
         let key = (header.initiator_spi, path.remote);
         if let Some(id) = self.inits.get(&key) {
             // §2.1: a repetition gets the same answer, as long as IKE_AUTH has not come.
-            if let Some(IkeSa::ResponderAuth(sa)) = self.sas.get(id).map(|slot| &slot.sa) {
-                let (request, answer) = sa.init_exchange();
-                if request == bytes {
-                    let answer = answer.to_vec();
-                    self.ctx.transmit(path, [answer]);
-                }
+            let exchange = match self.sas.get(id).map(|slot| &slot.sa) {
+                Some(IkeSa::ResponderIntermediate(sa)) => sa.init_exchange(),
+                Some(IkeSa::ResponderAuth(sa)) => Some(sa.init_exchange()),
+                _ => None,
+            };
+            if let Some((_, answer)) = exchange.filter(|(request, _)| *request == bytes) {
+                let answer = answer.to_vec();
+                self.ctx.transmit(path, [answer]);
             }
             return;
         }
         // Our own request, sent back to us: both ends would be us, and each would believe the other.
         if self.ctx.ike_spis.contains_key(&header.initiator_spi) {
+            return;
+        }
+        // Whoever comes later would wait for all of them; it asks again when there is room.
+        if self.ctx.jobs.len() >= MAX_JOBS {
+            let line = format!("ignoring IKE_SA setup from {}, job queue is full", path.remote.ip());
+            self.ctx.log("NET", 1, None, line);
             return;
         }
         if self.half_open_total >= MAX_HALF_OPEN {
@@ -63,7 +75,7 @@ impl Engine {
             return;
         }
         match self.accept_init(now, path, &header, parts, bytes) {
-            Ok((id, sa)) => self.insert(id, IkeSa::ResponderAuth(Box::new(sa)), Some(key)),
+            Ok(sa) => self.insert(sa.core.id, IkeSa::ResponderIntermediate(Box::new(sa)), Some(key)),
             Err(fault) => self.refuse_init(path, &header, &fault),
         }
     }
@@ -116,7 +128,7 @@ impl Engine {
         header: &Header,
         parts: Parts,
         bytes: &[u8],
-    ) -> Result<(super::IkeSaId, ResponderAuth), Fault> {
+    ) -> Result<ResponderIntermediate, Fault> {
         let ctx = &mut self.ctx;
         let missing = || Fault::InvalidSyntax("SA, KE or nonce is missing".to_owned());
         let offered = parts.sa.as_ref().ok_or_else(missing)?;
@@ -133,8 +145,14 @@ impl Engine {
             ctx.log("IKE", 1, None, line);
         }
         let ours_first = ctx.config.prefer_configured_proposals;
+        // RFC 9370 §2.2.1: additional key exchanges only with a peer that has the exchange for them.
+        let intermediate = parts.has(NotifyType::INTERMEDIATE_EXCHANGE_SUPPORTED);
+        let ours = |connection: &Connection| {
+            let ours = proposals(connection);
+            if intermediate { ours } else { crypto::without_additional_ke(&ours) }
+        };
         let select = |connection: &Connection, preferred: Option<Ke>| {
-            crypto::select_ike(offered, &proposals(connection), ours_first, preferred)
+            crypto::select_ike(offered, &ours(connection), ours_first, preferred)
         };
         let choice = fitting.iter().find_map(|connection| select(connection, Some(*group)));
         let IkeChoice { suite, proposal } = choice.ok_or(Fault::NoProposalChosen)?;
@@ -146,35 +164,26 @@ impl Engine {
         let candidates: Vec<Arc<Connection>> = fitting
             .into_iter()
             .filter(|connection| {
-                let again = crypto::select_ike(&chosen, &proposals(connection), ours_first, Some(*group));
+                let again = crypto::select_ike(&chosen, &ours(connection), ours_first, Some(*group));
                 again.is_some_and(|choice| choice.suite == suite)
             })
             .collect();
         let first = candidates.first().ok_or(Fault::NoProposalChosen)?;
 
-        let (ours, secret) = crypto::respond(*group, public, ctx.rng.as_mut())?;
         let id = ctx.next_ike();
         let spis = Spis { initiator: header.initiator_spi, responder: ctx.reserve_ike_spi(id) };
         let nr = ctx.random(NONCE_LENGTH);
-        let seed = KeySeed { ni, nr: &nr, spi_i: spis.initiator, spi_r: spis.responder };
-        let channel = crypto::ike_keys(&suite, &secret, seed)
-            .ok()
-            .and_then(|keys| Channel::new(suite, keys, spis, false, false).ok());
-        let Some(mut channel) = channel else {
-            ctx.release_ike_spi(spis.responder);
-            return Err(Fault::NoProposalChosen);
-        };
         let fragmentation =
             first.fragmentation != Fragmentation::No && parts.has(NotifyType::IKEV2_FRAGMENTATION_SUPPORTED);
-        channel.fragmentation = fragmentation;
         let fake = first.force_encapsulation;
         // The request was sent before we had an SPI (§2.23).
         let nat = Nat::detect(&parts, spis.initiator, 0, &path, fake);
         let core = Core { id, name: first.name.clone(), path, nat, stream_originator: false };
         ctx.log("IKE", 0, core.tag(), format!("{} is initiating an IKE_SA", path.remote.ip()));
-        let answer = answer(ctx, header, &core, spis, proposal, (*group, ours), &nr, fragmentation, &candidates);
+        let with_intermediate = !suite.additional.is_none();
+        let answer = answer(ctx, header, &core, spis, proposal, &nr, fragmentation, with_intermediate, &candidates);
         let material = InitMaterial {
-            ours: answer.clone(),
+            ours: Vec::new(),
             theirs: bytes.to_vec(),
             ni: ni.clone(),
             nr,
@@ -183,9 +192,10 @@ impl Engine {
             settings: ctx.config.signatures,
             cert_requests: parts.cert_requests,
             cert_requested: parts.cert_requested,
+            intermediate: IntAuth::default(),
         };
-        ctx.transmit(path, [answer]);
-        Ok((id, ResponderAuth::new(ctx, now, core, channel, candidates, material)))
+        let request = Request { suite, spis, fragmentation, answer, material, candidates };
+        Ok(ResponderIntermediate::begin(ctx, now, core, request, *group, public.clone()))
     }
 
     fn refuse_init(&mut self, path: Path, header: &Header, fault: &Fault) {
@@ -195,6 +205,7 @@ impl Engine {
     }
 }
 
+/// Our answer but for the KE payload.
 #[allow(clippy::too_many_arguments, reason = "the parts of one message")]
 fn answer(
     ctx: &mut Context,
@@ -202,18 +213,21 @@ fn answer(
     core: &Core,
     spis: Spis,
     proposal: ipsec::transform::Proposal,
-    (group, data): (Ke, Vec<u8>),
     nr: &[u8],
     fragmentation: bool,
+    intermediate: bool,
     candidates: &[Arc<Connection>],
-) -> Vec<u8> {
-    let mut payloads = vec![Payload::Sa(vec![proposal]), Payload::Ke { group, data }, Payload::Nonce(nr.to_vec())];
+) -> Message {
+    let mut payloads = vec![Payload::Sa(vec![proposal]), Payload::Nonce(nr.to_vec())];
     payloads.extend(nat::payloads(spis.initiator, spis.responder, &core.path, core.nat.fake));
     payloads.extend(candidates.iter().find_map(|connection| cert_request(connection, &ctx.authorities)));
     payloads.push(auth_announcement(candidates, ctx.config.signatures));
     payloads.extend(capabilities(ctx, fragmentation));
     payloads.push(notify(CHILDLESS_IKEV2_SUPPORTED, Vec::new()));
-    wire::encode(&Message { header: answer_header(request, spis.responder), payloads })
+    if intermediate {
+        payloads.push(notify(NotifyType::INTERMEDIATE_EXCHANGE_SUPPORTED, Vec::new()));
+    }
+    Message { header: answer_header(request, spis.responder), payloads }
 }
 
 fn answer_header(request: &Header, responder_spi: u64) -> Header {

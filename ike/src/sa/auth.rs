@@ -42,19 +42,57 @@ pub(crate) struct InitMaterial {
     pub(crate) announced: Option<Vec<AuthAnnouncement>>,
     /// The daemon's settings of signatures.
     pub(crate) settings: SignatureSettings,
+    /// What the IKE_INTERMEDIATE exchanges add.
+    pub(crate) intermediate: IntAuth,
+}
+
+/// IntAuth_i and IntAuth_r of the IKE_INTERMEDIATE exchanges so far (RFC 9242 §3.3.2).
+#[derive(Debug, Default)]
+pub(crate) struct IntAuth {
+    initiator: Vec<u8>,
+    responder: Vec<u8>,
+    exchanges: u32,
+}
+
+impl IntAuth {
+    /// Takes in a request, under the keys of its exchange.
+    pub(crate) fn request(&mut self, channel: &Channel, octets: &[u8]) -> Result<(), KeyError> {
+        let mac = crypto::prf(channel.suite.prf, channel.pi.expose(), &[&self.initiator, octets])?;
+        self.initiator = mac.expose().to_vec();
+        Ok(())
+    }
+
+    /// Takes in the response, which ends the exchange; before the keys change.
+    pub(crate) fn response(&mut self, channel: &Channel, octets: &[u8]) -> Result<(), KeyError> {
+        let mac = crypto::prf(channel.suite.prf, channel.pr.expose(), &[&self.responder, octets])?;
+        self.responder = mac.expose().to_vec();
+        self.exchanges = self.exchanges.saturating_add(1);
+        Ok(())
+    }
+
+    /// IntAuth: both values and the message ID of the first IKE_AUTH request; nothing without exchanges.
+    fn octets(&self) -> Vec<u8> {
+        match self.exchanges {
+            0 => Vec::new(),
+            exchanges => {
+                let message_id = exchanges.saturating_add(1).to_be_bytes();
+                [self.initiator.as_slice(), self.responder.as_slice(), &message_id].concat()
+            }
+        }
+    }
 }
 
 impl InitMaterial {
     /// What we sign: our message, the peer's nonce, the MAC of our identity.
     pub(crate) fn our_octets(&self, channel: &Channel, id: &Identification) -> Result<Vec<u8>, KeyError> {
         let (nonce, key) = if channel.initiator { (&self.nr, &channel.pi) } else { (&self.ni, &channel.pr) };
-        signed_octets(channel.suite.prf, &self.ours, nonce, key, id)
+        signed_octets(channel.suite.prf, &self.ours, nonce, key, id, &self.intermediate)
     }
 
     /// What the peer signed.
     pub(crate) fn their_octets(&self, channel: &Channel, id: &Identification) -> Result<Vec<u8>, KeyError> {
         let (nonce, key) = if channel.initiator { (&self.ni, &channel.pr) } else { (&self.nr, &channel.pi) };
-        signed_octets(channel.suite.prf, &self.theirs, nonce, key, id)
+        signed_octets(channel.suite.prf, &self.theirs, nonce, key, id, &self.intermediate)
     }
 
     /// Adds what an IKE_AUTH request says about how the peer can verify us.
@@ -151,9 +189,10 @@ fn signed_octets(
     nonce: &[u8],
     key: &Secret,
     id: &Identification,
+    intermediate: &IntAuth,
 ) -> Result<Vec<u8>, KeyError> {
     let maced = crypto::prf(algorithm, key.expose(), &[&id.body()])?;
-    Ok([message, nonce, maced.expose()].concat())
+    Ok([message, nonce, maced.expose(), &intermediate.octets()].concat())
 }
 
 /// `prf(prf(secret, "Key Pad for IKEv2"), octets)`.

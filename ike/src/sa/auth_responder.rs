@@ -11,7 +11,6 @@ use super::auth::{InitMaterial, identification, proof_payloads};
 use super::channel::{Channel, Received};
 use super::fault::Fault;
 use super::parts::Parts;
-use super::retry::after;
 use super::{Core, Established, IkeSa, local_identity};
 use crate::config::{Connection, Unique};
 use crate::engine::context::{Context, PeerKey};
@@ -53,16 +52,15 @@ enum Phase {
 }
 
 impl ResponderAuth {
+    /// `deadline` is when the half-open IKE SA's time is up.
     pub(crate) fn new(
-        ctx: &Context,
-        now: Instant,
         core: Core,
         channel: Channel,
         candidates: Vec<Arc<Connection>>,
         material: InitMaterial,
+        init_remote: SocketAddr,
+        deadline: Instant,
     ) -> Self {
-        let init_remote = core.path.remote;
-        let deadline = after(now, ctx.config.half_open_timeout);
         Self { core, channel, candidates, material, init_remote, deadline, phase: Phase::Waiting }
     }
 
@@ -112,6 +110,13 @@ impl ResponderAuth {
         protected: Protected,
         datagram: &[u8],
     ) -> Option<IkeSa> {
+        // RFC 9242 §3.2: IKE_INTERMEDIATE is over; the last one may be repeated.
+        if protected.header.exchange == ExchangeType::IKE_INTERMEDIATE {
+            if let Received::Repeated(datagrams) = self.channel.repeated(protected) {
+                ctx.transmit(path, datagrams);
+            }
+            return Some(IkeSa::ResponderAuth(self));
+        }
         // Until the peer is authenticated there is one request that we read: IKE_AUTH.
         if protected.header.response || protected.header.exchange != ExchangeType::IKE_AUTH {
             return Some(IkeSa::ResponderAuth(self));

@@ -63,6 +63,8 @@ pub(crate) struct Channel {
     pub(crate) initiator: bool,
     outbound: Protection,
     inbound: Protection,
+    /// What opened the last request, where the keys are newer than that: it may be repeated.
+    earlier: Option<Protection>,
     next_request: u32,
     expected_request: u32,
     outstanding: Option<Outstanding>,
@@ -75,6 +77,14 @@ pub(crate) struct Channel {
     responses: Reassembly,
 }
 
+/// What protects our messages and the peer's.
+fn bind(suite: &IkeSuite, keys: &IkeKeys, initiator: bool) -> Result<(Protection, Protection), CryptoError> {
+    let bind = |keys| Protection::new(suite.encr, suite.key_bits, suite.integ, keys);
+    let (ours, theirs) =
+        if initiator { (&keys.initiator, &keys.responder) } else { (&keys.responder, &keys.initiator) };
+    Ok((bind(ours)?, bind(theirs)?))
+}
+
 impl Channel {
     /// Binds the keys. `first_request` is the first message id of each direction's requests: the responder of
     /// a first IKE SA expects 1 because IKE_SA_INIT had 0; a rekeyed one starts at 0 (§2.2).
@@ -85,10 +95,7 @@ impl Channel {
         initiator: bool,
         rekeyed: bool,
     ) -> Result<Self, CryptoError> {
-        let bind = |keys| Protection::new(suite.encr, suite.key_bits, suite.integ, keys);
-        let (ours, theirs) =
-            if initiator { (&keys.initiator, &keys.responder) } else { (&keys.responder, &keys.initiator) };
-        let (outbound, inbound) = (bind(ours)?, bind(theirs)?);
+        let (outbound, inbound) = bind(&suite, &keys, initiator)?;
         let (next_request, expected_request) = match (rekeyed, initiator) {
             (true, _) => (0, 0),
             (false, true) => (1, 0),
@@ -104,6 +111,7 @@ impl Channel {
             initiator,
             outbound,
             inbound,
+            earlier: None,
             next_request,
             expected_request,
             outstanding: None,
@@ -113,6 +121,16 @@ impl Channel {
             requests: Reassembly::default(),
             responses: Reassembly::default(),
         })
+    }
+
+    /// Goes over to new keys of the same IKE SA (RFC 9242 §3.3.1); message ids go on. What was sealed already
+    /// stays as it is, and a repetition of the last request is still known.
+    pub(crate) fn renew(&mut self, keys: IkeKeys) -> Result<(), CryptoError> {
+        let (outbound, inbound) = bind(&self.suite, &keys, self.initiator)?;
+        self.outbound = outbound;
+        self.earlier = Some(std::mem::replace(&mut self.inbound, inbound));
+        (self.d, self.pi, self.pr) = (keys.d, keys.pi, keys.pr);
+        Ok(())
     }
 
     /// The SPI that the peer addresses us with.
@@ -157,17 +175,28 @@ impl Channel {
                     self.expected_request = next;
                     self.processing = Some((opened.header.message_id, opened.header.exchange));
                     self.answered = None;
+                    self.earlier = None;
                     self.last_request = Sha256::digest(datagram).into();
                     Received::Request(opened)
                 }
                 Ok(OpenOutcome::Pending) | Err(_) => Received::Ignored,
             };
         }
+        self.repeated(protected)
+    }
+
+    /// Answers a repetition of the last request, and takes nothing else.
+    pub(crate) fn repeated(&self, protected: Protected) -> Received {
+        let header = protected.header;
+        if header.response || header.from_initiator == self.initiator {
+            return Received::Ignored;
+        }
         // RFC 7296 §2.1: a repeated request is answered with the same octets. RFC 7383 §2.6.1: only its
         // first fragment counts. A scratch reassembly keeps the repetition from touching a newer message.
         match &self.answered {
             Some(answered) if answered.message_id == header.message_id && !protected.is_later_fragment() => {
-                match protected.open(&self.inbound, &mut Reassembly::default()) {
+                let inbound = self.earlier.as_ref().unwrap_or(&self.inbound);
+                match protected.open(inbound, &mut Reassembly::default()) {
                     Ok(_) => Received::Repeated(answered.datagrams.clone()),
                     Err(_) => Received::Ignored,
                 }
@@ -199,6 +228,17 @@ impl Channel {
         let datagrams = wire::seal(&header, payloads, &self.outbound, max_length, rng);
         self.outstanding = Some(Outstanding { message_id, exchange, datagrams: datagrams.clone(), retry });
         Some(datagrams)
+    }
+
+    /// The octets of the next request as IKE_INTERMEDIATE authenticates them (RFC 9242 §3.3.2).
+    pub(crate) fn request_octets(&self, exchange: ExchangeType, payloads: &[Payload]) -> Option<Vec<u8>> {
+        wire::plain_octets(&self.header(exchange, self.next_request, false), payloads)
+    }
+
+    /// The same of the answer to the request that is being processed.
+    pub(crate) fn response_octets(&self, payloads: &[Payload]) -> Option<Vec<u8>> {
+        let (message_id, exchange) = self.processing?;
+        wire::plain_octets(&self.header(exchange, message_id, true), payloads)
     }
 
     /// Seals the answer to the request that is being processed, and keeps it for repetitions.

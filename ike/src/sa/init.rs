@@ -9,17 +9,18 @@ use std::time::Instant;
 use ipsec::plane::StreamId;
 use ipsec::transform::{Ke, Proposal, TransformType};
 
-use super::auth::InitMaterial;
-use super::channel::{Channel, Spis};
+use super::auth::{InitMaterial, IntAuth};
+use super::channel::Spis;
 use super::fault::{notify, notify_name};
+use super::intermediate_initiator::Agreed;
 use super::nat::{self, Nat};
 use super::parts::Parts;
 use super::retry::{Due, Retry, after};
-use super::{Core, IkeSa, InitiatorAuth, Want, fail_wants};
+use super::{Core, IkeSa, InitiatorIntermediate, Want, fail_wants};
 use crate::config::{Connection, Fragmentation, Retransmission, TcpPolicy};
-use crate::crypto::{self, KeyExchange, KeySeed};
+use crate::crypto::{self, KeyDone, KeyExchange, KeyWork};
 use crate::engine::context::Context;
-use crate::engine::{CloseReason, Event, IkeSaId, IkeSaStatus, IkeState, Path, Transport};
+use crate::engine::{CloseReason, Event, IkeSaId, IkeSaStatus, IkeState, JobId, JobOutcome, Path, Transport};
 use crate::wire::{self, ExchangeType, Header, Message, NotifyType, Payload};
 
 /// Hash algorithms that we verify (RFC 7427 §4): SHA2-256, SHA2-384, SHA2-512, Identity.
@@ -46,7 +47,8 @@ struct Attempt {
     spi: u64,
     path: Path,
     nonce: Vec<u8>,
-    ke: KeyExchange,
+    method: Ke,
+    ke: OurKe,
     cookie: Option<Vec<u8>>,
     restarts: u8,
     progress: Progress,
@@ -54,9 +56,17 @@ struct Attempt {
     tcp_at: Option<Instant>,
 }
 
+/// Our key pair.
+enum OurKe {
+    Generating(JobId),
+    Ready(KeyExchange),
+}
+
 enum Progress {
     /// Waiting for the stream.
     Opening { deadline: Instant },
+    /// Waiting for nothing but the key pair.
+    Generating { deadline: Instant },
     /// The request, as sent.
     Sent { request: Vec<u8>, retry: Retry },
 }
@@ -130,7 +140,7 @@ impl Initiating {
 
     pub(crate) fn next_timeout(&self) -> Option<Instant> {
         let at = match &self.attempt.progress {
-            Progress::Opening { deadline } => *deadline,
+            Progress::Opening { deadline } | Progress::Generating { deadline } => *deadline,
             Progress::Sent { retry, .. } => retry.at,
         };
         Some(self.attempt.tcp_at.map_or(at, |tcp| tcp.min(at)))
@@ -171,7 +181,10 @@ impl Initiating {
             Progress::Opening { deadline } if *deadline <= now => {
                 self.give_up(ctx, now, "the TCP connection timed out")
             }
-            Progress::Opening { .. } => Some(self),
+            Progress::Generating { deadline } if *deadline <= now => {
+                self.give_up(ctx, now, "making a key pair took too long")
+            }
+            Progress::Opening { .. } | Progress::Generating { .. } => Some(self),
             Progress::Sent { request, retry } => match retry.poll(now, &ctx.config.retransmission, ctx.rng.as_mut()) {
                 Due::Nothing => Some(self),
                 Due::Resend => {
@@ -199,9 +212,37 @@ impl Initiating {
         let opening = matches!(self.attempt.progress, Progress::Opening { .. });
         if self.stream() == Some(stream) && opening {
             self.attempt.path.local = local;
-            self.attempt.send(ctx, now, self.id, &self.connection);
+            self.attempt.prepared(ctx, now, self.id, &self.connection);
         }
         Some(self)
+    }
+
+    /// The key pair is made.
+    pub(crate) fn handle_job(
+        mut self: Box<Self>,
+        ctx: &mut Context,
+        now: Instant,
+        job: JobId,
+        outcome: JobOutcome,
+    ) -> Option<Box<Self>> {
+        let waits = matches!(self.attempt.ke, OurKe::Generating(waiting) if waiting == job);
+        match outcome {
+            JobOutcome::KeyExchange(Ok(KeyDone::Generated(ke))) if waits => {
+                self.attempt.ke = OurKe::Ready(ke);
+                if matches!(self.attempt.progress, Progress::Generating { .. }) {
+                    self.attempt.send(ctx, now, self.id, &self.connection);
+                }
+                Some(self)
+            }
+            JobOutcome::KeyExchange(_) if waits => {
+                let reason = "making a key pair failed";
+                ctx.log("IKE", 1, self.tag(), reason.to_owned());
+                self.abandon(ctx, reason, CloseReason::Failed);
+                None
+            }
+            // Of an attempt that is over.
+            _ => Some(self),
+        }
     }
 
     pub(crate) fn handle_stream_closed(
@@ -309,7 +350,9 @@ impl Initiating {
             return Some(IkeSa::Initiating(self));
         };
         let suite = crypto::accept_ike(answer, &offered)
-            .filter(|suite| suite.ke == *group && *group == self.attempt.ke.method() && header.responder_spi != 0);
+            .filter(|suite| suite.ke == *group && *group == self.attempt.method && header.responder_spi != 0)
+            // RFC 9370 §2.2.2: additional key exchanges need the exchange that carries them.
+            .filter(|suite| suite.additional.is_none() || parts.has(NotifyType::INTERMEDIATE_EXCHANGE_SUPPORTED));
         let Some(suite) = suite else {
             let reason = "the peer chose what we did not offer";
             ctx.log("IKE", 1, self.tag(), reason.to_owned());
@@ -320,14 +363,7 @@ impl Initiating {
         let fake = self.connection.force_encapsulation;
         let nat = Nat::detect(&parts, spis.initiator, spis.responder, &self.attempt.path, fake);
         let Self { id, connection, wants, local, remote, sequence: _, attempt } = *self;
-        let Progress::Sent { request, .. } = attempt.progress else { return None };
-        let seed = KeySeed { ni: &attempt.nonce, nr, spi_i: spis.initiator, spi_r: spis.responder };
-        let channel = attempt
-            .ke
-            .agree(public)
-            .and_then(|secret| crypto::ike_keys(&suite, &secret, seed))
-            .map_err(|error| error.to_string())
-            .and_then(|keys| Channel::new(suite, keys, spis, true, false).map_err(|error| error.to_string()));
+        let (Progress::Sent { request, .. }, OurKe::Ready(ke)) = (attempt.progress, attempt.ke) else { return None };
         let mut core = Core {
             id,
             name: connection.name.clone(),
@@ -335,22 +371,14 @@ impl Initiating {
             nat,
             stream_originator: matches!(attempt.path.transport, Transport::Stream(_)),
         };
-        let mut channel = match channel {
-            Ok(channel) => channel,
-            Err(reason) => {
-                ctx.log("IKE", 1, core.tag(), reason.clone());
-                fail_wants(ctx, &core.name, &wants, &reason);
-                return None;
-            }
-        };
-        channel.fragmentation =
-            connection.fragmentation != Fragmentation::No && parts.has(NotifyType::IKEV2_FRAGMENTATION_SUPPORTED);
         if nat.any() && core.path.transport == Transport::Udp {
             // RFC 7296 §2.23: from IKE_AUTH on both sides use the port for encapsulation.
             core.path.transport = Transport::UdpEncap;
             core.path.local.set_port(ctx.config.nat_port);
             core.path.remote.set_port(ctx.config.nat_port);
         }
+        let fragmentation =
+            connection.fragmentation != Fragmentation::No && parts.has(NotifyType::IKEV2_FRAGMENTATION_SUPPORTED);
         let material = InitMaterial {
             ours: request,
             theirs: datagram.to_vec(),
@@ -361,19 +389,20 @@ impl Initiating {
             settings: ctx.config.signatures,
             cert_requests: parts.cert_requests,
             cert_requested: parts.cert_requested,
+            intermediate: IntAuth::default(),
         };
         let _ = (local, remote);
-        InitiatorAuth::begin(ctx, now, core, channel, connection, wants, material, childless)
+        let work = KeyWork::Agree { ours: ke, peer: public.clone() };
+        let agreed = Agreed { suite, spis, fragmentation, childless };
+        Some(InitiatorIntermediate::begin(ctx, now, core, agreed, connection, wants, material, work))
     }
 
     /// RFC 7296 §1.2: the responder wants another group, one that we offered.
     fn change_group(mut self: Box<Self>, ctx: &mut Context, now: Instant, data: &[u8]) -> Option<Box<Self>> {
         let group = <[u8; 2]>::try_from(data).ok().map(|two| Ke(u16::from_be_bytes(two)));
         let group = group.filter(|group| offers(&proposals(&self.connection), *group));
-        let ke = group
-            .filter(|group| *group != self.attempt.ke.method() && self.attempt.may_restart())
-            .and_then(|group| KeyExchange::generate(group, ctx.rng.as_mut()).ok());
-        let Some(ke) = ke else {
+        let group = group.filter(|group| *group != self.attempt.method && crypto::supported(*group));
+        let Some(group) = group.filter(|_| self.attempt.may_restart()) else {
             let reason = "the peer asks for a key exchange method that we do not offer";
             ctx.log("IKE", 1, self.tag(), reason.to_owned());
             self.abandon(ctx, reason, CloseReason::Failed);
@@ -381,12 +410,14 @@ impl Initiating {
         };
         let line = format!(
             "peer didn't accept key exchange method {}, it requested {}",
-            crypto::names::ke(self.attempt.ke.method()),
-            crypto::names::ke(ke.method())
+            crypto::names::ke(self.attempt.method),
+            crypto::names::ke(group)
         );
         ctx.log("IKE", 1, self.tag(), line);
-        self.attempt.ke = ke;
-        self.attempt.send(ctx, now, self.id, &self.connection);
+        self.attempt.method = group;
+        self.attempt.ke = OurKe::Generating(ctx.key_work(self.id, KeyWork::Generate(group)));
+        let total = super::retry::total(&ctx.config.retransmission);
+        self.attempt.progress = Progress::Generating { deadline: after(now, total) };
         Some(self)
     }
 
@@ -435,9 +466,9 @@ impl Attempt {
         remote: IpAddr,
         over: Over,
     ) -> Result<Self, String> {
-        let methods = methods(&proposals(connection));
-        let ke = methods.into_iter().find_map(|method| KeyExchange::generate(method, ctx.rng.as_mut()).ok());
-        let ke = ke.ok_or_else(|| "no proposal has a key exchange method that we support".to_owned())?;
+        let method = methods(&proposals(connection)).into_iter().find(|method| crypto::supported(*method));
+        let method = method.ok_or_else(|| "no proposal has a key exchange method that we support".to_owned())?;
+        let ke = OurKe::Generating(ctx.key_work(id, KeyWork::Generate(method)));
         let nonce = ctx.random(NONCE_LENGTH);
         let spi = ctx.reserve_ike_spi(id);
         let (path, progress_stream) = if over == Over::Tcp {
@@ -456,6 +487,7 @@ impl Attempt {
             spi,
             path,
             nonce,
+            method,
             ke,
             cookie: None,
             restarts: 0,
@@ -471,25 +503,42 @@ impl Attempt {
                 if over == Over::UdpThenTcp {
                     attempt.tcp_at = Some(after(now, connection.tcp_delay));
                 }
-                attempt.send(ctx, now, id, connection);
+                attempt.prepared(ctx, now, id, connection);
             }
         }
         Ok(attempt)
     }
 
+    /// The path is there; the request goes as soon as the key pair is there too.
+    fn prepared(&mut self, ctx: &mut Context, now: Instant, id: IkeSaId, connection: &Connection) {
+        match self.ke {
+            OurKe::Ready(_) => self.send(ctx, now, id, connection),
+            OurKe::Generating(_) => {
+                let total = super::retry::total(&ctx.config.retransmission);
+                self.progress = Progress::Generating { deadline: after(now, total) };
+            }
+        }
+    }
+
     /// Builds and sends the request with what the answers so far asked for.
     fn send(&mut self, ctx: &mut Context, now: Instant, id: IkeSaId, connection: &Connection) {
+        let OurKe::Ready(ke) = &self.ke else { return };
+        let offered = proposals(connection);
+        let intermediate = offers_additional(&offered);
         let mut payloads = Vec::new();
         // RFC 7296 §2.6: the cookie comes first, the rest is the same as before.
         if let Some(cookie) = &self.cookie {
             payloads.push(notify(NotifyType::COOKIE, cookie.clone()));
         }
-        payloads.push(Payload::Sa(proposals(connection)));
-        payloads.push(Payload::Ke { group: self.ke.method(), data: self.ke.public().to_vec() });
+        payloads.push(Payload::Sa(offered));
+        payloads.push(Payload::Ke { group: ke.method(), data: ke.public().to_vec() });
         payloads.push(Payload::Nonce(self.nonce.clone()));
         let fake = connection.force_encapsulation;
         payloads.extend(nat::payloads(self.spi, 0, &self.path, fake));
         payloads.extend(capabilities(ctx, connection.fragmentation != Fragmentation::No));
+        if intermediate {
+            payloads.push(notify(NotifyType::INTERMEDIATE_EXCHANGE_SUPPORTED, Vec::new()));
+        }
         let header = Header {
             initiator_spi: self.spi,
             responder_spi: 0,
@@ -554,6 +603,13 @@ pub(crate) fn numbered(proposals: &[Proposal], spi: &[u8]) -> Vec<Proposal> {
 pub(crate) fn methods(proposals: &[Proposal]) -> Vec<Ke> {
     let transforms = proposals.iter().flat_map(|proposal| &proposal.transforms);
     transforms.filter(|transform| transform.kind == TransformType::KE).map(|transform| Ke(transform.id)).collect()
+}
+
+/// True when one of the proposals has additional key exchanges, for which IKE_INTERMEDIATE is needed (RFC 9370
+/// §2.2.1).
+fn offers_additional(proposals: &[Proposal]) -> bool {
+    let mut transforms = proposals.iter().flat_map(|proposal| &proposal.transforms);
+    transforms.any(|transform| transform.kind.is_additional_ke() && transform.id != Ke::NONE.0)
 }
 
 /// True when one of the proposals has this key exchange method.

@@ -1,7 +1,8 @@
 //! One IKE SA and its exchanges (RFC 7296).
 //!
-//! An IKE SA is one of four types, and only a transition that consumes one makes the next:
-//! [`Initiating`] (IKE_SA_INIT is out), [`InitiatorAuth`] or [`ResponderAuth`] (keys, but the peer may be
+//! An IKE SA is one of six types, and only a transition that consumes one makes the next:
+//! [`Initiating`] (IKE_SA_INIT is out), [`InitiatorIntermediate`] or [`ResponderIntermediate`] (keys are being
+//! made, by one key exchange or several), [`InitiatorAuth`] or [`ResponderAuth`] (keys, but the peer may be
 //! anyone), [`Established`] (made from a [`pad::PeerIdentity`] only). Child SAs, CREATE_CHILD_SA and
 //! INFORMATIONAL are methods of [`Established`] alone.
 
@@ -15,6 +16,8 @@ pub(crate) mod established;
 pub(crate) mod fault;
 pub(crate) mod informational;
 pub(crate) mod init;
+pub(crate) mod intermediate_initiator;
+pub(crate) mod intermediate_responder;
 pub(crate) mod nat;
 pub(crate) mod parts;
 pub(crate) mod rekey;
@@ -33,6 +36,8 @@ pub(crate) use auth_initiator::InitiatorAuth;
 pub(crate) use auth_responder::ResponderAuth;
 pub(crate) use established::Established;
 pub(crate) use init::Initiating;
+pub(crate) use intermediate_initiator::InitiatorIntermediate;
+pub(crate) use intermediate_responder::ResponderIntermediate;
 
 use crate::config::{Child, Connection, Unique};
 use crate::engine::context::{Context, PeerKey};
@@ -43,6 +48,8 @@ use nat::Nat;
 /// An IKE SA in one of its states.
 pub(crate) enum IkeSa {
     Initiating(Box<Initiating>),
+    InitiatorIntermediate(Box<InitiatorIntermediate>),
+    ResponderIntermediate(Box<ResponderIntermediate>),
     InitiatorAuth(Box<InitiatorAuth>),
     ResponderAuth(Box<ResponderAuth>),
     Established(Box<Established>),
@@ -122,6 +129,8 @@ impl IkeSa {
     pub(crate) fn local_spi(&self) -> u64 {
         match self {
             Self::Initiating(sa) => sa.spi(),
+            Self::InitiatorIntermediate(sa) => sa.local_spi(),
+            Self::ResponderIntermediate(sa) => sa.local_spi(),
             Self::InitiatorAuth(sa) => sa.channel.local_spi(),
             Self::ResponderAuth(sa) => sa.channel.local_spi(),
             Self::Established(sa) => sa.channel.local_spi(),
@@ -136,6 +145,8 @@ impl IkeSa {
         };
         match self {
             Self::Initiating(sa) => sa.stream().map(|stream| (stream, true)),
+            Self::InitiatorIntermediate(sa) => of(&sa.core),
+            Self::ResponderIntermediate(sa) => of(&sa.core),
             Self::InitiatorAuth(sa) => of(&sa.core),
             Self::ResponderAuth(sa) => of(&sa.core),
             Self::Established(sa) => sa.live_stream(),
@@ -145,8 +156,11 @@ impl IkeSa {
     /// True while the peer is unauthenticated and we are the responder: what cookies are counted by.
     pub(crate) fn half_open_from(&self) -> Option<SocketAddr> {
         match self {
+            Self::ResponderIntermediate(sa) => Some(sa.init_remote()),
             Self::ResponderAuth(sa) => Some(sa.init_remote()),
-            Self::Initiating(_) | Self::InitiatorAuth(_) | Self::Established(_) => None,
+            Self::Initiating(_) | Self::InitiatorIntermediate(_) | Self::InitiatorAuth(_) | Self::Established(_) => {
+                None
+            }
         }
     }
 
@@ -154,13 +168,19 @@ impl IkeSa {
     pub(crate) fn peer_key(&self) -> Option<PeerKey> {
         match self {
             Self::Established(sa) => sa.peer_key(),
-            Self::Initiating(_) | Self::InitiatorAuth(_) | Self::ResponderAuth(_) => None,
+            Self::Initiating(_)
+            | Self::InitiatorIntermediate(_)
+            | Self::ResponderIntermediate(_)
+            | Self::InitiatorAuth(_)
+            | Self::ResponderAuth(_) => None,
         }
     }
 
     pub(crate) fn next_timeout(&self, ctx: &Context) -> Option<Instant> {
         match self {
             Self::Initiating(sa) => sa.next_timeout(),
+            Self::InitiatorIntermediate(sa) => Some(sa.next_timeout()),
+            Self::ResponderIntermediate(sa) => Some(sa.next_timeout()),
             Self::InitiatorAuth(sa) => Some(sa.next_timeout()),
             Self::ResponderAuth(sa) => Some(sa.next_timeout()),
             Self::Established(sa) => sa.next_timeout(ctx),
@@ -170,6 +190,8 @@ impl IkeSa {
     pub(crate) fn status(&self, now: Instant) -> IkeSaStatus {
         match self {
             Self::Initiating(sa) => sa.status(),
+            Self::InitiatorIntermediate(sa) => sa.status(),
+            Self::ResponderIntermediate(sa) => sa.status(),
             Self::InitiatorAuth(sa) => sa.status(),
             Self::ResponderAuth(sa) => sa.status(),
             Self::Established(sa) => sa.status(now),
@@ -187,6 +209,8 @@ impl IkeSa {
         match self {
             // There are no keys yet that could open it.
             Self::Initiating(_) => Some(self),
+            Self::InitiatorIntermediate(sa) => sa.handle_protected(ctx, protected, datagram),
+            Self::ResponderIntermediate(sa) => sa.handle_protected(ctx, now, path, protected, datagram),
             Self::InitiatorAuth(sa) => sa.handle_protected(ctx, now, path, protected, datagram),
             Self::ResponderAuth(sa) => sa.handle_protected(ctx, now, path, protected, datagram),
             Self::Established(mut sa) => {
@@ -205,7 +229,9 @@ impl IkeSa {
         outcome: JobOutcome,
     ) -> (Option<Self>, Option<JobOutcome>) {
         match self {
-            Self::Initiating(_) => (Some(self), Some(outcome)),
+            Self::Initiating(sa) => (sa.handle_job(ctx, now, job, outcome).map(Self::Initiating), None),
+            Self::InitiatorIntermediate(sa) => (sa.handle_job(ctx, now, job, outcome), None),
+            Self::ResponderIntermediate(sa) => (sa.handle_job(ctx, now, job, outcome), None),
             Self::InitiatorAuth(sa) => (sa.handle_job(ctx, now, job, outcome), None),
             Self::ResponderAuth(sa) => (sa.handle_job(ctx, now, job, outcome), None),
             Self::Established(mut sa) => match sa.handle_job(ctx, now, job, outcome) {
@@ -218,6 +244,8 @@ impl IkeSa {
     pub(crate) fn handle_timeout(self, ctx: &mut Context, now: Instant) -> Option<Self> {
         match self {
             Self::Initiating(sa) => sa.handle_timeout(ctx, now).map(Self::Initiating),
+            Self::InitiatorIntermediate(sa) => sa.handle_timeout(ctx, now),
+            Self::ResponderIntermediate(sa) => sa.handle_timeout(ctx, now),
             Self::InitiatorAuth(sa) => sa.handle_timeout(ctx, now),
             Self::ResponderAuth(sa) => sa.handle_timeout(ctx, now),
             Self::Established(mut sa) => sa.handle_timeout(ctx, now).is_ok().then_some(Self::Established(sa)),
@@ -233,7 +261,10 @@ impl IkeSa {
     ) -> Option<Self> {
         match self {
             Self::Initiating(sa) => sa.handle_stream_opened(ctx, now, stream, local).map(Self::Initiating),
-            Self::InitiatorAuth(_) | Self::ResponderAuth(_) => Some(self),
+            Self::InitiatorIntermediate(_)
+            | Self::ResponderIntermediate(_)
+            | Self::InitiatorAuth(_)
+            | Self::ResponderAuth(_) => Some(self),
             Self::Established(mut sa) => {
                 sa.handle_stream_opened(ctx, now, stream, local).is_ok().then_some(Self::Established(sa))
             }
@@ -249,9 +280,10 @@ impl IkeSa {
     ) -> Option<Self> {
         match self {
             Self::Initiating(sa) => sa.handle_stream_closed(ctx, now, stream, reason).map(Self::Initiating),
+            Self::InitiatorIntermediate(sa) => sa.handle_stream_closed(ctx, stream, reason),
             Self::InitiatorAuth(sa) => sa.handle_stream_closed(ctx, now, stream, reason),
             // The peer may come back over another stream before the half-open time is up.
-            Self::ResponderAuth(_) => Some(self),
+            Self::ResponderIntermediate(_) | Self::ResponderAuth(_) => Some(self),
             Self::Established(mut sa) => {
                 sa.handle_stream_closed(ctx, now, stream, reason).is_ok().then_some(Self::Established(sa))
             }

@@ -14,7 +14,7 @@ use ipsec::selector::TrafficSelector;
 use ipsec::transform::{Ke, Proposal, Protocol};
 
 pub use self::payload::{parse_payloads, unknown_critical};
-pub use self::protected::{MAX_FRAGMENTS, OpenError, OpenOutcome, Opened, Protected, Reassembly, seal};
+pub use self::protected::{MAX_FRAGMENTS, OpenError, OpenOutcome, Opened, Protected, Reassembly, plain_octets, seal};
 use self::reader::Reader;
 
 /// Longest IKE message that we read or reassemble, octets.
@@ -52,6 +52,10 @@ impl ExchangeType {
     pub const CREATE_CHILD_SA: Self = Self(36);
     /// INFORMATIONAL.
     pub const INFORMATIONAL: Self = Self(37);
+    /// IKE_INTERMEDIATE (RFC 9242).
+    pub const IKE_INTERMEDIATE: Self = Self(43);
+    /// IKE_FOLLOWUP_KE (RFC 9370).
+    pub const IKE_FOLLOWUP_KE: Self = Self(44);
 }
 
 /// The IKE header (RFC 7296 §3.1) without Next Payload and Length, which encoding computes.
@@ -110,6 +114,7 @@ impl NotifyType {
     pub const INVALID_SELECTORS: Self = Self(39);
     pub const TEMPORARY_FAILURE: Self = Self(43);
     pub const CHILD_SA_NOT_FOUND: Self = Self(44);
+    pub const STATE_NOT_FOUND: Self = Self(47);
     pub const INITIAL_CONTACT: Self = Self(16384);
     pub const SET_WINDOW_SIZE: Self = Self(16385);
     pub const ADDITIONAL_TS_POSSIBLE: Self = Self(16386);
@@ -123,6 +128,8 @@ impl NotifyType {
     pub const NON_FIRST_FRAGMENTS_ALSO: Self = Self(16395);
     pub const IKEV2_FRAGMENTATION_SUPPORTED: Self = Self(16430);
     pub const SIGNATURE_HASH_ALGORITHMS: Self = Self(16431);
+    pub const INTERMEDIATE_EXCHANGE_SUPPORTED: Self = Self(16438);
+    pub const ADDITIONAL_KEY_EXCHANGE: Self = Self(16441);
     pub const SUPPORTED_AUTH_METHODS: Self = Self(16443);
 }
 

@@ -14,6 +14,8 @@ pub const MAX_FRAGMENTS: u16 = 255;
 
 /// Octets of Fragment Number and Total Fragments.
 const FRAGMENT_FIELDS: usize = 4;
+/// Offset of the flags in the IKE header.
+const FLAGS: usize = 19;
 /// Octets of the Pad Length field.
 const PAD_LENGTH: usize = 1;
 
@@ -46,6 +48,43 @@ pub struct Opened {
     pub first: u8,
     /// The payload chain.
     pub body: Vec<u8>,
+    /// What the header's flags and the Encrypted payload's reserved bits were, as received.
+    outside: Outside,
+}
+
+/// Octets outside the encryption that parsing forgets, and that [`Opened::plain_octets`] needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Outside {
+    flags: u8,
+    reserved: u8,
+}
+
+impl Opened {
+    /// The message as RFC 9242 §3.3.2 authenticates it, IntAuth_*A and IntAuth_*P: unfragmented, without IV,
+    /// padding and ICV, the lengths as if there were none. The reserved bits are those of the (first) message
+    /// as received.
+    pub fn plain_octets(&self) -> Option<Vec<u8>> {
+        plain(&self.header, Some(self.outside), self.first, &self.body)
+    }
+}
+
+/// The same of a message of ours before it is sealed.
+pub fn plain_octets(header: &Header, payloads: &[Payload]) -> Option<Vec<u8>> {
+    let (first, body) = payload::encode_chain(payloads)?;
+    plain(header, None, first, &body)
+}
+
+fn plain(header: &Header, outside: Option<Outside>, first: u8, body: &[u8]) -> Option<Vec<u8>> {
+    let mut out = encode_header(header, SK, (HEADER + GENERIC_HEADER).checked_add(body.len())?)?;
+    if let (Some(outside), Some(flags)) = (outside, out.get_mut(FLAGS)) {
+        *flags = outside.flags;
+    }
+    out.extend_from_slice(&[first, outside.map_or(0, |outside| outside.reserved)]);
+    length_prefixed(&mut out, 2, |out| {
+        out.extend_from_slice(body);
+        Some(())
+    })?;
+    Some(out)
 }
 
 /// What opening a closed message gave.
@@ -80,6 +119,8 @@ pub(super) struct Pending {
     pub(super) header: Header,
     /// First payload's type, from fragment 1.
     first: u8,
+    /// From fragment 1 too (RFC 9242 §3.3.2).
+    outside: Outside,
     /// One for each fragment of the total.
     parts: Vec<Option<Vec<u8>>>,
     /// Octets in all parts, at most `MAX_MESSAGE`.
@@ -120,12 +161,16 @@ impl Reassembly {
         admission: Admission,
         header: Header,
         first: u8,
+        outside: Outside,
         fragment: Fragment,
         content: Vec<u8>,
     ) -> Result<OpenOutcome, WireError> {
         let mut pending = match (admission, self.pending.take()) {
             (Admission::Continues, Some(pending)) => pending,
-            _ => Pending { header, first: NO_NEXT_PAYLOAD, parts: vec![None; usize::from(fragment.total)], octets: 0 },
+            _ => {
+                let parts = vec![None; usize::from(fragment.total)];
+                Pending { header, first: NO_NEXT_PAYLOAD, outside, parts, octets: 0 }
+            }
         };
         // A peer that sends more than a message can hold has lost what it sent so far.
         pending.octets = pending.octets.saturating_add(content.len());
@@ -134,6 +179,7 @@ impl Reassembly {
         }
         if fragment.number == 1 {
             pending.first = first;
+            pending.outside = outside;
         }
         if let Some(part) = pending.parts.get_mut(usize::from(fragment.number).saturating_sub(1)) {
             *part = Some(content);
@@ -143,7 +189,7 @@ impl Reassembly {
             return Ok(OpenOutcome::Pending);
         }
         let body = pending.parts.into_iter().flatten().flatten().collect();
-        Ok(OpenOutcome::Whole(Opened { header, first: pending.first, body }))
+        Ok(OpenOutcome::Whole(Opened { header, first: pending.first, body, outside: pending.outside }))
     }
 }
 
@@ -208,14 +254,23 @@ impl Protected {
         }
         let content = self.decrypt(protection)?;
         match self.fragment {
-            Some(fragment) => Ok(reassembly.store(admission, self.header, self.first, fragment, content)?),
+            Some(fragment) => {
+                let outside = self.outside();
+                Ok(reassembly.store(admission, self.header, self.first, outside, fragment, content)?)
+            }
             None => {
                 if reassembly.pending.as_ref().is_some_and(|p| p.header.message_id <= self.header.message_id) {
                     reassembly.clear();
                 }
-                Ok(OpenOutcome::Whole(Opened { header: self.header, first: self.first, body: content }))
+                let outside = self.outside();
+                Ok(OpenOutcome::Whole(Opened { header: self.header, first: self.first, body: content, outside }))
             }
         }
+    }
+
+    fn outside(&self) -> Outside {
+        let octet = |at| self.datagram.get(at).copied().unwrap_or(0);
+        Outside { flags: octet(FLAGS), reserved: octet(HEADER + 1) }
     }
 
     fn decrypt(&self, protection: &Protection) -> Result<Vec<u8>, OpenError> {

@@ -7,6 +7,7 @@ mod child_sa;
 mod ike_rekey;
 mod informational;
 mod init;
+mod intermediate;
 mod network;
 mod refusals;
 mod rekey;
@@ -96,6 +97,7 @@ pub(super) struct Side {
     /// First octet of the engine's next nonces.
     nonce: by_hand::FirstOctet,
     reqids: u32,
+    key_rng: TestRng,
     /// Open streams: ours to the other side's number.
     pub(super) streams: BTreeMap<StreamId, StreamId>,
     stream_paths: BTreeMap<StreamId, (SocketAddr, SocketAddr)>,
@@ -120,6 +122,8 @@ pub(super) struct Pair {
     pub(super) duplication: u64,
     pub(super) delay: (Duration, Duration),
     pub(super) job_delay: Duration,
+    /// The same for key exchanges.
+    pub(super) key_delay: Duration,
     /// Side 0 is behind this address; ports move up by so much.
     pub(super) nat: Option<(IpAddr, u16)>,
     pub(super) udp_blocked: bool,
@@ -237,6 +241,7 @@ impl Pair {
                 sent: Vec::new(),
                 nonce,
                 reqids: 0,
+                key_rng: TestRng(!seed),
                 streams: BTreeMap::new(),
                 stream_paths: BTreeMap::new(),
                 stream_clock: BTreeMap::new(),
@@ -253,6 +258,7 @@ impl Pair {
             duplication: 0,
             delay: (Duration::from_millis(10), Duration::from_millis(1)),
             job_delay: Duration::from_millis(20),
+            key_delay: Duration::ZERO,
             nat: None,
             udp_blocked: false,
             tcp_blocked: false,
@@ -354,6 +360,15 @@ impl Pair {
         while let Some(output) = self.sides[side].engine.poll_output() {
             match output {
                 Output::Transmit(transmit) => self.transmit(side, transmit),
+                // Key exchanges take no time unless a test wants that.
+                Output::Job(id, job @ Job::KeyExchange(_)) if self.key_delay.is_zero() => {
+                    let (now, outcome) = (self.now, self.sides[side].execute(job));
+                    self.sides[side].engine.handle_job(now, id, outcome);
+                }
+                Output::Job(id, job @ Job::KeyExchange(_)) => {
+                    let wait = self.up_to(self.key_delay);
+                    self.schedule(wait, Delivery::Job { side, id, job });
+                }
                 Output::Job(id, job) => {
                     let wait = self.up_to(self.job_delay);
                     self.schedule(wait, Delivery::Job { side, id, job });
@@ -503,6 +518,7 @@ impl Side {
         match job {
             Job::Sign(request) => JobOutcome::Sign(self.credentials.sign(&request)),
             Job::Authenticate(request) => JobOutcome::Authenticate(self.credentials.authenticate(&request, UNIX_TIME)),
+            Job::KeyExchange(work) => JobOutcome::KeyExchange(work.run(&mut self.key_rng)),
             Job::InstallChild(ready) => JobOutcome::InstallChild(match &self.refuse_installs {
                 Some(error) => Err(error.clone()),
                 None => Ok(self.install(ready.pair)),
