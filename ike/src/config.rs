@@ -39,6 +39,8 @@ pub struct Connection {
     pub fragmentation: Fragmentation,
     /// `encap`: pretend a NAT, so that ESP is always encapsulated in UDP.
     pub force_encapsulation: bool,
+    /// `mobike`: announce and serve MOBIKE (RFC 4555).
+    pub mobike: bool,
     /// `send_cert`.
     pub send_cert: SendCert,
     /// `send_certreq`.

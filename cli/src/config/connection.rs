@@ -108,6 +108,7 @@ fn read_connection(
             (&["force"], Fragmentation::Force),
         ],
     );
+    let mobike = options.boolean("mobike", true);
     let send_certreq = options.boolean("send_certreq", true);
     let send_cert = options.choice(
         "send_cert",
@@ -158,7 +159,6 @@ fn read_connection(
     options.warn_unless("aggressive", NO);
     options.warn_unless("pull", YES);
     options.warn_unless("dscp", &["000000"]);
-    options.warn_unless("mobike", NO);
     options.warn_unless("dpd_timeout", &["0", "0s"]);
     options.warn_unless("ocsp", &["reply", "never"]);
 
@@ -190,6 +190,7 @@ fn read_connection(
         children,
         fragmentation,
         force_encapsulation,
+        mobike,
         send_cert,
         send_certreq,
         dpd_delay,

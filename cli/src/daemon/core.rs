@@ -12,7 +12,7 @@ use ike::config::{Child, DpdAction, StartAction};
 use ike::crypto::KeyWork;
 use ike::engine::{
     ChildReady, ChildSaId, ChildSaStatus, ChildState, CloseReason, Engine, Event, IkeState, Initiate, InstallError,
-    Job, JobId, JobOutcome, Output, Path, Target, Transport,
+    Job, JobId, JobOutcome, Output, Path, Route, RouteQuery, Target, Transport,
 };
 use ipsec::guard::ClassId;
 use ipsec::plane::{DataPlane, Encapsulation, Mode, PlaneError, PlaneEvent, StreamId, Trap, Usage};
@@ -296,6 +296,10 @@ impl Core {
                     let outcome = self.install(*ready);
                     self.engine.handle_job(Instant::now(), job, JobOutcome::InstallChild(outcome));
                 }
+                Output::Job(job, Job::FindRoutes(query)) => {
+                    let routes = self.find_routes(&query);
+                    self.engine.handle_job(Instant::now(), job, JobOutcome::FindRoutes(routes));
+                }
                 Output::Event(event) => self.handle_event(event),
                 Output::OpenStream { stream, local, remote } => self.streams.open(stream.0, local, remote),
                 Output::CloseStream(stream) => self.streams.close(stream.0),
@@ -315,6 +319,14 @@ impl Core {
                 let _ = finished.send(Finished::Job(job, outcome));
             });
         });
+    }
+
+    fn find_routes(&self, query: &RouteQuery) -> Vec<Route> {
+        let of = |remote: &IpAddr| {
+            let local = self.network.source_address(*remote).ok()?;
+            Some(Route { local, remote: *remote, direct: true })
+        };
+        query.remotes.iter().filter_map(of).collect()
     }
 
     fn spawn_job(&self, job: JobId, work: impl FnOnce() -> JobOutcome + Send + 'static) {

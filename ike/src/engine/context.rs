@@ -1,6 +1,7 @@
 //! What all IKE SAs share: settings, randomness, the output queue, numbers and the tables that route.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -65,6 +66,8 @@ pub(crate) struct Context {
     pub(crate) outputs: VecDeque<Output>,
     pub(crate) connections: Vec<Arc<Connection>>,
     pub(crate) authorities: Vec<[u8; 20]>,
+    /// Our addresses at which peers may reach us (RFC 4555 §3.4).
+    pub(crate) local_addresses: Vec<IpAddr>,
     pub(crate) jobs: BTreeMap<JobId, JobEntry>,
     /// Our SPIs of IKE SAs.
     pub(crate) ike_spis: BTreeMap<u64, IkeSaId>,
@@ -95,6 +98,7 @@ impl Context {
             outputs: VecDeque::new(),
             connections: Vec::new(),
             authorities: Vec::new(),
+            local_addresses: Vec::new(),
             jobs: BTreeMap::new(),
             ike_spis: BTreeMap::new(),
             child_spis: BTreeMap::new(),

@@ -7,6 +7,7 @@
 
 pub(crate) mod context;
 mod cookie;
+pub(crate) mod places;
 mod responder;
 pub(crate) mod triggers;
 
@@ -30,6 +31,7 @@ use crate::sa::{Established, IkeSa, Initiating, Want, retry};
 use crate::wire::{self, ExchangeType, Incoming, Message, Protected, WireError};
 use context::{Context, PeerKey, Superseded};
 use cookie::Cookies;
+use places::{Place, Places};
 use sha2::{Digest, Sha256};
 
 /// How an IKE message travels.
@@ -159,6 +161,8 @@ pub enum Job {
     /// Ask the latches, then install: a Child SA is ready. The exchange goes on after the answer, so a
     /// responder's answer never promises an SA that is not there, and a latch breaks before the SA goes in.
     InstallChild(Box<ChildReady>),
+    /// Look up which pairs of addresses packets can take now.
+    FindRoutes(RouteQuery),
 }
 
 impl std::fmt::Debug for Job {
@@ -168,8 +172,30 @@ impl std::fmt::Debug for Job {
             Self::Authenticate(_) => "Authenticate",
             Self::KeyExchange(_) => "KeyExchange",
             Self::InstallChild(_) => "InstallChild",
+            Self::FindRoutes(_) => "FindRoutes",
         })
     }
+}
+
+/// A question for the ways to a peer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RouteQuery {
+    /// The local address in use; of the answers, those with it say whether it may stay so.
+    pub local: IpAddr,
+    /// Addresses of the peer, the one in use first.
+    pub remotes: Vec<IpAddr>,
+}
+
+/// A pair of addresses between which the system would send packets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Route {
+    /// Ours; of an interface that is up.
+    pub local: IpAddr,
+    /// The peer's.
+    pub remote: IpAddr,
+    /// The packets leave through the interface that has the local address, or that address is of no interface in
+    /// particular.
+    pub direct: bool,
 }
 
 /// A negotiated Child SA, not yet installed.
@@ -206,6 +232,8 @@ pub enum JobOutcome {
     KeyExchange(Result<KeyDone, KeyError>),
     /// To `InstallChild`: the `reqid` it got, or why not.
     InstallChild(Result<u32, InstallError>),
+    /// To `FindRoutes`: the usable pairs, best first.
+    FindRoutes(Vec<Route>),
 }
 
 /// Why a Child SA was not installed.
@@ -348,6 +376,7 @@ pub struct Engine {
     sas: BTreeMap<IkeSaId, Slot>,
     timers: BTreeSet<(Instant, IkeSaId)>,
     cookies: Cookies,
+    places: Places,
     /// IKE_SA_INIT requests that made an IKE SA, by initiator's SPI and source.
     inits: BTreeMap<(u64, SocketAddr), IkeSaId>,
     /// Half-open IKE SAs by address; the sum is `half_open_total`.
@@ -372,6 +401,7 @@ struct Slot {
     half_open: Option<IpAddr>,
     peer: Option<PeerKey>,
     init: Option<(u64, SocketAddr)>,
+    place: Place,
 }
 
 #[derive(Default)]
@@ -389,6 +419,7 @@ impl Engine {
             sas: BTreeMap::new(),
             timers: BTreeSet::new(),
             cookies,
+            places: Places::default(),
             inits: BTreeMap::new(),
             half_open: BTreeMap::new(),
             half_open_total: 0,
@@ -445,20 +476,6 @@ impl Engine {
         self.settle(now);
     }
 
-    /// The network refused a datagram to this path (ICMP unreachable); a hint only, never proof (§2.4).
-    pub fn handle_unreachable(&mut self, now: Instant, remote: SocketAddr) {
-        self.now = now;
-        let initiating = self.sas.iter().filter(|(_, slot)| matches!(slot.sa, IkeSa::Initiating(_)));
-        let ids: Vec<IkeSaId> = initiating.map(|(id, _)| *id).collect();
-        for id in ids {
-            self.with(id, |sa, ctx| match sa {
-                IkeSa::Initiating(sa) => sa.handle_unreachable(ctx, now, remote).map(IkeSa::Initiating),
-                other => Some(other),
-            });
-        }
-        self.settle(now);
-    }
-
     /// The answer to a job. Unknown numbers (the SA is gone meanwhile) are ignored, except that a child
     /// that was installed for nobody gives `ChildDown`.
     pub fn handle_job(&mut self, now: Instant, job: JobId, outcome: JobOutcome) {
@@ -498,10 +515,7 @@ impl Engine {
     /// An authenticated ESP packet came from another UDP source (§2.23): proof of life and a new path.
     pub fn handle_mapping_changed(&mut self, now: Instant, spi_in: u32, remote: SocketAddr) {
         self.now = now;
-        self.with_child_spi(spi_in, |sa, ctx| {
-            sa.handle_mapping_changed(ctx, now, remote);
-            Ok(())
-        });
+        self.with_child_spi(spi_in, |sa, ctx| sa.handle_mapping_changed(ctx, now, remote));
         self.settle(now);
     }
 
@@ -705,8 +719,8 @@ impl Engine {
     /// Hands an IKE SA out for a step and takes back what it became.
     fn with(&mut self, id: IkeSaId, step: impl FnOnce(IkeSa, &mut Context) -> Option<IkeSa>) {
         let Some(slot) = self.sas.remove(&id) else { return };
-        let Slot { sa, timer, spi, stream, half_open, peer, init } = slot;
-        let facts = Facts { timer, spi, stream, half_open, peer, init };
+        let Slot { sa, timer, spi, stream, half_open, peer, init, place } = slot;
+        let facts = Facts { timer, spi, stream, half_open, peer, init, place };
         match step(sa, &mut self.ctx) {
             Some(sa) => self.put(id, sa, facts),
             None => self.forget(id, facts),
@@ -734,7 +748,8 @@ impl Engine {
         if let Some(key) = init {
             self.inits.insert(key, id);
         }
-        let facts = Facts { timer: None, spi: sa.local_spi(), stream: None, half_open: None, peer: None, init };
+        let (spi, place) = (sa.local_spi(), Place::default());
+        let facts = Facts { timer: None, spi, stream: None, half_open: None, peer: None, init, place };
         self.put(id, sa, facts);
     }
 
@@ -770,15 +785,18 @@ impl Engine {
                 self.ctx.peers.entry(key.clone()).or_default().insert(id);
             }
         }
+        let place = sa.place();
+        self.places.moved(id, old.place, place);
         let spi = sa.local_spi();
         let stream = stream.map(|(stream, _)| stream);
-        self.sas.insert(id, Slot { sa, timer, spi, stream, half_open, peer, init: old.init });
+        self.sas.insert(id, Slot { sa, timer, spi, stream, half_open, peer, init: old.init, place });
     }
 
     fn forget(&mut self, id: IkeSaId, old: Facts) {
         if let Some(at) = old.timer {
             self.timers.remove(&(at, id));
         }
+        self.places.moved(id, old.place, Place::default());
         self.leave_stream(id, old.stream);
         self.count_half_open(old.half_open, None);
         self.leave_peer(id, old.peer);
@@ -870,6 +888,7 @@ struct Facts {
     half_open: Option<IpAddr>,
     peer: Option<PeerKey>,
     init: Option<(u64, SocketAddr)>,
+    place: Place,
 }
 
 /// State of an IKE SA, in charon's words (CREATED, CONNECTING, …).

@@ -11,6 +11,7 @@ use super::auth::{InitMaterial, auth_announcement, cert_request, identification,
 use super::channel::{Channel, Received};
 use super::child::ChildOffer;
 use super::fault::{Fault, notify, notify_name};
+use super::mobility::announcement;
 use super::parts::Parts;
 use super::retry::{Due, Retry, after};
 use super::{Core, Established, IkeSa, Want, fail_wants, is_first_contact, local_identity};
@@ -252,6 +253,7 @@ impl InitiatorAuth {
             payloads.extend(offer.payloads());
             self.offer = Some(Box::new(offer));
         }
+        payloads.extend(announcement(ctx, &self.connection, &self.core, None));
         let over_stream = matches!(self.core.path.transport, Transport::Stream(_));
         let retry = Retry::start(now, &ctx.config.retransmission, over_stream, ctx.rng.as_mut());
         let max_length = ctx.max_length(&self.core.path, self.channel.fragmentation, self.connection.fragmentation);
@@ -320,6 +322,7 @@ impl InitiatorAuth {
             Arc::new(peer),
             super::established::Role::Initiator,
         ));
+        established.negotiate_mobility(ctx, true, &parts);
         // The first wanted child went with IKE_AUTH, what else was asked for follows.
         let with_child = wants.iter().position(|want| want.child.is_some());
         let first = with_child.map(|index| wants.remove(index));

@@ -10,6 +10,7 @@ use pad::{AuthError, Identity, IdentityPattern, PeerIdentity, SignError, SignedA
 use super::auth::{InitMaterial, identification, proof_payloads};
 use super::channel::{Channel, Received};
 use super::fault::Fault;
+use super::mobility::{announcement, is_translated};
 use super::parts::Parts;
 use super::{Core, Established, IkeSa, local_identity};
 use crate::config::{Connection, Unique};
@@ -282,6 +283,10 @@ impl ResponderAuth {
         if connection.unique == Unique::Keep && known && !replaces {
             return self.refuse(ctx, now, &Fault::AuthenticationFailed, "an IKE_SA with this peer exists and is kept");
         }
+        if is_translated(&connection, &self.core.path, &claim.parts) {
+            // RFC 4555 §3.9.
+            return self.refuse(ctx, now, &Fault::UnexpectedNat, "there is a NAT that the peer does not allow");
+        }
         self.core.name.clone_from(&connection.name);
         ctx.log("IKE", 1, self.core.tag(), format!("authentication of '{}' successful", peer.id));
         let auth = connection.local_auth.clone();
@@ -312,7 +317,9 @@ impl ResponderAuth {
         let mut head = vec![Payload::IdResponder(identification(&peer.local_id))];
         head.extend(proof_payloads(signed, connection.send_cert, material.cert_requested));
         let role = super::established::Role::Responder { initial_contact: parts.has(NotifyType::INITIAL_CONTACT) };
+        head.extend(announcement(ctx, &connection, &core, Some(&parts)));
         let mut established = Box::new(Established::new(ctx, now, core, channel, connection, peer, role));
+        established.negotiate_mobility(ctx, false, &parts);
         let result = established.answer_first_child(ctx, now, head, &parts, &material.ni, &material.nr);
         result.is_ok().then_some(IkeSa::Established(established))
     }

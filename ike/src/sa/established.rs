@@ -16,6 +16,7 @@ use pad::PeerIdentity;
 use super::channel::{Channel, Received};
 use super::child::{ChildOffer, ChildSa, Parent, rekey_at};
 use super::fault::Fault;
+use super::mobility::{Errand, Mission, Mobility};
 use super::parts::Parts;
 use super::rekey::IkeOffer;
 use super::retry::{Due, Retry, after, random_below, total};
@@ -65,17 +66,18 @@ pub(crate) struct Established {
     pub(super) peers_successor: Option<Box<Successor>>,
     /// SPIs that the peer deleted while our CREATE_CHILD_SA was out: it may have made that very Child SA.
     pub(super) deleted_early: Vec<u32>,
-    last_inbound: Instant,
+    pub(super) last_inbound: Instant,
     last_outbound: Instant,
     /// Where the request came from that is being answered.
-    reply_path: Path,
+    pub(super) reply_path: Path,
     pub(super) rekey_at: Option<Instant>,
     pub(super) reauth_at: Option<Instant>,
     pub(super) expire_at: Option<Instant>,
     /// When what the peer proved is too old, however often the IKE SA is rekeyed.
     proof_ends_at: Option<Instant>,
-    reauthenticating: bool,
+    pub(super) reauthenticating: bool,
     stream: StreamState,
+    pub(super) mobility: Mobility,
 }
 
 /// Work that needs an exchange of ours.
@@ -110,6 +112,7 @@ pub(crate) enum Task {
         reason: CloseReason,
     },
     Liveness,
+    Mobility(Errand),
 }
 
 /// The exchange of ours that is going on.
@@ -121,6 +124,7 @@ pub(crate) enum Active {
     DeleteSpi(u32),
     DeleteIke { tokens: Vec<u64>, reason: CloseReason },
     Liveness,
+    Mobility(Box<Mission>),
 }
 
 /// The peer's request for a Child SA, which is being installed before we answer.
@@ -184,6 +188,7 @@ impl Established {
     pub(super) fn successor(&mut self, ctx: &mut Context, now: Instant, id: IkeSaId, channel: Channel) -> Self {
         let core = Core { id, ..self.core.clone() };
         let mut new = self.twin(ctx, now, core, channel);
+        new.mobility = self.mobility.inherit();
         // Reauthentication is due when it was: rekeying proves nothing about the peer.
         new.reauth_at = self.reauth_at;
         new.proof_ends_at = self.proof_ends_at;
@@ -211,6 +216,7 @@ impl Established {
         let (connection, peer) = (Arc::clone(&self.connection), Arc::clone(&self.peer));
         let mut twin = Self::make(ctx, now, core, channel, connection, peer);
         twin.channel.fragmentation = self.channel.fragmentation;
+        twin.mobility = self.mobility.for_the_end();
         twin
     }
 
@@ -268,6 +274,7 @@ impl Established {
             proof_ends_at,
             reauthenticating: false,
             stream: StreamState::Up,
+            mobility: Mobility::default(),
         }
     }
 
@@ -319,7 +326,7 @@ impl Established {
             StreamState::Up | StreamState::Lost => None,
         };
         let own = [
-            self.channel.next_timeout(),
+            self.channel.next_timeout().filter(|_| !self.mobility.is_stranded()),
             self.rekey_at,
             self.reauth_at,
             self.expire_at,
@@ -393,6 +400,7 @@ impl Established {
             }
             Received::Response(opened) => {
                 self.note_fresh(ctx, now, path);
+                self.note_answer(ctx, path);
                 self.handle_response(ctx, now, &opened)?;
             }
         }
@@ -407,7 +415,13 @@ impl Established {
         job: JobId,
         outcome: JobOutcome,
     ) -> Result<Option<JobOutcome>, Closed> {
-        let JobOutcome::InstallChild(result) = outcome else { return Ok(Some(outcome)) };
+        let result = match outcome {
+            JobOutcome::InstallChild(result) => result,
+            JobOutcome::FindRoutes(routes) => return self.handle_routes(ctx, now, job, routes).map(|()| None),
+            other @ (JobOutcome::Sign(_) | JobOutcome::Authenticate(_) | JobOutcome::KeyExchange(_)) => {
+                return Ok(Some(other));
+            }
+        };
         match (self.active.take(), self.passive.take()) {
             (Some(Active::Install { child, replaces, job: waiting, token }), passive) if waiting == job => {
                 self.passive = passive;
@@ -421,6 +435,10 @@ impl Established {
                 (self.active, self.passive) = (active, passive);
                 return Ok(Some(JobOutcome::InstallChild(result)));
             }
+        }
+        if self.mobility.is_settled() {
+            // It may have been negotiated before the IKE SA moved.
+            self.move_children(ctx);
         }
         self.pump(ctx, now)?;
         Ok(None)
@@ -522,15 +540,25 @@ impl Established {
 
     /// ESP arrived: the peer lives.
     pub(crate) fn handle_traffic(&mut self, now: Instant) {
-        self.last_inbound = self.last_inbound.max(now);
+        if self.mobility.is_settled() {
+            self.last_inbound = self.last_inbound.max(now);
+        }
     }
 
     /// Authenticated ESP came from another source (RFC 7296 §2.23).
-    pub(crate) fn handle_mapping_changed(&mut self, ctx: &mut Context, now: Instant, remote: SocketAddr) {
+    pub(crate) fn handle_mapping_changed(
+        &mut self,
+        ctx: &mut Context,
+        now: Instant,
+        remote: SocketAddr,
+    ) -> Result<(), Closed> {
         self.last_inbound = now;
-        if self.follows_peer() && self.core.path.transport == Transport::UdpEncap && self.core.path.remote != remote {
-            self.move_to(ctx, Path { remote, ..self.core.path });
+        let old = self.core.path;
+        if !self.follows_peer() || old.transport != Transport::UdpEncap || old.remote == remote {
+            return Ok(());
         }
+        self.move_to(ctx, Path { remote, ..old });
+        self.check_after_mapping_change(ctx, now, old)
     }
 
     pub(crate) fn handle_stream_opened(
@@ -548,10 +576,8 @@ impl Established {
         self.move_to(ctx, Path { local, transport: Transport::Stream(stream), ..self.core.path });
         // RFC 9329 §6.1: the outstanding request goes again; without one an empty INFORMATIONAL shows the
         // peer where we are now.
-        if self.resend(ctx, now) {
-            return Ok(());
-        }
-        self.queue.push_front(Task::Liveness);
+        let outstanding = self.resend(ctx, now);
+        self.greet_on_stream(outstanding);
         self.pump(ctx, now)
     }
 
@@ -652,6 +678,7 @@ impl Established {
 
     /// A successor takes up the tasks of the IKE SA that it replaces.
     pub(crate) fn start_inherited(&mut self, ctx: &mut Context, now: Instant) -> Result<(), Closed> {
+        self.resume_roaming(ctx);
         self.pump(ctx, now)
     }
 
@@ -725,8 +752,10 @@ impl Established {
             Task::Liveness => {
                 ctx.log("IKE", 1, self.core.tag(), "sending DPD request".to_owned());
                 self.active = Some(Active::Liveness);
-                self.send_request(ctx, now, ExchangeType::INFORMATIONAL, &[])
+                let payloads = self.liveness_payloads();
+                self.send_request(ctx, now, ExchangeType::INFORMATIONAL, &payloads)
             }
+            Task::Mobility(errand) => self.start_errand(ctx, now, errand),
         }
     }
 
@@ -767,7 +796,11 @@ impl Established {
                 }
                 Err(closed)
             }
-            Active::Liveness => Ok(()),
+            Active::Liveness => {
+                self.liveness_answered(&parts);
+                Ok(())
+            }
+            Active::Mobility(mission) => self.errand_answered(ctx, now, *mission, &parts),
             // Its answer came before; a response cannot be for it.
             install @ Active::Install { .. } => {
                 self.active = Some(install);
@@ -811,7 +844,8 @@ impl Established {
         payloads: &[Payload],
     ) -> Result<(), Closed> {
         let over_stream = matches!(self.core.path.transport, Transport::Stream(_));
-        let retry = Retry::start(now, &ctx.config.retransmission, over_stream, ctx.rng.as_mut());
+        let policy = self.mobility.retransmission(&ctx.config.retransmission);
+        let retry = Retry::start(now, &policy, over_stream, ctx.rng.as_mut());
         let max_length = ctx.max_length(&self.core.path, self.channel.fragmentation, self.connection.fragmentation);
         match self.channel.request(exchange, payloads, max_length, retry, ctx.rng.as_mut()) {
             Some(datagrams) => {
@@ -842,7 +876,10 @@ impl Established {
     }
 
     fn retransmit(&mut self, ctx: &mut Context, now: Instant) -> Result<(), Closed> {
-        let policy = ctx.config.retransmission;
+        if self.mobility.is_stranded() {
+            return Ok(());
+        }
+        let policy = self.mobility.retransmission(&ctx.config.retransmission);
         let (due, id, count) = self.channel.poll_retry(now, &policy, ctx.rng.as_mut());
         match due {
             Due::Nothing => Ok(()),
@@ -851,7 +888,10 @@ impl Established {
                 ctx.log("IKE", 1, self.core.tag(), line);
                 let datagrams = self.channel.outstanding().unwrap_or_default().to_vec();
                 self.last_outbound = now;
-                ctx.transmit(self.core.path, datagrams);
+                self.consider_other_paths(ctx, count);
+                for path in self.request_paths() {
+                    ctx.transmit(path, datagrams.clone());
+                }
                 Ok(())
             }
             Due::GiveUp => {
@@ -880,7 +920,10 @@ impl Established {
             // RFC 9329 §6.1: the TCP Responder answers where the last valid message came in.
             (Transport::Stream(_), Transport::Stream(_)) => !self.core.stream_originator,
             (Transport::Stream(_), _) | (_, Transport::Stream(_)) => false,
-            (Transport::Udp | Transport::UdpEncap, Transport::Udp | Transport::UdpEncap) => self.follows_peer(),
+            // RFC 4555 §3.8: with MOBIKE nothing moves but by UPDATE_SA_ADDRESSES.
+            (Transport::Udp | Transport::UdpEncap, Transport::Udp | Transport::UdpEncap) => {
+                self.follows_peer() && !self.mobility.is_on()
+            }
         };
         if follow {
             self.stream = StreamState::Up;
@@ -902,11 +945,24 @@ impl Established {
             ctx.log("NET", 1, self.core.tag(), line);
         }
         self.core.path = path;
-        let to = self.core.encapsulation();
-        for child in self.children.values_mut().filter(|child| child.encapsulation != to) {
-            child.encapsulation = to;
-            ctx.event(Event::Migrate { spi_in: child.spi_in, to });
+        self.move_children(ctx);
+    }
+
+    /// The IKE SA is on a path that works.
+    pub(super) fn stream_is_up(&mut self) {
+        self.stream = StreamState::Up;
+    }
+
+    /// Leaves a stream whose local address is gone for another between these addresses.
+    pub(super) fn reopen_along(&mut self, ctx: &mut Context, now: Instant, path: Path) -> Result<(), Closed> {
+        if !self.core.stream_originator {
+            return Ok(());
         }
+        self.core.path.local.set_ip(path.local.ip());
+        self.core.path.remote.set_ip(path.remote.ip());
+        let deadline = after(now, total(&ctx.config.retransmission));
+        self.stream = StreamState::Reopening { stream: None, at: now, wait: RECONNECT_FIRST, deadline };
+        self.reopen_timeout(ctx, now)
     }
 
     fn reopen_timeout(&mut self, ctx: &mut Context, now: Instant) -> Result<(), Closed> {
@@ -924,7 +980,7 @@ impl Established {
     }
 
     fn liveness_at(&self, ctx: &Context) -> Option<Instant> {
-        if self.state != IkeState::Established || self.connection.dpd_delay.is_zero() {
+        if self.state != IkeState::Established || self.connection.dpd_delay.is_zero() || self.mobility.is_stranded() {
             return None;
         }
         let due = after(self.last_inbound, self.connection.dpd_delay);
@@ -1013,7 +1069,7 @@ impl Established {
                 }
             }
             Some(Active::DeleteSpi(spi)) => ctx.release_child_spi(spi),
-            Some(Active::Liveness) | None => {}
+            Some(Active::Liveness | Active::Mobility(_)) | None => {}
         }
         self.drop_tasks(ctx, "the IKE_SA closed");
         self.drop_peers_successor(ctx, now, false);
@@ -1034,7 +1090,7 @@ impl Established {
                 }
                 Task::DeleteChild { token, .. } | Task::DeleteIke { token, .. } => done(ctx, token),
                 Task::DeleteSpi(spi) => ctx.release_child_spi(spi),
-                Task::Liveness => {}
+                Task::Liveness | Task::Mobility(_) => {}
             }
         }
     }
@@ -1056,6 +1112,7 @@ impl Active {
             Self::DeleteChild { .. } | Self::DeleteSpi(_) => "CHILD_DELETE",
             Self::DeleteIke { .. } => "IKE_DELETE",
             Self::Liveness => "IKE_DPD",
+            Self::Mobility(_) => "IKE_MOBIKE",
         }
     }
 }

@@ -25,6 +25,8 @@ pub(crate) enum Fault {
     TemporaryFailure,
     #[error("there is no CHILD_SA with SPI {0:08x}")]
     ChildSaNotFound(u32),
+    #[error("there is a NAT on the path")]
+    UnexpectedNat,
     #[error("no more CHILD_SAs are possible")]
     NoAdditionalSas,
 }
@@ -50,6 +52,7 @@ impl Fault {
                     data: Vec::new(),
                 };
             }
+            Self::UnexpectedNat => (NotifyType::UNEXPECTED_NAT_DETECTED, Vec::new()),
             Self::NoAdditionalSas => (NotifyType::NO_ADDITIONAL_SAS, Vec::new()),
         };
         Notify { protocol: Protocol::NONE, spi: Vec::new(), kind, data }
@@ -88,6 +91,8 @@ pub(crate) fn notify_name(kind: NotifyType) -> String {
         NotifyType::FAILED_CP_REQUIRED => "FAILED_CP_REQUIRED",
         NotifyType::TS_UNACCEPTABLE => "TS_UNACCEPTABLE",
         NotifyType::INVALID_SELECTORS => "INVALID_SELECTORS",
+        NotifyType::UNACCEPTABLE_ADDRESSES => "UNACCEPTABLE_ADDRESSES",
+        NotifyType::UNEXPECTED_NAT_DETECTED => "UNEXPECTED_NAT_DETECTED",
         NotifyType::TEMPORARY_FAILURE => "TEMPORARY_FAILURE",
         NotifyType::CHILD_SA_NOT_FOUND => "CHILD_SA_NOT_FOUND",
         NotifyType(other) => return format!("({other})"),

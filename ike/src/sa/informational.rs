@@ -54,11 +54,11 @@ impl Established {
         for spi in spis {
             ours.extend(self.peer_deletes(ctx, now, spi));
         }
-        if ours.is_empty() {
-            self.respond(ctx, now, &[]);
-        } else {
-            self.respond(ctx, now, &[Payload::Delete { protocol: Protocol::ESP, spis: ours }]);
+        let mut answer = self.mobility_request(ctx, now, parts);
+        if !ours.is_empty() {
+            answer.push(Payload::Delete { protocol: Protocol::ESP, spis: ours });
         }
+        self.respond(ctx, now, &answer);
         Ok(())
     }
 

@@ -122,6 +122,10 @@ impl Initiating {
         self.attempt.spi
     }
 
+    pub(crate) fn remote(&self) -> SocketAddr {
+        self.attempt.path.remote
+    }
+
     pub(crate) fn stream(&self) -> Option<StreamId> {
         match self.attempt.path.transport {
             Transport::Stream(stream) => Some(stream),
@@ -371,8 +375,10 @@ impl Initiating {
             nat,
             stream_originator: matches!(attempt.path.transport, Transport::Stream(_)),
         };
-        if nat.any() && core.path.transport == Transport::Udp {
-            // RFC 7296 §2.23: from IKE_AUTH on both sides use the port for encapsulation.
+        let floats = nat.any() || (connection.mobike && nat.traversal);
+        if floats && core.path.transport == Transport::Udp {
+            // RFC 7296 §2.23: from IKE_AUTH on both sides use the port for encapsulation; with MOBIKE also without a
+            // NAT, since there may be one on another path (RFC 4555 §3.3).
             core.path.transport = Transport::UdpEncap;
             core.path.local.set_port(ctx.config.nat_port);
             core.path.remote.set_port(ctx.config.nat_port);

@@ -18,6 +18,7 @@ pub(crate) mod informational;
 pub(crate) mod init;
 pub(crate) mod intermediate_initiator;
 pub(crate) mod intermediate_responder;
+pub(crate) mod mobility;
 pub(crate) mod nat;
 pub(crate) mod parts;
 pub(crate) mod rekey;
@@ -41,6 +42,7 @@ pub(crate) use intermediate_responder::ResponderIntermediate;
 
 use crate::config::{Child, Connection, Unique};
 use crate::engine::context::{Context, PeerKey};
+use crate::engine::places::Place;
 use crate::engine::{Event, IkeSaId, IkeSaStatus, JobId, JobOutcome, Path, Transport};
 use crate::wire::Protected;
 use nat::Nat;
@@ -173,6 +175,18 @@ impl IkeSa {
             | Self::ResponderIntermediate(_)
             | Self::InitiatorAuth(_)
             | Self::ResponderAuth(_) => None,
+        }
+    }
+
+    /// Where the network knows it.
+    pub(crate) fn place(&self) -> Place {
+        match self {
+            Self::Initiating(sa) => Place { remote: Some(sa.remote()), ..Place::default() },
+            Self::InitiatorAuth(_)
+            | Self::ResponderAuth(_)
+            | Self::InitiatorIntermediate(_)
+            | Self::ResponderIntermediate(_) => Place::default(),
+            Self::Established(sa) => sa.place(),
         }
     }
 

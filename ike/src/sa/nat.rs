@@ -18,6 +18,8 @@ pub(crate) struct Nat {
     pub(crate) remote: bool,
     /// We pretend to be.
     pub(crate) fake: bool,
+    /// Both sides speak NAT traversal.
+    pub(crate) traversal: bool,
 }
 
 impl Nat {
@@ -37,7 +39,7 @@ impl Nat {
         let source = matches(NotifyType::NAT_DETECTION_SOURCE_IP, path.remote);
         let destination = matches(NotifyType::NAT_DETECTION_DESTINATION_IP, path.local);
         match (source, destination) {
-            (Some(source), Some(destination)) => Self { local: !destination, remote: !source, fake },
+            (Some(source), Some(destination)) => Self { local: !destination, remote: !source, fake, traversal: true },
             _ => Self::default(),
         }
     }
@@ -63,4 +65,16 @@ fn hash(spi_i: u64, spi_r: u64, address: SocketAddr) -> [u8; 20] {
     }
     sha.update(address.port().to_be_bytes());
     sha.finalize().into()
+}
+
+/// The data of NO_NATS_ALLOWED (RFC 4555 §4.2.6): both addresses, then both ports.
+pub(crate) fn prohibition(source: SocketAddr, destination: SocketAddr) -> Vec<u8> {
+    let octets = |address: IpAddr| match address {
+        IpAddr::V4(ip) => ip.octets().to_vec(),
+        IpAddr::V6(ip) => ip.octets().to_vec(),
+    };
+    let mut data = [octets(source.ip()), octets(destination.ip())].concat();
+    data.extend(source.port().to_be_bytes());
+    data.extend(destination.port().to_be_bytes());
+    data
 }

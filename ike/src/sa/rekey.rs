@@ -170,6 +170,7 @@ impl Established {
                 | Active::Install { .. }
                 | Active::DeleteChild { .. }
                 | Active::DeleteSpi(_)
+                | Active::Mobility(_)
                 | Active::DeleteIke { .. },
             ) => true,
         };

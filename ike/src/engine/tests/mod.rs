@@ -8,6 +8,7 @@ mod ike_rekey;
 mod informational;
 mod init;
 mod intermediate;
+mod mobility;
 mod network;
 mod refusals;
 mod rekey;
@@ -132,6 +133,12 @@ pub(super) struct Pair {
     pub(super) cut: bool,
     /// Datagrams wait here for the test to deliver them.
     held: Option<Vec<by_hand::Held>>,
+    /// Addresses of each side beside [`address`]; without that where it is in `gone`.
+    pub(super) more: [Vec<IpAddr>; 2],
+    /// Addresses that no side has any more.
+    pub(super) gone: Vec<IpAddr>,
+    /// Pairs of addresses between which nothing arrives, in neither direction.
+    pub(super) broken: Vec<(IpAddr, IpAddr)>,
     ports: u16,
     server_streams: u64,
 }
@@ -204,6 +211,7 @@ pub(super) fn connection(side: usize) -> Connection {
         children: vec![Arc::new(child("net", local_net, remote_net))],
         fragmentation: Fragmentation::Yes,
         force_encapsulation: false,
+        mobike: false,
         send_cert: SendCert::IfAsked,
         send_certreq: true,
         dpd_delay: Duration::ZERO,
@@ -264,6 +272,9 @@ impl Pair {
             tcp_blocked: false,
             cut: false,
             held: None,
+            more: [Vec::new(), Vec::new()],
+            gone: Vec::new(),
+            broken: Vec::new(),
             ports: 40_000,
             server_streams: 1 << 63,
         }
@@ -369,6 +380,11 @@ impl Pair {
                     let wait = self.up_to(self.key_delay);
                     self.schedule(wait, Delivery::Job { side, id, job });
                 }
+                Output::Job(id, Job::FindRoutes(query)) => {
+                    let now = self.now;
+                    let routes = JobOutcome::FindRoutes(self.routes(side, &query));
+                    self.sides[side].engine.handle_job(now, id, routes);
+                }
                 Output::Job(id, job) => {
                     let wait = self.up_to(self.job_delay);
                     self.schedule(wait, Delivery::Job { side, id, job });
@@ -378,6 +394,31 @@ impl Pair {
                 Output::CloseStream(stream) => self.close_stream(side, stream),
             }
         }
+    }
+
+    /// The addresses that a side has now.
+    pub(super) fn addresses(&self, side: usize) -> Vec<IpAddr> {
+        let all = std::iter::once(address(side)).chain(self.more[side].iter().copied());
+        all.filter(|address| !self.gone.contains(address)).collect()
+    }
+
+    /// The system of a side tells its engine that something has changed.
+    pub(super) fn roam(&mut self, side: usize) {
+        let addresses = self.addresses(side);
+        let now = self.now;
+        let changed = self.sides[side].engine.set_local_addresses(addresses);
+        self.sides[side].engine.handle_roam(now, changed);
+        self.drain(side);
+    }
+
+    /// All pairs of this side's addresses with those asked for.
+    fn routes(&self, side: usize, query: &RouteQuery) -> Vec<Route> {
+        let locals = self.addresses(side);
+        let of = |remote: IpAddr| {
+            let locals = locals.iter().copied().filter(move |local| local.is_ipv4() == remote.is_ipv4());
+            locals.map(move |local| Route { local, remote, direct: true }).collect::<Vec<_>>()
+        };
+        query.remotes.iter().copied().flat_map(of).collect()
     }
 
     fn up_to(&mut self, time: Duration) -> Duration {
@@ -471,7 +512,12 @@ impl Pair {
                 target = SocketAddr::new(address(A), target.port().checked_sub(shift)?);
             }
         }
-        let to = if target.ip() == address(A) { A } else { B };
+        let ends = (path.local.ip(), target.ip());
+        let broken = |(one, other): &(IpAddr, IpAddr)| (*one, *other) == ends || (*other, *one) == ends;
+        if !self.addresses(from).contains(&path.local.ip()) || self.broken.iter().any(broken) {
+            return None;
+        }
+        let to = [A, B].into_iter().find(|side| self.addresses(*side).contains(&target.ip()))?;
         (to != from).then_some((to, Path { local: target, remote: source, transport: path.transport }))
     }
 
@@ -494,6 +540,7 @@ impl Pair {
             assert_eq!(here.engine.ctx.child_owners.len(), children, "leaked owners on side {side}");
             assert_eq!(here.engine.ctx.ike_spis.len(), ikes, "leaked IKE SPIs on side {side}");
             assert!(here.engine.ctx.jobs.is_empty(), "jobs that linger");
+            assert!(ikes > 0 || here.engine.places.is_empty(), "places that linger");
             for (spi_in, pair) in &here.installed {
                 let other = self.sides[1 - side].installed.get(&pair.spi_out).expect("the peer has the other half");
                 assert_eq!(other.spi_out, *spi_in);
@@ -519,6 +566,7 @@ impl Side {
             Job::Sign(request) => JobOutcome::Sign(self.credentials.sign(&request)),
             Job::Authenticate(request) => JobOutcome::Authenticate(self.credentials.authenticate(&request, UNIX_TIME)),
             Job::KeyExchange(work) => JobOutcome::KeyExchange(work.run(&mut self.key_rng)),
+            Job::FindRoutes(_) => unreachable!("answered at once"),
             Job::InstallChild(ready) => JobOutcome::InstallChild(match &self.refuse_installs {
                 Some(error) => Err(error.clone()),
                 None => Ok(self.install(ready.pair)),

@@ -1,0 +1,102 @@
+//! IKE SAs by where they are, so that what the network says of an address need not be told to all of them.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::time::Instant;
+
+use super::{Engine, IkeSaId};
+use crate::sa::IkeSa;
+
+/// Where an IKE SA is, as far as the tables know.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Place {
+    /// The peer's address and port.
+    pub(crate) remote: Option<SocketAddr>,
+    /// Routes matter to it: we choose its addresses.
+    pub(crate) decides: bool,
+    /// The peer wants to know our addresses (RFC 4555 §3.6).
+    pub(crate) told: bool,
+}
+
+/// The tables.
+#[derive(Default)]
+pub(super) struct Places {
+    by_remote: BTreeMap<SocketAddr, BTreeSet<IkeSaId>>,
+    deciding: BTreeSet<IkeSaId>,
+    told: BTreeSet<IkeSaId>,
+}
+
+impl Places {
+    /// An IKE SA is somewhere else now, or nowhere.
+    pub(super) fn moved(&mut self, id: IkeSaId, old: Place, new: Place) {
+        if old == new {
+            return;
+        }
+        if let Some(remote) = old.remote.filter(|_| old.remote != new.remote)
+            && let Some(ids) = self.by_remote.get_mut(&remote)
+        {
+            ids.remove(&id);
+            if ids.is_empty() {
+                self.by_remote.remove(&remote);
+            }
+        }
+        if let Some(remote) = new.remote {
+            self.by_remote.entry(remote).or_default().insert(id);
+        }
+        for (ids, belongs) in [(&mut self.deciding, new.decides), (&mut self.told, new.told)] {
+            if belongs {
+                ids.insert(id);
+            } else {
+                ids.remove(&id);
+            }
+        }
+    }
+
+    fn at(&self, remote: SocketAddr) -> Vec<IkeSaId> {
+        self.by_remote.get(&remote).map(|ids| ids.iter().copied().collect()).unwrap_or_default()
+    }
+
+    #[cfg(test)]
+    pub(super) fn is_empty(&self) -> bool {
+        self.by_remote.is_empty() && self.deciding.is_empty() && self.told.is_empty()
+    }
+}
+
+impl Engine {
+    /// The network refused a datagram to this path (ICMP unreachable); a hint only, never proof (§2.4).
+    pub fn handle_unreachable(&mut self, now: Instant, remote: SocketAddr) {
+        self.now = now;
+        for id in self.places.at(remote) {
+            self.with(id, |sa, ctx| match sa {
+                IkeSa::Initiating(sa) => sa.handle_unreachable(ctx, now, remote).map(IkeSa::Initiating),
+                IkeSa::Established(mut sa) => sa.handle_unreachable(ctx, now).is_ok().then_some(IkeSa::Established(sa)),
+                other => Some(other),
+            });
+        }
+        self.settle(now);
+    }
+
+    /// The addresses at which peers may reach us: those of interfaces that are up, without loopback and tunnels. Told
+    /// to peers with MOBIKE (RFC 4555 §3.4). Call [`Self::handle_roam`] afterwards.
+    ///
+    /// True when they differ from those of before.
+    pub fn set_local_addresses(&mut self, addresses: Vec<std::net::IpAddr>) -> bool {
+        let changed = self.ctx.local_addresses != addresses;
+        self.ctx.local_addresses = addresses;
+        changed
+    }
+
+    /// Addresses or routes of this host have changed: IKE SAs whose path that may touch ask for routes
+    /// ([`super::Job::FindRoutes`]) and move, or tell their peers.
+    pub fn handle_roam(&mut self, now: Instant, addresses_changed: bool) {
+        self.now = now;
+        let mut ids = self.places.deciding.clone();
+        if addresses_changed {
+            ids.extend(&self.places.told);
+        }
+        for id in ids {
+            self.with_established(id, |sa, ctx| sa.handle_roam(ctx, now, addresses_changed));
+        }
+        self.settle(now);
+    }
+}
