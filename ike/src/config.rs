@@ -59,6 +59,8 @@ pub struct Connection {
     pub keyingtries: u32,
     /// `unique`.
     pub unique: Unique,
+    /// `childless`: RFC 6023.
+    pub childless: Childless,
     /// `tcp`: RFC 9329.
     pub tcp: TcpPolicy,
     /// `tcp_delay`: UDP silence after which `fallback` starts over TCP.
@@ -232,6 +234,19 @@ pub enum DpdAction {
     Trap,
     /// Initiate again.
     Restart,
+}
+
+/// `childless` (RFC 6023): whether an IKE SA comes up without a Child SA in IKE_AUTH.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Childless {
+    /// Where the initiator wants it.
+    Allow,
+    /// As initiator with peers that support it; each Child SA then has a key exchange of its own.
+    Prefer,
+    /// Always; other peers are refused.
+    Force,
+    /// Never.
+    Never,
 }
 
 /// `tcp` (RFC 9329 §5).

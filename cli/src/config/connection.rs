@@ -10,8 +10,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ike::config::{
-    AddressRange, Child, ConfiguredSelector, Connection, DpdAction, Fragmentation, SendCert, StartAction, TcpPolicy,
-    Unique,
+    AddressRange, Child, Childless, ConfiguredSelector, Connection, DpdAction, Fragmentation, SendCert, StartAction,
+    TcpPolicy, Unique,
 };
 use ike::crypto::parse_proposals;
 use ipsec::plane::{Lifetime, Mode};
@@ -131,6 +131,16 @@ fn read_connection(
             (&["replace", "yes", "true", "enabled", "1"], Unique::Replace),
         ],
     );
+    let childless = options.choice(
+        "childless",
+        Childless::Allow,
+        &[
+            (&["allow"], Childless::Allow),
+            (&["prefer"], Childless::Prefer),
+            (&["force"], Childless::Force),
+            (&["never"], Childless::Never),
+        ],
+    );
     let times = ike_times(&mut options);
     let tcp = options.choice(
         "tcp",
@@ -153,9 +163,6 @@ fn read_connection(
     options.refuse_unless("mediation", NO, "mediation is not served");
     options.refuse_unless("mediated_by", &[], "mediation is not served");
     options.refuse_unless("mediation_peer", &[], "mediation is not served");
-    // With `force` the peer expects an IKE_AUTH without Child SA, which we send only when asked to.
-    options.refuse_unless("childless", &["allow", "prefer", "never"], "is not served yet; write 'allow'");
-    options.warn_unless("childless", &["allow"]);
     options.warn_unless("aggressive", NO);
     options.warn_unless("pull", YES);
     options.warn_unless("dscp", &["000000"]);
@@ -200,6 +207,7 @@ fn read_connection(
         rand_time: times.rand,
         keyingtries,
         unique,
+        childless,
         tcp,
         tcp_delay,
         tcp_remote_port,
@@ -828,7 +836,6 @@ mod tests {
             "ppk_required = yes",
             "if_id_in = 3",
             "mediation = yes",
-            "childless = force",
             "local { auth = eap-md5 }",
             "local { pubkeys = x }",
             "local { cert1 { handle = 12 } }",

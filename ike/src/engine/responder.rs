@@ -11,8 +11,9 @@ use crate::config::{Connection, Fragmentation};
 use crate::crypto::{self, IkeChoice};
 use crate::sa::auth::{InitMaterial, IntAuth, auth_announcement, cert_request};
 use crate::sa::channel::Spis;
+use crate::sa::childless;
 use crate::sa::fault::{Fault, notify};
-use crate::sa::init::{CHILDLESS_IKEV2_SUPPORTED, NONCE_LENGTH, capabilities, proposals};
+use crate::sa::init::{NONCE_LENGTH, capabilities, proposals};
 use crate::sa::intermediate_responder::Request;
 use crate::sa::nat::{self, Nat};
 use crate::sa::parts::Parts;
@@ -223,7 +224,7 @@ fn answer(
     payloads.extend(candidates.iter().find_map(|connection| cert_request(connection, &ctx.authorities)));
     payloads.push(auth_announcement(candidates, ctx.config.signatures));
     payloads.extend(capabilities(ctx, fragmentation));
-    payloads.push(notify(CHILDLESS_IKEV2_SUPPORTED, Vec::new()));
+    payloads.extend(childless::announcement(candidates.iter().map(|connection| &**connection)));
     if intermediate {
         payloads.push(notify(NotifyType::INTERMEDIATE_EXCHANGE_SUPPORTED, Vec::new()));
     }

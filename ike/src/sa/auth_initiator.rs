@@ -10,6 +10,7 @@ use ipsec::plane::StreamId;
 use super::auth::{InitMaterial, auth_announcement, cert_request, identification, proof_payloads};
 use super::channel::{Channel, Received};
 use super::child::ChildOffer;
+use super::childless;
 use super::fault::{Fault, notify, notify_name};
 use super::mobility::announcement;
 use super::parts::Parts;
@@ -265,8 +266,13 @@ impl InitiatorAuth {
 
     /// The Child SA for IKE_AUTH: the first that was asked for; the connection's first where the peer needs one.
     fn first_child(&self) -> Option<Arc<crate::config::Child>> {
+        let policy = self.connection.childless;
+        if childless::defers_child(policy, self.childless) {
+            return None;
+        }
         let wanted = self.wants.iter().find_map(|want| want.child.clone());
-        if wanted.is_none() && !self.childless { self.connection.children.first().cloned() } else { wanted }
+        let needed = wanted.is_none() && !childless::may_leave_out(policy, self.childless);
+        if needed { self.connection.children.first().cloned() } else { wanted }
     }
 
     fn response(mut self: Box<Self>, ctx: &mut Context, now: Instant, opened: &Opened) -> Option<IkeSa> {
@@ -324,14 +330,14 @@ impl InitiatorAuth {
         ));
         established.negotiate_mobility(ctx, true, &parts);
         // The first wanted child went with IKE_AUTH, what else was asked for follows.
-        let with_child = wants.iter().position(|want| want.child.is_some());
+        let with_child = offer.as_ref().and_then(|_| wants.iter().position(|want| want.child.is_some()));
         let first = with_child.map(|index| wants.remove(index));
         let result = established.adopt_wants(ctx, now, wants).and_then(|()| match offer {
             Some(offer) => {
                 let token = first.and_then(|want| want.token);
                 established.finish_first_child(ctx, now, *offer, token, &parts, &material.nr)
             }
-            None => Ok(()),
+            None => established.pump(ctx, now),
         });
         result.is_ok().then_some(IkeSa::Established(established))
     }

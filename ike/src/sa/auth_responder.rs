@@ -9,6 +9,7 @@ use pad::{AuthError, Identity, IdentityPattern, PeerIdentity, SignError, SignedA
 
 use super::auth::{InitMaterial, identification, proof_payloads};
 use super::channel::{Channel, Received};
+use super::childless;
 use super::fault::Fault;
 use super::mobility::{announcement, is_translated};
 use super::parts::Parts;
@@ -278,6 +279,9 @@ impl ResponderAuth {
         let Some(connection) = admitted else {
             return self.refuse(ctx, now, &Fault::AuthenticationFailed, "no connection admits this identity");
         };
+        if let Some(reason) = childless::refusal(connection.childless, claim.parts.sa.is_some()) {
+            return self.refuse(ctx, now, &Fault::InvalidSyntax(reason.to_owned()), reason);
+        }
         let known = ctx.peers.contains_key(&PeerKey::of(&peer));
         let replaces = claim.parts.has(NotifyType::INITIAL_CONTACT);
         if connection.unique == Unique::Keep && known && !replaces {

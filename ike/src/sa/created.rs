@@ -37,10 +37,16 @@ impl Established {
                 self.queue.push_front(Task::CreateChild { config: offer.config, token, group: None, tries: 0 });
                 return self.pump(ctx, now);
             }
-            // §1.2: the IKE SA stays.
             let reason = format!("received {} notify error", notify_name(error.kind));
             ctx.release_child_spi(offer.spi);
             self.child_failed(ctx, token, &offer.config.name, &reason);
+            // §2.21.2: these in IKE_AUTH mean that there is no IKE SA. With all others it stays (§1.2).
+            if let NotifyType::INVALID_SYNTAX
+            | NotifyType::UNSUPPORTED_CRITICAL_PAYLOAD
+            | NotifyType::AUTHENTICATION_FAILED = error.kind
+            {
+                return Err(self.close(ctx, now, CloseReason::Failed));
+            }
         } else {
             self.accept(ctx, now, offer, token, parts, nr);
         }

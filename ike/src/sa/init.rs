@@ -17,7 +17,7 @@ use super::nat::{self, Nat};
 use super::parts::Parts;
 use super::retry::{Due, Retry, after};
 use super::{Core, IkeSa, InitiatorIntermediate, Want, fail_wants};
-use crate::config::{Connection, Fragmentation, Retransmission, TcpPolicy};
+use crate::config::{Childless, Connection, Fragmentation, Retransmission, TcpPolicy};
 use crate::crypto::{self, KeyDone, KeyExchange, KeyWork};
 use crate::engine::context::Context;
 use crate::engine::{CloseReason, Event, IkeSaId, IkeSaStatus, IkeState, JobId, JobOutcome, Path, Transport};
@@ -349,6 +349,12 @@ impl Initiating {
     ) -> Option<IkeSa> {
         let offered = proposals(&self.connection);
         let childless = parts.has(CHILDLESS_IKEV2_SUPPORTED);
+        if self.connection.childless == Childless::Force && !childless {
+            let reason = "the peer does not support childless IKE_SA initiation";
+            ctx.log("IKE", 1, self.tag(), reason.to_owned());
+            self.abandon(ctx, reason, CloseReason::Failed);
+            return None;
+        }
         let (Some(answer), Some((group, public)), Some(nr)) = (&parts.sa, &parts.ke, &parts.nonce) else {
             ctx.log("ENC", 1, self.tag(), "IKE_SA_INIT response without SA, KE or nonce ignored".to_owned());
             return Some(IkeSa::Initiating(self));

@@ -11,6 +11,7 @@ pub(crate) mod auth_initiator;
 pub(crate) mod auth_responder;
 pub(crate) mod channel;
 pub(crate) mod child;
+pub(crate) mod childless;
 pub(crate) mod created;
 pub(crate) mod established;
 pub(crate) mod fault;

@@ -4,6 +4,7 @@ mod attack;
 mod authentication;
 mod by_hand;
 mod child_sa;
+mod childless;
 mod ike_rekey;
 mod informational;
 mod init;
@@ -30,8 +31,8 @@ use pad::{AuthClass, Credentials, Identity, IdentityPattern, LocalAuth, PadEntry
 
 use super::*;
 use crate::config::{
-    AddressRange, Child, ConfiguredSelector, Connection, DpdAction, Fragmentation, SendCert, StartAction, TcpPolicy,
-    Unique,
+    AddressRange, Child, Childless, ConfiguredSelector, Connection, DpdAction, Fragmentation, SendCert, StartAction,
+    TcpPolicy, Unique,
 };
 use crate::crypto::parse_proposals;
 
@@ -221,6 +222,7 @@ pub(super) fn connection(side: usize) -> Connection {
         rand_time: Duration::ZERO,
         keyingtries: 1,
         unique: Unique::No,
+        childless: Childless::Allow,
         tcp: TcpPolicy::No,
         tcp_delay: Duration::from_secs(6),
         tcp_remote_port: 4500,
