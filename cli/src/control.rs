@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
-use ike::engine::{ChildSaId, Event, IkeSaId, IkeSaStatus};
+use ike::config::AddressRange;
+use ike::engine::{ChildSaId, Event, Gateway, IkeSaId, IkeSaStatus};
 use ipsec::plane::{Mode, Usage};
 use ipsec::selector::TrafficSelector;
-use pad::Credentials;
+use pad::{Credentials, IdentityPattern};
 use tokio::sync::{broadcast, mpsc, oneshot};
 
 use crate::config::ConnectionDefinition;
@@ -48,6 +49,19 @@ pub struct SaFilter {
     pub child_id: Option<ChildSaId>,
 }
 
+/// Which IKE SAs `redirect` means; all given fields must match.
+#[derive(Clone, Debug, Default)]
+pub struct RedirectFilter {
+    /// Connection's name.
+    pub ike: Option<String>,
+    /// Number of the IKE SA.
+    pub ike_id: Option<IkeSaId>,
+    /// The peer's address is in this range.
+    pub peer_ip: Option<AddressRange>,
+    /// The peer's identity.
+    pub peer_id: Option<IdentityPattern>,
+}
+
 /// What `terminate` and `rekey` did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Matched {
@@ -84,6 +98,15 @@ pub enum Command {
     Rekey {
         /// Which.
         filter: SaFilter,
+        /// Answer.
+        reply: oneshot::Sender<Matched>,
+    },
+    /// Send initiators to another gateway (RFC 5685); answered at once with what was started.
+    Redirect {
+        /// Which.
+        filter: RedirectFilter,
+        /// Where to.
+        gateway: Gateway,
         /// Answer.
         reply: oneshot::Sender<Matched>,
     },
@@ -153,6 +176,12 @@ impl Control {
     /// See [`Command::Rekey`].
     pub async fn rekey(&self, filter: SaFilter) -> Matched {
         self.ask(|reply| Command::Rekey { filter, reply }).await.unwrap_or(Matched { matches: 0, done: 0 })
+    }
+
+    /// See [`Command::Redirect`].
+    pub async fn redirect(&self, filter: RedirectFilter, gateway: Gateway) -> Matched {
+        let asked = self.ask(|reply| Command::Redirect { filter, gateway, reply });
+        asked.await.unwrap_or(Matched { matches: 0, done: 0 })
     }
 
     /// See [`Command::ListPolicies`].

@@ -100,7 +100,11 @@ async fn commands_on_sas_that_are_not_there_fail_in_charon_s_words() {
         (&["--rekey", "--ike", "nosuch"], "rekey failed: no matching SAs to rekey found"),
         (&["--install", "--child", "nosuch"], "install failed: configuration name not found"),
         (&["--uninstall", "--child", "nosuch"], "uninstall failed: policy 'nosuch' not found"),
-        (&["--redirect", "--ike", "x", "--gateway", "192.0.2.1"], "redirection (RFC 5685) is not served yet"),
+        (&["--redirect", "--ike", "nosuch", "--gateway", "192.0.2.1"], "no matching SAs to redirect found"),
+        (&["--redirect", "--ike", "gw"], "missing target gateway"),
+        (&["--redirect", "--gateway", "192.0.2.1"], "missing redirect selector"),
+        (&["--redirect", "--ike", "gw", "--gateway", "a gateway"], "gateway is neither an IP address nor a FQDN"),
+        (&["--redirect", "--peer-ip", "10.0.0.300", "--gateway", "192.0.2.1"], "invalid value for: peer-ip"),
     ] {
         let output = daemon.swanctl(arguments).await;
         assert!(!output.status.success(), "{arguments:?}");
@@ -512,6 +516,10 @@ fn core(sas: Vec<SaReport>) -> (Control, Core) {
                 }
                 Command::Rekey { filter, reply } => {
                     let _ = reply.send(matching(&filter.ike, &filter.child));
+                }
+                Command::Redirect { filter, gateway, reply } => {
+                    note("redirect", &filter.ike, &Some(gateway.to_string()));
+                    let _ = reply.send(matching(&filter.ike, &None));
                 }
                 Command::ListPolicies(reply) => {
                     let network = |text: &str| TrafficSelector::network(text.parse().unwrap(), 24).unwrap();

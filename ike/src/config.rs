@@ -10,7 +10,7 @@ use ipsec::selector::TrafficSelector;
 use ipsec::transform::Proposal;
 use pad::{Identity, LocalAuth, PadEntry};
 
-use crate::engine::Path;
+use crate::engine::{Gateway, Path};
 
 /// `connections.<name>`.
 #[derive(Clone, Debug)]
@@ -61,6 +61,8 @@ pub struct Connection {
     pub unique: Unique,
     /// `childless`: RFC 6023.
     pub childless: Childless,
+    /// `redirect_to` and `redirect_phase`: where an initiator is sent to, and when (RFC 5685).
+    pub redirect_to: Option<(Gateway, RedirectPhase)>,
     /// `tcp`: RFC 9329.
     pub tcp: TcpPolicy,
     /// `tcp_delay`: UDP silence after which `fallback` starts over TCP.
@@ -247,6 +249,15 @@ pub enum Childless {
     Force,
     /// Never.
     Never,
+}
+
+/// `redirect_phase`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RedirectPhase {
+    /// In IKE_SA_INIT: whoever comes, before anything is proved.
+    Init,
+    /// In IKE_AUTH: whom the connection admits.
+    Auth,
 }
 
 /// `tcp` (RFC 9329 §5).

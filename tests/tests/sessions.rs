@@ -1,9 +1,12 @@
-//! Proofs and what follows from them, with real daemons: signatures and constraints.
+//! Proofs and what follows from them, with real daemons: signatures, constraints, redirection.
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+use std::time::Duration;
+
 use latchkey_tests::daemon::Daemon;
 use latchkey_tests::daemon::Kind::{self, Latchkey, Strongswan};
+use latchkey_tests::host::wait_for;
 use latchkey_tests::scene::{Auth, Scene, Suite, configurations, hosts};
 
 const ROLES: [(Kind, Kind); 2] = [(Latchkey, Strongswan), (Strongswan, Latchkey)];
@@ -56,5 +59,60 @@ fn constraints_refuse_what_they_do_not_admit() {
             assert!(!tried.status.success(), "{demanded}\n{}{}", scene.a.output(), scene.b.output());
             assert_eq!((scene.a.established(), scene.b.established()), (0, 0), "{demanded}");
         }
+    }
+}
+
+/// Both daemons; the responder has a second address, and its configuration is changed by `change`.
+fn with_two_gateways((initiator, responder): (Kind, Kind), change: impl FnOnce(String) -> String) -> Scene {
+    let (host_a, host_b) = hosts();
+    let device = host_b.check("sh", &["-c", "ip -o addr show to 192.0.2.2 | cut -d' ' -f2"]);
+    host_b.ip(&["addr", "add", "192.0.2.3/24", "dev", device.trim()]);
+    let [(text_a, files_a), (text_b, files_b)] = configurations(&Suite::default());
+    let b = Daemon::start(responder, &host_b, &change(text_b), &files_b);
+    let a = Daemon::start(initiator, &host_a, &text_a, &files_a);
+    Scene { a, b, host_a, host_b }
+}
+
+fn is_at_the_other_gateway(scene: &Scene) {
+    wait_for("an IKE SA with the other gateway", Duration::from_secs(20), || {
+        let at = |daemon: &Daemon, key: &str| daemon.sas().contains(&format!("{key}=192.0.2.3"));
+        scene.a.established() == 1
+            && scene.b.established() == 1
+            && at(&scene.a, "remote-host")
+            && at(&scene.b, "local-host")
+            && scene.a.child_spis("INSTALLED").len() == 1
+    });
+    scene.passes();
+}
+
+// RFC 5685 §5.
+#[test]
+fn an_established_client_is_redirected() {
+    for roles in ROLES {
+        let both = |text: String| text.replacen("local_addrs = 192.0.2.2", "local_addrs = 192.0.2.2, 192.0.2.3", 1);
+        let scene = with_two_gateways(roles, both);
+        scene.a.initiate("net");
+        scene.b.control(&["--redirect", "--peer-id", "a.example", "--gateway", "192.0.2.3"]);
+        is_at_the_other_gateway(&scene);
+    }
+}
+
+// RFC 5685 §3, §6. strongSwan has no setting that would make it redirect here; as client it follows in IKE_SA_INIT, and
+// ends with a crash of its own (5.9.8) in IKE_AUTH.
+#[test]
+fn a_client_is_redirected_while_it_connects() {
+    for (client, phase) in [(Latchkey, "init"), (Latchkey, "auth"), (Strongswan, "init")] {
+        let scene = with_two_gateways((client, Latchkey), |text| {
+            let text = text.replacen("local_addrs = 192.0.2.2", "local_addrs = 192.0.2.3", 1);
+            let old = format!(
+                "connections {{\nold {{\nlocal_addrs = 192.0.2.2\nredirect_to = 192.0.2.3\nredirect_phase = {phase}\n\
+                     proposals = {}\nlocal {{\nauth = psk\nid = b.example\n}}\nremote {{\nauth = psk\nid = a.example\n}}\n}}\n",
+                Suite::default().ike
+            );
+            text.replacen("connections {\n", &old, 1)
+        });
+        // strongSwan reports the initiation as failed when the first IKE SA goes.
+        scene.a.swanctl(&["--initiate", "--child", "net", "--timeout", "20"]);
+        is_at_the_other_gateway(&scene);
     }
 }

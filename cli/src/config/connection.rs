@@ -10,10 +10,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ike::config::{
-    AddressRange, Child, Childless, ConfiguredSelector, Connection, DpdAction, Fragmentation, SendCert, StartAction,
-    TcpPolicy, Unique,
+    AddressRange, Child, Childless, ConfiguredSelector, Connection, DpdAction, Fragmentation, RedirectPhase, SendCert,
+    StartAction, TcpPolicy, Unique,
 };
 use ike::crypto::parse_proposals;
+use ike::engine::Gateway;
 use ipsec::plane::{Lifetime, Mode};
 use ipsec::transform::{Proposal, Protocol};
 use pad::{AuthClass, Identity, IdentityPattern, LocalAuth, PadEntry, SignatureConstraints};
@@ -153,6 +154,9 @@ fn read_connection(
     );
     let tcp_delay = options.time("tcp_delay").unwrap_or(DEFAULT_TCP_DELAY);
     let tcp_remote_port = options.port("tcp_remote_port", 4500);
+    let redirect_to = options.parsed("redirect_to", Gateway::parse, "an address or a host name");
+    let phases: &[(&[&str], RedirectPhase)] = &[(&["auth"], RedirectPhase::Auth), (&["init"], RedirectPhase::Init)];
+    let redirect_phase = options.choice("redirect_phase", RedirectPhase::Auth, phases);
 
     options.refuse_unless("vips", &[], "virtual addresses are not served yet");
     options.refuse_unless("pools", &[], "address pools are not served yet");
@@ -208,6 +212,7 @@ fn read_connection(
         keyingtries,
         unique,
         childless,
+        redirect_to: redirect_to.map(|gateway| (gateway, redirect_phase)),
         tcp,
         tcp_delay,
         tcp_remote_port,
@@ -803,6 +808,8 @@ mod tests {
             "send_cert = perhaps",
             "fragmentation = sometimes",
             "tcp = maybe",
+            "redirect_to = a gateway",
+            "redirect_phase = later",
             "local { id = \"C=,,=\" }",
             "local { certs = me.pem }",
         ] {
@@ -936,6 +943,17 @@ mod tests {
             (connection.local_auth.class, connection.remote.class),
             (AuthClass::PublicKey, AuthClass::PublicKey)
         );
+    }
+
+    // RFC 5685.
+    #[test]
+    fn redirects_are_read() {
+        let name = || Gateway::Name("gw2.example".to_owned());
+        let connection = read_good("remote { }\n redirect_to = gw2.example");
+        assert_eq!(connection.redirect_to, Some((name(), RedirectPhase::Auth)));
+        let connection = read_good("remote { }\n redirect_to = gw2.example\n redirect_phase = init");
+        assert_eq!(connection.redirect_to, Some((name(), RedirectPhase::Init)));
+        assert_eq!(read_good("remote { }").redirect_to, None);
     }
 
     #[test]

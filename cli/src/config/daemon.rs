@@ -158,6 +158,7 @@ pub fn read_settings(root: &Section) -> Loaded {
     reader.set("delete_rekeyed_delay", &mut engine.delete_rekeyed_delay, seconds);
     reader.set("keep_alive", &mut engine.keep_alive, seconds);
     reader.set("prefer_configured_proposals", &mut engine.prefer_configured_proposals, values::boolean);
+    reader.set("follow_redirects", &mut engine.follow_redirects, values::boolean);
     reader.set("signature_authentication", &mut engine.signature_authentication, values::boolean);
     reader.set("signature_authentication_constraints", &mut engine.signatures.constraints_for_auth, values::boolean);
     reader.set("rsa_pss", &mut engine.signatures.rsa_pss, values::boolean);

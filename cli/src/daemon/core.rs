@@ -23,6 +23,7 @@ use pad::Credentials;
 use tokio::sync::{Semaphore, broadcast, mpsc, oneshot};
 
 use super::filelog::FileLogs;
+use super::redirect;
 use super::run::SystemRng;
 use super::traps::{Key, Traps};
 use super::updown::{Scripts, Updown};
@@ -299,6 +300,13 @@ impl Core {
                 Output::Job(job, Job::FindRoutes(query)) => {
                     let routes = self.find_routes(&query);
                     self.engine.handle_job(Instant::now(), job, JobOutcome::FindRoutes(routes));
+                }
+                Output::Job(job, Job::Resolve(gateway)) => {
+                    let (network, finished) = (self.network.clone(), self.finished.clone());
+                    tokio::spawn(async move {
+                        let outcome = JobOutcome::Resolve(redirect::resolve(gateway, &network).await);
+                        let _ = finished.send(Finished::Job(job, outcome));
+                    });
                 }
                 Output::Event(event) => self.handle_event(event),
                 Output::OpenStream { stream, local, remote } => self.streams.open(stream.0, local, remote),
@@ -731,6 +739,15 @@ impl Core {
                     done += usize::from(self.engine.rekey(now, *target, token).is_ok());
                 }
                 let _ = reply.send(Matched { matches: targets.len(), done });
+            }
+            Command::Redirect { filter, gateway, reply } => {
+                let meant = redirect::meant(&filter, &self.engine.ike_sas(now));
+                let mut done = 0;
+                for id in &meant {
+                    let token = self.token();
+                    done += usize::from(self.engine.redirect(now, *id, gateway.clone(), token).is_ok());
+                }
+                let _ = reply.send(Matched { matches: meant.len(), done });
             }
             Command::ListPolicies(reply) => {
                 let _ = reply.send(self.policies());

@@ -5,6 +5,7 @@
 
 mod core;
 mod filelog;
+mod redirect;
 mod run;
 mod traps;
 mod updown;

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use ike::engine::{ChildSaId, Event, IkeSaId, IkeState};
+use ike::engine::{ChildSaId, Event, Gateway, IkeSaId, IkeState};
 use ipsec::secret::Secret;
 use pad::{Certificate, CredentialError, IdentityPattern};
 use tokio::sync::broadcast;
@@ -14,8 +14,8 @@ use crate::config::Severity;
 use crate::config::certificate::is_authority;
 use crate::config::connection::{InlineCertificates, connection};
 use crate::config::credentials::Authority;
-use crate::config::values;
-use crate::control::{Matched, SaFilter, SaReport};
+use crate::config::values::{self, Address};
+use crate::control::{Matched, RedirectFilter, SaFilter, SaReport};
 use crate::tree::{Node, Section};
 use crate::vici::events;
 use crate::vici::report;
@@ -80,7 +80,7 @@ pub(super) async fn run(shared: &Shared, sink: &EventSink, name: &str, message: 
             shared.counters.child_rekey.store(0, Ordering::Relaxed);
             success()
         }
-        "redirect" => failure("redirection (RFC 5685) is not served yet"),
+        "redirect" => redirect(shared, message).await,
         "install" => match owned(message, "child") {
             Some(child) => outcome(shared.control.install(owned(message, "ike"), child).await),
             None => failure("missing configuration name"),
@@ -356,6 +356,41 @@ async fn rekey(shared: &Shared, message: &Section) -> Section {
         answer.push_value("errmsg", "no matching SAs to rekey found");
     }
     answer
+}
+
+async fn redirect(shared: &Shared, message: &Section) -> Section {
+    match redirect_selection(message) {
+        Ok((filter, gateway)) => {
+            let matched = shared.control.redirect(filter, gateway).await;
+            let mut answer = report::message();
+            answer.push_value("success", if matched.matches > 0 { "yes" } else { "no" });
+            answer.push_value("matches", matched.matches.to_string());
+            if matched.matches == 0 {
+                answer.push_value("errmsg", "no matching SAs to redirect found");
+            }
+            answer
+        }
+        Err(answer) => answer,
+    }
+}
+
+fn redirect_selection(message: &Section) -> Result<(RedirectFilter, Gateway), Section> {
+    let gateway = owned(message, "gateway").ok_or_else(|| failure("missing target gateway"))?;
+    let gateway = Gateway::parse(&gateway).ok_or_else(|| failure("gateway is neither an IP address nor a FQDN"))?;
+    let invalid = |name: &str| failure(format!("invalid value for: {name}"));
+    let peer_ip = match owned(message, "peer-ip").as_deref().map(values::address) {
+        None | Some(Some(Address::Any)) => None,
+        Some(Some(Address::Range(range))) => Some(range),
+        Some(Some(Address::Name(_)) | None) => return Err(invalid("peer-ip")),
+    };
+    let peer_id = owned(message, "peer-id").map(|text| IdentityPattern::parse(&text));
+    let peer_id = peer_id.transpose().map_err(|_| invalid("peer-id"))?;
+    let ike_id = numeric(message, "ike-id")?.map(IkeSaId);
+    let ike = owned(message, "ike");
+    if ike.is_none() && ike_id.is_none() && peer_ip.is_none() && peer_id.is_none() {
+        return Err(failure("missing redirect selector"));
+    }
+    Ok((RedirectFilter { ike, ike_id, peer_ip, peer_id }, gateway))
 }
 
 async fn list_sas(shared: &Shared, sink: &EventSink, message: &Section) -> Section {

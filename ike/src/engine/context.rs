@@ -18,6 +18,7 @@ use crate::crypto::KeyWork;
 use crate::engine::Transport;
 use crate::engine::triggers::Triggers;
 use crate::sa::Established;
+use crate::sa::redirect::Redirected;
 use crate::sa::retry::after;
 
 /// IKE SAs that ended while answering, and whose last answer may be asked for again.
@@ -82,6 +83,8 @@ pub(crate) struct Context {
     pub(crate) superseded: Vec<Superseded>,
     /// What to initiate again: reauthentication.
     pub(crate) reinitiate: Vec<Initiate>,
+    /// What goes on at another gateway.
+    pub(crate) redirected: Vec<Redirected>,
     pub(crate) tombstones: BTreeMap<u64, Tombstone>,
     pub(crate) triggers: Triggers,
     last_job: u64,
@@ -107,6 +110,7 @@ impl Context {
             spawned: Vec::new(),
             superseded: Vec::new(),
             reinitiate: Vec::new(),
+            redirected: Vec::new(),
             tombstones: BTreeMap::new(),
             triggers: Triggers::default(),
             last_job: 0,

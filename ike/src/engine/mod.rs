@@ -27,6 +27,7 @@ use crate::Rng;
 use crate::config::{Child, Connection, Retransmission};
 use crate::crypto::{IkeSuite, KeyDone, KeyError, KeyWork};
 use crate::sa::established::Closed;
+pub use crate::sa::redirect::Gateway;
 use crate::sa::{Established, IkeSa, Initiating, Want, retry};
 use crate::wire::{self, ExchangeType, Incoming, Message, Protected, WireError};
 use context::{Context, PeerKey, Superseded};
@@ -93,6 +94,8 @@ pub struct EngineConfig {
     pub prefer_configured_proposals: bool,
     /// NAT keepalive interval (`charon.keep_alive`); zero is off.
     pub keep_alive: Duration,
+    /// `charon.follow_redirects` (RFC 5685).
+    pub follow_redirects: bool,
     /// `charon.signature_authentication`: announce and use RFC 7427's method.
     pub signature_authentication: bool,
     /// `charon.rsa_pss` and `charon.signature_authentication_constraints`.
@@ -113,6 +116,7 @@ impl Default for EngineConfig {
             delete_rekeyed_delay: Duration::from_secs(5),
             prefer_configured_proposals: true,
             keep_alive: Duration::from_secs(20),
+            follow_redirects: true,
             signature_authentication: true,
             signatures: SignatureSettings::default(),
         }
@@ -163,6 +167,8 @@ pub enum Job {
     InstallChild(Box<ChildReady>),
     /// Look up which pairs of addresses packets can take now.
     FindRoutes(RouteQuery),
+    /// Find the address of a gateway, and ours towards it.
+    Resolve(Gateway),
 }
 
 impl std::fmt::Debug for Job {
@@ -173,6 +179,7 @@ impl std::fmt::Debug for Job {
             Self::KeyExchange(_) => "KeyExchange",
             Self::InstallChild(_) => "InstallChild",
             Self::FindRoutes(_) => "FindRoutes",
+            Self::Resolve(_) => "Resolve",
         })
     }
 }
@@ -234,6 +241,8 @@ pub enum JobOutcome {
     InstallChild(Result<u32, InstallError>),
     /// To `FindRoutes`: the usable pairs, best first.
     FindRoutes(Vec<Route>),
+    /// To `Resolve`: our address and the gateway's, or why there is none.
+    Resolve(Result<(IpAddr, IpAddr), String>),
 }
 
 /// Why a Child SA was not installed.
@@ -623,6 +632,17 @@ impl Engine {
         Ok(())
     }
 
+    /// Sends the initiator of an IKE SA to another gateway (RFC 5685 §5).
+    pub fn redirect(&mut self, now: Instant, id: IkeSaId, gateway: Gateway, token: u64) -> Result<(), NoSuchSa> {
+        self.now = now;
+        if !self.sas.get(&id).is_some_and(|slot| matches!(slot.sa, IkeSa::Established(_))) {
+            return Err(NoSuchSa);
+        }
+        self.with_established(id, |sa, ctx| sa.redirect(ctx, now, gateway, token));
+        self.settle(now);
+        Ok(())
+    }
+
     /// All IKE SAs by number.
     pub fn ike_sas(&self, now: Instant) -> Vec<IkeSaStatus> {
         self.sas.values().map(|slot| slot.sa.status(now)).collect()
@@ -858,8 +878,14 @@ impl Engine {
             let spawned = std::mem::take(&mut self.ctx.spawned);
             let superseded = std::mem::take(&mut self.ctx.superseded);
             let reinitiate = std::mem::take(&mut self.ctx.reinitiate);
-            if spawned.is_empty() && superseded.is_empty() && reinitiate.is_empty() {
+            let redirected = std::mem::take(&mut self.ctx.redirected);
+            if spawned.is_empty() && superseded.is_empty() && reinitiate.is_empty() && redirected.is_empty() {
                 return;
+            }
+            for redirected in redirected {
+                if let Some(sa) = Initiating::elsewhere(&mut self.ctx, now, redirected) {
+                    self.insert(sa.id(), IkeSa::Initiating(sa), None);
+                }
             }
             for mut sa in spawned {
                 let id = sa.core.id;

@@ -17,6 +17,7 @@ use crate::sa::init::{NONCE_LENGTH, capabilities, proposals};
 use crate::sa::intermediate_responder::Request;
 use crate::sa::nat::{self, Nat};
 use crate::sa::parts::Parts;
+use crate::sa::redirect::{Redirects, init_redirect};
 use crate::sa::{Core, IkeSa, ResponderIntermediate};
 use crate::wire::{self, ExchangeType, Header, Message, NotifyType, Payload};
 
@@ -73,6 +74,14 @@ impl Engine {
             Err(fault) => return self.refuse_init(path, &header, &fault),
         };
         if !self.cookie_satisfied(now, path, &header, &parts, from) {
+            return;
+        }
+        let redirect = self.ctx.connections.iter().find(|connection| connection.admits_addresses(&path));
+        if let Some(redirect) = redirect.and_then(|connection| init_redirect(connection, &parts)) {
+            // RFC 5685 §3: without state, and so without keys.
+            self.ctx.log("IKE", 1, None, format!("redirecting {} in IKE_SA_INIT", path.remote.ip()));
+            let header = answer_header(&header, 0);
+            self.ctx.transmit(path, [wire::encode(&Message { header, payloads: vec![redirect] })]);
             return;
         }
         match self.accept_init(now, path, &header, parts, bytes) {
@@ -179,7 +188,8 @@ impl Engine {
         let fake = first.force_encapsulation;
         // The request was sent before we had an SPI (§2.23).
         let nat = Nat::detect(&parts, spis.initiator, 0, &path, fake);
-        let core = Core { id, name: first.name.clone(), path, nat, stream_originator: false };
+        let redirects = Redirects::of_responder(&parts);
+        let core = Core { id, name: first.name.clone(), path, nat, stream_originator: false, redirects };
         ctx.log("IKE", 0, core.tag(), format!("{} is initiating an IKE_SA", path.remote.ip()));
         let with_intermediate = !suite.additional.is_none();
         let answer = answer(ctx, header, &core, spis, proposal, &nr, fragmentation, with_intermediate, &candidates);

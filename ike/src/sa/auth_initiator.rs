@@ -1,11 +1,13 @@
 //! IKE_AUTH as initiator (RFC 7296 §1.2, §2.15, §2.21.2).
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
 use pad::{Identity, PeerIdentity, SignError, SignedAuth};
 
 use ipsec::plane::StreamId;
+use ipsec::transform::Protocol;
 
 use super::auth::{InitMaterial, auth_announcement, cert_request, identification, proof_payloads};
 use super::channel::{Channel, Received};
@@ -14,6 +16,7 @@ use super::childless;
 use super::fault::{Fault, notify, notify_name};
 use super::mobility::announcement;
 use super::parts::Parts;
+use super::redirect::{Redirected, Redirects};
 use super::retry::{Due, Retry, after};
 use super::{Core, Established, IkeSa, Want, fail_wants, is_first_contact, local_identity};
 use crate::config::Connection;
@@ -40,6 +43,8 @@ enum Phase {
     Signing(JobId),
     /// The request is out.
     Waiting,
+    /// The peer has proved itself and sends us elsewhere, to where is being looked up.
+    Redirecting { job: JobId, redirects: Redirects },
     /// The peer's proof is being checked; what else it said waits.
     Verifying { job: JobId, asserted: Identity, parts: Box<Parts> },
 }
@@ -82,7 +87,8 @@ impl InitiatorAuth {
     }
 
     pub(crate) fn serves(&self, connection: &Connection, remote: std::net::IpAddr) -> bool {
-        self.connection.authenticates_as(connection) && self.core.path.remote.ip() == remote
+        self.connection.authenticates_as(connection)
+            && (self.core.path.remote.ip() == remote || self.core.redirects.came_from(remote))
     }
 
     pub(crate) fn add_want(&mut self, want: Want) {
@@ -137,9 +143,39 @@ impl InitiatorAuth {
                     Err(error) => self.reject(ctx, now, &error.to_string()),
                 }
             }
+            (Phase::Redirecting { job: waiting, redirects }, JobOutcome::Resolve(result)) if waiting == job => {
+                self.redirected(ctx, now, redirects, result);
+                None
+            }
             (phase, _) => {
                 self.phase = phase;
                 Some(IkeSa::InitiatorAuth(self))
+            }
+        }
+    }
+
+    /// RFC 5685 §6: the IKE SA that was not needed is deleted, and what was asked for is made elsewhere.
+    fn redirected(
+        mut self: Box<Self>,
+        ctx: &mut Context,
+        now: Instant,
+        redirects: Redirects,
+        result: Result<(IpAddr, IpAddr), String>,
+    ) {
+        let retry = Retry::start(now, &ctx.config.retransmission, true, ctx.rng.as_mut());
+        let payloads = [Payload::Delete { protocol: Protocol::IKE, spis: Vec::new() }];
+        let datagrams = self.channel.request(ExchangeType::INFORMATIONAL, &payloads, None, retry, ctx.rng.as_mut());
+        ctx.transmit(self.core.path, datagrams.unwrap_or_default());
+        match result {
+            Ok((local, remote)) => {
+                let (connection, wants) = (Arc::clone(&self.connection), std::mem::take(&mut self.wants));
+                ctx.redirected.push(Redirected { connection, wants, local, remote, redirects });
+                self.abandon(ctx, "redirected", CloseReason::Replaced);
+            }
+            Err(reason) => {
+                let reason = format!("redirect failed: {reason}");
+                ctx.log("IKE", 1, self.core.tag(), reason.clone());
+                self.abandon(ctx, &reason, CloseReason::Failed);
             }
         }
     }
@@ -310,7 +346,7 @@ impl InitiatorAuth {
     }
 
     fn authenticated(
-        self: Box<Self>,
+        mut self: Box<Self>,
         ctx: &mut Context,
         now: Instant,
         peer: PeerIdentity,
@@ -318,6 +354,18 @@ impl InitiatorAuth {
     ) -> Option<IkeSa> {
         let line = format!("authentication of '{}' successful", peer.id);
         ctx.log("IKE", 1, self.core.tag(), line);
+        if parts.has(NotifyType::REDIRECT) && parts.sa.is_none() {
+            let mut redirects = self.core.redirects.clone();
+            match redirects.follow(now, &parts, &[], self.core.path.remote.ip()) {
+                Ok(gateway) => {
+                    ctx.log("IKE", 0, self.core.tag(), format!("redirected to {gateway}"));
+                    let job = ctx.job(self.core.id, Job::Resolve(gateway));
+                    self.phase = Phase::Redirecting { job, redirects };
+                    return Some(IkeSa::InitiatorAuth(self));
+                }
+                Err(reason) => ctx.log("IKE", 1, self.core.tag(), reason),
+            }
+        }
         let Self { core, channel, connection, mut wants, material, offer, .. } = *self;
         let mut established = Box::new(Established::new(
             ctx,

@@ -13,6 +13,7 @@ use super::childless;
 use super::fault::Fault;
 use super::mobility::{announcement, is_translated};
 use super::parts::Parts;
+use super::redirect::auth_redirect;
 use super::{Core, Established, IkeSa, local_identity};
 use crate::config::{Connection, Unique};
 use crate::engine::context::{Context, PeerKey};
@@ -321,8 +322,14 @@ impl ResponderAuth {
         let mut head = vec![Payload::IdResponder(identification(&peer.local_id))];
         head.extend(proof_payloads(signed, connection.send_cert, material.cert_requested));
         let role = super::established::Role::Responder { initial_contact: parts.has(NotifyType::INITIAL_CONTACT) };
+        let redirect = auth_redirect(&connection, &core.redirects);
         head.extend(announcement(ctx, &connection, &core, Some(&parts)));
         let mut established = Box::new(Established::new(ctx, now, core, channel, connection, peer, role));
+        if let Some((gateway, payload)) = redirect {
+            head.push(payload);
+            established.answer_redirect(ctx, now, &gateway, &head);
+            return Some(IkeSa::Established(established));
+        }
         established.negotiate_mobility(ctx, false, &parts);
         let result = established.answer_first_child(ctx, now, head, &parts, &material.ni, &material.nr);
         result.is_ok().then_some(IkeSa::Established(established))

@@ -18,6 +18,7 @@ use super::child::{ChildOffer, ChildSa, Parent, rekey_at};
 use super::fault::Fault;
 use super::mobility::{Errand, Mission, Mobility};
 use super::parts::Parts;
+use super::redirect::Moving;
 use super::rekey::IkeOffer;
 use super::retry::{Due, Retry, after, random_below, total};
 use super::succession::Successor;
@@ -25,8 +26,8 @@ use super::{Core, Want};
 use crate::config::{Child, Connection, Unique};
 use crate::engine::context::{Context, PeerKey, Superseded};
 use crate::engine::{
-    ChildSaId, ChildState, CloseReason, Event, IkeSaId, IkeSaStatus, IkeState, Initiate, JobId, JobOutcome, NoSuchSa,
-    Output, Path, Transport,
+    ChildSaId, ChildState, CloseReason, Event, Gateway, IkeSaId, IkeSaStatus, IkeState, Initiate, JobId, JobOutcome,
+    NoSuchSa, Output, Path, Transport,
 };
 use crate::wire::{ExchangeType, Opened, Payload, Protected};
 
@@ -76,6 +77,8 @@ pub(crate) struct Established {
     /// When what the peer proved is too old, however often the IKE SA is rekeyed.
     proof_ends_at: Option<Instant>,
     pub(super) reauthenticating: bool,
+    /// The peer sends us to another gateway (RFC 5685).
+    pub(super) moving: Option<Moving>,
     stream: StreamState,
     pub(super) mobility: Mobility,
 }
@@ -111,6 +114,11 @@ pub(crate) enum Task {
         token: Option<u64>,
         reason: CloseReason,
     },
+    /// Send the peer to another gateway.
+    Redirect {
+        gateway: Gateway,
+        token: u64,
+    },
     Liveness,
     Mobility(Errand),
 }
@@ -123,6 +131,7 @@ pub(crate) enum Active {
     DeleteChild { id: ChildSaId, token: Option<u64>, reason: CloseReason },
     DeleteSpi(u32),
     DeleteIke { tokens: Vec<u64>, reason: CloseReason },
+    Redirect { token: u64 },
     Liveness,
     Mobility(Box<Mission>),
 }
@@ -273,6 +282,7 @@ impl Established {
             expire_at,
             proof_ends_at,
             reauthenticating: false,
+            moving: None,
             stream: StreamState::Up,
             mobility: Mobility::default(),
         }
@@ -307,7 +317,7 @@ impl Established {
     pub(crate) fn serves(&self, connection: &Connection, remote: std::net::IpAddr) -> bool {
         self.peer_key().is_some()
             && self.connection.authenticates_as(connection)
-            && self.core.path.remote.ip() == remote
+            && (self.core.path.remote.ip() == remote || self.core.redirects.came_from(remote))
     }
 
     /// The stream that it uses, or waits for.
@@ -418,6 +428,7 @@ impl Established {
         let result = match outcome {
             JobOutcome::InstallChild(result) => result,
             JobOutcome::FindRoutes(routes) => return self.handle_routes(ctx, now, job, routes).map(|()| None),
+            JobOutcome::Resolve(result) => return self.redirect_resolved(ctx, now, job, result).map(|()| None),
             other @ (JobOutcome::Sign(_) | JobOutcome::Authenticate(_) | JobOutcome::KeyExchange(_)) => {
                 return Ok(Some(other));
             }
@@ -749,6 +760,11 @@ impl Established {
                 let payload = Payload::Delete { protocol: Protocol::IKE, spis: Vec::new() };
                 self.send_request(ctx, now, ExchangeType::INFORMATIONAL, &[payload])
             }
+            Task::Redirect { gateway, token } if open => self.start_redirect(ctx, now, &gateway, token),
+            Task::Redirect { token, .. } => {
+                failed(ctx, Some(token), &self.core.name, None, "the IKE_SA is closing");
+                Ok(())
+            }
             Task::Liveness => {
                 ctx.log("IKE", 1, self.core.tag(), "sending DPD request".to_owned());
                 self.active = Some(Active::Liveness);
@@ -795,6 +811,10 @@ impl Established {
                     done(ctx, Some(token));
                 }
                 Err(closed)
+            }
+            Active::Redirect { token } => {
+                Self::redirect_heard(ctx, token);
+                Ok(())
             }
             Active::Liveness => {
                 self.liveness_answered(&parts);
@@ -1045,6 +1065,7 @@ impl Established {
             };
             ctx.reinitiate.extend(configs.into_iter().map(|config| again(Some(config))));
         }
+        self.go_elsewhere(ctx);
         let ids: Vec<ChildSaId> = self.children.keys().copied().collect();
         for id in ids {
             self.take_down(ctx, now, id, reason);
@@ -1069,6 +1090,7 @@ impl Established {
                 }
             }
             Some(Active::DeleteSpi(spi)) => ctx.release_child_spi(spi),
+            Some(Active::Redirect { token }) => failed(ctx, Some(token), &self.core.name, None, "the IKE_SA closed"),
             Some(Active::Liveness | Active::Mobility(_)) | None => {}
         }
         self.drop_tasks(ctx, "the IKE_SA closed");
@@ -1090,6 +1112,7 @@ impl Established {
                 }
                 Task::DeleteChild { token, .. } | Task::DeleteIke { token, .. } => done(ctx, token),
                 Task::DeleteSpi(spi) => ctx.release_child_spi(spi),
+                Task::Redirect { token, .. } => failed(ctx, Some(token), &self.core.name, None, reason),
                 Task::Liveness | Task::Mobility(_) => {}
             }
         }
@@ -1111,6 +1134,7 @@ impl Active {
             Self::RekeyIke(_) => "IKE_REKEY",
             Self::DeleteChild { .. } | Self::DeleteSpi(_) => "CHILD_DELETE",
             Self::DeleteIke { .. } => "IKE_DELETE",
+            Self::Redirect { .. } => "IKE_REDIRECT",
             Self::Liveness => "IKE_DPD",
             Self::Mobility(_) => "IKE_MOBIKE",
         }

@@ -15,12 +15,13 @@ use super::fault::{notify, notify_name};
 use super::intermediate_initiator::Agreed;
 use super::nat::{self, Nat};
 use super::parts::Parts;
+use super::redirect::{Redirected, Redirects};
 use super::retry::{Due, Retry, after};
 use super::{Core, IkeSa, InitiatorIntermediate, Want, fail_wants};
 use crate::config::{Childless, Connection, Fragmentation, Retransmission, TcpPolicy};
 use crate::crypto::{self, KeyDone, KeyExchange, KeyWork};
 use crate::engine::context::Context;
-use crate::engine::{CloseReason, Event, IkeSaId, IkeSaStatus, IkeState, JobId, JobOutcome, Path, Transport};
+use crate::engine::{CloseReason, Event, IkeSaId, IkeSaStatus, IkeState, Job, JobId, JobOutcome, Path, Transport};
 use crate::wire::{self, ExchangeType, Header, Message, NotifyType, Payload};
 
 /// Hash algorithms that we verify (RFC 7427 §4): SHA2-256, SHA2-384, SHA2-512, Identity.
@@ -39,6 +40,7 @@ pub(crate) struct Initiating {
     remote: IpAddr,
     /// Sequences of repetitions begun, from 1 (`keyingtries`).
     sequence: u32,
+    redirects: Redirects,
     attempt: Attempt,
 }
 
@@ -50,6 +52,8 @@ struct Attempt {
     method: Ke,
     ke: OurKe,
     cookie: Option<Vec<u8>>,
+    /// What we say about redirects.
+    redirect: Option<Payload>,
     restarts: u8,
     progress: Progress,
     /// When to turn to TCP.
@@ -67,6 +71,8 @@ enum Progress {
     Opening { deadline: Instant },
     /// Waiting for nothing but the key pair.
     Generating { deadline: Instant },
+    /// Another gateway's address is looked up.
+    Redirecting { job: JobId, deadline: Instant },
     /// The request, as sent.
     Sent { request: Vec<u8>, retry: Retry },
 }
@@ -101,17 +107,80 @@ impl Initiating {
         remote: IpAddr,
     ) -> Option<Box<Self>> {
         let id = ctx.next_ike();
-        let over = Over::first(connection.tcp);
         let line = format!("initiating IKE_SA {}[{}] to {remote}", connection.name, id.0);
         ctx.log("IKE", 0, Some((id, &connection.name)), line);
-        let wants = vec![want];
-        match Attempt::begin(ctx, now, id, &connection, local, remote, over) {
-            Ok(attempt) => Some(Box::new(Self { id, connection, wants, local, remote, sequence: 1, attempt })),
+        let redirects = Redirects::of_initiator(ctx);
+        Self::begin_as(ctx, now, id, Redirected { connection, wants: vec![want], local, remote, redirects })
+    }
+
+    /// Begins again at another gateway, for what is configured now.
+    pub(crate) fn elsewhere(ctx: &mut Context, now: Instant, redirected: Redirected) -> Option<Box<Self>> {
+        let name = redirected.connection.name.clone();
+        let Some(connection) = ctx.connections.iter().find(|connection| connection.name == name).map(Arc::clone) else {
+            fail_wants(ctx, &name, &redirected.wants, "the connection is gone");
+            return None;
+        };
+        let id = ctx.next_ike();
+        let line = format!("initiating IKE_SA {name}[{}] to {}", id.0, redirected.remote);
+        ctx.log("IKE", 0, Some((id, &name)), line);
+        Self::begin_as(ctx, now, id, Redirected { connection, ..redirected })
+    }
+
+    fn begin_as(ctx: &mut Context, now: Instant, id: IkeSaId, to: Redirected) -> Option<Box<Self>> {
+        let Redirected { connection, wants, local, remote, redirects } = to;
+        let over = Over::first(connection.tcp);
+        match Attempt::begin(ctx, now, id, &connection, (local, remote), over, &redirects) {
+            Ok(attempt) => {
+                Some(Box::new(Self { id, connection, wants, local, remote, sequence: 1, redirects, attempt }))
+            }
             Err(reason) => {
                 fail_wants(ctx, &connection.name, &wants, &reason);
                 None
             }
         }
+    }
+
+    /// The address of the gateway that we were sent to.
+    fn gateway_found(
+        mut self: Box<Self>,
+        ctx: &mut Context,
+        now: Instant,
+        job: JobId,
+        result: Result<(IpAddr, IpAddr), String>,
+    ) -> Option<Box<Self>> {
+        if !matches!(self.attempt.progress, Progress::Redirecting { job: waiting, .. } if waiting == job) {
+            return Some(self);
+        }
+        match result {
+            Ok((local, remote)) => {
+                (self.local, self.remote) = (local, remote);
+                let over = Over::first(self.connection.tcp);
+                self.restart(ctx, now, over)
+            }
+            Err(reason) => {
+                let reason = format!("redirect failed: {reason}");
+                ctx.log("IKE", 1, self.tag(), reason.clone());
+                self.abandon(ctx, &reason, CloseReason::Failed);
+                None
+            }
+        }
+    }
+
+    /// RFC 5685 §3: the gateway sends us elsewhere. Forged by somebody on the path it costs us this attempt, as would
+    /// any other answer of theirs.
+    fn redirected(mut self: Box<Self>, ctx: &mut Context, now: Instant, parts: &Parts) -> Option<Box<Self>> {
+        let here = self.attempt.path.remote.ip();
+        match self.redirects.follow(now, parts, &self.attempt.nonce, here) {
+            Ok(gateway) => {
+                ctx.log("IKE", 0, self.tag(), format!("redirected to {gateway}"));
+                let job = ctx.job(self.id, Job::Resolve(gateway));
+                let deadline = after(now, super::retry::total(&ctx.config.retransmission));
+                self.attempt.tcp_at = None;
+                self.attempt.progress = Progress::Redirecting { job, deadline };
+            }
+            Err(reason) => ctx.log("IKE", 1, self.tag(), reason),
+        }
+        Some(self)
     }
 
     pub(crate) fn id(&self) -> IkeSaId {
@@ -135,7 +204,7 @@ impl Initiating {
 
     /// True when this will become the IKE SA that a request asks for.
     pub(crate) fn serves(&self, connection: &Connection, remote: IpAddr) -> bool {
-        self.connection.authenticates_as(connection) && self.remote == remote
+        self.connection.authenticates_as(connection) && (self.remote == remote || self.redirects.came_from(remote))
     }
 
     pub(crate) fn add_want(&mut self, want: Want) {
@@ -144,7 +213,9 @@ impl Initiating {
 
     pub(crate) fn next_timeout(&self) -> Option<Instant> {
         let at = match &self.attempt.progress {
-            Progress::Opening { deadline } | Progress::Generating { deadline } => *deadline,
+            Progress::Opening { deadline }
+            | Progress::Generating { deadline }
+            | Progress::Redirecting { deadline, .. } => *deadline,
             Progress::Sent { retry, .. } => retry.at,
         };
         Some(self.attempt.tcp_at.map_or(at, |tcp| tcp.min(at)))
@@ -188,7 +259,10 @@ impl Initiating {
             Progress::Generating { deadline } if *deadline <= now => {
                 self.give_up(ctx, now, "making a key pair took too long")
             }
-            Progress::Opening { .. } | Progress::Generating { .. } => Some(self),
+            Progress::Redirecting { deadline, .. } if *deadline <= now => {
+                self.give_up(ctx, now, "the gateway that we were sent to is not found")
+            }
+            Progress::Opening { .. } | Progress::Generating { .. } | Progress::Redirecting { .. } => Some(self),
             Progress::Sent { request, retry } => match retry.poll(now, &ctx.config.retransmission, ctx.rng.as_mut()) {
                 Due::Nothing => Some(self),
                 Due::Resend => {
@@ -244,6 +318,7 @@ impl Initiating {
                 self.abandon(ctx, reason, CloseReason::Failed);
                 None
             }
+            JobOutcome::Resolve(result) => self.gateway_found(ctx, now, job, result),
             // Of an attempt that is over.
             _ => Some(self),
         }
@@ -327,6 +402,9 @@ impl Initiating {
             }
             return Some(IkeSa::Initiating(self));
         }
+        if parts.has(NotifyType::REDIRECT) && parts.sa.is_none() {
+            return self.redirected(ctx, now, &parts).map(IkeSa::Initiating);
+        }
         if let Some(error) = parts.error() {
             if error.kind == NotifyType::INVALID_KE_PAYLOAD {
                 return self.change_group(ctx, now, &error.data).map(IkeSa::Initiating);
@@ -372,7 +450,7 @@ impl Initiating {
         let spis = Spis { initiator: self.attempt.spi, responder: header.responder_spi };
         let fake = self.connection.force_encapsulation;
         let nat = Nat::detect(&parts, spis.initiator, spis.responder, &self.attempt.path, fake);
-        let Self { id, connection, wants, local, remote, sequence: _, attempt } = *self;
+        let Self { id, connection, wants, local, remote, sequence: _, redirects, attempt } = *self;
         let (Progress::Sent { request, .. }, OurKe::Ready(ke)) = (attempt.progress, attempt.ke) else { return None };
         let mut core = Core {
             id,
@@ -380,6 +458,7 @@ impl Initiating {
             path: attempt.path,
             nat,
             stream_originator: matches!(attempt.path.transport, Transport::Stream(_)),
+            redirects,
         };
         let floats = nat.any() || (connection.mobike && nat.traversal);
         if floats && core.path.transport == Transport::Udp {
@@ -450,7 +529,8 @@ impl Initiating {
 
     /// RFC 9329 §5.1: another transport means another SPI, another nonce and another key.
     fn restart(mut self: Box<Self>, ctx: &mut Context, now: Instant, over: Over) -> Option<Box<Self>> {
-        match Attempt::begin(ctx, now, self.id, &self.connection, self.local, self.remote, over) {
+        let ends = (self.local, self.remote);
+        match Attempt::begin(ctx, now, self.id, &self.connection, ends, over, &self.redirects) {
             Ok(attempt) => {
                 let old = std::mem::replace(&mut self.attempt, attempt);
                 ctx.release_ike_spi(old.spi);
@@ -474,9 +554,9 @@ impl Attempt {
         now: Instant,
         id: IkeSaId,
         connection: &Connection,
-        local: IpAddr,
-        remote: IpAddr,
+        (local, remote): (IpAddr, IpAddr),
         over: Over,
+        redirects: &Redirects,
     ) -> Result<Self, String> {
         let method = methods(&proposals(connection)).into_iter().find(|method| crypto::supported(*method));
         let method = method.ok_or_else(|| "no proposal has a key exchange method that we support".to_owned())?;
@@ -502,6 +582,7 @@ impl Attempt {
             method,
             ke,
             cookie: None,
+            redirect: redirects.payload(),
             restarts: 0,
             progress: Progress::Opening { deadline: after(now, total) },
             tcp_at: None,
@@ -547,6 +628,7 @@ impl Attempt {
         payloads.push(Payload::Nonce(self.nonce.clone()));
         let fake = connection.force_encapsulation;
         payloads.extend(nat::payloads(self.spi, 0, &self.path, fake));
+        payloads.extend(self.redirect.clone());
         payloads.extend(capabilities(ctx, connection.fragmentation != Fragmentation::No));
         if intermediate {
             payloads.push(notify(NotifyType::INTERMEDIATE_EXCHANGE_SUPPORTED, Vec::new()));

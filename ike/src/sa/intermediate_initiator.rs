@@ -94,7 +94,8 @@ impl InitiatorIntermediate {
     }
 
     pub(crate) fn serves(&self, connection: &Connection, remote: std::net::IpAddr) -> bool {
-        self.connection.authenticates_as(connection) && self.core.path.remote.ip() == remote
+        self.connection.authenticates_as(connection)
+            && (self.core.path.remote.ip() == remote || self.core.redirects.came_from(remote))
     }
 
     pub(crate) fn add_want(&mut self, want: Want) {

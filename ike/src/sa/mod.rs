@@ -22,6 +22,7 @@ pub(crate) mod intermediate_responder;
 pub(crate) mod mobility;
 pub(crate) mod nat;
 pub(crate) mod parts;
+pub(crate) mod redirect;
 pub(crate) mod rekey;
 pub(crate) mod retry;
 pub(crate) mod selectors;
@@ -47,6 +48,7 @@ use crate::engine::places::Place;
 use crate::engine::{Event, IkeSaId, IkeSaStatus, JobId, JobOutcome, Path, Transport};
 use crate::wire::Protected;
 use nat::Nat;
+use redirect::Redirects;
 
 /// An IKE SA in one of its states.
 pub(crate) enum IkeSa {
@@ -75,6 +77,7 @@ pub(crate) struct Core {
     pub(crate) nat: Nat,
     /// We opened the stream, and only we reopen it (RFC 9329 §1.2).
     pub(crate) stream_originator: bool,
+    pub(crate) redirects: Redirects,
 }
 
 impl Core {

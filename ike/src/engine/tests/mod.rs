@@ -11,6 +11,7 @@ mod init;
 mod intermediate;
 mod mobility;
 mod network;
+mod redirect;
 mod refusals;
 mod rekey;
 mod seeds;
@@ -98,6 +99,9 @@ pub(super) struct Side {
     pub(super) sent: Vec<Transmit>,
     /// First octet of the engine's next nonces.
     nonce: by_hand::FirstOctet,
+    pub(super) address: IpAddr,
+    /// Names that can be looked up.
+    pub(super) names: BTreeMap<String, IpAddr>,
     reqids: u32,
     key_rng: TestRng,
     /// Open streams: ours to the other side's number.
@@ -223,6 +227,7 @@ pub(super) fn connection(side: usize) -> Connection {
         keyingtries: 1,
         unique: Unique::No,
         childless: Childless::Allow,
+        redirect_to: None,
         tcp: TcpPolicy::No,
         tcp_delay: Duration::from_secs(6),
         tcp_remote_port: 4500,
@@ -250,6 +255,8 @@ impl Pair {
                 refuse_installs: None,
                 sent: Vec::new(),
                 nonce,
+                address: address(A),
+                names: BTreeMap::new(),
                 reqids: 0,
                 key_rng: TestRng(!seed),
                 streams: BTreeMap::new(),
@@ -257,7 +264,8 @@ impl Pair {
                 stream_clock: BTreeMap::new(),
             }
         };
-        let sides = [side(a), side(b)];
+        let mut sides = [side(a), side(b)];
+        sides[B].address = address(B);
         Self {
             now,
             rng,
@@ -569,6 +577,13 @@ impl Side {
             Job::Authenticate(request) => JobOutcome::Authenticate(self.credentials.authenticate(&request, UNIX_TIME)),
             Job::KeyExchange(work) => JobOutcome::KeyExchange(work.run(&mut self.key_rng)),
             Job::FindRoutes(_) => unreachable!("answered at once"),
+            Job::Resolve(gateway) => JobOutcome::Resolve(match gateway {
+                Gateway::Address(address) => Ok((self.address, address)),
+                Gateway::Name(name) => match self.names.get(&name) {
+                    Some(address) => Ok((self.address, *address)),
+                    None => Err(format!("{name} is unknown")),
+                },
+            }),
             Job::InstallChild(ready) => JobOutcome::InstallChild(match &self.refuse_installs {
                 Some(error) => Err(error.clone()),
                 None => Ok(self.install(ready.pair)),
