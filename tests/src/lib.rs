@@ -12,5 +12,6 @@
 
 pub mod daemon;
 pub mod host;
+pub mod peer;
 pub mod pki;
 pub mod scene;

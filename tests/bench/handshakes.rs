@@ -1,0 +1,192 @@
+//! The same handshakes against Latchkey's and strongSwan's responder, side by side; see `tests/bench/ike`.
+
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a benchmark fails by panicking")]
+
+use std::collections::BTreeMap;
+use std::net::{SocketAddr, UdpSocket};
+use std::path::Path as FilePath;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver};
+use std::time::{Duration, Instant};
+
+use ike::engine::{EngineConfig, Path, Transmit, Transport};
+use latchkey_tests::daemon::Daemon;
+use latchkey_tests::daemon::Kind::{self, Latchkey, Strongswan};
+use latchkey_tests::scene::{A, Auth, B, Suite, configurations, hosts};
+
+use latchkey_tests::peer::{Peer, Setting};
+
+/// Handshakes of each measurement.
+const HANDSHAKES: usize = 500;
+
+/// At once under way: below what makes either daemon ask for cookies from one address.
+const PARALLEL: usize = 2;
+
+const MARKER: [u8; 4] = [0; 4];
+
+fn main() {
+    let args: Vec<String> = std::env::args().collect();
+    match args.get(1).map(String::as_str) {
+        Some("load") => load(FilePath::new(&args[2]), args[3].parse().unwrap()),
+        rounds => compare(rounds.and_then(|text| text.parse().ok()).unwrap_or(3)),
+    }
+}
+
+struct Case {
+    name: String,
+    kind: Kind,
+    ike: &'static str,
+    auth: Auth,
+    rate: Vec<f64>,
+    cpu: Vec<f64>,
+    memory: Vec<f64>,
+}
+
+fn compare(rounds: usize) {
+    const PLAIN: &str = "aes256gcm16-prfsha256-x25519";
+    const HYBRID: &str = "aes256gcm16-prfsha256-x25519-ke1_mlkem768";
+    let ecdsa = Auth::Certificates(&rcgen::PKCS_ECDSA_P256_SHA256);
+    let mut cases: Vec<Case> = Vec::new();
+    for (what, ike, auth, kinds) in [
+        ("PSK, X25519", PLAIN, Auth::Psk, [Strongswan, Latchkey].as_slice()),
+        ("ECDSA P-256, X25519", PLAIN, ecdsa, &[Strongswan, Latchkey]),
+        // strongSwan has it from 6.0 on.
+        ("ECDSA P-256, X25519 and ML-KEM-768", HYBRID, ecdsa, &[Latchkey]),
+    ] {
+        for kind in kinds {
+            let name = format!("{kind:?}: {what}");
+            cases.push(Case { name, kind: *kind, ike, auth, rate: vec![], cpu: vec![], memory: vec![] });
+        }
+    }
+    for round in 1..=rounds {
+        for case in &mut cases {
+            eprintln!("round {round} of {rounds}: {}", case.name);
+            measure(case);
+        }
+    }
+    println!(
+        "IKE_SA_INIT and IKE_AUTH without a Child SA, {HANDSHAKES} in each of {rounds} rounds, {PARALLEL} at once; medians"
+    );
+    println!("{:<50} {:>14} {:>22} {:>18}", "responder", "handshakes/s", "its processor time", "its memory");
+    for case in cases.iter_mut().filter(|case| !case.rate.is_empty()) {
+        println!(
+            "{:<50} {:>14.0} {:>14.2} ms each {:>12.1} kB each",
+            case.name,
+            median(&mut case.rate),
+            median(&mut case.cpu),
+            median(&mut case.memory)
+        );
+    }
+}
+
+fn measure(case: &mut Case) {
+    let suite = Suite { ike: case.ike, auth: case.auth, connection: "unique = never\n", ..Suite::default() };
+    let [(of_a, files_a), (of_b, files_b)] = configurations(&suite);
+    if Setting::written(&of_a, &files_a).is_none() {
+        eprintln!("refused by the configuration");
+        return;
+    }
+    let (host_a, host_b) = hosts();
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["x509", "x509ca", "private"] {
+        std::fs::create_dir(folder.path().join(name)).unwrap();
+    }
+    std::fs::write(folder.path().join("swanctl.conf"), &of_a).unwrap();
+    for (name, contents) in &files_a {
+        std::fs::write(folder.path().join(name), contents).unwrap();
+    }
+    // Neither daemon writes a log file: what it costs is not what is compared.
+    let daemon = Daemon::start_empty(case.kind, &host_b, "filelog {\nlog {\ndefault = -1\nike = -1\n}\n}\n");
+    daemon.write(&of_b, &files_b);
+    daemon.control(&["--load-all"]);
+    let program = std::env::current_exe().unwrap();
+    let run = |count: usize| -> f64 {
+        let args = ["load", folder.path().to_str().unwrap(), &count.to_string()];
+        host_a.check(program.to_str().unwrap(), &args).trim().parse().unwrap()
+    };
+    run(20);
+    let (cpu, memory) = (daemon.cpu_seconds(), daemon.resident());
+    let seconds = run(HANDSHAKES);
+    let handshakes = HANDSHAKES as f64;
+    case.rate.push(handshakes / seconds);
+    case.cpu.push((daemon.cpu_seconds() - cpu) * 1e3 / handshakes);
+    case.memory.push((daemon.resident() as f64 - memory as f64) / handshakes);
+    // What was measured is what was meant.
+    assert_eq!(daemon.established(), HANDSHAKES + 20);
+}
+
+/// The initiator, inside the first host: prints how many seconds so many handshakes took.
+fn load(folder: &FilePath, count: usize) {
+    let setting = Setting::load(folder).unwrap();
+    let sockets: BTreeMap<u16, Arc<UdpSocket>> =
+        [500, 4500].map(|port| (port, Arc::new(UdpSocket::bind((A, port)).unwrap()))).into();
+    let received = receive_all(&sockets);
+    let send = |messages: Vec<Transmit>| {
+        for Transmit { path, bytes } in messages {
+            let marked =
+                if path.transport == Transport::UdpEncap { [&MARKER, bytes.as_slice()].concat() } else { bytes };
+            sockets[&path.local.port()].send_to(&marked, path.remote).unwrap();
+        }
+    };
+    // Each handshake has an engine, found by the initiator's SPI, the first octets of every message.
+    let mut initiators: BTreeMap<Vec<u8>, Peer> = BTreeMap::new();
+    let (mut started, mut done) = (0, 0);
+    let start = Instant::now();
+    while done < count {
+        assert!(start.elapsed() < Duration::from_secs(120), "{done} of {count} handshakes in two minutes");
+        while started < count && initiators.len() < PARALLEL {
+            let mut initiator = Peer::new(&setting, EngineConfig::default());
+            let sent = initiator.initiate(Instant::now(), A.parse().unwrap(), B.parse().unwrap(), false);
+            initiators.insert(spi(&sent[0].bytes), initiator);
+            send(sent);
+            started += 1;
+        }
+        if let Ok((path, bytes)) = received.recv_timeout(Duration::from_millis(500)) {
+            let spi = spi(&bytes);
+            if let Some(initiator) = initiators.get_mut(&spi) {
+                send(initiator.receive(Instant::now(), path, &bytes));
+                assert_eq!(initiator.failed, 0);
+                if initiator.done == 1 {
+                    initiators.remove(&spi);
+                    done += 1;
+                }
+            }
+        }
+        for initiator in initiators.values_mut() {
+            initiator.engine.handle_timeout(Instant::now());
+            send(initiator.outputs(Instant::now()));
+        }
+    }
+    println!("{}", start.elapsed().as_secs_f64());
+    // The reading threads end with the process.
+}
+
+fn spi(message: &[u8]) -> Vec<u8> {
+    message[..8].to_vec()
+}
+
+fn receive_all(sockets: &BTreeMap<u16, Arc<UdpSocket>>) -> Receiver<(Path, Vec<u8>)> {
+    let (sender, receiver) = mpsc::channel();
+    for (port, socket) in sockets {
+        let (sender, socket) = (sender.clone(), Arc::clone(socket));
+        let local = SocketAddr::new(A.parse().unwrap(), *port);
+        let transport = if *port == 4500 { Transport::UdpEncap } else { Transport::Udp };
+        std::thread::spawn(move || {
+            let mut buffer = vec![0; 65_536];
+            while let Ok((length, remote)) = socket.recv_from(&mut buffer) {
+                let bytes = &buffer[..length];
+                let bytes = if transport == Transport::UdpEncap { bytes.strip_prefix(&MARKER) } else { Some(bytes) };
+                let Some(bytes) = bytes else { continue };
+                if sender.send((Path { local, remote, transport }, bytes.to_vec())).is_err() {
+                    return;
+                }
+            }
+        });
+    }
+    receiver
+}
+
+fn median(values: &mut [f64]) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
