@@ -271,6 +271,24 @@ pub enum TcpPolicy {
     Yes,
 }
 
+/// Puzzles of RFC 8019: when we set them, and which we solve. All options are ours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PuzzlePolicy {
+    /// Half-open IKE SAs in all from which on initiators must solve a puzzle; 0 never (`charon.puzzle_threshold`).
+    pub threshold: usize,
+    /// Difficulty of the puzzles that we set, in zero bits; more when load is higher (`charon.puzzle_difficulty`).
+    pub difficulty: u8,
+    /// Most difficult puzzle that we solve as initiator; 0 solves none (`charon.puzzle_limit`).
+    pub limit: u8,
+}
+
+impl Default for PuzzlePolicy {
+    /// Under heavy attack only; 16 bits cost an initiator some tenths of a second, 20 some seconds.
+    fn default() -> Self {
+        Self { threshold: 1024, difficulty: 16, limit: 20 }
+    }
+}
+
 /// How requests are repeated (`charon.retransmit_*`).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Retransmission {

@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use ike::crypto::puzzle::{MAX_DIFFICULTY, MIN_DIFFICULTY};
 use ike::engine::EngineConfig;
 
 use crate::config::settings::{self, SettingsError};
@@ -152,9 +153,32 @@ pub fn read_settings(root: &Section) -> Loaded {
         usize::try_from(size).ok().filter(|size| (576..=65_535).contains(size))
     });
     reader.set("half_open_timeout", &mut engine.half_open_timeout, |text| seconds(text).filter(|time| !time.is_zero()));
-    reader.set("cookie_threshold", &mut engine.cookie_threshold, count);
-    reader.set("cookie_threshold_ip", &mut engine.cookie_threshold_ip, count);
+    // As in charon, 0 turns cookies off.
+    let threshold = |text: &str| count(text).map(|count| if count == 0 { usize::MAX } else { count });
+    reader.set("cookie_threshold", &mut engine.cookie_threshold, threshold);
+    reader.set("cookie_threshold_ip", &mut engine.cookie_threshold_ip, threshold);
     reader.set("block_threshold", &mut engine.block_threshold, count);
+    reader.set("ikesa_limit", &mut engine.ikesa_limit, count);
+    reader.set("init_limit_half_open", &mut engine.init_limit_half_open, count);
+    reader.set("init_limit_job_load", &mut engine.init_limit_job_load, count);
+    reader.set("address_budget", &mut engine.address_budget, |text| limited(text, 1_000_000));
+    reader.set("puzzle_threshold", &mut engine.puzzles.threshold, count);
+    reader.set("puzzle_difficulty", &mut engine.puzzles.difficulty, |text| {
+        let difficulty = limited(text, MAX_DIFFICULTY.into()).and_then(|bits| u8::try_from(bits).ok());
+        difficulty.filter(|bits| *bits >= MIN_DIFFICULTY)
+    });
+    reader.set("puzzle_limit", &mut engine.puzzles.limit, |text| {
+        limited(text, MAX_DIFFICULTY.into()).and_then(|bits| u8::try_from(bits).ok())
+    });
+    let mut protection = true;
+    reader.set("dos_protection", &mut protection, values::boolean);
+    if !protection {
+        engine.cookie_threshold = usize::MAX;
+        engine.cookie_threshold_ip = usize::MAX;
+        engine.block_threshold = 0;
+        engine.address_budget = 0;
+        engine.puzzles.threshold = 0;
+    }
     reader.set("delete_rekeyed_delay", &mut engine.delete_rekeyed_delay, seconds);
     reader.set("keep_alive", &mut engine.keep_alive, seconds);
     reader.set("prefer_configured_proposals", &mut engine.prefer_configured_proposals, values::boolean);

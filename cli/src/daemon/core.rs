@@ -9,7 +9,6 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::Context as _;
 use espintcp::streams::{StreamEvent, Streams};
 use ike::config::{Child, DpdAction, StartAction};
-use ike::crypto::KeyWork;
 use ike::engine::{
     ChildReady, ChildSaId, ChildSaStatus, ChildState, CloseReason, Engine, Event, IkeState, Initiate, InstallError,
     Job, JobId, JobOutcome, Output, Path, Route, RouteQuery, Target, Transport,
@@ -108,7 +107,7 @@ pub(super) struct Core {
     waiting: HashMap<u64, oneshot::Sender<Result<(), String>>>,
     /// Terminations that wait for all of their SAs.
     finished: mpsc::UnboundedSender<Finished>,
-    /// A permit for each key exchange that may be computed at a time.
+    /// A permit for each key exchange or puzzle that may be computed at a time.
     processors: Arc<Semaphore>,
     from_finished: mpsc::UnboundedReceiver<Finished>,
     events: broadcast::Sender<Arc<Event>>,
@@ -292,7 +291,12 @@ impl Core {
                         JobOutcome::Authenticate(credentials.authenticate(&request, unix_time()))
                     });
                 }
-                Output::Job(job, Job::KeyExchange(work)) => self.spawn_key_work(job, work),
+                Output::Job(job, Job::KeyExchange(work)) => {
+                    self.spawn_computation(job, move || JobOutcome::KeyExchange(work.run(&mut SystemRng)));
+                }
+                Output::Job(job, Job::SolvePuzzle(puzzle)) => {
+                    self.spawn_computation(job, move || JobOutcome::SolvePuzzle(puzzle.solve()));
+                }
                 Output::Job(job, Job::InstallChild(ready)) => {
                     let outcome = self.install(*ready);
                     self.engine.handle_job(Instant::now(), job, JobOutcome::InstallChild(outcome));
@@ -316,13 +320,13 @@ impl Core {
     }
 
     /// As many at a time as there are processors: it is all computing, and the rest of the pool stays free.
-    fn spawn_key_work(&self, job: JobId, work: KeyWork) {
+    fn spawn_computation(&self, job: JobId, work: impl FnOnce() -> JobOutcome + Send + 'static) {
         let (finished, processors) = (self.finished.clone(), Arc::clone(&self.processors));
         tokio::spawn(async move {
             // The semaphore is never closed.
             let Ok(permit) = processors.acquire_owned().await else { return };
             tokio::task::spawn_blocking(move || {
-                let outcome = JobOutcome::KeyExchange(work.run(&mut SystemRng));
+                let outcome = work();
                 drop(permit);
                 let _ = finished.send(Finished::Job(job, outcome));
             });

@@ -11,6 +11,7 @@ mod modp;
 pub mod names;
 mod notation;
 mod prf;
+pub mod puzzle;
 mod selection;
 #[cfg(test)]
 mod tests;

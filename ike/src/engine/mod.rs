@@ -7,7 +7,9 @@
 
 pub(crate) mod context;
 mod cookie;
+mod defence;
 pub(crate) mod places;
+mod puzzles;
 mod responder;
 pub(crate) mod triggers;
 
@@ -24,7 +26,8 @@ use pad::{
 };
 
 use crate::Rng;
-use crate::config::{Child, Connection, Retransmission};
+use crate::config::{Child, Connection, PuzzlePolicy, Retransmission};
+use crate::crypto::puzzle::Puzzle;
 use crate::crypto::{IkeSuite, KeyDone, KeyError, KeyWork};
 use crate::sa::established::Closed;
 pub use crate::sa::redirect::Gateway;
@@ -32,7 +35,9 @@ use crate::sa::{Established, IkeSa, Initiating, Want, retry};
 use crate::wire::{self, ExchangeType, Incoming, Message, Protected, WireError};
 use context::{Context, PeerKey, Superseded};
 use cookie::Cookies;
+use defence::Defence;
 use places::{Place, Places};
+use puzzles::Spent;
 use sha2::{Digest, Sha256};
 
 /// How an IKE message travels.
@@ -88,6 +93,19 @@ pub struct EngineConfig {
     pub cookie_threshold_ip: usize,
     /// Half-open IKE SAs of one address beyond which IKE_SA_INIT is dropped (`charon.block_threshold`).
     pub block_threshold: usize,
+    /// IKE_SA_INIT requests in a minute that one address (IPv6: one /64) may have served without authenticating
+    /// afterwards; 0 is no limit (`charon.address_budget`, ours).
+    pub address_budget: u32,
+    /// IKE SAs in all beyond which IKE_SA_INIT is dropped; 0 is no limit (`charon.ikesa_limit`).
+    pub ikesa_limit: usize,
+    /// Half-open IKE SAs in all from which on IKE_SA_INIT is dropped; 0 is no limit of its own
+    /// (`charon.init_limit_half_open`).
+    pub init_limit_half_open: usize,
+    /// Jobs that are out from which on IKE_SA_INIT is dropped; 0 is no limit of its own
+    /// (`charon.init_limit_job_load`).
+    pub init_limit_job_load: usize,
+    /// Puzzles (RFC 8019).
+    pub puzzles: PuzzlePolicy,
     /// How long the inbound half of a rekeyed Child SA stays (`charon.delete_rekeyed_delay`).
     pub delete_rekeyed_delay: Duration,
     /// Order of ours wins in proposals (`prefer_configured_proposals`).
@@ -113,6 +131,11 @@ impl Default for EngineConfig {
             cookie_threshold: 30,
             cookie_threshold_ip: 3,
             block_threshold: 5,
+            address_budget: 60,
+            ikesa_limit: 0,
+            init_limit_half_open: 0,
+            init_limit_job_load: 0,
+            puzzles: PuzzlePolicy::default(),
             delete_rekeyed_delay: Duration::from_secs(5),
             prefer_configured_proposals: true,
             keep_alive: Duration::from_secs(20),
@@ -162,6 +185,8 @@ pub enum Job {
     Authenticate(AuthenticateRequest),
     /// A step of a key exchange: [`KeyWork::run`].
     KeyExchange(KeyWork),
+    /// Solve a responder's puzzle: [`Puzzle::solve`].
+    SolvePuzzle(Puzzle),
     /// Ask the latches, then install: a Child SA is ready. The exchange goes on after the answer, so a
     /// responder's answer never promises an SA that is not there, and a latch breaks before the SA goes in.
     InstallChild(Box<ChildReady>),
@@ -177,6 +202,7 @@ impl std::fmt::Debug for Job {
             Self::Sign(_) => "Sign",
             Self::Authenticate(_) => "Authenticate",
             Self::KeyExchange(_) => "KeyExchange",
+            Self::SolvePuzzle(_) => "SolvePuzzle",
             Self::InstallChild(_) => "InstallChild",
             Self::FindRoutes(_) => "FindRoutes",
             Self::Resolve(_) => "Resolve",
@@ -237,6 +263,8 @@ pub enum JobOutcome {
     Authenticate(Result<PeerIdentity, AuthError>),
     /// To `KeyExchange`.
     KeyExchange(Result<KeyDone, KeyError>),
+    /// To `SolvePuzzle`: the solution, or `None` when none was found in time.
+    SolvePuzzle(Option<Vec<u8>>),
     /// To `InstallChild`: the `reqid` it got, or why not.
     InstallChild(Result<u32, InstallError>),
     /// To `FindRoutes`: the usable pairs, best first.
@@ -388,9 +416,10 @@ pub struct Engine {
     places: Places,
     /// IKE_SA_INIT requests that made an IKE SA, by initiator's SPI and source.
     inits: BTreeMap<(u64, SocketAddr), IkeSaId>,
-    /// Half-open IKE SAs by address; the sum is `half_open_total`.
-    half_open: BTreeMap<IpAddr, usize>,
-    half_open_total: usize,
+    /// What strangers may cost.
+    defence: Defence,
+    /// Solved puzzles that were accepted.
+    spent: Spent,
     /// Who uses a stream, and whether we opened it.
     streams: BTreeMap<StreamId, StreamUse>,
     /// Streams of the peer that nothing uses any more, and when we close them.
@@ -423,6 +452,7 @@ impl Engine {
     /// A new engine. `now` starts its cookie secret's life.
     pub fn new(config: EngineConfig, mut rng: Box<dyn Rng>, now: Instant) -> Self {
         let cookies = Cookies::new(now, rng.as_mut());
+        let defence = Defence::new(now, config.address_budget, rng.as_mut());
         Self {
             ctx: Context::new(config, rng),
             sas: BTreeMap::new(),
@@ -430,8 +460,8 @@ impl Engine {
             cookies,
             places: Places::default(),
             inits: BTreeMap::new(),
-            half_open: BTreeMap::new(),
-            half_open_total: 0,
+            defence,
+            spent: Spent::default(),
             streams: BTreeMap::new(),
             lingering: BTreeMap::new(),
             now,
@@ -455,7 +485,7 @@ impl Engine {
         match wire::parse(bytes) {
             Ok(Incoming::Plain(message)) => self.handle_plain(now, path, message, bytes),
             Ok(Incoming::Protected(protected)) => self.handle_protected(now, path, protected, bytes),
-            Err(WireError::MajorVersion(version)) => self.answer_version(path, bytes, version),
+            Err(WireError::MajorVersion(version)) => self.answer_version(now, path, bytes, version),
             Err(error) => tracing::trace!(%error, "not an IKE message"),
         }
         self.settle(now);
@@ -650,7 +680,7 @@ impl Engine {
 
     /// IKE SAs in total, and those half-open.
     pub fn counts(&self) -> (usize, usize) {
-        (self.sas.len(), self.half_open_total)
+        (self.sas.len(), self.defence.half_open.total())
     }
 
     // Routing.
@@ -797,6 +827,9 @@ impl Engine {
         let half_open = sa.half_open_from().map(|from| from.ip());
         if half_open != old.half_open {
             self.count_half_open(old.half_open, half_open);
+            if let (Some(address), None) = (old.half_open, half_open) {
+                self.defence.refund(address);
+            }
         }
         let peer = sa.peer_key();
         if peer != old.peer {
@@ -854,17 +887,10 @@ impl Engine {
 
     fn count_half_open(&mut self, old: Option<IpAddr>, new: Option<IpAddr>) {
         if let Some(address) = old {
-            self.half_open_total = self.half_open_total.saturating_sub(1);
-            if let Some(count) = self.half_open.get_mut(&address) {
-                *count = count.saturating_sub(1);
-                if *count == 0 {
-                    self.half_open.remove(&address);
-                }
-            }
+            self.defence.half_open.remove(address);
         }
         if let Some(address) = new {
-            self.half_open_total += 1;
-            *self.half_open.entry(address).or_default() += 1;
+            self.defence.half_open.add(address);
         }
     }
 

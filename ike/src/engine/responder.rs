@@ -6,7 +6,7 @@ use std::time::Instant;
 use ipsec::transform::Ke;
 
 use super::context::Context;
-use super::{Engine, Path, Transport};
+use super::{Engine, Path};
 use crate::config::{Connection, Fragmentation};
 use crate::crypto::{self, IkeChoice};
 use crate::sa::auth::{InitMaterial, IntAuth, auth_announcement, cert_request};
@@ -20,12 +20,6 @@ use crate::sa::parts::Parts;
 use crate::sa::redirect::{Redirects, init_redirect};
 use crate::sa::{Core, IkeSa, ResponderIntermediate};
 use crate::wire::{self, ExchangeType, Header, Message, NotifyType, Payload};
-
-/// Half-open IKE SAs in all, whatever the thresholds: each takes memory for `half_open_timeout`.
-const MAX_HALF_OPEN: usize = 4096;
-
-/// Jobs that are out beyond which no stranger gets another one.
-const MAX_JOBS: usize = 1024;
 
 impl Engine {
     pub(super) fn handle_init_request(&mut self, now: Instant, path: Path, message: Message, bytes: &[u8]) {
@@ -42,7 +36,10 @@ impl Engine {
                 Some(IkeSa::ResponderAuth(sa)) => Some(sa.init_exchange()),
                 _ => None,
             };
-            if let Some((_, answer)) = exchange.filter(|(request, _)| *request == bytes) {
+            // With many CERTREQs the answer is the longer one; who repeats in another's name gets few of them.
+            if let Some((_, answer)) = exchange.filter(|(request, _)| *request == bytes)
+                && self.defence.may_answer(now, path.remote.ip())
+            {
                 let answer = answer.to_vec();
                 self.ctx.transmit(path, [answer]);
             }
@@ -52,28 +49,15 @@ impl Engine {
         if self.ctx.ike_spis.contains_key(&header.initiator_spi) {
             return;
         }
-        // Whoever comes later would wait for all of them; it asks again when there is room.
-        if self.ctx.jobs.len() >= MAX_JOBS {
-            let line = format!("ignoring IKE_SA setup from {}, job queue is full", path.remote.ip());
-            self.ctx.log("NET", 1, None, line);
-            return;
-        }
-        if self.half_open_total >= MAX_HALF_OPEN {
-            let line = format!("ignoring IKE_SA setup from {}, half open IKE_SA count too high", path.remote.ip());
-            self.ctx.log("NET", 1, None, line);
-            return;
-        }
-        let from = self.half_open.get(&path.remote.ip()).copied().unwrap_or(0);
-        if self.ctx.config.block_threshold > 0 && from >= self.ctx.config.block_threshold {
-            let line = format!("ignoring IKE_SA setup from {}, peer too aggressive", path.remote.ip());
-            self.ctx.log("NET", 1, None, line);
-            return;
+        if let Some(reason) = self.refusal(now, path.remote.ip()) {
+            let line = format!("ignoring IKE_SA setup from {}, {reason}", path.remote.ip());
+            return self.log_stranger(now, "NET", line);
         }
         let parts = match Parts::collect(message.payloads) {
             Ok(parts) => parts,
-            Err(fault) => return self.refuse_init(path, &header, &fault),
+            Err(fault) => return self.refuse_init(now, path, &header, &fault),
         };
-        if !self.cookie_satisfied(now, path, &header, &parts, from) {
+        if !self.deserves_state(now, path, &header, &parts) {
             return;
         }
         let redirect = self.ctx.connections.iter().find(|connection| connection.admits_addresses(&path));
@@ -85,15 +69,18 @@ impl Engine {
             return;
         }
         match self.accept_init(now, path, &header, parts, bytes) {
-            Ok(sa) => self.insert(sa.core.id, IkeSa::ResponderIntermediate(Box::new(sa)), Some(key)),
-            Err(fault) => self.refuse_init(path, &header, &fault),
+            Ok(sa) => {
+                self.defence.charge(now, path.remote.ip());
+                self.insert(sa.core.id, IkeSa::ResponderIntermediate(Box::new(sa)), Some(key));
+            }
+            Err(fault) => self.refuse_init(now, path, &header, &fault),
         }
     }
 
     /// §2.5: who speaks a later major version learns ours.
-    pub(super) fn answer_version(&mut self, path: Path, bytes: &[u8], version: u8) {
+    pub(super) fn answer_version(&mut self, now: Instant, path: Path, bytes: &[u8], version: u8) {
         let Some(header) = foreign_header(bytes) else { return };
-        if header.response {
+        if header.response || !self.defence.may_answer(now, path.remote.ip()) {
             return;
         }
         let line = format!(
@@ -104,31 +91,6 @@ impl Engine {
         let header = Header { response: true, from_initiator: !header.from_initiator, ..header };
         let payloads = vec![notify(NotifyType::INVALID_MAJOR_VERSION, Vec::new())];
         self.ctx.transmit(path, [wire::encode(&Message { header, payloads })]);
-    }
-
-    /// §2.6: true when the request may cost us state and a key exchange; otherwise a cookie went out.
-    fn cookie_satisfied(&mut self, now: Instant, path: Path, header: &Header, parts: &Parts, from: usize) -> bool {
-        // RFC 9329 §6.3: a stream has shown already that its originator is where it says.
-        if matches!(path.transport, Transport::Stream(_)) {
-            return true;
-        }
-        let config = &self.ctx.config;
-        let crowded = self.half_open_total >= config.cookie_threshold || from >= config.cookie_threshold_ip;
-        if !crowded {
-            return true;
-        }
-        let Some(ni) = &parts.nonce else { return false };
-        let (rng, remote, spi_i) = (self.ctx.rng.as_mut(), path.remote, header.initiator_spi);
-        if let Some(cookie) = parts.notify(NotifyType::COOKIE)
-            && self.cookies.check(now, rng, &cookie.data, ni, remote, spi_i)
-        {
-            return true;
-        }
-        let cookie = self.cookies.make(now, rng, ni, remote, spi_i);
-        let header = answer_header(header, 0);
-        let payloads = vec![notify(NotifyType::COOKIE, cookie)];
-        self.ctx.transmit(path, [wire::encode(&Message { header, payloads })]);
-        false
     }
 
     fn accept_init(
@@ -152,7 +114,9 @@ impl Engine {
                 path.local.ip(),
                 path.remote.ip()
             );
-            ctx.log("IKE", 1, None, line);
+            if let Some(line) = self.defence.line(now, line) {
+                ctx.log("IKE", 1, None, line);
+            }
         }
         let ours_first = ctx.config.prefer_configured_proposals;
         // RFC 9370 §2.2.1: additional key exchanges only with a peer that has the exchange for them.
@@ -209,8 +173,8 @@ impl Engine {
         Ok(ResponderIntermediate::begin(ctx, now, core, request, *group, public.clone()))
     }
 
-    fn refuse_init(&mut self, path: Path, header: &Header, fault: &Fault) {
-        self.ctx.log("IKE", 1, None, format!("IKE_SA_INIT from {} refused: {fault}", path.remote.ip()));
+    pub(super) fn refuse_init(&mut self, now: Instant, path: Path, header: &Header, fault: &Fault) {
+        self.log_stranger(now, "IKE", format!("IKE_SA_INIT from {} refused: {fault}", path.remote.ip()));
         let header = answer_header(header, 0);
         self.ctx.transmit(path, [wire::encode(&Message { header, payloads: vec![fault.payload()] })]);
     }
@@ -241,7 +205,7 @@ fn answer(
     Message { header: answer_header(request, spis.responder), payloads }
 }
 
-fn answer_header(request: &Header, responder_spi: u64) -> Header {
+pub(super) fn answer_header(request: &Header, responder_spi: u64) -> Header {
     Header {
         initiator_spi: request.initiator_spi,
         responder_spi,

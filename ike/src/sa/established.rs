@@ -429,7 +429,10 @@ impl Established {
             JobOutcome::InstallChild(result) => result,
             JobOutcome::FindRoutes(routes) => return self.handle_routes(ctx, now, job, routes).map(|()| None),
             JobOutcome::Resolve(result) => return self.redirect_resolved(ctx, now, job, result).map(|()| None),
-            other @ (JobOutcome::Sign(_) | JobOutcome::Authenticate(_) | JobOutcome::KeyExchange(_)) => {
+            other @ (JobOutcome::Sign(_)
+            | JobOutcome::Authenticate(_)
+            | JobOutcome::KeyExchange(_)
+            | JobOutcome::SolvePuzzle(_)) => {
                 return Ok(Some(other));
             }
         };

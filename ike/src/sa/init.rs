@@ -45,19 +45,22 @@ pub(crate) struct Initiating {
 }
 
 /// One SPI's attempt.
-struct Attempt {
+pub(super) struct Attempt {
     spi: u64,
     path: Path,
     nonce: Vec<u8>,
     method: Ke,
     ke: OurKe,
-    cookie: Option<Vec<u8>>,
     /// What we say about redirects.
     redirect: Option<Payload>,
+    pub(super) cookie: Option<Vec<u8>>,
+    /// The puzzle over that cookie, which is being solved, and its solution.
+    pub(super) solving: Option<JobId>,
+    pub(super) solution: Option<Vec<u8>>,
     restarts: u8,
     progress: Progress,
     /// When to turn to TCP.
-    tcp_at: Option<Instant>,
+    pub(super) tcp_at: Option<Instant>,
 }
 
 /// Our key pair.
@@ -265,6 +268,8 @@ impl Initiating {
             Progress::Opening { .. } | Progress::Generating { .. } | Progress::Redirecting { .. } => Some(self),
             Progress::Sent { request, retry } => match retry.poll(now, &ctx.config.retransmission, ctx.rng.as_mut()) {
                 Due::Nothing => Some(self),
+                // The peer has answered, and waits for the solution.
+                Due::Resend if self.attempt.solving.is_some() => Some(self),
                 Due::Resend => {
                     let line = format!("retransmit {} of request with message ID 0", retry.done);
                     ctx.log("IKE", 1, tag, line);
@@ -295,7 +300,7 @@ impl Initiating {
         Some(self)
     }
 
-    /// The key pair is made.
+    /// The key pair is made, or a puzzle is solved.
     pub(crate) fn handle_job(
         mut self: Box<Self>,
         ctx: &mut Context,
@@ -319,6 +324,10 @@ impl Initiating {
                 None
             }
             JobOutcome::Resolve(result) => self.gateway_found(ctx, now, job, result),
+            JobOutcome::SolvePuzzle(solution) if self.attempt.solving == Some(job) => {
+                self.attempt.solved(ctx, now, self.id, &self.connection, solution);
+                Some(self)
+            }
             // Of an attempt that is over.
             _ => Some(self),
         }
@@ -395,15 +404,19 @@ impl Initiating {
             }
         };
         if let Some(cookie) = parts.notify(NotifyType::COOKIE).filter(|_| parts.sa.is_none()) {
-            // RFC 7296 §2.6: 1 to 64 octets.
-            if (1..=64).contains(&cookie.data.len()) && self.attempt.may_restart() {
-                self.attempt.cookie = Some(cookie.data.clone());
-                self.attempt.send(ctx, now, self.id, &self.connection);
+            // RFC 7296 §2.6: 1 to 64 octets. One puzzle at a time.
+            let idle = self.attempt.solving.is_none();
+            if idle && (1..=64).contains(&cookie.data.len()) && self.attempt.may_restart() {
+                self.attempt.demanded(ctx, now, self.id, &self.connection, &cookie.data, &parts);
             }
             return Some(IkeSa::Initiating(self));
         }
         if parts.has(NotifyType::REDIRECT) && parts.sa.is_none() {
             return self.redirected(ctx, now, &parts).map(IkeSa::Initiating);
+        }
+        // RFC 8019 §7.1.2: there is nothing to solve it over.
+        if parts.has(NotifyType::PUZZLE) && parts.sa.is_none() {
+            return Some(IkeSa::Initiating(self));
         }
         if let Some(error) = parts.error() {
             if error.kind == NotifyType::INVALID_KE_PAYLOAD {
@@ -583,6 +596,8 @@ impl Attempt {
             ke,
             cookie: None,
             redirect: redirects.payload(),
+            solving: None,
+            solution: None,
             restarts: 0,
             progress: Progress::Opening { deadline: after(now, total) },
             tcp_at: None,
@@ -614,7 +629,7 @@ impl Attempt {
     }
 
     /// Builds and sends the request with what the answers so far asked for.
-    fn send(&mut self, ctx: &mut Context, now: Instant, id: IkeSaId, connection: &Connection) {
+    pub(super) fn send(&mut self, ctx: &mut Context, now: Instant, id: IkeSaId, connection: &Connection) {
         let OurKe::Ready(ke) = &self.ke else { return };
         let offered = proposals(connection);
         let intermediate = offers_additional(&offered);
@@ -623,6 +638,8 @@ impl Attempt {
         if let Some(cookie) = &self.cookie {
             payloads.push(notify(NotifyType::COOKIE, cookie.clone()));
         }
+        // RFC 8019 §7.1.2
+        payloads.extend(self.solution.clone().map(Payload::PuzzleSolution));
         payloads.push(Payload::Sa(offered));
         payloads.push(Payload::Ke { group: ke.method(), data: ke.public().to_vec() });
         payloads.push(Payload::Nonce(self.nonce.clone()));

@@ -22,6 +22,7 @@ pub(crate) mod intermediate_responder;
 pub(crate) mod mobility;
 pub(crate) mod nat;
 pub(crate) mod parts;
+mod puzzle;
 pub(crate) mod redirect;
 pub(crate) mod rekey;
 pub(crate) mod retry;

@@ -31,6 +31,7 @@ pub(crate) struct Parts {
     pub(crate) ts_responder: Option<Vec<WireSelector>>,
     pub(crate) notifies: Vec<Notify>,
     pub(crate) deletes: Vec<(Protocol, Vec<u32>)>,
+    pub(crate) puzzle_solution: Option<Vec<u8>>,
 }
 
 impl Parts {
@@ -76,6 +77,7 @@ impl Parts {
                 Payload::Auth { method, data } => once(&mut parts.auth, (method, data), "AUTH")?,
                 Payload::Notify(notify) => parts.notifies.push(notify),
                 Payload::Delete { protocol, spis } => parts.deletes.push((protocol, spis)),
+                Payload::PuzzleSolution(solution) => once(&mut parts.puzzle_solution, solution, "PS")?,
                 Payload::TsInitiator(selectors) => once(&mut parts.ts_initiator, selectors, "TSi")?,
                 Payload::TsResponder(selectors) => once(&mut parts.ts_responder, selectors, "TSr")?,
                 Payload::Vendor(_) | Payload::Configuration(_) | Payload::Eap(_) | Payload::Unknown { .. } => {}

@@ -140,6 +140,7 @@ impl NotifyType {
     pub const REDIRECTED_FROM: Self = Self(16408);
     pub const IKEV2_FRAGMENTATION_SUPPORTED: Self = Self(16430);
     pub const SIGNATURE_HASH_ALGORITHMS: Self = Self(16431);
+    pub const PUZZLE: Self = Self(16434);
     pub const INTERMEDIATE_EXCHANGE_SUPPORTED: Self = Self(16438);
     pub const ADDITIONAL_KEY_EXCHANGE: Self = Self(16441);
     pub const SUPPORTED_AUTH_METHODS: Self = Self(16443);
@@ -217,6 +218,8 @@ pub enum Payload {
     Configuration(Vec<u8>),
     /// EAP (48).
     Eap(Vec<u8>),
+    /// Puzzle Solution (54): keys of one size, not checked here (RFC 8019 §8.2).
+    PuzzleSolution(Vec<u8>),
     /// Anything else that was not critical, or was (RFC 7296 §2.5).
     Unknown {
         /// Payload type.

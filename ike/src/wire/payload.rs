@@ -26,6 +26,8 @@ const TS_INITIATOR: u8 = 44;
 const TS_RESPONDER: u8 = 45;
 const CONFIGURATION: u8 = 47;
 const EAP: u8 = 48;
+/// RFC 8019 §8.2.
+const PUZZLE_SOLUTION: u8 = 54;
 
 const TS_IPV4_ADDR_RANGE: u8 = 7;
 const TS_IPV6_ADDR_RANGE: u8 = 8;
@@ -104,6 +106,7 @@ fn parse_payload(kind: u8, critical: bool, mut reader: Reader<'_>) -> Result<Pay
         TS_RESPONDER => Payload::TsResponder(parse_selectors(reader)?),
         CONFIGURATION => Payload::Configuration(reader.rest().to_vec()),
         EAP => Payload::Eap(reader.rest().to_vec()),
+        PUZZLE_SOLUTION => Payload::PuzzleSolution(non_empty(reader, "Puzzle Solution data")?),
         _ => Payload::Unknown { kind, critical, data: reader.rest().to_vec() },
     })
 }
@@ -257,6 +260,7 @@ fn kind_of(payload: &Payload) -> u8 {
         Payload::TsResponder(_) => TS_RESPONDER,
         Payload::Configuration(_) => CONFIGURATION,
         Payload::Eap(_) => EAP,
+        Payload::PuzzleSolution(_) => PUZZLE_SOLUTION,
         Payload::Unknown { kind, .. } => *kind,
     }
 }
@@ -303,6 +307,7 @@ fn encode_body(payload: &Payload, out: &mut Vec<u8>) -> Option<()> {
         | Payload::Vendor(data)
         | Payload::Configuration(data)
         | Payload::Eap(data)
+        | Payload::PuzzleSolution(data)
         | Payload::Unknown { data, .. } => out.extend_from_slice(data),
     }
     Some(())

@@ -1,6 +1,7 @@
 //! An attacker on the path: what it forges, replays or mutates changes nothing.
 
 use super::*;
+use crate::config::PuzzlePolicy;
 use crate::sa::fault::{Fault, notify};
 use crate::sa::parts::Parts;
 use crate::wire::{Header, NotifyType};
@@ -182,7 +183,8 @@ fn a_payload_that_comes_twice_is_refused() {
 #[test]
 fn half_open_sas_are_bounded() {
     let config = EngineConfig { cookie_threshold: usize::MAX, block_threshold: 0, ..EngineConfig::default() };
-    let config = EngineConfig { cookie_threshold_ip: usize::MAX, ..config };
+    let puzzles = PuzzlePolicy { threshold: 0, ..PuzzlePolicy::default() };
+    let config = EngineConfig { cookie_threshold_ip: usize::MAX, puzzles, ..config };
     let mut pair = Pair::with(114, config, connection(A), connection(B));
     pair.initiate(A, 1);
     let request = pair.sides[A].sent[0].clone();

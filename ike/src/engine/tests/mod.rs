@@ -5,6 +5,7 @@ mod authentication;
 mod by_hand;
 mod child_sa;
 mod childless;
+mod defence;
 mod ike_rekey;
 mod informational;
 mod init;
@@ -584,6 +585,7 @@ impl Side {
                     None => Err(format!("{name} is unknown")),
                 },
             }),
+            Job::SolvePuzzle(puzzle) => JobOutcome::SolvePuzzle(puzzle.solve()),
             Job::InstallChild(ready) => JobOutcome::InstallChild(match &self.refuse_installs {
                 Some(error) => Err(error.clone()),
                 None => Ok(self.install(ready.pair)),

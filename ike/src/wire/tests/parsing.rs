@@ -79,6 +79,7 @@ fn every_payload() -> Vec<Payload> {
         Payload::TsResponder(vec![selector("2001:db8::", "2001:db8::ffff")]),
         Payload::Configuration(vec![1, 0, 0, 0, 0, 1, 0, 0]),
         Payload::Eap(vec![1, 1, 0, 5, 1]),
+        Payload::PuzzleSolution(vec![1; 16]),
         Payload::Unknown { kind: 200, critical: true, data: vec![1] },
         Payload::Unknown { kind: 49, critical: false, data: Vec::new() },
     ]
@@ -461,7 +462,8 @@ fn any_payload() -> impl Strategy<Value = Payload> {
         vec(any_selector(), 1..5).prop_map(Payload::TsResponder),
         any_octets().prop_map(Payload::Configuration),
         any_octets().prop_map(Payload::Eap),
-        (54_u8.., any::<bool>(), any_octets()).prop_map(|(kind, critical, data)| Payload::Unknown {
+        vec(any::<u8>(), 1..300).prop_map(Payload::PuzzleSolution),
+        (55_u8.., any::<bool>(), any_octets()).prop_map(|(kind, critical, data)| Payload::Unknown {
             kind,
             critical,
             data
