@@ -11,7 +11,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
 };
-use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
+use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage, AddressScope};
 use netlink_packet_route::link::{InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
@@ -20,6 +20,8 @@ use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessa
 use netlink_packet_route::{AddressFamily, IpProtocol, RouteNetlinkMessage};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
+
+use crate::interfaces::Interface;
 
 /// A connection to the routing tables of one network namespace.
 pub(crate) struct Netlink {
@@ -177,6 +179,64 @@ impl Netlink {
                 _ => None,
             })
             .collect())
+    }
+
+    /// All interfaces with the addresses that can be used.
+    pub(crate) fn interfaces(&mut self) -> io::Result<Vec<Interface>> {
+        let links = self
+            .request(RouteNetlinkMessage::GetLink(LinkMessage::default()), NLM_F_DUMP)
+            .map_err(|e| context(e, "list network interfaces"))?;
+        let addresses = self
+            .request(RouteNetlinkMessage::GetAddress(AddressMessage::default()), NLM_F_DUMP)
+            .map_err(|e| context(e, "list local addresses"))?;
+        let mut interfaces = Vec::new();
+        for answer in &links {
+            let RouteNetlinkMessage::NewLink(link) = answer else { continue };
+            let name = link.attributes.iter().find_map(|attribute| match attribute {
+                LinkAttribute::IfName(name) => Some(name.clone()),
+                _ => None,
+            });
+            let index = link.header.index;
+            interfaces.push(Interface {
+                index,
+                name: name.unwrap_or_default(),
+                up: link.header.flags.contains(LinkFlags::Up | LinkFlags::Running),
+                loopback: link.header.flags.contains(LinkFlags::Loopback),
+                addresses: addresses.iter().filter_map(|answer| usable_address(answer, index)).collect(),
+            });
+        }
+        Ok(interfaces)
+    }
+
+    /// Where packets with `mark` to `remote` would go: their source address and the interface. `None` where they cannot.
+    pub(crate) fn route(&mut self, remote: IpAddr, source: Option<IpAddr>, mark: u32) -> Option<(IpAddr, u32)> {
+        let mut message = RouteMessage::default();
+        message.header.address_family = family(remote);
+        message.header.destination_prefix_length = if remote.is_ipv4() { 32 } else { 128 };
+        message.attributes.push(RouteAttribute::Destination(remote.into()));
+        message.attributes.push(RouteAttribute::Mark(mark));
+        if let Some(source) = source {
+            message.header.source_prefix_length = message.header.destination_prefix_length;
+            message.attributes.push(RouteAttribute::Source(source.into()));
+        }
+        // An error says that there is no route.
+        let answers = self.request(RouteNetlinkMessage::GetRoute(message), NLM_F_ACK).ok()?;
+        answers.iter().find_map(|answer| {
+            let RouteNetlinkMessage::NewRoute(route) = answer else { return None };
+            if !matches!(route.header.kind, RouteType::Unicast | RouteType::Local) {
+                return None;
+            }
+            let preferred = route.attributes.iter().find_map(|attribute| match attribute {
+                RouteAttribute::PrefSource(RouteAddress::Inet(address)) => Some(IpAddr::V4(*address)),
+                RouteAttribute::PrefSource(RouteAddress::Inet6(address)) => Some(IpAddr::V6(*address)),
+                _ => None,
+            });
+            let link = route.attributes.iter().find_map(|attribute| match attribute {
+                RouteAttribute::Oif(link) => Some(*link),
+                _ => None,
+            });
+            Some((source.or(preferred)?, link?))
+        })
     }
 
     /// Adds a route, or replaces the one to the same network in the same table.
@@ -429,6 +489,25 @@ pub(crate) fn context(error: io::Error, action: impl std::fmt::Display) -> io::E
         ),
         _ => io::Error::new(error.kind(), format!("{action}: {error}")),
     }
+}
+
+/// The address that a message of a dump is about, if it is of this link and a peer can be told it.
+fn usable_address(message: &RouteNetlinkMessage, link: u32) -> Option<IpAddr> {
+    let RouteNetlinkMessage::NewAddress(message) = message else { return None };
+    let unusable = AddressHeaderFlags::Tentative | AddressHeaderFlags::Deprecated | AddressHeaderFlags::Dadfailed;
+    let wide = matches!(message.header.scope, AddressScope::Universe | AddressScope::Site);
+    if message.header.index != link || !wide || message.header.flags.intersects(unusable) {
+        return None;
+    }
+    let of = |local: bool| {
+        message.attributes.iter().find_map(move |attribute| match attribute {
+            AddressAttribute::Local(address) if local => Some(*address),
+            AddressAttribute::Address(address) if !local => Some(*address),
+            _ => None,
+        })
+    };
+    // On point-to-point links IFA_ADDRESS is the peer's; IFA_LOCAL is ours where it is present.
+    of(true).or_else(|| of(false))
 }
 
 fn family(address: IpAddr) -> AddressFamily {

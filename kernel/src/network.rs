@@ -26,12 +26,14 @@ use ipsec::guard::FlowGuard;
 use ipsec::plane::{DataPlane, Encapsulation, PlaneEvent, StreamId};
 use tokio::sync::mpsc;
 
+use crate::interfaces::{self, AddressPair, InterfaceFilter};
 use crate::netlink::{Netlink, context};
 use crate::plane::UserSpacePlane;
 use crate::routes::Routes;
 use crate::socket::{Header, OuterSocket};
 use crate::threads;
 use crate::tun::{Tun, TunWriter};
+use crate::watch::{self, Own};
 
 /// How to set the network up.
 #[derive(Clone, Debug)]
@@ -52,6 +54,8 @@ pub struct NetworkConfig {
     pub route_priority: u32,
     /// Install routes at all.
     pub install_routes: bool,
+    /// Interfaces whose addresses peers may be told and moved to.
+    pub interfaces: InterfaceFilter,
 }
 
 impl Default for NetworkConfig {
@@ -65,6 +69,7 @@ impl Default for NetworkConfig {
             route_table: 220,
             route_priority: 220,
             install_routes: true,
+            interfaces: InterfaceFilter::default(),
         }
     }
 }
@@ -90,6 +95,8 @@ pub enum NetworkEvent {
         /// The destination.
         remote: SocketAddr,
     },
+    /// Addresses, links or routes have changed; several changes may be one event.
+    Roamed,
 }
 
 /// Handle of the running network. Cloning it is cheap; the threads stop with the last clone, or earlier by
@@ -107,6 +114,8 @@ pub(crate) struct Inner {
     threads: Mutex<Vec<JoinHandle<()>>>,
     mark: u32,
     tun_name: String,
+    tun_index: u32,
+    filter: InterfaceFilter,
 }
 
 /// What the threads work on.
@@ -180,10 +189,14 @@ impl Network {
             threads: Mutex::default(),
             mark,
             tun_name,
+            tun_index: tun.index(),
+            filter: config.interfaces,
         });
         // From here on, dropping `inner` cleans up.
         let started = threads::start(&shared, &tun)?;
         lock(&inner.threads).extend(started);
+        let own = Own { link: tun.index(), table: config.route_table };
+        lock(&inner.threads).push(watch::start(&shared, own)?);
         Ok((Self { inner }, receiver))
     }
 
@@ -226,6 +239,29 @@ impl Network {
     /// The source address that the system would use towards `remote`, outside the tunnel.
     pub fn source_address(&self, remote: IpAddr) -> io::Result<IpAddr> {
         lock(&self.inner.netlink).source_towards(remote, self.inner.mark)
+    }
+
+    /// The addresses by which peers can reach us, those of the loopback interface and the tunnel left out.
+    pub fn local_addresses(&self) -> io::Result<Vec<IpAddr>> {
+        let interfaces = lock(&self.inner.netlink).interfaces()?;
+        Ok(interfaces::reachable_at(&interfaces, &self.inner.filter, self.inner.tun_index))
+    }
+
+    /// All pairs of our addresses with `remotes` that packets can take outside the tunnel, best first. `in_use` is the
+    /// local address that would rather stay.
+    pub fn address_pairs(&self, in_use: IpAddr, remotes: &[IpAddr]) -> io::Result<Vec<AddressPair>> {
+        let Inner { netlink, filter, tun_index, mark, .. } = &*self.inner;
+        let mut netlink = lock(netlink);
+        let all = netlink.interfaces()?;
+        let route = |remote, source| netlink.route(remote, source, *mark);
+        Ok(interfaces::pairs(&all, filter, *tun_index, in_use, remotes, route))
+    }
+
+    /// Puts back the routes into the tunnel that the system removed together with an address of ours.
+    pub fn restore_routes(&self) {
+        if let Err(e) = lock(&self.inner.routes).restore() {
+            tracing::warn!("{e}");
+        }
     }
 
     /// Marks a socket as ours: its packets stay out of the tunnel even where a tunnel covers their destination. For
@@ -420,6 +456,15 @@ impl Events {
         let mut waiting = lock(&self.waiting);
         if waiting.len() < EVENTS {
             waiting.push_back(NetworkEvent::Plane(event));
+        }
+        self.send_waiting(&mut waiting);
+    }
+
+    /// Says that addresses or routes have changed, once however often.
+    pub(crate) fn roamed(&self) {
+        let mut waiting = lock(&self.waiting);
+        if !waiting.iter().any(|event| matches!(event, NetworkEvent::Roamed)) {
+            waiting.push_back(NetworkEvent::Roamed);
         }
         self.send_waiting(&mut waiting);
     }

@@ -92,6 +92,21 @@ impl Routes {
         Ok(())
     }
 
+    /// Sets all routes again: the system removes those with a preferred source address together with the address.
+    pub(crate) fn restore(&mut self) -> io::Result<()> {
+        if !self.enabled || self.networks.is_empty() {
+            return Ok(());
+        }
+        let addresses = self.netlink.addresses()?;
+        let mut outcome = Ok(());
+        for (network, users) in &self.networks {
+            let source = users.last().and_then(|user| user.source).filter(|source| addresses.contains(source));
+            let route = Route { network: *network, gateway: None, link: Some(self.link), source, table: self.table };
+            outcome = outcome.and(self.netlink.set_route(&route));
+        }
+        outcome
+    }
+
     /// Removes the routes that only this one needed.
     pub(crate) fn remove(&mut self, owner: Owner) {
         let Self { netlink, networks, table, link, .. } = self;

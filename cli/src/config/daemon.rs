@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use ike::crypto::puzzle::{MAX_DIFFICULTY, MIN_DIFFICULTY};
 use ike::engine::EngineConfig;
+use kernel::interfaces::InterfaceFilter;
 
 use crate::config::settings::{self, SettingsError};
 use crate::config::values;
@@ -73,6 +74,8 @@ pub struct DaemonConfig {
     pub routing_table_prio: u32,
     /// `plugins.socket-default.fwmark`: mark of our own packets.
     pub fwmark: Option<u32>,
+    /// `interfaces_use` and `interfaces_ignore`: whose addresses peers may be told and moved to.
+    pub interfaces: InterfaceFilter,
     /// `filelog`.
     pub file_logs: Vec<FileLog>,
 }
@@ -88,6 +91,7 @@ impl Default for DaemonConfig {
             routing_table: 220,
             routing_table_prio: 220,
             fwmark: None,
+            interfaces: InterfaceFilter::default(),
             file_logs: Vec::new(),
         }
     }
@@ -190,6 +194,10 @@ pub fn read_settings(root: &Section) -> Loaded {
     reader.set("install_routes", &mut config.install_routes, values::boolean);
     reader.set("routing_table", &mut config.routing_table, |text| limited(text, u32::MAX));
     reader.set("routing_table_prio", &mut config.routing_table_prio, |text| limited(text, u32::MAX));
+    let names =
+        |text: &str| Some(text.split(',').map(str::trim).filter(|name| !name.is_empty()).map(str::to_owned).collect());
+    reader.set("interfaces_use", &mut config.interfaces.only, names);
+    reader.set("interfaces_ignore", &mut config.interfaces.ignored, names);
     reader.set("tcp_ports", &mut config.tcp_ports, |text| match values::boolean(text) {
         Some(false) => Some(Vec::new()),
         _ => text.split(',').map(str::trim).filter(|port| !port.is_empty()).map(port).collect(),

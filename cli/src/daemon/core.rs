@@ -36,6 +36,9 @@ const SHUTDOWN_GRACE: Duration = Duration::from_secs(2);
 /// How often the data plane is asked for proof of life.
 const TRAFFIC_INTERVAL: Duration = Duration::from_secs(1);
 
+/// Changes of addresses and routes come in bursts: they are looked at so long after the first.
+const ROAM_DELAY: Duration = Duration::from_millis(100);
+
 /// Messages handled in one turn before timers get theirs.
 const BUDGET: usize = 64;
 
@@ -115,6 +118,8 @@ pub(super) struct Core {
     from_streams: mpsc::Receiver<StreamEvent>,
     commands: mpsc::Receiver<Command>,
     next_traffic_check: Instant,
+    /// When changes of addresses and routes are looked at.
+    roam_at: Option<Instant>,
     stopping: Option<(oneshot::Sender<()>, Instant)>,
 }
 
@@ -145,6 +150,7 @@ impl Core {
             from_streams: parts.from_streams,
             commands: parts.commands,
             next_traffic_check: Instant::now(),
+            roam_at: Some(Instant::now()),
             stopping: None,
         }
     }
@@ -193,7 +199,7 @@ impl Core {
         let engine = self.engine.next_timeout().unwrap_or(idle);
         let stopping = self.stopping.as_ref().map_or(idle, |(_, deadline)| *deadline);
         let traffic = if self.watches_traffic() { self.next_traffic_check } else { idle };
-        engine.min(stopping).min(traffic)
+        engine.min(stopping).min(traffic).min(self.roam_at.unwrap_or(idle))
     }
 
     /// True when some connection wants liveness checks, which inbound ESP makes superfluous.
@@ -216,8 +222,24 @@ impl Core {
                 }
             }
         }
+        if self.roam_at.is_some_and(|due| due <= now) {
+            self.roam_at = None;
+            self.roam(now);
+        }
         if self.engine.next_timeout().is_some_and(|due| due <= now) {
             self.engine.handle_timeout(now);
+        }
+    }
+
+    /// Addresses or routes have changed, or we begin.
+    fn roam(&mut self, now: Instant) {
+        self.network.restore_routes();
+        match self.network.local_addresses() {
+            Ok(addresses) => {
+                let changed = self.engine.set_local_addresses(addresses);
+                self.engine.handle_roam(now, changed);
+            }
+            Err(error) => tracing::error!(%error, "local addresses cannot be listed"),
         }
     }
 
@@ -237,6 +259,9 @@ impl Core {
             }
             NetworkEvent::Plane(PlaneEvent::Acquire { reqid, flow }) => {
                 self.acquire(now, reqid, &flow);
+            }
+            NetworkEvent::Roamed => {
+                self.roam_at.get_or_insert(now + ROAM_DELAY);
             }
             NetworkEvent::Unreachable { remote } => self.engine.handle_unreachable(now, remote),
         }
@@ -334,11 +359,12 @@ impl Core {
     }
 
     fn find_routes(&self, query: &RouteQuery) -> Vec<Route> {
-        let of = |remote: &IpAddr| {
-            let local = self.network.source_address(*remote).ok()?;
-            Some(Route { local, remote: *remote, direct: true })
-        };
-        query.remotes.iter().filter_map(of).collect()
+        let found = self.network.address_pairs(query.local, &query.remotes);
+        let pairs = found.unwrap_or_else(|error| {
+            tracing::error!(%error, "the ways to a peer cannot be looked up");
+            Vec::new()
+        });
+        pairs.into_iter().map(|pair| Route { local: pair.local, remote: pair.remote, direct: pair.direct }).collect()
     }
 
     fn spawn_job(&self, job: JobId, work: impl FnOnce() -> JobOutcome + Send + 'static) {

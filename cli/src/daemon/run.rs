@@ -173,6 +173,7 @@ fn network_config(config: &DaemonConfig) -> NetworkConfig {
         route_table: config.routing_table,
         route_priority: config.routing_table_prio,
         install_routes: config.install_routes,
+        interfaces: config.interfaces.clone(),
         ..defaults
     }
 }
