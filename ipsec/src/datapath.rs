@@ -16,6 +16,7 @@ use arc_swap::ArcSwap;
 use crate::esp::{self, OpenError};
 use crate::guard::{Direction, FlowGuard, Verdict};
 use crate::ip::{self, Fragment, Packet, ecn, protocol};
+use crate::natted::Owners;
 use crate::plane::{Encapsulation, Mode, PlaneError, PlaneEvent, SaPair, Trap, Usage};
 use crate::replay::Freshness;
 use crate::sad::{Counter, Entry, Expiry, Sa};
@@ -116,6 +117,7 @@ pub struct DataPath {
     path_mtu: ArcSwap<PathMtus>,
     /// Held while tables are changed; the order of the next installation.
     control: Mutex<u64>,
+    owners: Owners,
     drops: [AtomicU64; DropReason::ALL.len()],
     events: Mutex<Events>,
     /// Ticks count from the first time that we were told.
@@ -175,6 +177,7 @@ impl DataPath {
             tables: ArcSwap::default(),
             path_mtu: ArcSwap::default(),
             control: Mutex::new(1),
+            owners: Owners::default(),
             drops: [const { AtomicU64::new(0) }; DropReason::ALL.len()],
             events: Mutex::default(),
             first_now: OnceLock::new(),
@@ -376,6 +379,7 @@ impl DataPath {
             Some(Selected::Trap(state)) => return self.acquire(now, state, flow),
             None => return Err(DropReason::NoPolicy),
         };
+        let entry = if entry.may_share_its_address() { self.owner(now, &tables, &view, entry)? } else { entry };
         let sa = &*entry.sa;
         if self.guard.check(Direction::Outbound, &view.guarded(flow), Some(sa.class)) == Verdict::Drop {
             return Err(DropReason::Latch);
@@ -419,6 +423,28 @@ impl DataPath {
             (_, Mode::Transport) => (view.tos(), dont_fragment),
         };
         Ok(Outbound::Send { to: entry.encapsulation, tos, dont_fragment })
+    }
+
+    /// Of several peers behind one NAT the one that a packet's connection is with (RFC 3948 §5.2). Where none is known,
+    /// the packet goes to the only one there is, and to nobody where there are more: it could be anybody's.
+    fn owner<'a>(
+        &self,
+        now: Instant,
+        tables: &'a Tables,
+        view: &Packet<'_>,
+        selected: &'a Arc<Entry>,
+    ) -> Result<&'a Arc<Entry>, DropReason> {
+        let (flow, remote) = (view.outbound_flow(), selected.encapsulation.remote());
+        let connection = view.connection(flow);
+        let there = |class| tables.is_behind(remote, class);
+        let entry = match self.owners.of(&connection).filter(|class| there(*class)) {
+            Some(class) if class == selected.sa.class => selected,
+            Some(class) => tables.select_of_class(&flow, view.shows_ports(), class).ok_or(DropReason::NoSa)?,
+            None if tables.is_shared(remote) => return Err(DropReason::NoSa),
+            None => selected,
+        };
+        let owned = self.owners.claim(connection, entry.sa.class, self.tick(now), there);
+        if owned { Ok(entry) } else { Err(DropReason::NoSa) }
     }
 
     /// RFC 4301 §5.2, RFC 4303 §3.4.
@@ -483,8 +509,23 @@ impl DataPath {
         }
         match sa.mode {
             Mode::Tunnel => self.unwrap_tunnel(sa, &from, tos, next_header, payload, out),
-            Mode::Transport => self.unwrap_transport(sa, entry, &from, tos, next_header, payload, out),
+            Mode::Transport => {
+                self.unwrap_transport(sa, entry, &from, tos, next_header, payload, out)?;
+                self.claim(now, &tables, entry, out)
+            }
         }
+    }
+
+    /// RFC 3948 §5.2: a peer behind a NAT gets no part of the connections of another one there.
+    fn claim(&self, now: Instant, tables: &Tables, entry: &Entry, packet: &[u8]) -> Result<(), DropReason> {
+        if !entry.may_share_its_address() {
+            return Ok(());
+        }
+        let view = Packet::parse(packet).ok_or(DropReason::Malformed)?;
+        let connection = view.connection(view.inbound_flow());
+        let there = |class| tables.is_behind(entry.encapsulation.remote(), class);
+        let owned = self.owners.claim(connection, entry.sa.class, self.tick(now), there);
+        if owned { Ok(()) } else { Err(DropReason::Selectors) }
     }
 
     fn unwrap_tunnel(

@@ -272,6 +272,22 @@ impl<'a> Packet<'a> {
         }
     }
 
+    /// What tells a packet's connection from others, for both directions of it: `flow`, with the identifier in place of the
+    /// ports for ICMP echo.
+    pub fn connection(&self, flow: Flow) -> Flow {
+        let kind = self.ports.map(|(kind_code, _)| kind_code >> 8);
+        let is_echo = match self.protocol {
+            protocol::ICMP => matches!(kind, Some(0 | 8)),
+            protocol::ICMPV6 => matches!(kind, Some(128 | 129)),
+            _ => false,
+        };
+        let identifier = self.bytes.get(self.upper_at..).and_then(|upper| array(upper, 4)).map(u16::from_be_bytes);
+        match identifier.filter(|_| is_echo) {
+            Some(identifier) => Flow { local_port: identifier, remote_port: identifier, ..flow },
+            None => flow,
+        }
+    }
+
     /// What a [`FlowGuard`](crate::guard::FlowGuard) is asked about for a packet of `flow`: the protocol of a later
     /// IPv6 fragment is replaced by that of the fragment header, since nobody who reassembles looks at what the fragment
     /// itself claims (RFC 8200 §4.5).

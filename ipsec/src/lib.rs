@@ -10,6 +10,7 @@ pub mod datapath;
 pub mod esp;
 pub mod guard;
 pub mod ip;
+mod natted;
 mod networks;
 pub mod plane;
 pub mod replay;

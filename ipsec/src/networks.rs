@@ -118,6 +118,16 @@ impl<T: Selects> Networks<T> {
 
     /// The policy that an outbound packet falls under.
     pub(crate) fn select(&self, flow: &Flow, shows_ports: bool) -> Option<(&Rank, &T)> {
+        self.select_where(flow, shows_ports, |_| true)
+    }
+
+    /// As [`Self::select`], among some of the policies.
+    pub(crate) fn select_where(
+        &self,
+        flow: &Flow,
+        shows_ports: bool,
+        counts: impl Fn(&T) -> bool,
+    ) -> Option<(&Rank, &T)> {
         let (family, address) = number(flow.remote);
         let family = match family {
             Family::V4 => &self.v4,
@@ -131,6 +141,7 @@ impl<T: Selects> Networks<T> {
             let Some(node) = family.networks.get(&(*host_bits, network(address, *host_bits))) else { continue };
             let found = node.iter().find(|(_, (remote, policy))| {
                 remote.selects(flow.protocol, flow.remote, flow.remote_port, shows_ports)
+                    && counts(policy)
                     && policy.takes(flow, shows_ports)
             });
             if let Some((rank, (_, policy))) = found

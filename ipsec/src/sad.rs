@@ -22,6 +22,14 @@ pub(crate) struct Entry {
     pub(crate) sa: Arc<Sa>,
 }
 
+impl Entry {
+    /// True when its peer may be behind a NAT with others that have the same address to us, and inside the same policy:
+    /// transport mode in UDP (RFC 3948 §5.2).
+    pub(crate) fn may_share_its_address(&self) -> bool {
+        self.sa.mode == Mode::Transport && matches!(self.encapsulation, Encapsulation::Udp { .. })
+    }
+}
+
 /// A pair of SAs.
 pub(crate) struct Sa {
     pub(crate) spi_in: u32,

@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rpds::{HashTrieMapSync, RedBlackTreeMapSync};
 
+use crate::guard::ClassId;
 use crate::networks::{Networks, Selects};
 use crate::plane::Trap;
 use crate::sad::Entry;
@@ -25,6 +26,8 @@ pub(crate) struct Tables {
     by_reqid: RedBlackTreeMapSync<(u32, u64), Arc<Entry>>,
     /// How many pairs send to an outer address.
     outer: HashTrieMapSync<IpAddr, usize>,
+    /// By outer address: the classes of pairs in transport mode that go there in UDP, and how many pairs each has.
+    natted: HashTrieMapSync<IpAddr, RedBlackTreeMapSync<ClassId, usize>>,
     policies: Networks<Arc<Entry>>,
     traps: HashTrieMapSync<u32, Arc<TrapState>>,
     trap_policies: Networks<Arc<TrapState>>,
@@ -36,6 +39,7 @@ impl Default for Tables {
             by_spi: HashTrieMapSync::new_sync(),
             by_reqid: RedBlackTreeMapSync::new_sync(),
             outer: HashTrieMapSync::new_sync(),
+            natted: HashTrieMapSync::new_sync(),
             policies: Networks::default(),
             traps: HashTrieMapSync::new_sync(),
             trap_policies: Networks::default(),
@@ -57,6 +61,12 @@ impl Tables {
         let remote = entry.encapsulation.remote();
         let others = self.outer.get(&remote).copied().unwrap_or(0);
         self.outer.insert_mut(remote, others + 1);
+        if entry.may_share_its_address() {
+            let mut classes = self.natted.get(&remote).cloned().unwrap_or_else(RedBlackTreeMapSync::new_sync);
+            let others = classes.get(&entry.sa.class).copied().unwrap_or(0);
+            classes.insert_mut(entry.sa.class, others + 1);
+            self.natted.insert_mut(remote, classes);
+        }
         self.policies.insert(entry);
     }
 
@@ -71,7 +81,38 @@ impl Tables {
                 self.outer.remove_mut(&remote);
             }
         }
+        if entry.may_share_its_address()
+            && let Some(mut classes) = self.natted.get(&remote).cloned()
+        {
+            match classes.get(&entry.sa.class).copied() {
+                Some(count) if count > 1 => classes.insert_mut(entry.sa.class, count - 1),
+                _ => {
+                    classes.remove_mut(&entry.sa.class);
+                }
+            }
+            if classes.is_empty() {
+                self.natted.remove_mut(&remote);
+            } else {
+                self.natted.insert_mut(remote, classes);
+            }
+        }
         self.policies.remove(entry);
+    }
+
+    /// True when a class has pairs in transport mode and UDP to an outer address.
+    pub(crate) fn is_behind(&self, remote: IpAddr, class: ClassId) -> bool {
+        self.natted.get(&remote).is_some_and(|classes| classes.contains_key(&class))
+    }
+
+    /// True when several classes have such pairs: several peers behind one NAT.
+    pub(crate) fn is_shared(&self, remote: IpAddr) -> bool {
+        self.natted.get(&remote).is_some_and(|classes| classes.size() > 1)
+    }
+
+    /// As [`Self::select`], for the pairs of one class.
+    pub(crate) fn select_of_class(&self, flow: &Flow, shows_ports: bool, class: ClassId) -> Option<&Arc<Entry>> {
+        let of_class = |entry: &Arc<Entry>| entry.sa.class == class;
+        self.policies.select_where(flow, shows_ports, of_class).map(|(_, entry)| entry)
     }
 
     /// Adds a trap; false when its `reqid` is taken.

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use latchkey_tests::daemon::Daemon;
 use latchkey_tests::daemon::Kind::{self, Latchkey, Strongswan};
-use latchkey_tests::host::wait_for;
+use latchkey_tests::host::{Host, link, wait_for};
 use latchkey_tests::scene::{INNER_A, INNER_B, Scene, Suite, configurations, hosts};
 
 const ROLES: [(Kind, Kind); 2] = [(Latchkey, Strongswan), (Strongswan, Latchkey)];
@@ -111,4 +111,43 @@ fn a_packet_gets_the_policy_that_covers_it() {
             assert_eq!(a.child_spis("INSTALLED").len(), 2, "{}", a.sas());
         }
     }
+}
+
+// RFC 7296 §2.23.1, RFC 3948 §5.2: to the server both clients have the address of the NAT, and one policy.
+#[test]
+fn two_clients_behind_one_nat_keep_apart_in_transport_mode() {
+    const CLIENTS: [&str; 2] = ["198.51.100.1", "198.51.101.1"];
+    let (router, host_b) = (Host::new(), Host::new());
+    let (outside, _) = link(&router, "192.0.2.254/24", &host_b, "192.0.2.2/24");
+    router.masquerade(&outside);
+    let [(of_a, files_a), (of_b, files_b)] = configurations(&Suite { child: "mode = transport\n", ..Suite::default() });
+    let dynamic = |text: String| text.replace("10.1.0.0/24", "dynamic").replace("10.2.0.0/24", "dynamic");
+    let of_b = dynamic(of_b).replace("remote_addrs = 192.0.2.1\n", "").replace("id = a.example", "id = *.example");
+    let of_a = dynamic(of_a).replace("local_addrs = 192.0.2.1\n", "");
+    let b = Daemon::start(Latchkey, &host_b, &of_b, &files_b);
+    let clients = [("a.example", CLIENTS[0]), ("c.example", CLIENTS[1])].map(|(name, address)| {
+        let host = Host::new();
+        let gateway = format!("{}.254", address.rsplit_once('.').unwrap().0);
+        link(&host, &format!("{address}/24"), &router, &format!("{gateway}/24"));
+        host.ip(&["route", "add", "default", "via", &gateway]);
+        let daemon = Daemon::start(Latchkey, &host, &of_a.replace("id = a.example", &format!("id = {name}")), &files_a);
+        (daemon, host)
+    });
+    for (daemon, _) in &clients {
+        daemon.initiate("net");
+    }
+    assert_eq!(b.established(), 2, "{}", b.sas());
+    std::thread::scope(|scope| {
+        for ((daemon, host), address) in clients.iter().zip(CLIENTS) {
+            let b = &b;
+            scope.spawn(move || {
+                assert!(host.pings(address, "192.0.2.2"), "{address}: {}{}", daemon.output(), b.output());
+            });
+        }
+    });
+    // Each alone and after the other: who came last does not get the answers of who came first.
+    for ((_, host), address) in clients.iter().zip(CLIENTS) {
+        host.transfers_whole(address, &host_b, "192.0.2.2", 1 << 20);
+    }
+    assert_eq!(b.sas().matches("mode=TRANSPORT").count(), 2, "{}", b.sas());
 }

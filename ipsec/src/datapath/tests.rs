@@ -314,6 +314,98 @@ fn a_trap_changes_nothing_for_received_packets() {
     assert_eq!(open(&pair.right, pair.now, stranger, &mut [0x77; 64]), Err(DropReason::UnknownSpi));
 }
 
+/// A server, and two clients of different owners behind one NAT.
+struct Natted {
+    server: DataPath,
+    clients: [DataPath; 2],
+    now: Instant,
+}
+
+const NAT: &str = "203.0.113.9";
+const SERVER: &str = "198.51.100.2";
+const INSIDE: [&str; 2] = ["192.168.0.10", "192.168.0.11"];
+
+impl Natted {
+    fn new() -> Self {
+        let server = plane();
+        let clients = [0, 1].map(|n| {
+            let offset = u32::from(n) * 10;
+            let host = |text: &str| vec![net(&format!("{text}/32"))];
+            let setup = Setup { mode: Mode::Transport, kind: Kind::Udp, spi_offset: offset, ..Setup::default() };
+            let (mut left, mut right) = sa_pairs(&setup);
+            left.encapsulation = Kind::Udp.outer(INSIDE[usize::from(n)], SERVER);
+            (left.local_ts, left.remote_ts) = (host(INSIDE[usize::from(n)]), host(SERVER));
+            right.encapsulation = Self::outer(n);
+            (right.local_ts, right.remote_ts) = (host(SERVER), host(NAT));
+            (right.class, right.reqid) = (ClassId(u32::from(n) + 1), u32::from(n) + 1);
+            server.install(right).unwrap();
+            let client = plane();
+            client.install(left).unwrap();
+            client
+        });
+        Self { server, clients, now: Instant::now() }
+    }
+
+    /// As the server sees it.
+    fn outer(client: u8) -> Encapsulation {
+        Encapsulation::Udp {
+            local: SocketAddr::new(ip(SERVER), 4500),
+            remote: SocketAddr::new(ip(NAT), 40_000 + u16::from(client)),
+        }
+    }
+
+    fn to_server(&self, client: u8, packet: &[u8]) -> Result<(), DropReason> {
+        let mut sealed = seal(&self.clients[usize::from(client)], self.now, packet)?;
+        open(&self.server, self.now, Self::outer(client), &mut sealed).map(drop)
+    }
+
+    /// Which client gets a packet of the server.
+    fn to_client(&self, packet: &[u8]) -> Result<u8, DropReason> {
+        let mut out = Vec::new();
+        match self.server.outbound(self.now, packet, &mut out) {
+            Outbound::Send { to: Encapsulation::Udp { remote, .. }, .. } => Ok((remote.port() - 40_000) as u8),
+            Outbound::Drop(reason) => Err(reason),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+// RFC 3948 §5.2
+#[test]
+fn clients_behind_one_nat_keep_their_connections_in_transport_mode() {
+    let natted = Natted::new();
+    let request = |client: u8, port| udp(INSIDE[usize::from(client)], port, SERVER, 53, b"?");
+    let answer = |port| udp(SERVER, 53, NAT, port, b"!");
+    assert_eq!(natted.to_client(&answer(1000)), Err(DropReason::NoSa), "nobody knows whose that is");
+    assert_eq!(natted.to_server(0, &request(0, 1000)), Ok(()));
+    assert_eq!(natted.to_server(1, &request(1, 2000)), Ok(()));
+    assert_eq!((natted.to_client(&answer(1000)), natted.to_client(&answer(2000))), (Ok(0), Ok(1)));
+    // The same ports: the second one neither gets into the connection of the first nor its answers.
+    assert_eq!(natted.to_server(1, &request(1, 1000)), Err(DropReason::Selectors));
+    assert_eq!(natted.to_client(&answer(1000)), Ok(0));
+    // Echo is told apart by its identifier.
+    let echo = |from: &str, to: &str, kind: u8, id: u8| {
+        let mut packet = Vec::new();
+        crate::ip::rebuild(ip(from), ip(to), 1, 0, &[kind, 0, 0, 0, 0, id, 0, 1], &mut packet).unwrap();
+        packet
+    };
+    assert_eq!(natted.to_server(0, &echo(INSIDE[0], SERVER, 8, 7)), Ok(()));
+    assert_eq!(natted.to_server(1, &echo(INSIDE[1], SERVER, 8, 8)), Ok(()));
+    assert_eq!(natted.to_client(&echo(SERVER, NAT, 0, 7)), Ok(0));
+    assert_eq!(natted.to_client(&echo(SERVER, NAT, 0, 8)), Ok(1));
+}
+
+#[test]
+fn a_client_that_is_alone_or_left_behind_a_nat_gets_everything() {
+    let natted = Natted::new();
+    let answer = |port| udp(SERVER, 53, NAT, port, b"!");
+    assert_eq!(natted.to_server(0, &udp(INSIDE[0], 1000, SERVER, 53, b"?")), Ok(()));
+    natted.server.delete(RIGHT_SPI).unwrap();
+    assert_eq!(natted.to_client(&answer(1000)), Ok(1), "the owner is gone");
+    assert_eq!(natted.to_client(&answer(3000)), Ok(1));
+    assert_eq!(natted.to_server(1, &udp(INSIDE[1], 1000, SERVER, 53, b"?")), Ok(()));
+}
+
 // RFC 7296 §2.8: the responder of a rekey has the new SA before its peer has.
 #[test]
 fn a_successor_that_awaits_its_peer_leaves_sending_to_its_predecessor() {
