@@ -12,6 +12,7 @@ pub(crate) mod places;
 mod puzzles;
 mod responder;
 pub(crate) mod triggers;
+pub(crate) mod upkeep;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -39,6 +40,7 @@ use defence::Defence;
 use places::{Place, Places};
 use puzzles::Spent;
 use sha2::{Digest, Sha256};
+use upkeep::{Held, Upkeep};
 
 /// How an IKE message travels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -414,6 +416,7 @@ pub struct Engine {
     timers: BTreeSet<(Instant, IkeSaId)>,
     cookies: Cookies,
     places: Places,
+    upkeep: Upkeep,
     /// IKE_SA_INIT requests that made an IKE SA, by initiator's SPI and source.
     inits: BTreeMap<(u64, SocketAddr), IkeSaId>,
     /// What strangers may cost.
@@ -440,6 +443,7 @@ struct Slot {
     peer: Option<PeerKey>,
     init: Option<(u64, SocketAddr)>,
     place: Place,
+    held: Held,
 }
 
 #[derive(Default)]
@@ -459,6 +463,7 @@ impl Engine {
             timers: BTreeSet::new(),
             cookies,
             places: Places::default(),
+            upkeep: Upkeep::default(),
             inits: BTreeMap::new(),
             defence,
             spent: Spent::default(),
@@ -575,6 +580,7 @@ impl Engine {
         for (_, id) in due {
             self.with(id, |sa, ctx| sa.handle_timeout(ctx, now));
         }
+        self.drop_old_fragments(now);
         let ended: Vec<StreamId> =
             self.lingering.iter().filter(|(_, at)| **at <= now).map(|(stream, _)| *stream).collect();
         for stream in ended {
@@ -587,7 +593,7 @@ impl Engine {
     /// When to call [`Self::handle_timeout`].
     pub fn next_timeout(&self) -> Option<Instant> {
         let sa = self.timers.first().map(|(at, _)| *at);
-        sa.into_iter().chain(self.lingering.values().copied()).min()
+        sa.into_iter().chain(self.upkeep.next_timeout()).chain(self.lingering.values().copied()).min()
     }
 
     /// Next output, in order; `None` when drained.
@@ -721,14 +727,15 @@ impl Engine {
     fn initiate_for(&mut self, now: Instant, request: Initiate, token: Option<u64>) {
         let Initiate { connection, child, local, remote, .. } = request;
         let want = Want { child, token };
-        let reusable = self.sas.iter().find(|(_, slot)| match &slot.sa {
-            IkeSa::Initiating(sa) => sa.serves(&connection, remote),
-            IkeSa::InitiatorIntermediate(sa) => sa.serves(&connection, remote),
-            IkeSa::InitiatorAuth(sa) => sa.serves(&connection, remote),
-            IkeSa::ResponderIntermediate(_) | IkeSa::ResponderAuth(_) => false,
-            IkeSa::Established(sa) => sa.serves(&connection, remote),
-        });
-        match reusable.map(|(id, _)| *id) {
+        let serves = |id: &IkeSaId| match self.sas.get(id).map(|slot| &slot.sa) {
+            Some(IkeSa::Initiating(sa)) => sa.serves(&connection, remote),
+            Some(IkeSa::InitiatorIntermediate(sa)) => sa.serves(&connection, remote),
+            Some(IkeSa::InitiatorAuth(sa)) => sa.serves(&connection, remote),
+            Some(IkeSa::Established(sa)) => sa.serves(&connection, remote),
+            Some(IkeSa::ResponderIntermediate(_) | IkeSa::ResponderAuth(_)) | None => false,
+        };
+        let reusable = self.upkeep.at(remote).find(serves);
+        match reusable {
             Some(id) => self.with(id, |sa, ctx| match sa {
                 IkeSa::Initiating(mut sa) => {
                     sa.add_want(want);
@@ -769,8 +776,8 @@ impl Engine {
     /// Hands an IKE SA out for a step and takes back what it became.
     fn with(&mut self, id: IkeSaId, step: impl FnOnce(IkeSa, &mut Context) -> Option<IkeSa>) {
         let Some(slot) = self.sas.remove(&id) else { return };
-        let Slot { sa, timer, spi, stream, half_open, peer, init, place } = slot;
-        let facts = Facts { timer, spi, stream, half_open, peer, init, place };
+        let Slot { sa, timer, spi, stream, half_open, peer, init, place, held } = slot;
+        let facts = Facts { timer, spi, stream, half_open, peer, init, place, held };
         match step(sa, &mut self.ctx) {
             Some(sa) => self.put(id, sa, facts),
             None => self.forget(id, facts),
@@ -798,13 +805,19 @@ impl Engine {
         if let Some(key) = init {
             self.inits.insert(key, id);
         }
-        let (spi, place) = (sa.local_spi(), Place::default());
-        let facts = Facts { timer: None, spi, stream: None, half_open: None, peer: None, init, place };
+        let (spi, place, held) = (sa.local_spi(), Place::default(), Held::default());
+        let facts = Facts { timer: None, spi, stream: None, half_open: None, peer: None, init, place, held };
         self.put(id, sa, facts);
     }
 
     /// Brings the tables in line with an IKE SA and puts it back.
-    fn put(&mut self, id: IkeSaId, sa: IkeSa, old: Facts) {
+    fn put(&mut self, id: IkeSaId, mut sa: IkeSa, old: Facts) {
+        let mut held = sa.held();
+        if !self.upkeep.has_room(old.held, held) {
+            sa.drop_fragments();
+            held = sa.held();
+        }
+        let held = self.upkeep.changed(self.now, id, old.held, held);
         let timer = sa.next_timeout(&self.ctx);
         if timer != old.timer {
             if let Some(at) = old.timer {
@@ -842,7 +855,7 @@ impl Engine {
         self.places.moved(id, old.place, place);
         let spi = sa.local_spi();
         let stream = stream.map(|(stream, _)| stream);
-        self.sas.insert(id, Slot { sa, timer, spi, stream, half_open, peer, init: old.init, place });
+        self.sas.insert(id, Slot { sa, timer, spi, stream, half_open, peer, init: old.init, place, held });
     }
 
     fn forget(&mut self, id: IkeSaId, old: Facts) {
@@ -850,6 +863,7 @@ impl Engine {
             self.timers.remove(&(at, id));
         }
         self.places.moved(id, old.place, Place::default());
+        self.upkeep.changed(self.now, id, old.held, Held::default());
         self.leave_stream(id, old.stream);
         self.count_half_open(old.half_open, None);
         self.leave_peer(id, old.peer);
@@ -941,6 +955,7 @@ struct Facts {
     peer: Option<PeerKey>,
     init: Option<(u64, SocketAddr)>,
     place: Place,
+    held: Held,
 }
 
 /// State of an IKE SA, in charon's words (CREATED, CONNECTING, …).

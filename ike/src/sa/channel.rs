@@ -205,6 +205,17 @@ impl Channel {
         }
     }
 
+    /// Octets of fragments that wait for others, in both directions.
+    pub(crate) fn fragment_octets(&self) -> usize {
+        self.requests.octets().saturating_add(self.responses.octets())
+    }
+
+    /// Forgets them (RFC 7383 §2.6).
+    pub(crate) fn drop_fragments(&mut self) {
+        self.requests.clear();
+        self.responses.clear();
+    }
+
     /// True while a request of ours awaits its answer.
     pub(crate) fn is_waiting(&self) -> bool {
         self.outstanding.is_some()

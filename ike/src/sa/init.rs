@@ -210,6 +210,11 @@ impl Initiating {
         self.connection.authenticates_as(connection) && (self.remote == remote || self.redirects.came_from(remote))
     }
 
+    /// The addresses that [`Self::serves`] may agree to.
+    pub(crate) fn reached_at(&self) -> [Option<IpAddr>; 2] {
+        [Some(self.remote), self.redirects.origin()]
+    }
+
     pub(crate) fn add_want(&mut self, want: Want) {
         self.wants.push(want);
     }

@@ -41,7 +41,7 @@ pub(crate) struct InitiatorIntermediate {
     wants: Vec<Want>,
     material: InitMaterial,
     /// `None` until the first shared secret is there.
-    channel: Option<Channel>,
+    pub(super) channel: Option<Channel>,
     /// Additional key exchanges that are still to be begun.
     remaining: VecDeque<Ke>,
     deadline: Instant,

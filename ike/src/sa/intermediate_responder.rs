@@ -53,7 +53,7 @@ pub(crate) struct ResponderIntermediate {
     candidates: Vec<Arc<Connection>>,
     init_remote: SocketAddr,
     /// `None` until the first shared secret is there.
-    channel: Option<Channel>,
+    pub(super) channel: Option<Channel>,
     /// Additional key exchanges that the initiator still has to begin.
     remaining: VecDeque<Ke>,
     deadline: Instant,

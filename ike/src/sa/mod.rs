@@ -46,8 +46,10 @@ pub(crate) use intermediate_responder::ResponderIntermediate;
 use crate::config::{Child, Connection, Unique};
 use crate::engine::context::{Context, PeerKey};
 use crate::engine::places::Place;
+use crate::engine::upkeep::Held;
 use crate::engine::{Event, IkeSaId, IkeSaStatus, JobId, JobOutcome, Path, Transport};
 use crate::wire::Protected;
+use channel::Channel;
 use nat::Nat;
 use redirect::Redirects;
 
@@ -184,6 +186,45 @@ impl IkeSa {
     }
 
     /// Where the network knows it.
+    /// What the tables keep of it but for its place.
+    pub(crate) fn held(&self) -> Held {
+        let at = |core: &Core| [Some(core.path.remote.ip()), core.redirects.origin()];
+        let fragments = self.channel().map_or(0, Channel::fragment_octets);
+        match self {
+            Self::Initiating(sa) => Held::new(sa.reached_at(), fragments, true),
+            Self::InitiatorIntermediate(sa) => Held::new(at(&sa.core), fragments, true),
+            Self::InitiatorAuth(sa) => Held::new(at(&sa.core), fragments, true),
+            Self::ResponderIntermediate(_) | Self::ResponderAuth(_) => Held::new([None, None], fragments, true),
+            Self::Established(sa) => Held::new(at(&sa.core), fragments, false),
+        }
+    }
+
+    /// Forgets the fragments that wait for others.
+    pub(crate) fn drop_fragments(&mut self) {
+        let channel = match self {
+            Self::Initiating(_) => None,
+            Self::InitiatorIntermediate(sa) => sa.channel.as_mut(),
+            Self::ResponderIntermediate(sa) => sa.channel.as_mut(),
+            Self::InitiatorAuth(sa) => Some(&mut sa.channel),
+            Self::ResponderAuth(sa) => Some(&mut sa.channel),
+            Self::Established(sa) => Some(&mut sa.channel),
+        };
+        if let Some(channel) = channel {
+            channel.drop_fragments();
+        }
+    }
+
+    fn channel(&self) -> Option<&Channel> {
+        match self {
+            Self::Initiating(_) => None,
+            Self::InitiatorIntermediate(sa) => sa.channel.as_ref(),
+            Self::ResponderIntermediate(sa) => sa.channel.as_ref(),
+            Self::InitiatorAuth(sa) => Some(&sa.channel),
+            Self::ResponderAuth(sa) => Some(&sa.channel),
+            Self::Established(sa) => Some(&sa.channel),
+        }
+    }
+
     pub(crate) fn place(&self) -> Place {
         match self {
             Self::Initiating(sa) => Place { remote: Some(sa.remote()), ..Place::default() },

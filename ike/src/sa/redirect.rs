@@ -108,6 +108,11 @@ impl Redirects {
         Self { peer_follows: follows(parts), ..Self::default() }
     }
 
+    /// The address that an initiation named which led here by redirects.
+    pub(crate) fn origin(&self) -> Option<IpAddr> {
+        self.origin
+    }
+
     /// True when an initiation to this address led here.
     pub(crate) fn came_from(&self, remote: IpAddr) -> bool {
         self.origin == Some(remote)

@@ -128,6 +128,12 @@ pub(super) struct Pending {
 }
 
 impl Reassembly {
+    /// Octets that it takes while fragments are missing, places of those included; 0 when none is there.
+    pub fn octets(&self) -> usize {
+        let place = size_of::<Option<Vec<u8>>>();
+        self.pending.as_ref().map_or(0, |pending| pending.octets.saturating_add(pending.parts.len() * place))
+    }
+
     /// Forgets what was gathered.
     pub fn clear(&mut self) {
         self.pending = None;

@@ -6,6 +6,8 @@ mod by_hand;
 mod child_sa;
 mod childless;
 mod defence;
+mod faults;
+mod fragments;
 mod ike_rekey;
 mod informational;
 mod init;
@@ -552,6 +554,7 @@ impl Pair {
             assert_eq!(here.engine.ctx.ike_spis.len(), ikes, "leaked IKE SPIs on side {side}");
             assert!(here.engine.ctx.jobs.is_empty(), "jobs that linger");
             assert!(ikes > 0 || here.engine.places.is_empty(), "places that linger");
+            assert!(ikes > 0 || here.engine.upkeep.is_empty(), "addresses or fragments that linger");
             for (spi_in, pair) in &here.installed {
                 let other = self.sides[1 - side].installed.get(&pair.spi_out).expect("the peer has the other half");
                 assert_eq!(other.spi_out, *spi_in);

@@ -1,0 +1,213 @@
+//! Faults that other IKE daemons had: each with the number under which it was published, and what we do instead.
+
+use super::*;
+use crate::sa::fault::notify;
+use crate::wire::{Header, Identification, NotifyType, Payload};
+
+/// Messages that claim to be of A's IKE SA at B, of any exchange, with and without protection, while A has not
+/// authenticated: none changes anything.
+fn nothing_before_authentication(payloads: Vec<Payload>) {
+    let mut pair = Pair::new(600);
+    pair.initiate(A, 1);
+    for _ in 0..2000 {
+        pair.run(Duration::from_millis(1));
+        if pair.sides[B].engine.counts().1 == 1 && !pair.sides[B].sent.is_empty() {
+            break;
+        }
+    }
+    pair.cut = true;
+    pair.deliveries.clear();
+    let half = pair.sides[B].only();
+    for exchange in 35..=45 {
+        for message_id in 0..3 {
+            let header = Header {
+                initiator_spi: half.initiator_spi,
+                responder_spi: half.responder_spi,
+                major: 2,
+                minor: 0,
+                exchange: ExchangeType(exchange),
+                from_initiator: true,
+                response: false,
+                message_id,
+            };
+            let bytes = wire::encode(&Message { header, payloads: payloads.clone() });
+            let before = pair.snapshot(B);
+            let now = pair.now;
+            let path = Path { local: half.path.local, remote: half.path.remote, transport: half.path.transport };
+            pair.sides[B].engine.handle_message(now, path, &bytes);
+            pair.drain(B);
+            assert_eq!(before, pair.snapshot(B));
+        }
+    }
+    assert!(pair.sides[B].installed.is_empty());
+}
+
+// CVE-2026-78135: a CREATE_CHILD_SA before IKE_AUTH gave a Child SA to nobody in particular.
+#[test]
+fn create_child_sa_before_authentication_gives_nothing() {
+    let esp = parse_proposals("aes128gcm16", Protocol::ESP).unwrap();
+    let selector = || vec![wire::WireSelector::Unknown { kind: 9, data: Vec::new() }];
+    nothing_before_authentication(vec![
+        Payload::Sa(crate::sa::init::numbered(&esp, &[1, 2, 3, 4])),
+        Payload::Nonce(vec![1; 32]),
+        Payload::TsInitiator(selector()),
+        Payload::TsResponder(selector()),
+    ]);
+}
+
+// RFC 7296 §1.4: the same of Deletes and rekeys, and of IKE_FOLLOWUP_KE (CVE-2026-78133).
+#[test]
+fn deletes_and_rekeys_before_authentication_give_nothing() {
+    nothing_before_authentication(vec![Payload::Delete { protocol: Protocol::IKE, spis: Vec::new() }]);
+    nothing_before_authentication(vec![Payload::Delete { protocol: Protocol::ESP, spis: vec![1, 2] }]);
+    nothing_before_authentication(vec![notify(NotifyType::REKEY_SA, Vec::new()), Payload::Nonce(vec![1; 32])]);
+    nothing_before_authentication(vec![Payload::Ke { group: Ke::X25519, data: vec![9; 32] }]);
+    nothing_before_authentication(Vec::new());
+}
+
+/// What B makes of an initiator with this identity.
+fn asserted(data: Vec<u8>, kind: u8) {
+    let mut pair = Pair::new(601);
+    let mut a = connection(A);
+    if let Ok(identity) = Identity::from_wire(kind, &data) {
+        a.local_id = Some(identity);
+        pair.sides[A].engine.set_connections(vec![Arc::new(a)]);
+        pair.initiate(A, 1);
+        pair.run(seconds(10));
+        assert!(!pair.sides[A].done(1) && pair.sides[B].installed.is_empty());
+        assert_eq!(pair.sides[B].engine.counts(), (0, 0));
+    }
+}
+
+// CVE-2026-47895: "@#" and "dns:#", an identity of no octets, was freed twice. And all else that names can hide.
+#[test]
+fn odd_identities_get_nobody_in() {
+    for text in ["@#", "dns:#", "@#00", "keyid:#", "@", "", "%any", "%", "a\0", "a.example.org\0.evil", "*"] {
+        let Ok(identity) = Identity::parse(text) else { continue };
+        asserted(identity.wire_data(), identity.kind());
+        assert!(!IdentityPattern::exact(id("a")).matches(&identity), "{text:?}");
+    }
+    for kind in 0..=16 {
+        for data in
+            [vec![], vec![0], vec![0; 3], vec![0; 5], vec![0x30], vec![0x30, 0x80], vec![b'a', 0], vec![0xff; 400]]
+        {
+            asserted(data.clone(), kind);
+            let body = Identification { kind, data };
+            assert_eq!(body.body().len(), body.data.len() + 4);
+        }
+    }
+}
+
+// CVE-2021-45079: the peer said that it was authenticated before it was. An answer to IKE_AUTH without proof, or with
+// errors beside the proof's place, brings nothing up.
+#[test]
+fn an_answer_without_proof_authenticates_nobody() {
+    let mut pair = Pair::new(602);
+    // A responder that refuses us, and says so under the keys that anybody can have.
+    pair.sides[B].credentials = shared_key("another");
+    pair.initiate(A, 1);
+    pair.run(seconds(10));
+    assert!(pair.sides[A].failed(1).is_some());
+    assert!(pair.sides[A].up().is_empty() && pair.sides[A].installed.is_empty());
+}
+
+// strongSwan #2778: two Child SAs with one inbound SPI. Ours are never given twice, whatever the peer chooses for its.
+#[test]
+fn child_sas_never_share_a_spi() {
+    let mut pair = up(603);
+    for token in 10..40 {
+        let now = pair.now;
+        let children: Vec<ChildSaId> = pair.sides[A].only().children.iter().map(|child| child.id).collect();
+        let side = usize::from(token % 2 == 0);
+        if let Some(child) = children.first().filter(|_| side == A) {
+            pair.sides[A].engine.rekey(now, Target::Child(*child), token).unwrap();
+        } else {
+            let child = pair.sides[B].only().children[0].id;
+            pair.sides[B].engine.rekey(now, Target::Child(child), token).unwrap();
+        }
+        // `Side::install` panics when an SPI is there already.
+        pair.run(seconds(7));
+    }
+    pair.assert_same(1, 1);
+}
+
+// strongSwan #2945: two rekeys of one Child SA. The second finds the first on its way, or its successor.
+#[test]
+fn two_rekeys_of_one_child_leave_one() {
+    for between in [0, 1, 15, 40, 200] {
+        let mut pair = up(604);
+        let child = pair.sides[A].only().children[0].id;
+        let now = pair.now;
+        pair.sides[A].engine.rekey(now, Target::Child(child), 2).unwrap();
+        pair.run(Duration::from_millis(between));
+        let now = pair.now;
+        let _gone_already = pair.sides[A].engine.rekey(now, Target::Child(child), 3);
+        pair.run(seconds(20));
+        pair.assert_same(1, 1);
+    }
+}
+
+// strongSwan #1458: a Delete right behind the answer to a rekey, before the new Child SA is known to all. Also #1896: with
+// a loss in between, and #3042: the IKE SA goes at that moment.
+#[test]
+fn a_delete_right_after_a_rekey_leaves_nothing_half() {
+    for seed in 0..40 {
+        let mut pair = up(6050 + seed);
+        pair.loss = (seed % 4) * 10;
+        let [a, b] = [A, B].map(|side| pair.sides[side].only());
+        let now = pair.now;
+        pair.sides[A].engine.rekey(now, Target::Child(a.children[0].id), 2).unwrap();
+        pair.run(Duration::from_millis(seed));
+        let now = pair.now;
+        if seed % 2 == 0 {
+            let newest = pair.sides[B].only().children.last().map(|child| child.id);
+            let _gone = newest.map(|child| pair.sides[B].engine.terminate(now, Target::Child(child), false, 3));
+        } else {
+            let _gone = pair.sides[B].engine.terminate(now, Target::Ike(b.id), false, 3);
+        }
+        pair.run(seconds(400));
+        let (ikes, children) = (pair.sides[A].up().len(), pair.sides[A].installed.len());
+        pair.assert_same(ikes, children);
+    }
+}
+
+// CVE-2023-41913 and RFC 6989 §2: public values of the wrong length, zero, one or the modulus less one.
+#[test]
+fn public_values_that_are_none_are_refused() {
+    use crate::crypto::KeyWork;
+    let methods = [Ke::MODP_2048, Ke::MODP_3072, Ke::ECP_256, Ke::ECP_384, Ke::ECP_521, Ke::X25519];
+    for method in methods {
+        for length in [0, 1, 31, 32, 33, 63, 64, 65, 96, 97, 132, 133, 255, 256, 257, 384, 512, 1024, 10_000] {
+            for octet in [0, 0xff] {
+                let peer = vec![octet; length];
+                // X25519 takes any 32 octets but those of low order (RFC 7748 §6.1).
+                if (method, length, octet) != (Ke::X25519, 32, 0xff) {
+                    let agreed = KeyWork::Respond { method, peer }.run(&mut TestRng(1));
+                    assert!(agreed.is_err(), "{method:?}: {length} octets of {octet}");
+                }
+            }
+        }
+    }
+}
+
+// CVE-2026-78127: memory lost with each message; CVE-2022-40617 and others: with each attempt. After a thousand attempts
+// that fail, each table is as empty as before.
+#[test]
+fn failed_attempts_leave_nothing_behind() {
+    let config = EngineConfig { address_budget: 0, ..EngineConfig::default() };
+    let mut pair = Pair::with(607, config, connection(A), connection(B));
+    pair.sides[B].credentials = shared_key("another");
+    for token in 0..300 {
+        pair.initiate(A, token);
+        pair.run(seconds(1));
+    }
+    pair.run(seconds(400));
+    for side in [A, B] {
+        let engine = &pair.sides[side].engine;
+        assert_eq!(engine.counts(), (0, 0));
+        let ctx = &engine.ctx;
+        assert!(ctx.ike_spis.is_empty() && ctx.child_spis.is_empty() && ctx.jobs.is_empty() && ctx.peers.is_empty());
+        assert!(engine.inits.is_empty() && engine.timers.is_empty() && engine.upkeep.is_empty());
+        assert!(ctx.tombstones.len() <= 1024);
+    }
+}
