@@ -124,6 +124,10 @@ impl Ke {
     pub const ECP_384: Self = Self(20);
     /// NIST P-521.
     pub const ECP_521: Self = Self(21);
+    /// brainpoolP256r1 (RFC 6954).
+    pub const BRAINPOOL_256: Self = Self(28);
+    /// brainpoolP384r1.
+    pub const BRAINPOOL_384: Self = Self(29);
     /// Curve25519.
     pub const X25519: Self = Self(31);
     /// ML-KEM-512 (FIPS 203).

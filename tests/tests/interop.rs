@@ -54,11 +54,11 @@ fn chacha20_poly1305() {
     both_roles(&Suite { ike: "chacha20poly1305-prfsha256-x25519", esp: "chacha20poly1305", ..Suite::default() });
 }
 
-// RFC 4309, 5282; RFC 4494, 4615.
+// RFC 4309, 5282; RFC 4494, 4615; RFC 6954.
 #[test]
 fn aes_ccm_and_cmac() {
     both_roles(&Suite { ike: "aes128ccm16-prfaescmac-ecp256", esp: "aes128ccm8", ..Suite::default() });
-    both_roles(&Suite { ike: "aes256ccm8-prfsha256-x25519", esp: "aes128-aescmac", ..Suite::default() });
+    both_roles(&Suite { ike: "aes256ccm8-prfsha256-ecp256bp", esp: "aes128-aescmac", ..Suite::default() });
 }
 
 // RFC 3686, 5930; RFC 3526 §6.
@@ -70,7 +70,7 @@ fn aes_ctr() {
 // RFC 4106 §6, RFC 5282.
 #[test]
 fn aes_gcm_with_a_short_icv() {
-    both_roles(&Suite { ike: "aes256gcm12-prfsha256-x25519", esp: "aes128gcm8", ..Suite::default() });
+    both_roles(&Suite { ike: "aes256gcm12-prfsha256-ecp384bp", esp: "aes128gcm8", ..Suite::default() });
 }
 
 // RFC 2410.

@@ -433,6 +433,8 @@ pub fn algorithms() -> Section {
         Ke::MODP_4096,
         Ke::MODP_6144,
         Ke::MODP_8192,
+        Ke::BRAINPOOL_256,
+        Ke::BRAINPOOL_384,
         Ke::ML_KEM_512,
         Ke::ML_KEM_768,
         Ke::ML_KEM_1024,

@@ -1,4 +1,4 @@
-//! Key exchange (RFC 7296 §2.8): X25519 (RFC 7748, 8031), ECP (RFC 5903), MODP (RFC 3526), and ML-KEM
+//! Key exchange (RFC 7296 §2.8): X25519 (RFC 7748, 8031), ECP (RFC 5903, 6954), MODP (RFC 3526), and ML-KEM
 //! (FIPS 203), first or additional (RFC 9370).
 //!
 //! The two sides differ with a KEM, so they have an API each, for all methods alike:
@@ -23,7 +23,7 @@ use ipsec::secret::Secret;
 use ipsec::transform::Ke;
 use zeroize::Zeroizing;
 
-use super::{KeyError, modp};
+use super::{KeyError, brainpool, modp};
 use crate::Rng;
 
 /// The private value of a key exchange's initiator; used once.
@@ -42,6 +42,7 @@ impl fmt::Debug for KeyExchange {
 enum Private {
     Curve(PrivateKey),
     Modp(&'static modp::Group, Secret),
+    Brainpool(brainpool::Private),
     Kem(DecapsulationKey),
 }
 
@@ -56,11 +57,11 @@ struct Curve {
     sec1: bool,
 }
 
-const SEC1_UNCOMPRESSED: u8 = 4;
+pub(super) const SEC1_UNCOMPRESSED: u8 = 4;
 
 /// A scalar misses the order of its curve at most every second time, of these curves far more rarely;
 /// a source of randomness that misses so often is broken.
-const ATTEMPTS: usize = 128;
+pub(super) const ATTEMPTS: usize = 128;
 
 fn curve(method: Ke) -> Option<Curve> {
     let (algorithm, private_len, public_len, top, sec1) = match method {
@@ -85,7 +86,8 @@ fn kem(method: Ke) -> Option<(&'static kem::Algorithm, usize)> {
 
 /// True for the methods that [`KeyExchange`] has.
 pub fn supported(method: Ke) -> bool {
-    curve(method).is_some() || modp::group(method).is_some() || kem(method).is_some()
+    let elliptic = curve(method).is_some() || brainpool::supported(method);
+    elliptic || modp::group(method).is_some() || kem(method).is_some()
 }
 
 /// The responder's side: checks the initiator's public value, and gives our answer for the KE payload (a
@@ -120,6 +122,9 @@ pub fn answer(method: Ke, peer: &[u8], rng: &mut dyn Rng) -> Result<(Vec<u8>, Pe
 fn check(method: Ke, peer: &[u8]) -> Result<(), KeyError> {
     if let Some(group) = modp::group(method) {
         return group.check(peer).map(|_| ());
+    }
+    if brainpool::supported(method) {
+        return brainpool::check(method, peer);
     }
     let curve = curve(method).ok_or(KeyError::Unsupported)?;
     if peer.len() != curve.public_len {
@@ -180,6 +185,10 @@ impl KeyExchange {
             let (exponent, public) = group.generate(rng)?;
             return Ok(Self { method, public, private: Private::Modp(group, exponent) });
         }
+        if brainpool::supported(method) {
+            let (private, public) = brainpool::generate(method, rng)?;
+            return Ok(Self { method, public, private: Private::Brainpool(private) });
+        }
         let curve = curve(method).ok_or(KeyError::Unsupported)?;
         let mut scalar = Zeroizing::new(vec![0; curve.private_len]);
         for _ in 0..ATTEMPTS {
@@ -225,6 +234,7 @@ impl KeyExchange {
     pub fn agree(self, peer: &[u8]) -> Result<Secret, KeyError> {
         let private = match self.private {
             Private::Modp(group, exponent) => return group.agree(&exponent, peer),
+            Private::Brainpool(private) => return private.agree(peer),
             Private::Kem(private) => return decapsulate(self.method, &private, peer),
             Private::Curve(private) => private,
         };

@@ -1,10 +1,11 @@
-//! Cryptography of IKE: PRF and prf+ (RFC 7296 §2.13), key exchange (§2.8 and RFC 7748, 5903, 3526; FIPS 203),
+//! Cryptography of IKE: PRF and prf+ (RFC 7296 §2.13), key exchange (§2.8 and RFC 7748, 5903, 6954, 3526; FIPS 203),
 //! keys of IKE and Child SAs (§2.14, §2.17), proposals in strongSwan's notation and their selection.
 //!
-//! No primitive is implemented here: HMAC and hashes are RustCrypto's, curves, CMAC and ML-KEM AWS-LC's, MODP
-//! arithmetic crypto-bigint's.
+//! No primitive is implemented here: HMAC and hashes are RustCrypto's, curves, CMAC and ML-KEM AWS-LC's (Brainpool
+//! RustCrypto's), MODP arithmetic crypto-bigint's.
 
 mod advice;
+mod brainpool;
 mod kex;
 mod keys;
 mod modp;

@@ -294,6 +294,8 @@ fn keyword(word: &str) -> Result<Transform, String> {
         "ecp256" => ke(Ke::ECP_256),
         "ecp384" => ke(Ke::ECP_384),
         "ecp521" => ke(Ke::ECP_521),
+        "ecp256bp" => ke(Ke::BRAINPOOL_256),
+        "ecp384bp" => ke(Ke::BRAINPOOL_384),
         "x25519" | "curve25519" => ke(Ke::X25519),
         "mlkem512" => ke(Ke::ML_KEM_512),
         "mlkem768" => ke(Ke::ML_KEM_768),
@@ -330,7 +332,7 @@ fn is_known_elsewhere(word: &str) -> bool {
         "x448",
         "curve448",
     ];
-    const PREFIXES: [&str; 13] = [
+    const PREFIXES: [&str; 11] = [
         "camellia",
         "blowfish",
         "serpent",
@@ -341,8 +343,6 @@ fn is_known_elsewhere(word: &str) -> bool {
         "modp2048s",
         "ecp192",
         "ecp224",
-        "ecp256bp",
-        "ecp384bp",
         "ecp512bp",
     ];
     word == "chacha20poly1305compat" || WORDS.contains(&word) || PREFIXES.iter().any(|prefix| word.starts_with(prefix))

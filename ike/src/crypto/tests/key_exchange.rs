@@ -2,7 +2,7 @@ use super::*;
 
 const VECTORS: &str = include_str!("../../../tests/vectors/kex.txt");
 
-const METHODS: [Ke; 9] = [
+const METHODS: [Ke; 11] = [
     Ke::X25519,
     Ke::ECP_256,
     Ke::ECP_384,
@@ -12,6 +12,8 @@ const METHODS: [Ke; 9] = [
     Ke::MODP_4096,
     Ke::MODP_6144,
     Ke::MODP_8192,
+    Ke::BRAINPOOL_256,
+    Ke::BRAINPOOL_384,
 ];
 
 fn method(name: &str) -> Ke {
@@ -20,6 +22,8 @@ fn method(name: &str) -> Ke {
         "ECP_256" => Ke::ECP_256,
         "ECP_384" => Ke::ECP_384,
         "ECP_521" => Ke::ECP_521,
+        "BRAINPOOL_256" => Ke::BRAINPOOL_256,
+        "BRAINPOOL_384" => Ke::BRAINPOOL_384,
         "MODP_2048" => Ke::MODP_2048,
         "MODP_3072" => Ke::MODP_3072,
         "MODP_4096" => Ke::MODP_4096,
@@ -67,7 +71,7 @@ fn a_public_value_of_another_length_is_refused() {
 // RFC 6989 §2.3: not a point of the curve.
 #[test]
 fn a_point_off_the_curve_is_refused() {
-    for method in [Ke::ECP_256, Ke::ECP_384, Ke::ECP_521] {
+    for method in [Ke::ECP_256, Ke::ECP_384, Ke::ECP_521, Ke::BRAINPOOL_256, Ke::BRAINPOOL_384] {
         let (ours, theirs) = pair(method);
         let mut point = theirs.public().to_vec();
         *point.last_mut().unwrap() ^= 1;
@@ -96,10 +100,37 @@ fn x25519_points_of_small_order_are_refused() {
     }
 }
 
+/// MODP groups and the bits of their primes.
+const GROUPS: [(Ke, usize); 5] =
+    [(Ke::MODP_2048, 2048), (Ke::MODP_3072, 3072), (Ke::MODP_4096, 4096), (Ke::MODP_6144, 6144), (Ke::MODP_8192, 8192)];
+
+// RFC 3526 §3 to §7: p and (p - 1) / 2 are primes, and 64 bits at each end of p are ones. A digit that is copied
+// wrongly makes them composite; Fermat's test notices.
+#[test]
+fn the_modulus_of_each_group_is_a_safe_prime() {
+    use crypto_bigint::modular::{BoxedMontyForm, BoxedMontyParams};
+    use crypto_bigint::{BoxedUint, Odd};
+
+    fn is_probably_prime(n: &BoxedUint) -> bool {
+        let params = BoxedMontyParams::new_vartime(Odd::new(n.clone()).unwrap());
+        let one = BoxedUint::one_with_precision(n.bits_precision());
+        let three = BoxedUint::from_be_slice_truncated(&[3], n.bits_precision());
+        BoxedMontyForm::new(three, &params).pow(&n.wrapping_sub(&one)).retrieve() == one
+    }
+    for (method, bits) in GROUPS {
+        let prime = modp::group(method).unwrap().prime_octets();
+        assert_eq!(prime.len(), bits / 8);
+        assert!(prime[..8].iter().chain(&prime[bits / 8 - 8..]).all(|octet| *octet == 0xff));
+        let prime = BoxedUint::from_be_slice(&prime, u32::try_from(bits).unwrap()).unwrap();
+        assert!(is_probably_prime(&prime), "{method:?}");
+        assert!(is_probably_prime(&(prime >> 1_u32)), "{method:?}");
+    }
+}
+
 // RFC 6989 §2.1: 1 < y < p - 1.
 #[test]
 fn modp_values_that_make_the_secret_guessable_are_refused() {
-    for (method, bits) in [(Ke::MODP_2048, 2048_usize), (Ke::MODP_3072, 3072), (Ke::MODP_4096, 4096)] {
+    for (method, bits) in GROUPS {
         let length = bits / 8;
         let small = |value: u8| {
             let mut octets = vec![0; length];
@@ -134,7 +165,7 @@ fn scalars_outside_the_order_of_the_curve_are_drawn_again() {
             self.0 += 1;
         }
     }
-    for method in [Ke::ECP_256, Ke::ECP_384, Ke::ECP_521] {
+    for method in [Ke::ECP_256, Ke::ECP_384, Ke::ECP_521, Ke::BRAINPOOL_256, Ke::BRAINPOOL_384] {
         let mut rng = Late(0);
         KeyExchange::generate(method, &mut rng).unwrap();
         assert_eq!(rng.0, 3);
@@ -146,8 +177,8 @@ fn scalars_outside_the_order_of_the_curve_are_drawn_again() {
 
 fn curve_len(method: Ke) -> usize {
     match method {
-        Ke::ECP_256 => 32,
-        Ke::ECP_384 => 48,
+        Ke::ECP_256 | Ke::BRAINPOOL_256 => 32,
+        Ke::ECP_384 | Ke::BRAINPOOL_384 => 48,
         _ => 66,
     }
 }
@@ -202,5 +233,5 @@ fn secrets_match_the_published_vectors() {
         assert_eq!(i.agree(&public_r).unwrap().expose(), secret);
         checked += 1;
     }
-    assert_eq!(checked, 9);
+    assert_eq!(checked, 11);
 }

@@ -1,5 +1,8 @@
 //! ML-KEM as a key exchange method: FIPS 203, and draft-ietf-ipsecme-ikev2-mlkem for its place in IKEv2.
 
+use ::ml_kem::kem::{EncapsulationKey, Seed};
+use ::ml_kem::{Decapsulate, Encapsulate, FromSeed, Kem, KeyExport, MlKem512, MlKem768, MlKem1024, TryKeyInit};
+
 use super::*;
 
 /// Method, octets of an encapsulation key and of a ciphertext (FIPS 203 table 3).
@@ -99,4 +102,29 @@ fn no_value_is_used_twice() {
         assert_ne!(one, two);
         assert_ne!(first.expose(), second.expose());
     }
+}
+
+// Another implementation of FIPS 203 understands ours, in both roles.
+#[test]
+fn an_independent_implementation_agrees() {
+    agrees_with::<MlKem512>(Ke::ML_KEM_512);
+    agrees_with::<MlKem768>(Ke::ML_KEM_768);
+    agrees_with::<MlKem1024>(Ke::ML_KEM_1024);
+}
+
+fn agrees_with<K: Kem + FromSeed>(method: Ke)
+where
+    K::DecapsulationKey: Decapsulate<Kem = K>,
+    EncapsulationKey<K>: KeyExport + Encapsulate<Kem = K> + TryKeyInit,
+{
+    let mut seed = Seed::<K>::default();
+    Seeded::new(3).fill(&mut seed);
+    let (private, public) = K::from_seed(&seed);
+    let (ciphertext, secret) = answer(method, &public.to_bytes()).unwrap();
+    assert_eq!(private.decapsulate_slice(&ciphertext).unwrap().as_slice(), secret.expose());
+
+    let ours = initiator(method);
+    let theirs = EncapsulationKey::<K>::new_from_slice(ours.public()).unwrap();
+    let (ciphertext, secret) = theirs.encapsulate();
+    assert_eq!(ours.agree(&ciphertext).unwrap().expose(), secret.as_slice());
 }

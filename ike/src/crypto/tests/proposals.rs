@@ -513,7 +513,7 @@ fn an_ike_sa_is_never_without_encryption() {
 #[test]
 fn every_algorithm_that_has_a_name_makes_a_suite() {
     for cipher in ["aes128ctr-sha256", "aes192ccm8", "aes256ccm12", "aes128ccm16", "aes256gcm8", "aes192gcm12"] {
-        for rest in ["prfaescmac-modp6144", "prfsha512-modp8192", "prfsha256-mlkem512"] {
+        for rest in ["prfaescmac-modp6144", "prfsha512-modp8192", "prfsha256-mlkem512", "prfsha256-ecp384bp"] {
             let offered = ike(&format!("{cipher}-{rest}"));
             let choice = select_ike(&offered, &offered, true, None).unwrap();
             assert_eq!(accept_ike(&[choice.proposal], &offered), Some(choice.suite));
