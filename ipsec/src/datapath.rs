@@ -217,7 +217,7 @@ impl DataPath {
     pub fn delete(&self, spi_in: u32) -> Result<(), PlaneError> {
         self.change(|_, tables| {
             let gone = tables.by_spi.get(&spi_in).cloned().ok_or(PlaneError::NoSuchSa(spi_in))?;
-            tables.succeed(gone.sa.reqid);
+            tables.succeed(&gone);
             tables.remove(&gone);
             Ok(())
         })
@@ -229,7 +229,7 @@ impl DataPath {
         let tables = self.tables.load();
         let entry = tables.by_spi.get(&spi_in).ok_or(PlaneError::NoSuchSa(spi_in))?;
         // The successor first: at no moment is there nobody who sends.
-        tables.succeed(entry.sa.reqid);
+        tables.succeed(entry);
         entry.sa.retired.store(true, Ordering::Relaxed);
         Ok(())
     }

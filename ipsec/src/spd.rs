@@ -139,9 +139,17 @@ impl Tables {
         self.by_reqid.range(all).map(|(_, entry)| entry)
     }
 
-    /// A predecessor stops sending: its successors need not wait any longer.
-    pub(crate) fn succeed(&self, reqid: u32) {
-        for entry in self.of_reqid(reqid) {
+    /// `gone` stops sending: its successors need not wait any longer, unless another pair with the same selectors
+    /// still sends. After a rekey by both sides (RFC 7296 §2.8.1) the redundant pair goes while the replaced one is
+    /// there, and the survivor's peer may not know the survivor yet.
+    pub(crate) fn succeed(&self, gone: &Entry) {
+        let same = |entry: &Entry| entry.sa.local_ts == gone.sa.local_ts && entry.sa.remote_ts == gone.sa.remote_ts;
+        let sends = |entry: &Entry| entry.sa.sends() && !entry.sa.is_dead();
+        let others = || self.of_reqid(gone.sa.reqid).filter(|entry| entry.sa.spi_in != gone.sa.spi_in);
+        if others().any(|entry| same(entry) && sends(entry)) {
+            return;
+        }
+        for entry in others() {
             entry.sa.waits.store(false, Ordering::Relaxed);
         }
     }

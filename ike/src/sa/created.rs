@@ -12,6 +12,7 @@ use super::established::{Active, Closed, Collision, MAX_TRIES, Passive, Task, do
 use super::fault::{Fault, notify_name};
 use super::init::NONCE_LENGTH;
 use super::parts::Parts;
+use super::retry::{after, total};
 use crate::config::Child;
 use crate::engine::context::Context;
 use crate::engine::{ChildSaId, ChildState, CloseReason, Event, IkeState, InstallError};
@@ -133,10 +134,8 @@ impl Established {
         }
         let child = self.children.get(&id).filter(|child| child.is_live() && self.state == IkeState::Established);
         let Some(child) = child else {
-            // Replaced or closed meanwhile; whoever asked has what it wanted, or never will.
-            if let Some(token) = token {
-                super::established::failed(ctx, Some(token), &self.core.name, None, "the CHILD_SA is gone");
-            }
+            // Whoever asked has what it wanted, or never will.
+            self.rekey_overtaken(ctx, id, token);
             return Ok(());
         };
         let replaced = Replaced { id, reqid: child.reqid, spi_in: child.spi_in };
@@ -175,6 +174,13 @@ impl Established {
             None => Task::CreateChild { config: Arc::clone(&offer.config), token, group, tries },
         };
         let next = tries.saturating_add(1);
+        if let Some(replaced) = replaced.filter(|_| error.kind != NotifyType::INVALID_SYNTAX)
+            && !self.children.get(&replaced.id).is_some_and(ChildSa::is_live)
+        {
+            // §2.8.1: the peer replaced or closed it meanwhile, so its refusal is no news.
+            self.rekey_overtaken(ctx, replaced.id, token);
+            return Ok(());
+        }
         match error.kind {
             NotifyType::INVALID_KE_PAYLOAD if tries < MAX_TRIES => {
                 let group = <[u8; 2]>::try_from(error.data.as_slice()).ok().map(|two| Ke(u16::from_be_bytes(two)));
@@ -183,20 +189,17 @@ impl Established {
                     return Ok(());
                 }
             }
-            NotifyType::TEMPORARY_FAILURE if tries < MAX_TRIES => {
-                self.delay(ctx, now, again(None, next));
+            // §2.25: a rekey until the hard lifetime ends what it would replace.
+            NotifyType::TEMPORARY_FAILURE if replaced.is_some() || tries < MAX_TRIES => {
+                self.try_again(ctx, now, again(None, next), next);
                 return Ok(());
             }
             NotifyType::CHILD_SA_NOT_FOUND => {
                 // §2.25.1: the peer has it no longer; a new one takes its place.
                 if let Some(replaced) = replaced {
-                    if self.children.get(&replaced.id).is_some_and(ChildSa::is_live) {
-                        self.take_down(ctx, now, replaced.id, CloseReason::Peer);
-                        let config = Arc::clone(&offer.config);
-                        self.queue.push_front(Task::CreateChild { config, token, group: None, tries: next });
-                    } else {
-                        done(ctx, token);
-                    }
+                    self.take_down(ctx, now, replaced.id, CloseReason::Peer);
+                    let config = Arc::clone(&offer.config);
+                    self.queue.push_front(Task::CreateChild { config, token, group: None, tries: next });
                     return Ok(());
                 }
             }
@@ -212,7 +215,20 @@ impl Established {
             _ => {}
         }
         self.child_failed(ctx, token, &offer.config.name, &reason);
+        if replaced.is_some() && token.is_none() {
+            // Nobody asked for it but our own lifetime, which goes on.
+            self.try_again(ctx, now, again(None, next), next);
+        }
         Ok(())
+    }
+
+    /// What was to be rekeyed is replaced by the peer, or gone.
+    fn rekey_overtaken(&mut self, ctx: &mut Context, id: ChildSaId, token: Option<u64>) {
+        if token.is_none() || self.children.values().any(|child| child.replaces == Some(id)) {
+            done(ctx, token);
+        } else {
+            super::established::failed(ctx, token, &self.core.name, None, "the CHILD_SA is gone");
+        }
     }
 
     /// Initiator: makes the Child SA of an answer and has it installed.
@@ -297,32 +313,30 @@ impl Established {
             self.child_failed(ctx, token, &name, "the peer closed it");
             return Ok(());
         }
-        let collision = self.collision.take();
-        let Some(old) = replaces.filter(|old| self.children.contains_key(old)) else {
-            ctx.event(Event::ChildUp(self.core.id, id));
-            done(ctx, token);
-            return Ok(());
-        };
-        match collision.filter(|collision| collision.old == old) {
-            // §2.8.1: the SA of the lowest of the four nonces goes, by the hand of who made it.
-            Some(collision) if lowest < collision.lowest_nonce => {
-                self.set_state(old, ChildState::Rekeyed);
+        let collision = self.collision.take().filter(|collision| replaces == Some(collision.old));
+        let there = replaces.filter(|old| self.children.contains_key(old));
+        match (collision, there) {
+            // §2.8.1: the SA of the lowest of the four nonces goes, by the hand of who made it. The old one may be gone:
+            // our answer was late, and the peer, which won, did not wait.
+            (Some(collision), _) if lowest < collision.lowest_nonce => {
+                self.set_rekeyed(ctx, now, collision.old);
                 let task = Task::DeleteChild { id, token: None, reason: CloseReason::Rekeyed };
                 self.queue.push_front(task);
             }
-            collision => {
+            (collision, Some(old)) => {
                 if let Some(collision) = collision {
-                    self.set_state(collision.theirs, ChildState::Rekeyed);
+                    self.set_rekeyed(ctx, now, collision.theirs);
                     if let Some(passive) = self.passive.as_mut().filter(|passive| passive.child.id == collision.theirs)
                     {
                         passive.redundant = true;
                     }
                 }
-                self.set_state(old, ChildState::Rekeyed);
+                self.set_rekeyed(ctx, now, old);
                 ctx.event(Event::ChildRekeyed { ike_sa: self.core.id, old, new: id });
                 let task = Task::DeleteChild { id: old, token: None, reason: CloseReason::Rekeyed };
                 self.queue.push_front(task);
             }
+            (_, None) => ctx.event(Event::ChildUp(self.core.id, id)),
         }
         done(ctx, token);
         Ok(())
@@ -380,11 +394,11 @@ impl Established {
         match old.state {
             ChildState::Installed | ChildState::Rekeying => {}
             // §2.25.1: we are closing it.
-            ChildState::Created
-            | ChildState::Installing
-            | ChildState::Rekeyed
-            | ChildState::Deleting
-            | ChildState::Deleted => return Err(Fault::TemporaryFailure),
+            ChildState::Created | ChildState::Installing | ChildState::Rekeyed | ChildState::Deleting => {
+                return Err(Fault::TemporaryFailure);
+            }
+            // It is closed, and stays for packets on their way to us alone.
+            ChildState::Deleted => return Err(Fault::ChildSaNotFound(spi)),
         }
         let replaced = Replaced { id: old.id, reqid: old.reqid, spi_in: old.spi_in };
         let configs = [Arc::clone(&old.config)];
@@ -434,7 +448,7 @@ impl Established {
                 self.children.insert(id, *child);
                 ctx.child_owners.insert(id, self.core.id);
                 if redundant {
-                    self.set_state(id, ChildState::Rekeyed);
+                    self.set_rekeyed(ctx, now, id);
                     return Ok(());
                 }
                 match replaces.filter(|old| self.children.contains_key(old)) {
@@ -442,7 +456,7 @@ impl Established {
                         // While our own rekey of it runs, that decides what becomes of it.
                         let collides = self.collision.as_ref().is_some_and(|collision| collision.theirs == id);
                         if !collides {
-                            self.set_state(old, ChildState::Rekeyed);
+                            self.set_rekeyed(ctx, now, old);
                         }
                         ctx.event(Event::ChildRekeyed { ike_sa: self.core.id, old, new: id });
                     }
@@ -466,12 +480,16 @@ impl Established {
         Ok(())
     }
 
-    fn set_state(&mut self, id: ChildSaId, state: ChildState) {
+    /// A successor is there: who made it deletes this one.
+    fn set_rekeyed(&mut self, ctx: &Context, now: Instant, id: ChildSaId) {
+        let patience = total(&ctx.config.retransmission) + ctx.config.half_open_timeout;
         if let Some(child) = self.children.get_mut(&id)
             && !matches!(child.state, ChildState::Deleting | ChildState::Deleted)
         {
-            child.state = state;
+            child.state = ChildState::Rekeyed;
             child.rekey_at = None;
+            // If the peer never deletes it, we do.
+            child.expire_at = child.expire_at.into_iter().chain([after(now, patience)]).min();
         }
     }
 

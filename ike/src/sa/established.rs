@@ -20,7 +20,7 @@ use super::mobility::{Errand, Mission, Mobility};
 use super::parts::Parts;
 use super::redirect::Moving;
 use super::rekey::IkeOffer;
-use super::retry::{Due, Retry, after, random_below, total};
+use super::retry::{Due, Retry, after, back_off, random_below, total};
 use super::succession::Successor;
 use super::{Core, Want};
 use crate::config::{Child, Connection, Unique};
@@ -31,7 +31,7 @@ use crate::engine::{
 };
 use crate::wire::{ExchangeType, Opened, Payload, Protected};
 
-/// How often a task is tried again after TEMPORARY_FAILURE or another key exchange method.
+/// How often a task is tried again with another key exchange method, and a new Child SA after TEMPORARY_FAILURE.
 pub(crate) const MAX_TRIES: u8 = 8;
 /// First wait before a broken stream is opened again.
 const RECONNECT_FIRST: Duration = Duration::from_millis(500);
@@ -514,7 +514,11 @@ impl Established {
                 child.expire_at = None;
                 child.rekey_at = None;
                 match child.state {
-                    ChildState::Rekeyed => down.push((child.id, CloseReason::Rekeyed)),
+                    // The peer made the successor, and did not delete this one.
+                    ChildState::Rekeyed => {
+                        let task = Task::DeleteChild { id: child.id, token: None, reason: CloseReason::Rekeyed };
+                        self.queue.push_front(task);
+                    }
                     ChildState::Deleting | ChildState::Deleted => {}
                     ChildState::Created | ChildState::Installing | ChildState::Installed | ChildState::Rekeying => {
                         let task = Task::DeleteChild { id: child.id, token: None, reason: CloseReason::Expired };
@@ -540,13 +544,16 @@ impl Established {
         spi_in: u32,
         hard: bool,
     ) -> Result<(), Closed> {
-        if let Some(child) = self.children.values_mut().find(|child| child.spi_in == spi_in && child.is_live()) {
+        if let Some(child) = self.children.values_mut().find(|child| child.spi_in == spi_in) {
             let (id, token) = (child.id, None);
-            child.rekey_at = None;
-            if hard {
-                self.queue.push_front(Task::DeleteChild { id, token, reason: CloseReason::Expired });
-            } else {
+            let rekeyed = child.state == ChildState::Rekeyed;
+            if child.is_live() && !hard {
+                child.rekey_at = None;
                 self.queue.push_back(Task::RekeyChild { id, token, group: None, tries: 0 });
+            } else if hard && (child.is_live() || rekeyed) {
+                child.rekey_at = None;
+                let reason = if rekeyed { CloseReason::Rekeyed } else { CloseReason::Expired };
+                self.queue.push_front(Task::DeleteChild { id, token, reason });
             }
         }
         self.pump(ctx, now)
@@ -778,9 +785,16 @@ impl Established {
         }
     }
 
-    /// Tries a task again after a random while (RFC 7296 §2.25).
+    /// Puts a task off until something of ours is over.
     pub(super) fn delay(&mut self, ctx: &mut Context, now: Instant, task: Task) {
         let wait = Duration::from_secs(1) + random_below(Duration::from_secs(4), ctx.rng.as_mut());
+        self.delayed.push((after(now, wait), task));
+    }
+
+    /// Tries a task again that the peer refused (RFC 7296 §2.25): never at once, and less and less often.
+    /// It was tried `tries` times, from 1.
+    pub(super) fn try_again(&mut self, ctx: &mut Context, now: Instant, task: Task, tries: u8) {
+        let wait = back_off(tries.saturating_sub(1), ctx.rng.as_mut());
         self.delayed.push((after(now, wait), task));
     }
 

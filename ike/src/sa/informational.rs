@@ -78,7 +78,11 @@ impl Established {
         match state {
             // §1.4.1: both close it; the answer to our Delete is to come, so this one does not name it.
             ChildState::Deleting => {
-                self.take_down(ctx, now, id, CloseReason::Local);
+                let why = match &self.active {
+                    Some(Active::DeleteChild { id: ours, reason, .. }) if *ours == id => *reason,
+                    _ => CloseReason::Local,
+                };
+                self.child_deleted(ctx, now, id, why);
                 None
             }
             ChildState::Deleted => None,
@@ -120,6 +124,10 @@ impl Established {
         child.state = ChildState::Deleting;
         let line = format!("closing CHILD_SA {}{{{}}} with SPIs {}", child.config.name, id.0, child.spis());
         ctx.log("IKE", 1, self.core.tag(), line);
+        if reason == CloseReason::Rekeyed {
+            // Another one sends: this one ends at the peer a while after the Delete arrives there, whenever we hear of it.
+            ctx.event(Event::ChildRetired { spi_in });
+        }
         self.active = Some(Active::DeleteChild { id, token, reason });
         let payload = Payload::Delete { protocol: Protocol::ESP, spis: vec![spi_in] };
         self.send_request(ctx, now, ExchangeType::INFORMATIONAL, &[payload])

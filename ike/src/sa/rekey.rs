@@ -96,8 +96,9 @@ impl Established {
                         return Ok(());
                     }
                 }
-                NotifyType::TEMPORARY_FAILURE if tries < MAX_TRIES => {
-                    self.delay(ctx, now, Task::RekeyIke { token, group: None, tries: next });
+                // §2.25: until the hard lifetime ends the IKE SA.
+                NotifyType::TEMPORARY_FAILURE => {
+                    self.try_again(ctx, now, Task::RekeyIke { token, group: None, tries: next }, next);
                     return Ok(());
                 }
                 NotifyType::INVALID_SYNTAX => {
@@ -107,6 +108,10 @@ impl Established {
                 _ => {}
             }
             failed(ctx, token, &self.core.name, None, &reason);
+            if token.is_none() {
+                // Nobody asked for it but our own lifetime, which goes on.
+                self.try_again(ctx, now, Task::RekeyIke { token: None, group: None, tries: next }, next);
+            }
             return Ok(());
         }
         let spi = offer.spi;

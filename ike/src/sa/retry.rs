@@ -50,6 +50,15 @@ pub(crate) fn total(policy: &Retransmission) -> Duration {
     (0..=policy.tries).map(|n| nominal(policy, n)).fold(Duration::ZERO, Duration::saturating_add)
 }
 
+/// How long to wait before something that failed is tried again for the `n`th time, from 0: charon's 15 s less up to
+/// 10 s, then longer each time.
+pub(crate) fn back_off(n: u8, rng: &mut dyn Rng) -> Duration {
+    const FIRST: Duration = Duration::from_secs(15);
+    const RANDOM: Duration = Duration::from_secs(10);
+    const LONGEST: Duration = Duration::from_secs(120);
+    FIRST.saturating_mul(1 << n.min(8)).min(LONGEST).saturating_sub(random_below(RANDOM, rng))
+}
+
 /// A uniformly random duration below `range`; zero for zero.
 pub(crate) fn random_below(range: Duration, rng: &mut dyn Rng) -> Duration {
     let mut octets = [0; 8];

@@ -429,6 +429,24 @@ fn a_successor_that_awaits_its_peer_leaves_sending_to_its_predecessor() {
     assert!(matches!(right.retire(1301), Err(PlaneError::NoSuchSa(1301))));
 }
 
+// RFC 7296 §2.8.1: both sides rekeyed; ours is redundant and goes before the peer has heard of the survivor.
+#[test]
+fn a_redundant_pair_leaves_sending_to_the_replaced_one() {
+    let plane = plane();
+    plane.install(half(300, 1, 1, &["10.2.0.0/16"])).unwrap();
+    let mut survivor = half(301, 1, 1, &["10.2.0.0/16"]);
+    survivor.await_peer = true;
+    plane.install(survivor).unwrap();
+    plane.install(half(302, 1, 1, &["10.2.0.0/16"])).unwrap();
+    assert_eq!(spi_for(&plane, "10.2.0.6"), Some(302));
+    plane.retire(1302).unwrap();
+    assert_eq!(spi_for(&plane, "10.2.0.6"), Some(300));
+    plane.delete(1302).unwrap();
+    assert_eq!(spi_for(&plane, "10.2.0.6"), Some(300));
+    plane.retire(1300).unwrap();
+    assert_eq!(spi_for(&plane, "10.2.0.6"), Some(301));
+}
+
 #[test]
 fn the_first_packet_of_the_peer_ends_the_wait() {
     let pair = Pair::new(&Setup::default());

@@ -83,6 +83,50 @@ impl Pair {
         self.held = None;
     }
 
+    /// From now on no packet may be lost.
+    pub(super) fn with_traffic(mut self) -> Self {
+        self.traffic = true;
+        self.assert_traffic_flows();
+        self
+    }
+
+    pub(super) fn without_traffic(&mut self) {
+        self.traffic = false;
+    }
+
+    pub(super) fn rekey_child(&mut self, side: usize, nonce: u8) {
+        self.sides[side].nonce.set(nonce);
+        let (child, now) = (self.live(side).id, self.now);
+        self.sides[side].engine.rekey(now, Target::Child(child), 2).unwrap();
+        self.drain(side);
+    }
+
+    /// Deletes the Child SA that was up last.
+    pub(super) fn delete_child(&mut self, side: usize) {
+        let (child, now) = (self.live(side).id, self.now);
+        self.sides[side].engine.terminate(now, Target::Child(child), false, 3).unwrap();
+        self.drain(side);
+    }
+
+    pub(super) fn delete_ike(&mut self, side: usize) {
+        let (ike, now) = (self.oldest(side).id, self.now);
+        self.sides[side].engine.terminate(now, Target::Ike(ike), false, 3).unwrap();
+        self.drain(side);
+    }
+
+    pub(super) fn live(&self, side: usize) -> ChildSaStatus {
+        let children = self.sides[side].engine.ike_sas(self.now).into_iter().flat_map(|sa| sa.children);
+        children.filter(|child| child.state == ChildState::Installed).max_by_key(|child| child.id).unwrap()
+    }
+
+    /// States of a side's Child SAs, from the oldest.
+    pub(super) fn children(&self, side: usize) -> Vec<ChildState> {
+        let sas = self.sides[side].engine.ike_sas(self.now);
+        let mut children: Vec<ChildSaStatus> = sas.into_iter().flat_map(|sa| sa.children).collect();
+        children.sort_by_key(|child| child.id);
+        children.into_iter().map(|child| child.state).collect()
+    }
+
     pub(super) fn rekey_ike(&mut self, side: usize, nonce: u8) {
         self.sides[side].nonce.set(nonce);
         let (ike, now) = (self.oldest(side).id, self.now);
@@ -113,6 +157,9 @@ impl Pair {
         self.sides[datagram.to].engine.handle_message(now, datagram.path, &datagram.bytes);
         self.drain(datagram.to);
         self.run(Duration::ZERO);
+        if self.traffic {
+            self.assert_traffic_flows();
+        }
     }
 
     /// Delivers the oldest datagram from `from`; it is no request that needs a nonce.
@@ -157,14 +204,21 @@ impl Pair {
 
     /// No rekey looked like a delete to those who watch.
     pub(super) fn assert_no_loss(&self) {
-        for side in &self.sides {
+        for (number, side) in self.sides.iter().enumerate() {
             let lost = |event: &Event| match event {
                 Event::ChildDown { reason, .. } => *reason != CloseReason::Rekeyed,
                 Event::IkeDown(_, reason) => *reason != CloseReason::Rekeyed,
                 _ => false,
             };
             let lost: Vec<&Event> = side.events.iter().filter(|event| lost(event)).collect();
-            assert!(lost.is_empty(), "{lost:#?}");
+            if !lost.is_empty() {
+                for event in &side.events {
+                    if let Event::Log { message, ike_sa, .. } = event {
+                        eprintln!("{:?} {message}", ike_sa.as_ref().map(|(id, _)| id.0));
+                    }
+                }
+                panic!("side {number} lost {}", lost.len());
+            }
         }
     }
 }

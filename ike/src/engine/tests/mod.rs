@@ -3,8 +3,10 @@
 mod attack;
 mod authentication;
 mod by_hand;
+mod child_rekey;
 mod child_sa;
 mod childless;
+mod collisions;
 mod defence;
 mod faults;
 mod fragments;
@@ -91,6 +93,12 @@ pub(super) struct Installed {
     pub(super) local_ts: Vec<TrafficSelector>,
     pub(super) remote_ts: Vec<TrafficSelector>,
     pub(super) reqid: u32,
+    /// Newer ones send before older ones.
+    order: u64,
+    /// The predecessor still sends.
+    waits: bool,
+    /// Receives only.
+    retired: bool,
 }
 
 pub(super) struct Side {
@@ -107,6 +115,7 @@ pub(super) struct Side {
     pub(super) names: BTreeMap<String, IpAddr>,
     reqids: u32,
     key_rng: TestRng,
+    order: u64,
     /// Open streams: ours to the other side's number.
     pub(super) streams: BTreeMap<StreamId, StreamId>,
     stream_paths: BTreeMap<StreamId, (SocketAddr, SocketAddr)>,
@@ -139,6 +148,8 @@ pub(super) struct Pair {
     pub(super) tcp_blocked: bool,
     /// Everything is lost.
     pub(super) cut: bool,
+    /// Packets go both ways all the time, and none may be lost.
+    traffic: bool,
     /// Datagrams wait here for the test to deliver them.
     held: Option<Vec<by_hand::Held>>,
     /// Addresses of each side beside [`address`]; without that where it is in `gone`.
@@ -262,6 +273,7 @@ impl Pair {
                 names: BTreeMap::new(),
                 reqids: 0,
                 key_rng: TestRng(!seed),
+                order: 0,
                 streams: BTreeMap::new(),
                 stream_paths: BTreeMap::new(),
                 stream_clock: BTreeMap::new(),
@@ -284,6 +296,7 @@ impl Pair {
             udp_blocked: false,
             tcp_blocked: false,
             cut: false,
+            traffic: false,
             held: None,
             more: [Vec::new(), Vec::new()],
             gone: Vec::new(),
@@ -340,10 +353,22 @@ impl Pair {
         panic!("the simulation does not come to rest");
     }
 
+    /// A packet goes out from either side and arrives under an SA that the other side has.
+    pub(super) fn assert_traffic_flows(&mut self) {
+        for side in [A, B] {
+            let spi = self.sides[side].sending().expect("an SA that sends");
+            let other = self.sides[1 - side].installed.get_mut(&spi);
+            other.expect("the other side does not know the SA that this one sends under").waits = false;
+        }
+    }
+
     fn step(&mut self) {
         while let Some(entry) = self.deliveries.first_entry().filter(|entry| entry.key().0 <= self.now) {
             let delivery = entry.remove();
             self.deliver(delivery);
+        }
+        if self.traffic {
+            self.assert_traffic_flows();
         }
         for side in [A, B] {
             if self.sides[side].engine.next_timeout().is_some_and(|at| at <= self.now) {
@@ -597,6 +622,7 @@ impl Side {
     }
 
     fn install(&mut self, pair: SaPair) -> u32 {
+        self.order += 1;
         let reqid = if pair.reqid == 0 {
             self.reqids += 1;
             self.reqids
@@ -613,15 +639,41 @@ impl Side {
             local_ts: pair.local_ts,
             remote_ts: pair.remote_ts,
             reqid,
+            order: self.order,
+            waits: pair.await_peer,
+            retired: false,
         };
         assert!(self.installed.insert(pair.spi_in, installed).is_none(), "an SPI is installed twice");
         reqid
+    }
+
+    /// Who waited for a predecessor sends now, unless another one does.
+    fn succeed(&mut self, gone: u32, reqid: u32) {
+        let mut others: Vec<&mut Installed> =
+            self.installed.iter_mut().filter(|(spi, _)| **spi != gone).map(|(_, pair)| pair).collect();
+        others.retain(|pair| pair.reqid == reqid);
+        if !others.iter().any(|pair| !pair.waits && !pair.retired) {
+            others.into_iter().for_each(|pair| pair.waits = false);
+        }
+    }
+
+    /// SPI of the pair that a packet goes out under, as in the data plane.
+    fn sending(&self) -> Option<u32> {
+        let able = self.installed.values().filter(|pair| !pair.waits && !pair.retired);
+        able.max_by_key(|pair| pair.order).map(|pair| pair.spi_out)
     }
 
     fn note(&mut self, event: Event) {
         match &event {
             Event::ChildDown { child, .. } => {
                 assert!(self.installed.remove(&child.spi_in).is_some(), "ChildDown of what was not installed");
+                self.succeed(child.spi_in, child.reqid);
+            }
+            Event::ChildRetired { spi_in } => {
+                let pair = self.installed.get_mut(spi_in).expect("ChildRetired of what is installed");
+                pair.retired = true;
+                let (spi_in, reqid) = (*spi_in, pair.reqid);
+                self.succeed(spi_in, reqid);
             }
             Event::Migrate { spi_in, to } => {
                 self.installed.get_mut(spi_in).expect("Migrate of what is installed").encapsulation = *to;
