@@ -1,7 +1,7 @@
-//! strongSwan's names of algorithms for status output: `AES_GCM_16`, `HMAC_SHA2_256_128`,
+//! strongSwan's names of algorithms for status output and the log: `AES_GCM_16`, `HMAC_SHA2_256_128`,
 //! `PRF_HMAC_SHA2_256`, `CURVE_25519`, `ECP_384`, `MODP_3072`; unknown ones as `(1234)`.
 
-use ipsec::transform::{Encr, Integ, Ke, Prf};
+use ipsec::transform::{Encr, Integ, Ke, Prf, Proposal, Protocol, SequenceNumbers, Transform, TransformType};
 
 /// Name of a cipher.
 pub fn encr(id: Encr) -> String {
@@ -99,6 +99,62 @@ pub fn ke(id: Ke) -> String {
 /// Name of an additional key exchange, numbered from 1 to 7: `KE1_ML_KEM_768`.
 pub fn additional_ke(number: u8, id: Ke) -> String {
     format!("KE{number}_{}", ke(id))
+}
+
+/// Proposals as charon's log has them, `IKE:AES_GCM_16_256/PRF_HMAC_SHA2_256/CURVE_25519/KE1_ML_KEM_768`, separated
+/// by commas; cut at 1,000 octets, because a stranger's offer can be much longer than anybody reads.
+pub fn proposals(proposals: &[Proposal]) -> String {
+    const LONGEST: usize = 1_000;
+    let mut text = String::new();
+    for one in proposals {
+        if !text.is_empty() {
+            text.push_str(", ");
+        }
+        text.push_str(match one.protocol {
+            Protocol::IKE => "IKE:",
+            Protocol::ESP => "ESP:",
+            Protocol::AH => "AH:",
+            _ => "(?):",
+        });
+        // charon's order.
+        let rank = |kind| match kind {
+            TransformType::INTEG => (TransformType::ENCR, 1),
+            TransformType::SN => (TransformType(u8::MAX), 0),
+            kind => (kind, 0),
+        };
+        let mut transforms: Vec<&Transform> = one.transforms.iter().collect();
+        transforms.sort_by_key(|transform| rank(transform.kind));
+        let names: Vec<String> = transforms.into_iter().map(transform).collect();
+        text.push_str(&names.join("/"));
+        if text.len() > LONGEST {
+            text.truncate(LONGEST);
+            text.push_str("...");
+            break;
+        }
+    }
+    text
+}
+
+fn transform(transform: &Transform) -> String {
+    let id = transform.id;
+    match transform.kind {
+        TransformType::ENCR => match transform.key_bits {
+            Some(bits) => format!("{}_{bits}", encr(Encr(id))),
+            None => encr(Encr(id)),
+        },
+        TransformType::PRF => prf(Prf(id)),
+        TransformType::INTEG => integ(Integ(id)),
+        TransformType::KE => ke(Ke(id)),
+        TransformType::SN => match SequenceNumbers(id) {
+            SequenceNumbers::SEQUENTIAL_32 => "NO_EXT_SEQ".to_owned(),
+            SequenceNumbers::PARTIAL_64 => "EXT_SEQ".to_owned(),
+            SequenceNumbers(other) => format!("SN({other})"),
+        },
+        kind => match TransformType::ADDITIONAL_KE.into_iter().zip(1..).find(|(known, _)| *known == kind) {
+            Some((_, number)) => additional_ke(number, Ke(id)),
+            None => format!("({}:{id})", kind.0),
+        },
+    }
 }
 
 fn named(id: u16, name: &str) -> String {

@@ -3,12 +3,12 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use ipsec::transform::Ke;
+use ipsec::transform::{Ke, Proposal};
 
 use super::context::Context;
 use super::{Engine, Path};
 use crate::config::{Connection, Fragmentation};
-use crate::crypto::{self, IkeChoice};
+use crate::crypto::{self, IkeChoice, names};
 use crate::sa::auth::{InitMaterial, IntAuth, auth_announcement, cert_request};
 use crate::sa::channel::Spis;
 use crate::sa::childless;
@@ -129,6 +129,14 @@ impl Engine {
             crypto::select_ike(offered, &ours(connection), ours_first, preferred)
         };
         let choice = fitting.iter().find_map(|connection| select(connection, Some(*group)));
+        if choice.is_none() && !fitting.is_empty() {
+            let configured: Vec<Proposal> = fitting.iter().flat_map(|connection| proposals(connection)).collect();
+            let (received, configured) = (names::proposals(offered), names::proposals(&configured));
+            let line = format!("received proposals: {received}; configured proposals: {configured}");
+            if let Some(line) = self.defence.line(now, line) {
+                ctx.log("CFG", 1, None, line);
+            }
+        }
         let IkeChoice { suite, proposal } = choice.ok_or(Fault::NoProposalChosen)?;
         if suite.ke != *group {
             return Err(Fault::InvalidKe(suite.ke));
@@ -143,6 +151,7 @@ impl Engine {
             })
             .collect();
         let first = candidates.first().ok_or(Fault::NoProposalChosen)?;
+        ctx.log("CFG", 1, None, format!("selected proposal: {}", names::proposals(&chosen)));
 
         let id = ctx.next_ike();
         let spis = Spis { initiator: header.initiator_spi, responder: ctx.reserve_ike_spi(id) };

@@ -465,6 +465,7 @@ impl Initiating {
             self.abandon(ctx, reason, CloseReason::Failed);
             return None;
         };
+        ctx.log("CFG", 1, self.tag(), format!("selected proposal: {}", crypto::names::proposals(answer)));
         let spis = Spis { initiator: self.attempt.spi, responder: header.responder_spi };
         let fake = self.connection.force_encapsulation;
         let nat = Nat::detect(&parts, spis.initiator, spis.responder, &self.attempt.path, fake);

@@ -448,6 +448,31 @@ fn names_are_strongswans() {
     assert_eq!(names::ke(Ke(1234)), "(1234)");
 }
 
+#[test]
+fn proposals_are_printed_as_charon_prints_them() {
+    let both = [
+        ike("aes256-sha256-modp3072"),
+        ike("aes128ccm12-chacha20poly1305-prfsha512-x25519-ke2_mlkem1024-ke1_mlkem768-ke1_none"),
+    ];
+    assert_eq!(
+        names::proposals(&both.concat()),
+        "IKE:AES_CBC_256/HMAC_SHA2_256_128/PRF_HMAC_SHA2_256/MODP_3072, \
+         IKE:AES_CCM_12_128/CHACHA20_POLY1305/PRF_HMAC_SHA2_512/CURVE_25519/KE1_ML_KEM_768/KE1_NONE/KE2_ML_KEM_1024"
+    );
+    assert_eq!(names::proposals(&esp("null-aescmac-none-esn")), "ESP:NULL/AES_CMAC_96/NONE/EXT_SEQ");
+    let strange = Proposal {
+        number: 1,
+        protocol: Protocol(9),
+        spi: Vec::new(),
+        transforms: vec![Transform::new(TransformType(77), 5), Transform::new(TransformType::SN, 2)],
+    };
+    assert_eq!(names::proposals(std::slice::from_ref(&strange)), "(?):(77:5)/SN(2)");
+    // However much a stranger offers.
+    let text = names::proposals(&vec![strange; 255]);
+    assert!(text.len() <= 1_003 && text.ends_with("..."));
+    assert_eq!(names::proposals(&[]), "");
+}
+
 // RFC 8247, RFC 8221: what a default offers, and only what they do not discourage.
 #[test]
 fn the_default_has_what_the_rfcs_require_and_nothing_that_needs_a_warning() {
