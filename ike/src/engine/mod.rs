@@ -11,6 +11,8 @@ mod defence;
 pub(crate) mod places;
 mod puzzles;
 mod responder;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod storm;
 pub(crate) mod triggers;
 pub(crate) mod upkeep;
 

@@ -56,7 +56,7 @@ impl Places {
         self.by_remote.get(&remote).map(|ids| ids.iter().copied().collect()).unwrap_or_default()
     }
 
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzzing"))]
     pub(super) fn is_empty(&self) -> bool {
         self.by_remote.is_empty() && self.deciding.is_empty() && self.told.is_empty()
     }

@@ -89,7 +89,7 @@ impl Upkeep {
         self.by_address.range((address, IkeSaId(0))..=(address, IkeSaId(u64::MAX))).map(|(_, id)| *id)
     }
 
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzzing"))]
     pub(super) fn is_empty(&self) -> bool {
         self.by_address.is_empty() && self.deadlines.is_empty() && self.strangers + self.peers == 0
     }

@@ -299,6 +299,28 @@ impl Channel {
         }
     }
 
+    /// A message as the peer would seal it: a request with the id that we expect plus `ahead`, or an answer to what is
+    /// outstanding. For tests of what an authentic and mad peer can do.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(crate) fn forge(
+        &self,
+        exchange: ExchangeType,
+        response: bool,
+        ahead: u8,
+        payloads: &[Payload],
+        max_length: Option<usize>,
+        rng: &mut dyn Rng,
+    ) -> Vec<Vec<u8>> {
+        let outstanding = self.outstanding.as_ref().filter(|_| response);
+        let (exchange, message_id) = match outstanding {
+            Some(request) if ahead == 0 => (request.exchange, request.message_id),
+            Some(request) => (exchange, request.message_id.wrapping_add(u32::from(ahead))),
+            None => (exchange, self.expected_request.wrapping_add(u32::from(ahead))),
+        };
+        let header = Header { from_initiator: !self.initiator, ..self.header(exchange, message_id, response) };
+        wire::seal(&header, payloads, &self.inbound, max_length, rng)
+    }
+
     fn header(&self, exchange: ExchangeType, message_id: u32, response: bool) -> Header {
         Header {
             initiator_spi: self.spis.initiator,

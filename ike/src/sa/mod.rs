@@ -214,7 +214,7 @@ impl IkeSa {
         }
     }
 
-    fn channel(&self) -> Option<&Channel> {
+    pub(crate) fn channel(&self) -> Option<&Channel> {
         match self {
             Self::Initiating(_) => None,
             Self::InitiatorIntermediate(sa) => sa.channel.as_ref(),
