@@ -694,6 +694,7 @@ fn sa() -> SaReport {
         encapsulation: Some(Encapsulation::Udp { local, remote }),
         suite: Some(EspSuite { encr: Encr::AES_GCM_16, key_bits: 256, integ: Integ::NONE, esn: false }),
         ke: Ke::X25519,
+        additional: AdditionalKe::NONE,
         installed: Some(Duration::ZERO),
         rekey_in: Some(Duration::from_secs(3252)),
         expires_in: Some(Duration::from_secs(3960)),

@@ -616,9 +616,6 @@ impl<'s, 'r> Options<'s, 'r> {
                 Err(error) => self.invalid(option, &error.to_string()),
             }
         }
-        if proposals.iter().flat_map(|proposal| &proposal.transforms).any(|t| t.kind.is_additional_ke()) {
-            self.invalid(option, "additional key exchanges (ke1_ to ke7_, RFC 9370) are not served yet");
-        }
         for warning in ike::crypto::warnings(&proposals) {
             self.warning(option, warning);
         }
@@ -1002,11 +999,11 @@ mod tests {
         read_good("proposals = default\n remote { }\n children { c { esp_proposals = default } }");
     }
 
-    // RFC 9370: until they are served.
+    // RFC 9370.
     #[test]
-    fn additional_key_exchanges_are_refused_by_name() {
-        let message = refusal("remote { }\n proposals = aes128gcm16-prfsha256-x25519-ke1_mlkem768");
-        assert!(message.contains("additional key exchanges (ke1_ to ke7_, RFC 9370) are not served yet"), "{message}");
+    fn additional_key_exchanges_are_taken() {
+        let connection = read_good("remote { }\n proposals = aes128gcm16-prfsha256-x25519-ke1_mlkem768");
+        assert!(connection.proposals[0].transforms.iter().any(|transform| transform.kind.is_additional_ke()));
     }
 
     #[test]

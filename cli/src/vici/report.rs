@@ -137,6 +137,9 @@ fn push_installed(section: &mut Section, status: &ChildSaStatus, usage: Usage) {
         if status.ke != Ke::NONE {
             section.push_value("dh-group", names::ke(status.ke));
         }
+        for (number, method) in status.additional.iter() {
+            section.push_value(format!("ake{number}"), names::ke(method));
+        }
         if suite.esn {
             section.push_value("esn", "1");
         }

@@ -44,15 +44,19 @@ pub fn ike_keys(suite: &IkeSuite, secret: &Secret, seed: KeySeed<'_>) -> Result<
     expand(suite, &skeyseed, seed)
 }
 
-/// Keys of a rekeyed IKE SA: SKEYSEED = prf(SK_d (old), g^ir (new) | Ni | Nr) with the old PRF (§2.18).
+/// Keys of a rekeyed IKE SA: SKEYSEED = prf(SK_d (old), g^ir (new) | Ni | Nr) with the old PRF (§2.18), or, with
+/// additional key exchanges, prf(SK_d, SK(0) | Ni | Nr | SK(1) | … SK(n)) (RFC 9370 §2.2.4).
 pub fn rekeyed_ike_keys(
     old_prf: Prf,
     old_sk_d: &Secret,
     suite: &IkeSuite,
     secret: &Secret,
+    additional: &[Secret],
     seed: KeySeed<'_>,
 ) -> Result<IkeKeys, KeyError> {
-    let skeyseed = prf(old_prf, old_sk_d.expose(), &[secret.expose(), seed.ni, seed.nr])?;
+    let mut parts = vec![secret.expose(), seed.ni, seed.nr];
+    parts.extend(additional.iter().map(Secret::expose));
+    let skeyseed = prf(old_prf, old_sk_d.expose(), &parts)?;
     expand(suite, &skeyseed, seed)
 }
 
@@ -64,7 +68,7 @@ pub fn intermediate_ike_keys(
     secret: &Secret,
     seed: KeySeed<'_>,
 ) -> Result<IkeKeys, KeyError> {
-    rekeyed_ike_keys(suite.prf, sk_d, suite, secret, seed)
+    rekeyed_ike_keys(suite.prf, sk_d, suite, secret, &[], seed)
 }
 
 /// {SK_d | SK_ai | SK_ar | SK_ei | SK_er | SK_pi | SK_pr} = prf+(SKEYSEED, Ni | Nr | SPIi | SPIr).
@@ -89,19 +93,22 @@ fn expand(suite: &IkeSuite, skeyseed: &Secret, seed: KeySeed<'_>) -> Result<IkeK
 
 /// Keys of a Child SA: (initiator to responder, responder to initiator) from
 /// KEYMAT = prf+(SK_d, [g^ir (new) |] Ni | Nr) (§2.17). "Initiator" is who began the exchange that
-/// creates the Child SA, and the nonces are that exchange's.
+/// creates the Child SA, and the nonces are that exchange's. With additional key exchanges KEYMAT = prf+(SK_d,
+/// SK(0) | Ni | Nr | SK(1) | … SK(n)) (RFC 9370 §2.2.4); `secrets` are SK(0) and the others, or none.
 pub fn child_keys(
     prf_algorithm: Prf,
     sk_d: &Secret,
     suite: &EspSuite,
-    secret: Option<&Secret>,
+    secrets: &[Secret],
     ni: &[u8],
     nr: &[u8],
 ) -> Result<(EspKeys, EspKeys), KeyError> {
     let KeyLengths { encr, integ } =
         Protection::key_lengths(suite.encr, suite.key_bits, suite.integ).ok_or(KeyError::Unsupported)?;
-    let secret = secret.map(Secret::expose).unwrap_or_default();
-    let keymat = prf_plus(prf_algorithm, sk_d.expose(), &[secret, ni, nr], 2 * (encr + integ))?;
+    let mut exposed = secrets.iter().map(Secret::expose);
+    let mut parts = vec![exposed.next().unwrap_or_default(), ni, nr];
+    parts.extend(exposed);
+    let keymat = prf_plus(prf_algorithm, sk_d.expose(), &parts, 2 * (encr + integ))?;
     let mut rest = keymat.expose();
     // All keys of one direction before those of the other, encryption before integrity.
     let mut direction = || Ok(EspKeys { encr: cut(&mut rest, encr)?, integ: cut(&mut rest, integ)? });

@@ -31,7 +31,7 @@ use pad::{
 use crate::Rng;
 use crate::config::{Child, Connection, PuzzlePolicy, Retransmission};
 use crate::crypto::puzzle::Puzzle;
-use crate::crypto::{IkeSuite, KeyDone, KeyError, KeyWork};
+use crate::crypto::{AdditionalKe, IkeSuite, KeyDone, KeyError, KeyWork};
 use crate::sa::established::Closed;
 pub use crate::sa::redirect::Gateway;
 use crate::sa::{Established, IkeSa, Initiating, Want, retry};
@@ -1051,6 +1051,8 @@ pub struct ChildSaStatus {
     pub suite: Option<EspSuite>,
     /// Key exchange of its own, `Ke::NONE` without.
     pub ke: Ke,
+    /// Additional key exchanges of its own.
+    pub additional: AdditionalKe,
     /// Time since installation.
     pub installed: Option<Duration>,
     /// Time to rekey, if any.

@@ -287,7 +287,7 @@ impl InitiatorAuth {
             let trigger =
                 self.wants.iter().find(|want| want.child.is_some()).and_then(|want| ctx.triggers.of(want.token));
             let offer = ChildOffer::first(ctx, &self.core, child, nonce).wanted_by(trigger);
-            payloads.extend(offer.payloads());
+            payloads.extend(offer.payloads(None));
             self.offer = Some(Box::new(offer));
         }
         payloads.extend(announcement(ctx, &self.connection, &self.core, None));

@@ -22,7 +22,7 @@ use super::retry::{after, random_below};
 use super::selectors::{Candidate, Selectors, candidates};
 use crate::Rng;
 use crate::config::Child;
-use crate::crypto::{self, KeyExchange};
+use crate::crypto::{self, AdditionalKe, KeyExchange};
 use crate::engine::context::Context;
 use crate::engine::triggers::Trigger;
 use crate::engine::{ChildReady, ChildSaId, ChildSaStatus, ChildState, CloseReason};
@@ -41,6 +41,7 @@ pub(crate) struct ChildSa {
     pub(crate) encapsulation: Encapsulation,
     pub(crate) suite: EspSuite,
     pub(crate) ke: Ke,
+    pub(crate) additional: AdditionalKe,
     pub(crate) installed: Instant,
     pub(crate) rekey_at: Option<Instant>,
     pub(crate) expire_at: Option<Instant>,
@@ -70,6 +71,7 @@ impl ChildSa {
             encapsulation: Some(self.encapsulation),
             suite: Some(self.suite),
             ke: self.ke,
+            additional: self.additional,
             installed: Some(now.saturating_duration_since(self.installed)),
             rekey_in: in_time(self.rekey_at),
             expires_in: in_time(self.expire_at),
@@ -147,7 +149,8 @@ pub(crate) struct ChildOffer {
     selectors: Selectors,
     /// The selectors are those of one pair of addresses: the peer takes no others.
     single_pair: bool,
-    ke: Option<KeyExchange>,
+    /// Method of the first key exchange; `None` without one.
+    pub(crate) method: Option<Ke>,
     /// In CREATE_CHILD_SA, with a nonce of its own.
     own_exchange: bool,
 }
@@ -187,16 +190,15 @@ impl ChildOffer {
             candidates.retain(|method| *method == group);
         }
         // The first method is the one that we would rather have; NONE among the first is no PFS.
-        let ke = match candidates.first() {
+        let method = match candidates.first() {
             None | Some(&Ke::NONE) => None,
             Some(_) => {
-                let mut methods = candidates.into_iter();
-                let ke = methods.find_map(|method| KeyExchange::generate(method, ctx.rng.as_mut()).ok());
-                Some(ke.ok_or_else(|| "no proposal has a key exchange method that we support".to_owned())?)
+                let method = candidates.into_iter().find(|method| crypto::supported(*method));
+                Some(method.ok_or_else(|| "no proposal has a key exchange method that we support".to_owned())?)
             }
         };
         let nonce = ctx.random(NONCE_LENGTH);
-        Ok(Self::build(ctx, core, config, proposals, replaces, ke, nonce, true))
+        Ok(Self::build(ctx, core, config, proposals, replaces, method, nonce, true))
     }
 
     #[allow(clippy::too_many_arguments, reason = "the fields of the value that it builds")]
@@ -206,7 +208,7 @@ impl ChildOffer {
         config: Arc<Child>,
         proposals: Vec<Proposal>,
         replaces: Option<Replaced>,
-        ke: Option<KeyExchange>,
+        method: Option<Ke>,
         nonce: Vec<u8>,
         own_exchange: bool,
     ) -> Self {
@@ -214,7 +216,7 @@ impl ChildOffer {
         let id = ctx.next_child();
         let selectors = resolve(&config, core);
         let proposals = numbered(&proposals, &spi.to_be_bytes());
-        Self { id, config, spi, replaces, nonce, proposals, selectors, single_pair: false, ke, own_exchange }
+        Self { id, config, spi, replaces, nonce, proposals, selectors, single_pair: false, method, own_exchange }
     }
 
     /// Offers for the packet that wants the Child SA, if there is one (§2.9).
@@ -236,11 +238,17 @@ impl ChildOffer {
 
     /// True when INVALID_KE_PAYLOAD with this group is worth another try (§1.3).
     pub(crate) fn accepts_group(&self, group: Ke) -> bool {
-        offers(&self.proposals, group) && self.ke.as_ref().map(KeyExchange::method) != Some(group)
+        offers(&self.proposals, group) && self.method != Some(group)
+    }
+
+    /// The key exchanges that an answer chose; `None` where that is not among what we offered.
+    pub(crate) fn chosen(&self, parts: &Parts) -> Option<(Ke, AdditionalKe)> {
+        let (_, method, additional) = crypto::accept_esp(parts.sa.as_ref()?, &self.proposals, self.own_exchange)?;
+        Some((method, additional))
     }
 
     /// The payloads of the request.
-    pub(crate) fn payloads(&self) -> Vec<Payload> {
+    pub(crate) fn payloads(&self, ke: Option<&KeyExchange>) -> Vec<Payload> {
         let mut payloads = Vec::new();
         if let Some(replaced) = self.replaces {
             payloads.push(Payload::Notify(Notify {
@@ -258,7 +266,7 @@ impl ChildOffer {
         if self.own_exchange {
             payloads.push(Payload::Nonce(self.nonce.clone()));
         }
-        if let Some(ke) = &self.ke {
+        if let Some(ke) = ke {
             payloads.push(Payload::Ke { group: ke.method(), data: ke.public().to_vec() });
         }
         payloads.push(Payload::TsInitiator(wire_selectors(&self.selectors.local)));
@@ -266,18 +274,20 @@ impl ChildOffer {
         payloads
     }
 
-    /// Makes the Child SA of the answer. `nr` is the responder's nonce.
+    /// Makes the Child SA of the answer. `nr` is the responder's nonce, `secrets` are those of all key exchanges
+    /// that the answer chose.
     pub(crate) fn accept(
         self,
         parent: &Parent<'_>,
         parts: &Parts,
         nr: &[u8],
+        secrets: &[Secret],
     ) -> Result<(ChildSa, ChildReady), Unusable> {
         let unusable = |exists_there, reason: &str| Unusable { reason: reason.to_owned(), exists_there };
         let (Some(answer), Some(ts_i), Some(ts_r)) = (&parts.sa, &parts.ts_initiator, &parts.ts_responder) else {
             return Err(unusable(false, "the answer lacks SA or traffic selectors"));
         };
-        let Some((suite, method, _)) = crypto::accept_esp(answer, &self.proposals, self.own_exchange) else {
+        let Some((suite, method, additional)) = crypto::accept_esp(answer, &self.proposals, self.own_exchange) else {
             return Err(unusable(true, "the peer chose what we did not offer"));
         };
         let spi_out = answer.first().and_then(|proposal| spi_of(&proposal.spi));
@@ -291,14 +301,11 @@ impl ChildOffer {
         if chosen.local.is_empty() || chosen.remote.is_empty() || !self.selectors.contains(&chosen) {
             return Err(unusable(true, "the peer's traffic selectors are not within ours"));
         }
-        let secret = match (method, self.ke, &parts.ke) {
-            (Ke::NONE, _, _) => None,
-            (method, Some(ke), Some((group, public))) if ke.method() == method && *group == method => {
-                Some(ke.agree(public).map_err(|error| unusable(true, &error.to_string()))?)
-            }
-            _ => return Err(unusable(true, "the key exchange does not fit the chosen proposal")),
-        };
-        let keys = crypto::child_keys(parent.prf, parent.d, &suite, secret.as_ref(), &self.nonce, nr);
+        let due = if method == Ke::NONE { 0 } else { additional.iter().count().saturating_add(1) };
+        if secrets.len() != due {
+            return Err(unusable(true, "the key exchange does not fit the chosen proposal"));
+        }
+        let keys = crypto::child_keys(parent.prf, parent.d, &suite, secrets, &self.nonce, nr);
         let (keys_out, keys_in) = keys.map_err(|error| unusable(true, &error.to_string()))?;
         let made = Made {
             id: self.id,
@@ -309,6 +316,7 @@ impl ChildOffer {
             spi_out,
             suite,
             ke: method,
+            additional,
             local_ts: chosen.local,
             remote_ts: chosen.remote,
             single_pair: self.single_pair,
@@ -316,6 +324,49 @@ impl ChildOffer {
             lowest_nonce: self.nonce.min(nr.to_vec()),
         };
         Ok(made.split(parent, keys_in, keys_out))
+    }
+}
+
+/// A responder's side of a negotiation before the key exchanges. Its SPI is reserved.
+pub(crate) struct ChildPlan {
+    made: Made,
+    /// The initiator's KE payload, if the choice has key exchanges.
+    pub(crate) ke: Option<(Ke, Vec<u8>)>,
+    /// Without the KE payload.
+    pub(crate) payloads: Vec<Payload>,
+    ni: Vec<u8>,
+    nr: Vec<u8>,
+}
+
+impl ChildPlan {
+    pub(crate) fn id(&self) -> ChildSaId {
+        self.made.id
+    }
+
+    pub(crate) fn spi_in(&self) -> u32 {
+        self.made.spi_in
+    }
+
+    pub(crate) fn additional(&self) -> AdditionalKe {
+        self.made.additional
+    }
+
+    pub(crate) fn lowest_nonce(&self) -> &[u8] {
+        &self.made.lowest_nonce
+    }
+
+    /// With the secrets of all key exchanges. `payloads` are those of the answer that says yes.
+    pub(crate) fn finish(
+        self,
+        parent: &Parent<'_>,
+        secrets: &[Secret],
+        payloads: Vec<Payload>,
+    ) -> Result<ChildAnswer, Fault> {
+        let keys = crypto::child_keys(parent.prf, parent.d, &self.made.suite, secrets, &self.ni, &self.nr);
+        let (keys_in, keys_out) = keys.map_err(|_| Fault::NoProposalChosen)?;
+        let (child, mut ready) = self.made.split(parent, keys_in, keys_out);
+        ready.pair.await_peer = ready.replaces.is_some();
+        Ok(ChildAnswer { child, ready, payloads })
     }
 }
 
@@ -327,7 +378,7 @@ pub(crate) struct ChildAnswer {
     pub(crate) payloads: Vec<Payload>,
 }
 
-/// Answers an offer out of `configs`, in order. `own_nonce` is our nonce of a CREATE_CHILD_SA exchange, and
+/// Plans the answer to an offer out of `configs`, in order. `own_nonce` is our nonce of a CREATE_CHILD_SA exchange, and
 /// `None` in IKE_AUTH, whose nonces are those of IKE_SA_INIT.
 pub(crate) fn answer(
     ctx: &mut Context,
@@ -337,7 +388,7 @@ pub(crate) fn answer(
     parts: &Parts,
     (ni, nr): (&[u8], &[u8]),
     own_exchange: bool,
-) -> Result<ChildAnswer, Fault> {
+) -> Result<ChildPlan, Fault> {
     let (Some(offered), Some(ts_i), Some(ts_r)) = (&parts.sa, &parts.ts_initiator, &parts.ts_responder) else {
         return Err(Fault::InvalidSyntax("SA or traffic selectors are missing".to_owned()));
     };
@@ -356,17 +407,13 @@ pub(crate) fn answer(
     let Candidate { config, narrowed: Selectors { local: local_ts, remote: remote_ts }, .. } = candidate;
     let offer = offered.iter().find(|offer| offer.number == choice.proposal.number);
     let spi_out = offer.and_then(|offer| spi_of(&offer.spi)).ok_or(Fault::NoProposalChosen)?;
-    let mut public = None;
-    let mut secret = None;
-    if choice.ke != Ke::NONE {
-        let (_, theirs) =
-            parts.ke.as_ref().filter(|(group, _)| *group == choice.ke).ok_or(Fault::InvalidKe(choice.ke))?;
-        let (ours, shared) = crypto::respond(choice.ke, theirs, ctx.rng.as_mut())?;
-        public = Some(Payload::Ke { group: choice.ke, data: ours });
-        secret = Some(shared);
-    }
-    let keys = crypto::child_keys(parent.prf, parent.d, &choice.suite, secret.as_ref(), ni, nr);
-    let (keys_in, keys_out) = keys.map_err(|_| Fault::NoProposalChosen)?;
+    let ke = match choice.ke {
+        Ke::NONE => None,
+        method => {
+            let theirs = parts.ke.clone().filter(|(group, _)| *group == method);
+            Some(theirs.ok_or(Fault::InvalidKe(method))?)
+        }
+    };
     let spi_in = ctx.reserve_child_spi(parent.core.id);
     let mode = if wants_transport && config.mode == Mode::Transport { Mode::Transport } else { Mode::Tunnel };
 
@@ -384,7 +431,6 @@ pub(crate) fn answer(
     if own_exchange {
         payloads.push(Payload::Nonce(nr.to_vec()));
     }
-    payloads.extend(public);
     payloads.push(Payload::TsInitiator(wire_selectors(&theirs.restore_remote(&remote_ts))));
     payloads.push(Payload::TsResponder(wire_selectors(&theirs.restore_local(&local_ts))));
 
@@ -397,15 +443,14 @@ pub(crate) fn answer(
         spi_out,
         suite: choice.suite,
         ke: choice.ke,
+        additional: choice.additional,
         local_ts,
         remote_ts,
         single_pair: false,
         additional_ts: false,
         lowest_nonce: ni.min(nr).to_vec(),
     };
-    let (child, mut ready) = made.split(parent, keys_in, keys_out);
-    ready.pair.await_peer = ready.replaces.is_some();
-    Ok(ChildAnswer { child, ready, payloads })
+    Ok(ChildPlan { made, ke, payloads, ni: ni.to_vec(), nr: nr.to_vec() })
 }
 
 /// Our and the peer's selectors of a configuration on this IKE SA.
@@ -488,6 +533,7 @@ struct Made {
     spi_out: u32,
     suite: EspSuite,
     ke: Ke,
+    additional: AdditionalKe,
     local_ts: Vec<TrafficSelector>,
     remote_ts: Vec<TrafficSelector>,
     single_pair: bool,
@@ -543,6 +589,7 @@ impl Made {
             encapsulation,
             suite: self.suite,
             ke: self.ke,
+            additional: self.additional,
             installed: parent.now,
             rekey_at: None,
             expire_at: None,

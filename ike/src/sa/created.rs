@@ -4,12 +4,14 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use ipsec::secret::Secret;
 use ipsec::transform::{Ke, Protocol};
 
 use super::Established;
 use super::child::{self, ChildOffer, ChildSa, Replaced};
 use super::established::{Active, Closed, Collision, MAX_TRIES, Passive, Task, done};
 use super::fault::{Fault, notify_name};
+use super::followup::PeerWish;
 use super::init::NONCE_LENGTH;
 use super::parts::Parts;
 use super::retry::{after, total};
@@ -49,7 +51,7 @@ impl Established {
                 return Err(self.close(ctx, now, CloseReason::Failed));
             }
         } else {
-            self.accept(ctx, now, offer, token, parts, nr);
+            self.accept(ctx, now, offer, token, parts, nr, &[]);
         }
         self.pump(ctx, now)
     }
@@ -70,7 +72,8 @@ impl Established {
             return self.pump(ctx, now);
         }
         let connection = Arc::clone(&self.connection);
-        match child::answer(ctx, &self.parent(now), &connection.children, None, parts, (ni, nr), false) {
+        let plan = child::answer(ctx, &self.parent(now), &connection.children, None, parts, (ni, nr), false);
+        match plan.and_then(|plan| self.finish_plan(ctx, now, plan, &[])) {
             Ok(answer) => self.install_answer(ctx, now, answer, None, head),
             Err(fault) => {
                 ctx.log("IKE", 1, self.core.tag(), format!("failed to establish CHILD_SA, keeping IKE_SA: {fault}"));
@@ -113,9 +116,15 @@ impl Established {
         };
         ctx.log("IKE", 0, self.core.tag(), line);
         self.deleted_early.clear();
-        let payloads = offer.payloads();
+        let (method, payloads) = (offer.method, offer.payloads(None));
         self.active = Some(Active::Create { offer: Box::new(offer), token, tries });
-        self.send_request(ctx, now, ExchangeType::CREATE_CHILD_SA, &payloads)
+        match method {
+            Some(method) => {
+                self.begin_key_exchange(ctx, method);
+                Ok(())
+            }
+            None => self.send_request(ctx, now, ExchangeType::CREATE_CHILD_SA, &payloads),
+        }
     }
 
     pub(super) fn start_rekey_child(
@@ -127,7 +136,8 @@ impl Established {
         group: Option<Ke>,
         tries: u8,
     ) -> Result<(), Closed> {
-        if self.passive.as_ref().is_some_and(|passive| passive.replaces == Some(id)) {
+        let half_made = self.half_made.as_ref().is_some_and(|half| half.replaces() == Some(id));
+        if half_made || self.passive.as_ref().is_some_and(|passive| passive.replaces == Some(id)) {
             // The peer replaces it already; only if that fails there is something left to do.
             self.delay(ctx, now, Task::RekeyChild { id, token, group, tries });
             return Ok(());
@@ -143,7 +153,8 @@ impl Established {
         self.start_create(ctx, now, config, Some(replaced), token, group, tries)
     }
 
-    /// Initiator: the answer to CREATE_CHILD_SA came.
+    /// Initiator: the answer to CREATE_CHILD_SA came, and all key exchanges are done, or an error came.
+    #[allow(clippy::too_many_arguments, reason = "an exchange's state and its outcome")]
     pub(super) fn created(
         &mut self,
         ctx: &mut Context,
@@ -152,10 +163,11 @@ impl Established {
         token: Option<u64>,
         tries: u8,
         parts: &Parts,
+        secrets: &[Secret],
     ) -> Result<(), Closed> {
         let Some(error) = parts.error() else {
             match &parts.nonce {
-                Some(nr) => self.accept(ctx, now, offer, token, parts, nr),
+                Some(nr) => self.accept(ctx, now, offer, token, parts, nr, secrets),
                 None => {
                     self.queue.push_front(Task::DeleteSpi(offer.spi));
                     self.rekey_over(offer.replaces);
@@ -194,6 +206,11 @@ impl Established {
                 self.try_again(ctx, now, again(None, next), next);
                 return Ok(());
             }
+            // RFC 9370 §2.2.4: the whole series may be tried again.
+            NotifyType::STATE_NOT_FOUND if tries < MAX_TRIES => {
+                self.delay(ctx, now, again(None, next));
+                return Ok(());
+            }
             NotifyType::CHILD_SA_NOT_FOUND => {
                 // §2.25.1: the peer has it no longer; a new one takes its place.
                 if let Some(replaced) = replaced {
@@ -206,6 +223,11 @@ impl Established {
             NotifyType::SINGLE_PAIR_REQUIRED if replaced.is_none() && ctx.triggers.restrict_to_pair(token) => {
                 self.queue.push_front(again(None, next));
                 return Ok(());
+            }
+            // RFC 9370 §2.2.4: again and again, it is fatal.
+            NotifyType::STATE_NOT_FOUND => {
+                self.child_failed(ctx, token, &offer.config.name, &reason);
+                return Err(self.farewell(ctx, now, CloseReason::Failed));
             }
             // §2.21.3: the peer found our request malformed and closes.
             NotifyType::INVALID_SYNTAX => {
@@ -232,6 +254,7 @@ impl Established {
     }
 
     /// Initiator: makes the Child SA of an answer and has it installed.
+    #[allow(clippy::too_many_arguments, reason = "an exchange's state and its outcome")]
     fn accept(
         &mut self,
         ctx: &mut Context,
@@ -240,10 +263,11 @@ impl Established {
         token: Option<u64>,
         parts: &Parts,
         nr: &[u8],
+        secrets: &[Secret],
     ) {
         let (spi, replaces) = (offer.spi, offer.replaces);
         let name = offer.config.name.clone();
-        match offer.accept(&self.parent(now), parts, nr) {
+        match offer.accept(&self.parent(now), parts, nr, secrets) {
             Ok((child, ready)) => {
                 let job = ctx.install(ready, child.status(now));
                 let replaces = replaces.map(|replaced| replaced.id);
@@ -267,9 +291,14 @@ impl Established {
     }
 
     /// Our rekey of a Child SA is over without a successor of ours.
-    fn rekey_over(&mut self, replaced: Option<Replaced>) {
+    pub(super) fn rekey_over(&mut self, replaced: Option<Replaced>) {
         let Some(replaced) = replaced else { return };
-        let by_peer = self.collision.take().is_some_and(|collision| collision.old == replaced.id);
+        let theirs = self.collision.take().filter(|collision| collision.old == replaced.id);
+        // The peer's successor counts when it is there, or as good as.
+        let by_peer = theirs.is_some_and(|Collision { theirs, .. }| {
+            self.children.contains_key(&theirs)
+                || self.passive.as_ref().is_some_and(|passive| passive.child.id == theirs)
+        });
         if let Some(child) = self.children.get_mut(&replaced.id)
             && child.state == ChildState::Rekeying
         {
@@ -313,30 +342,33 @@ impl Established {
             self.child_failed(ctx, token, &name, "the peer closed it");
             return Ok(());
         }
+        // §2.8.1: the SA of the lowest of the four nonces goes, by the hand of who made it. The old one may be gone: our
+        // answer was late, and the peer, which won, did not wait.
         let collision = self.collision.take().filter(|collision| replaces == Some(collision.old));
-        let there = replaces.filter(|old| self.children.contains_key(old));
-        match (collision, there) {
-            // §2.8.1: the SA of the lowest of the four nonces goes, by the hand of who made it. The old one may be gone:
-            // our answer was late, and the peer, which won, did not wait.
-            (Some(collision), _) if lowest < collision.lowest_nonce => {
-                self.set_rekeyed(ctx, now, collision.old);
-                let task = Task::DeleteChild { id, token: None, reason: CloseReason::Rekeyed };
-                self.queue.push_front(task);
+        if let Some(Collision { old, .. }) = collision.as_ref().filter(|theirs| lowest < theirs.lowest_nonce) {
+            self.set_rekeyed(ctx, now, *old);
+            let task = Task::DeleteChild { id, token: None, reason: CloseReason::Rekeyed };
+            self.queue.push_front(task);
+            done(ctx, token);
+            return Ok(());
+        }
+        if let Some(Collision { theirs, .. }) = collision {
+            self.set_rekeyed(ctx, now, theirs);
+            if let Some(passive) = self.passive.as_mut().filter(|passive| passive.child.id == theirs) {
+                passive.redundant = true;
             }
-            (collision, Some(old)) => {
-                if let Some(collision) = collision {
-                    self.set_rekeyed(ctx, now, collision.theirs);
-                    if let Some(passive) = self.passive.as_mut().filter(|passive| passive.child.id == collision.theirs)
-                    {
-                        passive.redundant = true;
-                    }
-                }
+            if let Some(half) = &mut self.half_made {
+                half.lost_against(theirs);
+            }
+        }
+        match replaces.filter(|old| self.children.contains_key(old)) {
+            Some(old) => {
                 self.set_rekeyed(ctx, now, old);
                 ctx.event(Event::ChildRekeyed { ike_sa: self.core.id, old, new: id });
                 let task = Task::DeleteChild { id: old, token: None, reason: CloseReason::Rekeyed };
                 self.queue.push_front(task);
             }
-            (_, None) => ctx.event(Event::ChildUp(self.core.id, id)),
+            None => ctx.event(Event::ChildUp(self.core.id, id)),
         }
         done(ctx, token);
         Ok(())
@@ -344,22 +376,36 @@ impl Established {
 
     /// Responder: the peer wants a Child SA, a successor of one, or a successor of the IKE SA.
     pub(super) fn create_request(&mut self, ctx: &mut Context, now: Instant, parts: &Parts) -> Result<(), Closed> {
+        // One at a time: what the peer begins now takes the place of what it did not go on with.
+        self.drop_half_made(ctx, now, false);
         let for_ike = parts.sa.iter().flatten().next().is_some_and(|proposal| proposal.protocol == Protocol::IKE);
         if for_ike {
             return self.rekey_ike_request(ctx, now, parts);
         }
         let nr = ctx.random(NONCE_LENGTH);
         match self.child_request(ctx, now, parts, &nr) {
-            Ok((answer, replaces)) => self.install_answer(ctx, now, answer, replaces, Vec::new()),
-            Err(fault) => {
-                ctx.log("IKE", 1, self.core.tag(), format!("CREATE_CHILD_SA request refused: {fault}"));
-                self.respond(ctx, now, &[fault.payload()]);
-                if matches!(fault, Fault::InvalidSyntax(_)) {
-                    return Err(self.close(ctx, now, CloseReason::Failed));
-                }
+            Ok((plan, replaces)) if plan.ke.is_some() => {
+                self.answer_key_exchange(ctx, PeerWish::Child { plan: Box::new(plan), replaces, redundant: false });
             }
+            Ok((plan, replaces)) => match self.finish_plan(ctx, now, plan, &[]) {
+                Ok(answer) => self.install_answer(ctx, now, answer, replaces, Vec::new()),
+                Err(fault) => return self.refuse_key_exchange(ctx, now, &fault),
+            },
+            Err(fault) => return self.refuse_key_exchange(ctx, now, &fault),
         }
         Ok(())
+    }
+
+    /// Makes the Child SA of a plan, with the secrets of its key exchanges.
+    fn finish_plan(
+        &self,
+        ctx: &mut Context,
+        now: Instant,
+        mut plan: child::ChildPlan,
+        secrets: &[Secret],
+    ) -> Result<child::ChildAnswer, Fault> {
+        let (spi, payloads) = (plan.spi_in(), std::mem::take(&mut plan.payloads));
+        plan.finish(&self.parent(now), secrets, payloads).inspect_err(|_| ctx.release_child_spi(spi))
     }
 
     fn child_request(
@@ -368,7 +414,7 @@ impl Established {
         now: Instant,
         parts: &Parts,
         nr: &[u8],
-    ) -> Result<(child::ChildAnswer, Option<ChildSaId>), Fault> {
+    ) -> Result<(child::ChildPlan, Option<ChildSaId>), Fault> {
         // §2.25.2: not while the IKE SA is rekeyed or closed.
         let rekeying = matches!(self.active, Some(Active::RekeyIke(_) | Active::DeleteIke { .. }));
         if self.state != IkeState::Established || rekeying {
@@ -409,13 +455,13 @@ impl Established {
             _ => None,
         };
         if ours == Some(replaced.id) {
-            let lowest_nonce = answer.child.lowest_nonce.clone();
-            self.collision = Some(Collision { old: replaced.id, theirs: answer.child.id, lowest_nonce });
+            let lowest_nonce = answer.lowest_nonce().to_vec();
+            self.collision = Some(Collision { old: replaced.id, theirs: answer.id(), lowest_nonce });
         }
         Ok((answer, Some(replaced.id)))
     }
 
-    fn install_answer(
+    pub(super) fn install_answer(
         &mut self,
         ctx: &mut Context,
         now: Instant,

@@ -16,6 +16,7 @@ use pad::PeerIdentity;
 use super::channel::{Channel, Received};
 use super::child::{ChildOffer, ChildSa, Parent, rekey_at};
 use super::fault::Fault;
+use super::followup::{HalfMade, Keying};
 use super::mobility::{Errand, Mission, Mobility};
 use super::parts::Parts;
 use super::redirect::Moving;
@@ -61,6 +62,10 @@ pub(crate) struct Established {
     pub(super) delayed: Vec<(Instant, Task)>,
     pub(super) active: Option<Active>,
     pub(super) passive: Option<Passive>,
+    /// The key exchanges of our CREATE_CHILD_SA; `active` says what for.
+    pub(super) keying: Option<Keying>,
+    /// What the peer's CREATE_CHILD_SA asks for, while key exchanges are missing.
+    pub(super) half_made: Option<HalfMade>,
     /// The peer rekeys the Child SA that we are rekeying (RFC 7296 §2.8.1).
     pub(super) collision: Option<Collision>,
     /// The peer rekeyed this IKE SA while our own rekey of it is under way (RFC 7296 §2.8.2).
@@ -195,6 +200,7 @@ impl Established {
 
     /// The successor of a rekeyed IKE SA: same peer, same connection, same path.
     pub(super) fn successor(&mut self, ctx: &mut Context, now: Instant, id: IkeSaId, channel: Channel) -> Self {
+        self.drop_half_made(ctx, now, true);
         let core = Core { id, ..self.core.clone() };
         let mut new = self.twin(ctx, now, core, channel);
         new.mobility = self.mobility.inherit();
@@ -272,6 +278,8 @@ impl Established {
             delayed: Vec::new(),
             active: None,
             passive: None,
+            keying: None,
+            half_made: None,
             collision: None,
             peers_successor: None,
             deleted_early: Vec::new(),
@@ -343,6 +351,7 @@ impl Established {
             self.liveness_at(ctx),
             self.keepalive_at(ctx),
             reopening,
+            self.half_made.as_ref().and_then(HalfMade::until),
         ];
         let children = self.children.values().flat_map(|child| {
             // A Child SA that is on its way out has one timer, its end.
@@ -429,10 +438,12 @@ impl Established {
             JobOutcome::InstallChild(result) => result,
             JobOutcome::FindRoutes(routes) => return self.handle_routes(ctx, now, job, routes).map(|()| None),
             JobOutcome::Resolve(result) => return self.redirect_resolved(ctx, now, job, result).map(|()| None),
-            other @ (JobOutcome::Sign(_)
-            | JobOutcome::Authenticate(_)
-            | JobOutcome::KeyExchange(_)
-            | JobOutcome::SolvePuzzle(_)) => {
+            JobOutcome::KeyExchange(result) => {
+                self.key_work_done(ctx, now, job, result)?;
+                self.pump(ctx, now)?;
+                return Ok(None);
+            }
+            other @ (JobOutcome::Sign(_) | JobOutcome::Authenticate(_) | JobOutcome::SolvePuzzle(_)) => {
                 return Ok(Some(other));
             }
         };
@@ -480,6 +491,10 @@ impl Established {
         if due(self.rekey_at) {
             self.rekey_at = None;
             self.queue.push_back(Task::RekeyIke { token: None, group: None, tries: 0 });
+        }
+        if due(self.half_made.as_ref().and_then(HalfMade::until)) {
+            ctx.log("IKE", 1, self.core.tag(), "the peer does not go on with its key exchanges".to_owned());
+            self.drop_half_made(ctx, now, false);
         }
         self.child_timeouts(ctx, now);
         let (ready, later) = std::mem::take(&mut self.delayed).into_iter().partition(|(at, _)| *at <= now);
@@ -728,7 +743,11 @@ impl Established {
 
     /// Starts tasks while no exchange of ours is going on.
     pub(super) fn pump(&mut self, ctx: &mut Context, now: Instant) -> Result<(), Closed> {
-        while self.active.is_none() && !self.channel.is_waiting() && matches!(self.stream, StreamState::Up) {
+        while self.active.is_none()
+            && !self.channel.is_waiting()
+            && matches!(self.stream, StreamState::Up)
+            && !self.yields_to_rekey()
+        {
             let Some(task) = self.queue.pop_front() else { break };
             self.start(ctx, now, task)?;
         }
@@ -751,11 +770,14 @@ impl Established {
                 Ok(())
             }
             // §2.25.2: not while the peer waits for a Child SA.
-            Task::RekeyIke { .. } if self.passive.is_some() => {
+            Task::RekeyIke { .. } if self.passive.is_some() || self.half_made.is_some() => {
                 self.delay(ctx, now, task);
                 Ok(())
             }
-            Task::RekeyIke { token, group, tries } => self.start_rekey_ike(ctx, now, token, group, tries),
+            Task::RekeyIke { token, group, tries } => {
+                self.start_rekey_ike(ctx, token, group, tries);
+                Ok(())
+            }
             Task::DeleteChild { id, token, reason } => self.start_delete_child(ctx, now, id, token, reason),
             Task::DeleteSpi(spi) => {
                 self.active = Some(Active::DeleteSpi(spi));
@@ -809,9 +831,12 @@ impl Established {
                 return Err(self.farewell(ctx, now, CloseReason::Failed));
             }
         };
+        if let Some(keying) = self.keying.take() {
+            return self.key_exchange_answered(ctx, now, active, keying, parts);
+        }
         match active {
-            Active::Create { offer, token, tries } => self.created(ctx, now, *offer, token, tries, &parts),
-            Active::RekeyIke(offer) => self.ike_rekeyed(ctx, now, *offer, &parts),
+            Active::Create { offer, token, tries } => self.created(ctx, now, *offer, token, tries, &parts, &[]),
+            Active::RekeyIke(offer) => self.ike_rekeyed(ctx, now, *offer, &parts, &[]),
             Active::DeleteChild { id, token, reason } => {
                 self.child_deleted(ctx, now, id, reason);
                 done(ctx, token);
@@ -862,6 +887,7 @@ impl Established {
         match opened.header.exchange {
             ExchangeType::CREATE_CHILD_SA => self.create_request(ctx, now, &parts),
             ExchangeType::INFORMATIONAL => self.informational_request(ctx, now, &parts),
+            ExchangeType::IKE_FOLLOWUP_KE => self.followup_request(ctx, now, parts),
             ExchangeType(other) => {
                 let fault = Fault::InvalidSyntax(format!("exchange type {other} has no place here"));
                 ctx.log("ENC", 1, self.core.tag(), fault.to_string());
@@ -1087,6 +1113,8 @@ impl Established {
         for id in ids {
             self.take_down(ctx, now, id, reason);
         }
+        self.drop_half_made(ctx, now, false);
+        self.keying = None;
         match self.active.take() {
             Some(Active::Create { offer, token, .. }) => {
                 ctx.release_child_spi(offer.spi);

@@ -29,6 +29,8 @@ pub(crate) enum Fault {
     UnexpectedNat,
     #[error("no more CHILD_SAs are possible")]
     NoAdditionalSas,
+    #[error("there is no key exchange that this one goes on with")]
+    StateNotFound,
 }
 
 impl Fault {
@@ -53,6 +55,8 @@ impl Fault {
                 };
             }
             Self::UnexpectedNat => (NotifyType::UNEXPECTED_NAT_DETECTED, Vec::new()),
+            // RFC 9370 §2.2.4: no data.
+            Self::StateNotFound => (NotifyType::STATE_NOT_FOUND, Vec::new()),
             Self::NoAdditionalSas => (NotifyType::NO_ADDITIONAL_SAS, Vec::new()),
         };
         Notify { protocol: Protocol::NONE, spi: Vec::new(), kind, data }
@@ -95,6 +99,7 @@ pub(crate) fn notify_name(kind: NotifyType) -> String {
         NotifyType::UNEXPECTED_NAT_DETECTED => "UNEXPECTED_NAT_DETECTED",
         NotifyType::TEMPORARY_FAILURE => "TEMPORARY_FAILURE",
         NotifyType::CHILD_SA_NOT_FOUND => "CHILD_SA_NOT_FOUND",
+        NotifyType::STATE_NOT_FOUND => "STATE_NOT_FOUND",
         NotifyType(other) => return format!("({other})"),
     };
     name.to_owned()

@@ -15,6 +15,7 @@ pub(crate) mod childless;
 pub(crate) mod created;
 pub(crate) mod established;
 pub(crate) mod fault;
+pub(crate) mod followup;
 pub(crate) mod informational;
 pub(crate) mod init;
 pub(crate) mod intermediate_initiator;

@@ -69,6 +69,7 @@ impl Established {
     pub(super) fn adopt_peers_successor(&mut self, ctx: &mut Context, now: Instant) -> bool {
         let Some(theirs) = self.peers_successor.take() else { return false };
         if let Some(Active::RekeyIke(offer)) = self.active.take_if(|active| matches!(active, Active::RekeyIke(_))) {
+            self.keying = None;
             ctx.release_ike_spi(offer.spi);
             done(ctx, offer.token);
         }

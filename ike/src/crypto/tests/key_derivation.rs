@@ -128,10 +128,10 @@ fn child_keys_match_the_published_vectors() {
     for vector in vectors().iter().filter(|vector| vector.values.contains_key("dkm_child")) {
         let (encr, key_bits, integ) = (Encr::AES_CBC, 128, Integ::HMAC_SHA1_96);
         let suite = EspSuite { encr, key_bits, integ, esn: false };
-        let secret = Secret::new(vector.get("g_ir_new").to_vec());
-        for (secret, name) in [(None, "dkm_child"), (Some(&secret), "dkm_child_dh")] {
-            let (i, r) =
-                child_keys(vector.prf, &vector.sk_d(), &suite, secret, vector.get("ni"), vector.get("nr")).unwrap();
+        let secrets = [Secret::new(vector.get("g_ir_new").to_vec())];
+        for (secrets, name) in [(&secrets[..0], "dkm_child"), (&secrets, "dkm_child_dh")] {
+            let (ni, nr) = (vector.get("ni"), vector.get("nr"));
+            let (i, r) = child_keys(vector.prf, &vector.sk_d(), &suite, secrets, ni, nr).unwrap();
             let expected = vector.get(name);
             assert_eq!(i.encr.expose(), &expected[..16]);
             assert_eq!(i.integ.expose(), &expected[16..36]);
@@ -151,7 +151,7 @@ fn rekeyed_ike_keys_match_the_published_vectors() {
     for vector in vectors().iter().filter(|vector| vector.values.contains_key("skeyseed_rekey")) {
         let secret = Secret::new(vector.get("g_ir_new").to_vec());
         let new = suite(Prf::HMAC_SHA2_512);
-        let keys = rekeyed_ike_keys(vector.prf, &vector.sk_d(), &new, &secret, vector.seed()).unwrap();
+        let keys = rekeyed_ike_keys(vector.prf, &vector.sk_d(), &new, &secret, &[], vector.seed()).unwrap();
         let spis = [vector.get("spi_i"), vector.get("spi_r")].concat();
         let seed = [vector.get("ni"), vector.get("nr"), &spis].concat();
         let expected = prf_plus(new.prf, vector.get("skeyseed_rekey"), &[&seed], 64).unwrap();

@@ -137,12 +137,12 @@ pub(super) struct Script {
     pub(super) last: Vec<Vec<u8>>,
 }
 
-fn prf(key: &[u8], parts: &[&[u8]]) -> Vec<u8> {
+pub(super) fn prf(key: &[u8], parts: &[&[u8]]) -> Vec<u8> {
     crypto::prf(Prf::HMAC_SHA2_256, key, parts).unwrap().expose().to_vec()
 }
 
 /// T1 | T2 | … with Tn = prf(K, Tn-1 | S | n) (RFC 7296 §2.13).
-fn expand(key: &[u8], seed: &[u8], length: usize) -> Vec<u8> {
+pub(super) fn expand(key: &[u8], seed: &[u8], length: usize) -> Vec<u8> {
     let (mut all, mut last) = (Vec::new(), Vec::new());
     for n in 1.. {
         last = prf(key, &[&last, seed, &[n]]);
@@ -249,6 +249,14 @@ impl Script {
             pi: cut(72, 32),
             pr: cut(104, 32),
         }
+    }
+
+    /// Goes over to a rekeyed IKE SA.
+    pub(super) fn moves_to(&mut self, skeyseed: &[u8], spis: (u64, u64), nonces: (&[u8], &[u8])) {
+        (self.ni, self.nr) = (nonces.0.to_vec(), nonces.1.to_vec());
+        let spis = Spis { initiator: spis.0, responder: spis.1 };
+        let keys = self.keys(skeyseed, spis);
+        self.channel = Some(Channel::new(self.suite.unwrap(), keys, spis, true, true).unwrap());
     }
 
     /// Sends a request, and gives what came back.

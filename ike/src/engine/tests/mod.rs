@@ -9,6 +9,7 @@ mod childless;
 mod collisions;
 mod defence;
 mod faults;
+mod followup;
 mod fragments;
 mod ike_rekey;
 mod informational;

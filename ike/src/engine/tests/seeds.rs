@@ -126,7 +126,7 @@ fn no_order_of_rekeys_loses_a_packet() {
     });
 }
 
-fn command(pair: &mut Pair, side: usize, token: u64) {
+pub(super) fn command(pair: &mut Pair, side: usize, token: u64) {
     let now = pair.now;
     let sas = pair.sides[side].engine.ike_sas(now);
     let children: Vec<ChildSaId> = sas.iter().flat_map(|sa| &sa.children).map(|child| child.id).collect();
