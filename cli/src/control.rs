@@ -134,6 +134,8 @@ pub enum Command {
     SetConnections(Vec<ConnectionDefinition>, oneshot::Sender<()>),
     /// Replace the credentials.
     SetCredentials(Box<Credentials>, oneshot::Sender<()>),
+    /// Read `strongswan.conf` again; refused with the first error.
+    ReloadSettings(oneshot::Sender<Result<(), String>>),
     /// Stop the daemon: delete all SAs, leave nothing behind.
     Shutdown(oneshot::Sender<()>),
 }
@@ -211,6 +213,11 @@ impl Control {
     /// See [`Command::SetCredentials`].
     pub async fn set_credentials(&self, credentials: Credentials) {
         self.ask(|reply| Command::SetCredentials(Box::new(credentials), reply)).await;
+    }
+
+    /// See [`Command::ReloadSettings`].
+    pub async fn reload_settings(&self) -> Result<(), String> {
+        self.ask(Command::ReloadSettings).await.unwrap_or_else(|| Err("the daemon is stopping".to_owned()))
     }
 
     /// See [`Command::Shutdown`].

@@ -510,6 +510,9 @@ fn core(sas: Vec<SaReport>) -> (Control, Core) {
                         _ => unanswered.push(reply),
                     }
                 }
+                Command::ReloadSettings(reply) => {
+                    let _ = reply.send(Ok(()));
+                }
                 Command::Terminate { filter, reply, .. } => {
                     note("terminate", &filter.ike, &filter.child);
                     let _ = reply.send(matching(&filter.ike, &filter.child));

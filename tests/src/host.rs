@@ -48,6 +48,14 @@ impl Host {
         output
     }
 
+    /// Waits until the system counts all links as running, which it does up to a second after both ends are up.
+    pub fn wait_for_links(&self) {
+        wait_for("carrier on all links", Duration::from_secs(20), || {
+            let links = self.check("ip", &["-o", "link", "show", "type", "veth"]);
+            links.lines().all(|line| line.contains("state UP"))
+        });
+    }
+
     /// Waits until a program inside listens on a TCP port.
     pub fn wait_for_listener(&self, port: u16) {
         wait_for(&format!("a listener on TCP port {port}"), Duration::from_secs(20), || {

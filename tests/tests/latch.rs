@@ -139,6 +139,30 @@ fn a_latch_outlives_rekeys_of_both_kinds() {
     assert!(!holder.report().contains("alert"), "{}", holder.report());
 }
 
+// RFC 5660 §2: a latch is about who the peer is and how it is protected, not about where it is: the SAs move (RFC 4555),
+// the latched connection goes on.
+#[test]
+fn a_latch_outlives_a_move() {
+    let (host_a, host_b) = hosts();
+    latchkey_tests::host::link(&host_a, "198.51.100.1/24", &host_b, "198.51.100.2/24");
+    host_a.wait_for_links();
+    host_b.wait_for_links();
+    let [(of_a, files_a), (of_b, files_b)] = configurations(&Suite::default());
+    let b = Daemon::start(Latchkey, &host_b, &of_b, &files_b);
+    let a = Daemon::start(Latchkey, &host_a, &of_a, &files_a);
+    a.initiate("net");
+    let _server = echo_server(&host_b);
+    let holder = Holder::start(&a, &host_a, "b.example");
+    holder.talks();
+    let device = host_a.check("ip", &["-o", "addr", "show", "to", "192.0.2.1"]);
+    let device = device.split_whitespace().nth(1).unwrap();
+    host_a.ip(&["addr", "del", "192.0.2.1/24", "dev", device]);
+    wait_for("the move", Duration::from_secs(30), || b.sas().contains("remote-host=198.51.100.1 "));
+    holder.talks();
+    assert!(!holder.report().contains("alert"), "{}", holder.report());
+    drop((a, b));
+}
+
 // RFC 5660 §2.3: another peer than wanted, or no SA, is an error and not a connection.
 #[test]
 fn a_latch_to_somebody_else_is_refused() {

@@ -254,6 +254,25 @@ fn configuration_is_read_without_swanctl() {
     assert_eq!(b.established(), 1);
 }
 
+#[test]
+fn settings_are_read_again() {
+    let (host_a, _host_b) = latchkey_tests::scene::hosts();
+    let a = Daemon::start_empty(Latchkey, &host_a, "retransmit_timeout = 0.1\nretransmit_tries = 0\n");
+    let [(of_a, files_a), _] = configurations(&Suite { connection: "tcp = no\n", ..Suite::default() });
+    a.write(&of_a, &files_a);
+    a.control(&["--load-all"]);
+    let conf = a.path("strongswan.conf");
+    let text = std::fs::read_to_string(&conf).unwrap();
+    std::fs::write(&conf, text.replace("retransmit_tries = 0", "retransmit_tries = many")).unwrap();
+    assert!(!a.swanctl(&["--reload-settings"]).status.success(), "a setting with an error");
+    assert!(!a.swanctl(&["--initiate", "--child", "net", "--timeout", "20"]).status.success());
+    assert!(a.log().contains("giving up after 0 retransmits"), "{}", a.log());
+    std::fs::write(&conf, text.replace("retransmit_tries = 0", "retransmit_tries = 2")).unwrap();
+    a.control(&["--reload-settings"]);
+    assert!(!a.swanctl(&["--initiate", "--child", "net", "--timeout", "20"]).status.success());
+    assert!(a.log().contains("giving up after 2 retransmits"), "{}", a.log());
+}
+
 // RFC 4301 §4.4.1, §5.1: a packet that a PROTECT policy selects waits for its SA, it does not go out in clear.
 #[test]
 fn a_trap_keeps_cleartext_in_and_brings_the_tunnel_up() {

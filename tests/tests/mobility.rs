@@ -104,6 +104,8 @@ impl Multihomed {
         let (host_a, host_b) = (Host::new(), Host::new());
         let first = link(&host_a, "192.0.2.1/24", &host_b, "192.0.2.2/24");
         link(&host_a, second[0], &host_b, second[1]);
+        host_a.wait_for_links();
+        host_b.wait_for_links();
         host_a.add_inner("10.1.0.1/24");
         host_b.add_inner("10.2.0.1/24");
         let [(of_a, files_a), (of_b, files_b)] = configurations(suite);
@@ -173,6 +175,8 @@ fn a_connection_survives_the_loss_of_an_address_or_a_link() {
             !scene.host_a.check("ip", &["route", "show", "192.0.2.0/24"]).contains("linkdown")
                 && scene.host_a.check("ip", &["route"]).contains("192.0.2.0/24")
         });
+        scene.host_a.wait_for_links();
+        scene.host_b.wait_for_links();
         scene.host_a.ip(&["addr", "del", "198.51.100.1/24", "dev", &second]);
         scene.moves_to(FIRST);
         talk.goes_on(&scene);
@@ -230,6 +234,8 @@ fn a_silent_path_is_left_for_one_that_works() {
     let (host_a, host_b) = (Host::new(), Host::new());
     let first = link(&host_a, "192.0.2.1/24", &host_b, "192.0.2.2/24");
     link(&host_a, "198.51.100.1/24", &host_b, "198.51.100.2/24");
+    host_a.wait_for_links();
+    host_b.wait_for_links();
     host_a.add_inner("10.1.0.1/24");
     host_b.add_inner("10.2.0.1/24");
     let [(of_a, files_a), (of_b, files_b)] = configurations(&suite);

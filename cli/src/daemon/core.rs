@@ -24,6 +24,7 @@ use tokio::sync::{Semaphore, broadcast, mpsc, oneshot};
 use super::filelog::FileLogs;
 use super::redirect;
 use super::run::SystemRng;
+use super::settings::Settings;
 use super::traps::{Key, Traps};
 use super::updown::{Scripts, Updown};
 use crate::config::trap::{Selectors, covers};
@@ -52,6 +53,7 @@ pub(super) struct Parts {
     pub(super) streams: Streams,
     pub(super) database: Arc<Database>,
     pub(super) filelogs: FileLogs,
+    pub(super) settings: Settings,
     pub(super) from_network: mpsc::Receiver<NetworkEvent>,
     pub(super) from_streams: mpsc::Receiver<StreamEvent>,
     pub(super) commands: mpsc::Receiver<Command>,
@@ -100,6 +102,7 @@ pub(super) struct Core {
     credentials: Arc<Credentials>,
     connections: Vec<ConnectionDefinition>,
     filelogs: FileLogs,
+    settings: Settings,
     scripts: Scripts,
     children: BTreeMap<ChildSaId, InstalledChild>,
     reqids: HashMap<ReqidKey, u32>,
@@ -135,6 +138,7 @@ impl Core {
             credentials: Arc::new(Credentials::default()),
             connections: Vec::new(),
             filelogs: parts.filelogs,
+            settings: parts.settings,
             scripts: Scripts::new(),
             children: BTreeMap::new(),
             reqids: HashMap::new(),
@@ -798,6 +802,13 @@ impl Core {
                 self.engine.set_authority_hashes(credentials.authority_hashes());
                 self.credentials = Arc::new(*credentials);
                 let _ = reply.send(());
+            }
+            Command::ReloadSettings(reply) => {
+                let outcome = self.settings.reload().map(|config| {
+                    self.engine.set_config(config.engine.clone());
+                    self.filelogs = FileLogs::open(config.file_logs.clone());
+                });
+                let _ = reply.send(outcome);
             }
             Command::Shutdown(reply) => {
                 for status in self.engine.ike_sas(now) {

@@ -7,6 +7,7 @@ mod core;
 mod filelog;
 mod redirect;
 mod run;
+mod settings;
 mod traps;
 mod updown;
 

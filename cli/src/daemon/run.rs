@@ -16,6 +16,7 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 
 use super::core::{Core, Parts};
 use super::filelog::FileLogs;
+use super::settings::Settings;
 use crate::config::daemon::{self, DaemonConfig};
 use crate::config::{Report, Severity, load};
 use crate::control::Control;
@@ -86,6 +87,7 @@ pub async fn run(options: DaemonOptions) -> anyhow::Result<()> {
         streams,
         database: Arc::clone(&database),
         filelogs: FileLogs::open(config.file_logs.clone()),
+        settings: Settings::new(settings, config.clone()),
         from_network,
         from_streams,
         commands,
@@ -142,8 +144,11 @@ pub async fn run(options: DaemonOptions) -> anyhow::Result<()> {
     outcome.context("the core ended unexpectedly")?
 }
 
-/// Reads `swanctl.conf` anew and puts it in force whole, or keeps what is in force and says why.
+/// Reads `strongswan.conf` and `swanctl.conf` anew and puts each in force whole, or keeps what is in force and says why.
 async fn reload(store: &Store, control: &Control, folder: &Path) {
+    if let Err(reason) = control.reload_settings().await {
+        tracing::error!(reason, "the settings have errors; those in force stay");
+    }
     let loaded = load::load(folder);
     log_reports(&loaded.reports);
     if loaded.has_errors() {
@@ -154,7 +159,7 @@ async fn reload(store: &Store, control: &Control, folder: &Path) {
     tracing::info!(folder = %folder.display(), "configuration loaded");
 }
 
-fn log_reports(reports: &[Report]) {
+pub(super) fn log_reports(reports: &[Report]) {
     for report in reports {
         match report.severity {
             Severity::Debug => tracing::debug!("{report}"),

@@ -26,10 +26,10 @@ pub(super) async fn run(shared: &Shared, sink: &EventSink, name: &str, message: 
     Some(match name {
         "version" => report::version(),
         "stats" => stats(shared).await,
-        "reload-settings" => {
-            tracing::warn!("settings of strongswan.conf are read at start only; restart to apply changes");
-            success()
-        }
+        "reload-settings" => match shared.control.reload_settings().await {
+            Ok(()) => success(),
+            Err(reason) => failure(reason),
+        },
         "initiate" => initiate(shared, sink, message).await,
         "terminate" => terminate(shared, sink, message).await,
         "rekey" => rekey(shared, message).await,

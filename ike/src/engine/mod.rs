@@ -475,6 +475,13 @@ impl Engine {
         }
     }
 
+    /// Replaces the settings, from now on. Ports and `address_budget` stay as they are: sockets and tables were made
+    /// by them.
+    pub fn set_config(&mut self, config: EngineConfig) {
+        let EngineConfig { port, nat_port, address_budget, .. } = self.ctx.config;
+        self.ctx.config = EngineConfig { port, nat_port, address_budget, ..config };
+    }
+
     /// Replaces all connections, in configuration order; a responder tries them in this order. SAs that
     /// are up keep the configuration that they were made with.
     pub fn set_connections(&mut self, connections: Vec<Arc<Connection>>) {
