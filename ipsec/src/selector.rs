@@ -152,17 +152,15 @@ impl TrafficSelector {
                 if self.start_port > self.end_port || other.start_port > other.end_port {
                     return None;
                 }
-                (self.start_port.max(other.start_port), self.end_port.min(other.end_port))
+                let (start_port, end_port) = (self.start_port.max(other.start_port), self.end_port.min(other.end_port));
+                // Ports 0 and 65535 have nothing in common: 65535 to 0 would be OPAQUE.
+                if start_port > end_port {
+                    return None;
+                }
+                (start_port, end_port)
             }
         };
-        let opaque = start_port == u16::MAX && end_port == 0;
-        (start <= end && (opaque || start_port <= end_port)).then_some(Self {
-            protocol,
-            start_port,
-            end_port,
-            start,
-            end,
-        })
+        (start <= end).then_some(Self { protocol, start_port, end_port, start, end })
     }
 
     /// True when every packet of `other` matches `self`. A selector that matches nothing is contained nowhere.

@@ -132,6 +132,15 @@ fn a_packet_has_selectors_of_its_own() {
     assert_eq!(TrafficSelector::of_flow(&gre).1.to_string(), "10.2.0.6/32[gre]");
 }
 
+// RFC 4301 §4.4.1.1: OPAQUE is written as 65535 to 0, which is no overlap of ports.
+#[test]
+fn the_first_and_the_last_port_have_no_overlap() {
+    let any = net("10.0.0.0", 8);
+    let (first, last) = (ports(any, 17, 0, 0), ports(any, 17, u16::MAX, u16::MAX));
+    assert_eq!((first.intersect(&last), last.intersect(&first)), (None, None));
+    assert_eq!(ports(any, 17, 0, 7).intersect(&last), None);
+}
+
 // RFC 4301 §4.4.1.1: type and code of ICMP, types of the mobility header, are ranges as ports are
 #[test]
 fn icmp_and_mobility_types_are_narrowed_as_ranges() {
