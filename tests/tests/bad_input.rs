@@ -5,9 +5,10 @@
 use std::fs;
 use std::time::Duration;
 
+use latchkey_tests::daemon::Daemon;
 use latchkey_tests::daemon::Kind::Latchkey;
 use latchkey_tests::host::wait_for;
-use latchkey_tests::scene::{INNER_A, INNER_B, Scene, Suite};
+use latchkey_tests::scene::{INNER_A, INNER_B, Scene, Suite, configurations, hosts};
 
 /// Sends from inside a host's namespace by a program of the system, since a test's own thread is outside.
 const SENDER: &str = r#"
@@ -16,7 +17,7 @@ kind, target, count, seed = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.
 rng = random.Random(seed)
 if kind == "udp":
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    header = lambda: rng.randbytes(16) + bytes([rng.choice([0, 33, 34, 35, 41, 46, 255]), 0x20,
+    header = lambda: rng.randbytes(16) + bytes([rng.choice([0, 33, 34, 35, 41, 46, 53, 255]), 0x20,
         rng.choice([34, 35, 36, 37, 43, 200]), rng.choice([0, 8, 0x20, 0x28])]) + rng.randbytes(4)
     for i in range(count):
         shape = rng.randrange(4)
@@ -79,4 +80,52 @@ fn random_datagrams_and_broken_streams_change_nothing() {
     assert!(after < warm + 8 * 1024, "memory grew from {warm} kB to {after} kB");
     scene.passes();
     assert!(scene.host_a.pings(INNER_A, INNER_B));
+}
+
+/// Sends well-formed IKE_SA_INIT requests in the name of others on the link, until it is ended.
+const FORGER: &str = r#"
+import random, socket, struct, sys, time
+rng = random.Random(1)
+target = socket.inet_aton("192.0.2.2")
+raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
+def payload(following, body):
+    return struct.pack(">BBH", following, 0, 4 + len(body)) + body
+def transform(last, kind, number, attribute=b""):
+    return struct.pack(">BBHBBH", last, 0, 8 + len(attribute), kind, 0, number) + attribute
+transforms = transform(3, 1, 20, struct.pack(">HH", 0x800e, 256)) + transform(3, 2, 6) + transform(0, 4, 31)
+proposal = struct.pack(">BBHBBBB", 0, 0, 8 + len(transforms), 1, 1, 0, 3) + transforms
+while True:
+    for _ in range(20):
+        body = payload(34, proposal) + payload(40, struct.pack(">HH", 31, 0) + rng.randbytes(32)) + payload(0, rng.randbytes(32))
+        message = rng.randbytes(8) + bytes(8) + bytes([33, 0x20, 34, 8]) + bytes(4) + struct.pack(">I", 28 + len(body)) + body
+        datagram = struct.pack(">HHHH", 500, 500, 8 + len(message), 0) + message
+        source = socket.inet_aton("192.0.2.%d" % rng.randrange(10, 250))
+        header = struct.pack(">BBHHHBBH", 0x45, 0, 20 + len(datagram), 0, 0, 64, 17, 0) + source + target
+        raw.sendto(header + datagram, ("192.0.2.2", 0))
+    time.sleep(0.05)
+"#;
+
+// RFC 7296 §2.6, RFC 8019 §3: forged requests from many addresses do not keep a legitimate initiator out.
+#[test]
+fn a_flood_of_forged_requests_keeps_nobody_out() {
+    let (host_a, host_b) = hosts();
+    let [(of_a, files_a), (of_b, files_b)] = configurations(&Suite::default());
+    // A gateway for whoever comes.
+    let of_b = of_b.replace("remote_addrs = 192.0.2.1", "remote_addrs = %any");
+    let b = Daemon::start(Latchkey, &host_b, &of_b, &files_b);
+    let a = Daemon::start(Latchkey, &host_a, &of_a, &files_a);
+    let scene = Scene { a, b, host_a, host_b };
+    let script = scene.a.path("forger.py");
+    fs::write(&script, FORGER).unwrap();
+    let forger = scene.host_a.spawn("python3", &[script.to_str().unwrap()]);
+    let half_open = || scene.b.sas().matches("CONNECTING").count();
+    wait_for("cookies are demanded", Duration::from_secs(60), || half_open() >= 30);
+    scene.a.initiate("net");
+    scene.passes();
+    // What has no cookie makes no state: a few more than the threshold come in over time, as others go.
+    assert!(half_open() < 100, "{} half-open IKE SAs", half_open());
+    assert!(scene.a.established() == 1 && scene.b.established() == 1);
+    drop(forger);
+    wait_for("the half-open IKE SAs are gone", Duration::from_secs(90), || half_open() == 0);
+    scene.passes();
 }
