@@ -133,6 +133,10 @@ pub struct Child {
     pub rand_time: Duration,
     /// `rekey_bytes`, `life_bytes`, `rekey_packets`, `life_packets`.
     pub lifetime: Lifetime,
+    /// `rand_bytes`: up to so many are taken off `rekey_bytes` at random.
+    pub rand_bytes: u64,
+    /// `rand_packets`.
+    pub rand_packets: u64,
     /// `replay_window`.
     pub replay_window: u32,
     /// `start_action`.

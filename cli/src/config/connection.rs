@@ -361,6 +361,10 @@ fn child(name: &str, mut options: Options<'_, '_>) -> (Arc<Child>, TrapActions) 
     }
     let (soft_bytes, hard_bytes) = options.volumes("rekey_bytes", "life_bytes", values::size);
     let (soft_packets, hard_packets) = options.volumes("rekey_packets", "life_packets", values::number);
+    let between = |soft: Option<u64>, hard: Option<u64>| hard.unwrap_or(0).saturating_sub(soft.unwrap_or(0));
+    let rand_bytes = options.parsed("rand_bytes", values::size, "a size").unwrap_or(between(soft_bytes, hard_bytes));
+    let rand_packets =
+        options.parsed("rand_packets", values::number, "a number").unwrap_or(between(soft_packets, hard_packets));
     let mode = options.choice("mode", Mode::Tunnel, &[(&["tunnel"], Mode::Tunnel), (&["transport"], Mode::Transport)]);
     let actions: &[(&[&str], (StartAction, bool))] = &[
         (&["none", "clear"], (StartAction::None, false)),
@@ -380,6 +384,8 @@ fn child(name: &str, mut options: Options<'_, '_>) -> (Arc<Child>, TrapActions) 
         life_time,
         rand_time,
         lifetime: Lifetime { soft_bytes, hard_bytes, soft_packets, hard_packets },
+        rand_bytes,
+        rand_packets,
         replay_window: options.number("replay_window", MAX_REPLAY_WINDOW).map_or(32, narrow_u32),
         start_action,
         close_action,
@@ -412,8 +418,6 @@ fn child(name: &str, mut options: Options<'_, '_>) -> (Arc<Child>, TrapActions) 
     for id in ["if_id_in", "if_id_out"] {
         options.refuse_unless(id, ZERO, "XFRM interfaces are not served yet");
     }
-    options.warn_unless("rand_bytes", ZERO);
-    options.warn_unless("rand_packets", ZERO);
     options.warn_unless("hostaccess", NO);
     options.warn_unless("policies_fwd_out", NO);
     options.warn_unless("ipcomp", NO);

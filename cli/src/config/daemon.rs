@@ -183,6 +183,7 @@ pub fn read_settings(root: &Section) -> Loaded {
         engine.address_budget = 0;
         engine.puzzles.threshold = 0;
     }
+    reader.set("make_before_break", &mut engine.make_before_break, values::boolean);
     reader.set("delete_rekeyed_delay", &mut engine.delete_rekeyed_delay, seconds);
     reader.set("keep_alive", &mut engine.keep_alive, seconds);
     reader.set("prefer_configured_proposals", &mut engine.prefer_configured_proposals, values::boolean);

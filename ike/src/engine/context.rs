@@ -18,6 +18,8 @@ use crate::crypto::KeyWork;
 use crate::engine::Transport;
 use crate::engine::triggers::Triggers;
 use crate::sa::Established;
+use crate::sa::init::Again;
+use crate::sa::reauthentication::Reauthentication;
 use crate::sa::redirect::Redirected;
 use crate::sa::retry::after;
 
@@ -81,10 +83,14 @@ pub(crate) struct Context {
     /// Successors made by rekeying, to be taken into the table.
     pub(crate) spawned: Vec<Established>,
     pub(crate) superseded: Vec<Superseded>,
+    /// IKE SAs that are to go when another one is up.
+    pub(crate) reauthentications: Vec<Reauthentication>,
     /// What to initiate again: reauthentication.
     pub(crate) reinitiate: Vec<Initiate>,
     /// What goes on at another gateway.
     pub(crate) redirected: Vec<Redirected>,
+    /// What did not get through IKE_AUTH and is tried again.
+    pub(crate) again: Vec<Again>,
     pub(crate) tombstones: BTreeMap<u64, Tombstone>,
     pub(crate) triggers: Triggers,
     last_job: u64,
@@ -111,6 +117,8 @@ impl Context {
             superseded: Vec::new(),
             reinitiate: Vec::new(),
             redirected: Vec::new(),
+            again: Vec::new(),
+            reauthentications: Vec::new(),
             tombstones: BTreeMap::new(),
             triggers: Triggers::default(),
             last_job: 0,
@@ -175,9 +183,21 @@ impl Context {
     }
 
     /// Hands out a Child SA for installation.
-    pub(crate) fn install(&mut self, ready: ChildReady, status: ChildSaStatus) -> JobId {
+    pub(crate) fn install(&mut self, mut ready: ChildReady, status: ChildSaStatus) -> JobId {
+        let lifetime = &mut ready.pair.lifetime;
+        lifetime.soft_bytes = self.less_random(lifetime.soft_bytes, ready.config.rand_bytes);
+        lifetime.soft_packets = self.less_random(lifetime.soft_packets, ready.config.rand_packets);
         let entry = JobEntry { ike_sa: ready.ike_sa, installs: Some(Box::new(status)) };
         self.push_job(entry, Job::InstallChild(Box::new(ready)))
+    }
+
+    /// A limit less up to `range`, which leaves at least 1 (`rand_bytes`, `rand_packets`).
+    fn less_random(&mut self, limit: Option<u64>, range: u64) -> Option<u64> {
+        let limit = limit?;
+        let mut octets = [0; 8];
+        self.rng.fill(&mut octets);
+        let less = u64::from_be_bytes(octets).checked_rem(range.saturating_add(1)).unwrap_or(0);
+        Some(limit.saturating_sub(less).max(1))
     }
 
     fn push_job(&mut self, entry: JobEntry, job: Job) -> JobId {

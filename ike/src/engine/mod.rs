@@ -10,6 +10,7 @@ mod cookie;
 mod defence;
 pub(crate) mod places;
 mod puzzles;
+mod reauthentication;
 mod responder;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod storm;
@@ -35,7 +36,7 @@ use crate::crypto::{AdditionalKe, IkeSuite, KeyDone, KeyError, KeyWork};
 use crate::sa::established::Closed;
 pub use crate::sa::redirect::Gateway;
 use crate::sa::{Established, IkeSa, Initiating, Want, retry};
-use crate::wire::{self, ExchangeType, Incoming, Message, Protected, WireError};
+use crate::wire::{self, ExchangeType, Incoming, Message, NotifyType, Payload, Protected, WireError};
 use context::{Context, PeerKey, Superseded};
 use cookie::Cookies;
 use defence::Defence;
@@ -64,6 +65,17 @@ pub struct Path {
     pub remote: SocketAddr,
     /// Over what.
     pub transport: Transport,
+}
+
+impl Path {
+    /// Where to answer a request that came again: over the peer's new stream, if the one before broke (RFC 9329 §6.1).
+    /// Over UDP a repetition moves nothing: it may be a replay.
+    pub(crate) fn follow_stream(self, again: Self) -> Self {
+        match (self.transport, again.transport) {
+            (Transport::Stream(_), Transport::Stream(_)) if self.remote.ip() == again.remote.ip() => again,
+            _ => self,
+        }
+    }
 }
 
 /// Number of an IKE SA, unique in the daemon's life (VICI's `uniqueid`).
@@ -110,6 +122,8 @@ pub struct EngineConfig {
     pub init_limit_job_load: usize,
     /// Puzzles (RFC 8019).
     pub puzzles: PuzzlePolicy,
+    /// Reauthentication makes the new IKE SA before it breaks the old one (`charon.make_before_break`).
+    pub make_before_break: bool,
     /// How long the inbound half of a rekeyed Child SA stays (`charon.delete_rekeyed_delay`).
     pub delete_rekeyed_delay: Duration,
     /// Order of ours wins in proposals (`prefer_configured_proposals`).
@@ -140,6 +154,7 @@ impl Default for EngineConfig {
             init_limit_half_open: 0,
             init_limit_job_load: 0,
             puzzles: PuzzlePolicy::default(),
+            make_before_break: false,
             delete_rekeyed_delay: Duration::from_secs(5),
             prefer_configured_proposals: true,
             keep_alive: Duration::from_secs(20),
@@ -703,7 +718,15 @@ impl Engine {
     fn handle_plain(&mut self, now: Instant, path: Path, message: Message, bytes: &[u8]) {
         let header = message.header;
         if header.exchange != ExchangeType::IKE_SA_INIT {
-            // Nothing unprotected means anything for an IKE SA that has keys (§2.21).
+            // Nothing unprotected means anything for an IKE SA that has keys (§2.21), except that a peer which says
+            // that it does not know us may have been restarted: §2.21.4.
+            let complains = |payload: &Payload| match payload {
+                Payload::Notify(notify) => matches!(notify.kind, NotifyType::INVALID_IKE_SPI | NotifyType::INVALID_SPI),
+                _ => false,
+            };
+            if message.payloads.iter().any(complains) {
+                self.suspect(now, path.remote.ip());
+            }
             return;
         }
         if !header.response {
@@ -730,6 +753,21 @@ impl Engine {
                 let answer = tombstone.answer.clone();
                 self.ctx.transmit(path, answer);
             }
+        }
+    }
+
+    /// ESP came from this address with an SPI that nobody knows: its sender may have been restarted, or we. A hint, and
+    /// no more (§2.21.4).
+    pub fn handle_unknown_spi(&mut self, now: Instant, remote: IpAddr) {
+        self.now = now;
+        self.suspect(now, remote);
+        self.settle(now);
+    }
+
+    /// Asks the peers at this address whether they live, unless they have shown it lately.
+    fn suspect(&mut self, now: Instant, remote: IpAddr) {
+        for id in self.places.at_address(remote) {
+            self.with_established(id, |sa, ctx| sa.handle_hint(ctx, now));
         }
     }
 
@@ -928,9 +966,21 @@ impl Engine {
             let superseded = std::mem::take(&mut self.ctx.superseded);
             let reinitiate = std::mem::take(&mut self.ctx.reinitiate);
             let redirected = std::mem::take(&mut self.ctx.redirected);
-            if spawned.is_empty() && superseded.is_empty() && reinitiate.is_empty() && redirected.is_empty() {
-                return;
+            let again = std::mem::take(&mut self.ctx.again);
+            let nothing_new = spawned.is_empty() && superseded.is_empty() && reinitiate.is_empty();
+            let mut reauthenticated = Vec::new();
+            if nothing_new && redirected.is_empty() && again.is_empty() {
+                reauthenticated = self.reauthenticated();
+                if reauthenticated.is_empty() {
+                    return;
+                }
             }
+            for again in again {
+                if let Some(sa) = Initiating::again(&mut self.ctx, now, again) {
+                    self.insert(sa.id(), IkeSa::Initiating(sa), None);
+                }
+            }
+            self.finish_reauthentications(now, reauthenticated);
             for redirected in redirected {
                 if let Some(sa) = Initiating::elsewhere(&mut self.ctx, now, redirected) {
                     self.insert(sa.id(), IkeSa::Initiating(sa), None);

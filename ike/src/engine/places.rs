@@ -52,6 +52,12 @@ impl Places {
         }
     }
 
+    /// IKE SAs with peers at this address, at any port.
+    pub(super) fn at_address(&self, remote: std::net::IpAddr) -> Vec<IkeSaId> {
+        let ports = SocketAddr::new(remote, 0)..=SocketAddr::new(remote, u16::MAX);
+        self.by_remote.range(ports).flat_map(|(_, ids)| ids).copied().collect()
+    }
+
     fn at(&self, remote: SocketAddr) -> Vec<IkeSaId> {
         self.by_remote.get(&remote).map(|ids| ids.iter().copied().collect()).unwrap_or_default()
     }
@@ -69,7 +75,7 @@ impl Engine {
         for id in self.places.at(remote) {
             self.with(id, |sa, ctx| match sa {
                 IkeSa::Initiating(sa) => sa.handle_unreachable(ctx, now, remote).map(IkeSa::Initiating),
-                IkeSa::Established(mut sa) => sa.handle_unreachable(ctx, now).is_ok().then_some(IkeSa::Established(sa)),
+                IkeSa::Established(mut sa) => sa.handle_hint(ctx, now).is_ok().then_some(IkeSa::Established(sa)),
                 other => Some(other),
             });
         }

@@ -118,6 +118,8 @@ fn connection(side: usize, options: u8) -> Connection {
         life_time: lifetime,
         rand_time: Duration::ZERO,
         lifetime: Lifetime::default(),
+        rand_bytes: 0,
+        rand_packets: 0,
         replay_window: 64,
         start_action: StartAction::None,
         close_action: StartAction::None,

@@ -1,8 +1,8 @@
 //! IKE_AUTH as initiator (RFC 7296 §1.2, §2.15, §2.21.2).
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use pad::{Identity, PeerIdentity, SignError, SignedAuth};
 
@@ -13,7 +13,9 @@ use super::auth::{InitMaterial, auth_announcement, cert_request, identification,
 use super::channel::{Channel, Received};
 use super::child::ChildOffer;
 use super::childless;
+use super::established::{RECONNECT_FIRST, RECONNECT_LONGEST};
 use super::fault::{Fault, notify, notify_name};
+use super::init::Again;
 use super::mobility::announcement;
 use super::parts::Parts;
 use super::redirect::{Redirected, Redirects};
@@ -21,7 +23,7 @@ use super::retry::{Due, Retry, after};
 use super::{Core, Established, IkeSa, Want, fail_wants, is_first_contact, local_identity};
 use crate::config::Connection;
 use crate::engine::context::Context;
-use crate::engine::{CloseReason, Event, IkeSaStatus, IkeState, Job, JobId, JobOutcome, Path, Transport};
+use crate::engine::{CloseReason, Event, IkeSaStatus, IkeState, Job, JobId, JobOutcome, Output, Path, Transport};
 use crate::wire::{ExchangeType, NotifyType, Opened, Payload, Protected};
 
 /// An IKE SA that we initiated, with keys, and a peer that has not proved anything.
@@ -36,6 +38,16 @@ pub(crate) struct InitiatorAuth {
     deadline: Instant,
     offer: Option<Box<ChildOffer>>,
     phase: Phase,
+    /// The stream broke, and another one is to be opened, or being opened.
+    reopening: Option<Reopening>,
+}
+
+/// A new stream for one that broke.
+struct Reopening {
+    /// When; it is on its way where this is over.
+    at: Option<Instant>,
+    /// The wait before the next one.
+    wait: Duration,
 }
 
 enum Phase {
@@ -83,6 +95,7 @@ impl InitiatorAuth {
             deadline,
             offer: None,
             phase,
+            reopening: None,
         })))
     }
 
@@ -96,7 +109,8 @@ impl InitiatorAuth {
     }
 
     pub(crate) fn next_timeout(&self) -> Instant {
-        self.channel.next_timeout().map_or(self.deadline, |at| at.min(self.deadline))
+        let reopening = self.reopening.as_ref().and_then(|reopening| reopening.at);
+        [self.channel.next_timeout(), reopening].into_iter().flatten().fold(self.deadline, Instant::min)
     }
 
     pub(crate) fn status(&self) -> IkeSaStatus {
@@ -197,7 +211,9 @@ impl InitiatorAuth {
                 let _ = path;
                 self.response(ctx, now, &opened)
             }
-            Received::Request(_) | Received::Repeated(_) | Received::Ignored => Some(IkeSa::InitiatorAuth(self)),
+            Received::Request(_) | Received::Repeated(_) | Received::Awaited | Received::Ignored => {
+                Some(IkeSa::InitiatorAuth(self))
+            }
         }
     }
 
@@ -218,23 +234,79 @@ impl InitiatorAuth {
             }
             Due::GiveUp => {
                 ctx.log("IKE", 1, self.core.tag(), format!("giving up after {count} retransmits"));
-                self.abandon(ctx, "the peer does not answer", CloseReason::Timeout);
+                self.give_up(ctx, "the peer does not answer");
                 return None;
             }
+        }
+        if let Some(reopening) = self.reopening.as_mut().filter(|reopening| reopening.at.is_some_and(|at| at <= now)) {
+            reopening.at = None;
+            self.open_stream(ctx);
         }
         Some(IkeSa::InitiatorAuth(self))
     }
 
-    pub(crate) fn handle_stream_closed(
-        self: Box<Self>,
+    /// A sequence of tries is over: another one from the start, or the end.
+    fn give_up(mut self: Box<Self>, ctx: &mut Context, reason: &str) {
+        let (tries, sequence) = (self.connection.keyingtries, self.core.sequence);
+        if tries == 0 || sequence < tries {
+            let sequence = sequence.saturating_add(1);
+            let line = format!("peer not responding, trying again ({sequence}/{tries})");
+            ctx.log("IKE", 1, self.core.tag(), line);
+            let from_start = Redirected {
+                connection: Arc::clone(&self.connection),
+                wants: std::mem::take(&mut self.wants),
+                local: self.core.path.local.ip(),
+                remote: self.core.path.remote.ip(),
+                redirects: self.core.redirects.clone(),
+            };
+            ctx.again.push(Again { from_start, sequence });
+        }
+        self.abandon(ctx, reason, CloseReason::Timeout);
+    }
+
+    fn open_stream(&mut self, ctx: &mut Context) {
+        let stream = ctx.next_stream();
+        self.core.path.transport = Transport::Stream(stream);
+        let local = SocketAddr::new(self.core.path.local.ip(), 0);
+        ctx.outputs.push_back(Output::OpenStream { stream, local, remote: self.core.path.remote });
+    }
+
+    /// RFC 9329 §6.1: what is outstanding goes again over the new stream.
+    pub(crate) fn handle_stream_opened(
+        &mut self,
         ctx: &mut Context,
-        _now: Instant,
+        now: Instant,
+        stream: StreamId,
+        local: SocketAddr,
+    ) {
+        if self.core.path.transport != Transport::Stream(stream) || self.reopening.take().is_none() {
+            return;
+        }
+        self.core.path.local = local;
+        let retry = Retry::start(now, &ctx.config.retransmission, true, ctx.rng.as_mut());
+        self.channel.restart_retry(retry);
+        let datagrams = self.channel.outstanding().unwrap_or_default().to_vec();
+        ctx.transmit(self.core.path, datagrams);
+    }
+
+    pub(crate) fn handle_stream_closed(
+        mut self: Box<Self>,
+        ctx: &mut Context,
+        now: Instant,
         stream: StreamId,
         reason: &str,
     ) -> Option<IkeSa> {
-        if self.core.path.transport == Transport::Stream(stream) {
-            self.abandon(ctx, &format!("the TCP connection failed: {reason}"), CloseReason::Failed);
-            return None;
+        if self.core.path.transport != Transport::Stream(stream) {
+            return Some(IkeSa::InitiatorAuth(self));
+        }
+        ctx.log("NET", 1, self.core.tag(), format!("TCP connection lost: {reason}"));
+        // RFC 9329 §6.1: we opened it and we open another, until the time is up.
+        let wait = self.reopening.as_ref().map_or(Duration::ZERO, |reopening| reopening.wait);
+        let next = wait.saturating_mul(2).clamp(RECONNECT_FIRST, RECONNECT_LONGEST);
+        let at = (!wait.is_zero()).then(|| after(now, wait));
+        self.reopening = Some(Reopening { at, wait: next });
+        if at.is_none() {
+            self.open_stream(ctx);
         }
         Some(IkeSa::InitiatorAuth(self))
     }

@@ -130,6 +130,10 @@ impl ResponderAuth {
                 self.core.path = path;
                 self.request(ctx, now, &opened)
             }
+            Received::Awaited => {
+                self.core.path = self.core.path.follow_stream(path);
+                Some(IkeSa::ResponderAuth(self))
+            }
             Received::Repeated(_) | Received::Response(_) | Received::Ignored => Some(IkeSa::ResponderAuth(self)),
         }
     }

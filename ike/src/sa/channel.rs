@@ -31,6 +31,8 @@ pub(crate) enum Received {
     Response(Opened),
     /// A request that was answered already: send these octets again.
     Repeated(Vec<Vec<u8>>),
+    /// The request that is being answered, again: nothing to say yet.
+    Awaited,
     /// Forged, old, out of the window or incomplete: nothing changed.
     Ignored,
 }
@@ -193,6 +195,13 @@ impl Channel {
         }
         // RFC 7296 §2.1: a repeated request is answered with the same octets. RFC 7383 §2.6.1: only its
         // first fragment counts. A scratch reassembly keeps the repetition from touching a newer message.
+        let is_processed = self.processing.is_some_and(|(message_id, _)| message_id == header.message_id);
+        if is_processed && !protected.is_later_fragment() {
+            return match protected.open(&self.inbound, &mut Reassembly::default()) {
+                Ok(_) => Received::Awaited,
+                Err(_) => Received::Ignored,
+            };
+        }
         match &self.answered {
             Some(answered) if answered.message_id == header.message_id && !protected.is_later_fragment() => {
                 let inbound = self.earlier.as_ref().unwrap_or(&self.inbound);

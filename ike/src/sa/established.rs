@@ -27,17 +27,17 @@ use super::{Core, Want};
 use crate::config::{Child, Connection, Unique};
 use crate::engine::context::{Context, PeerKey, Superseded};
 use crate::engine::{
-    ChildSaId, ChildState, CloseReason, Event, Gateway, IkeSaId, IkeSaStatus, IkeState, Initiate, JobId, JobOutcome,
-    NoSuchSa, Output, Path, Transport,
+    ChildSaId, ChildState, CloseReason, Event, Gateway, IkeSaId, IkeSaStatus, IkeState, JobId, JobOutcome, NoSuchSa,
+    Output, Path, Transport,
 };
 use crate::wire::{ExchangeType, Opened, Payload, Protected};
 
 /// How often a task is tried again with another key exchange method, and a new Child SA after TEMPORARY_FAILURE.
 pub(crate) const MAX_TRIES: u8 = 8;
 /// First wait before a broken stream is opened again.
-const RECONNECT_FIRST: Duration = Duration::from_millis(500);
+pub(super) const RECONNECT_FIRST: Duration = Duration::from_millis(500);
 /// Longest wait.
-const RECONNECT_LONGEST: Duration = Duration::from_secs(16);
+pub(super) const RECONNECT_LONGEST: Duration = Duration::from_secs(16);
 
 /// The IKE SA is gone: its events are out, the caller drops it.
 #[derive(Debug)]
@@ -82,6 +82,10 @@ pub(crate) struct Established {
     /// When what the peer proved is too old, however often the IKE SA is rekeyed.
     proof_ends_at: Option<Instant>,
     pub(super) reauthenticating: bool,
+    /// It goes when another one has taken its place.
+    pub(super) makes_first: bool,
+    /// We initiated the IKE SA that this one succeeds, in the end: we authenticated first.
+    pub(super) original_initiator: bool,
     /// The peer sends us to another gateway (RFC 5685).
     pub(super) moving: Option<Moving>,
     stream: StreamState,
@@ -192,7 +196,8 @@ impl Established {
             peer.id
         );
         ctx.log("IKE", 0, core.tag(), line);
-        let sa = Self::make(ctx, now, core, channel, connection, peer);
+        let mut sa = Self::make(ctx, now, core, channel, connection, peer);
+        sa.original_initiator = role == Role::Initiator;
         sa.supersede(ctx, role);
         ctx.event(Event::IkeUp(sa.core.id));
         sa
@@ -207,6 +212,7 @@ impl Established {
         // Reauthentication is due when it was: rekeying proves nothing about the peer.
         new.reauth_at = self.reauth_at;
         new.proof_ends_at = self.proof_ends_at;
+        self.hand_reauthentication_on(ctx, &mut new);
         new.expire_at = [new.expire_at, new.proof_ends_at].into_iter().flatten().min();
         new.children = std::mem::take(&mut self.children);
         new.queue = std::mem::take(&mut self.queue);
@@ -290,6 +296,8 @@ impl Established {
             expire_at,
             proof_ends_at,
             reauthenticating: false,
+            makes_first: false,
+            original_initiator: false,
             moving: None,
             stream: StreamState::Up,
             mobility: Mobility::default(),
@@ -307,7 +315,9 @@ impl Established {
         };
         let key = PeerKey::of(&self.peer);
         let others = ctx.peers.get(&key).filter(|_| go).into_iter().flatten();
-        let others: Vec<IkeSaId> = others.copied().filter(|id| *id != self.core.id).collect();
+        // One that this replaces goes when this has everything.
+        let later = |id: &IkeSaId| ctx.reauthentications.iter().any(|entry| entry.old == *id);
+        let others: Vec<IkeSaId> = others.copied().filter(|id| *id != self.core.id && !later(id)).collect();
         ctx.superseded.extend(others.into_iter().map(|id| Superseded { id, tell }));
     }
 
@@ -323,7 +333,8 @@ impl Established {
     /// True when an IKE SA that a request asks for is this one. One that an earlier definition of the connection
     /// admitted is not: its peer need not be whom the connection names now.
     pub(crate) fn serves(&self, connection: &Connection, remote: std::net::IpAddr) -> bool {
-        self.peer_key().is_some()
+        !self.makes_first
+            && self.peer_key().is_some()
             && self.connection.authenticates_as(connection)
             && (self.core.path.remote.ip() == remote || self.core.redirects.came_from(remote))
     }
@@ -407,6 +418,10 @@ impl Established {
     ) -> Result<(), Closed> {
         match self.channel.receive(protected, datagram) {
             Received::Ignored => return Ok(()),
+            Received::Awaited => {
+                self.reply_path = self.reply_path.follow_stream(path);
+                return Ok(());
+            }
             Received::Repeated(datagrams) => {
                 // Perhaps a replay: it gets its answer back and changes nothing here.
                 ctx.transmit(path, datagrams);
@@ -482,11 +497,7 @@ impl Established {
         }
         if due(self.reauth_at) {
             self.reauth_at = None;
-            // The responder leaves it to the initiator, and to the hard limit.
-            if self.channel.initiator {
-                self.reauthenticating = true;
-                self.queue.push_front(Task::DeleteIke { token: None, reason: CloseReason::Local });
-            }
+            self.reauthenticate(ctx);
         }
         if due(self.rekey_at) {
             self.rekey_at = None;
@@ -1094,19 +1105,8 @@ impl Established {
     /// Closes: everything that it held is released and reported.
     pub(super) fn close(&mut self, ctx: &mut Context, now: Instant, reason: CloseReason) -> Closed {
         let status = self.status(now);
-        if self.reauthenticating {
-            let mut names = std::collections::BTreeSet::new();
-            let live =
-                self.children.values().filter(|child| child.is_live() && names.insert(child.config.name.clone()));
-            let configs: Vec<Arc<Child>> = live.map(|child| Arc::clone(&child.config)).collect();
-            let again = |child| Initiate {
-                connection: Arc::clone(&self.connection),
-                child,
-                local: self.core.path.local.ip(),
-                remote: self.core.path.remote.ip(),
-                token: u64::MAX,
-            };
-            ctx.reinitiate.extend(configs.into_iter().map(|config| again(Some(config))));
+        if self.reauthenticating && !self.makes_first {
+            ctx.reinitiate.extend(self.everything_again());
         }
         self.go_elsewhere(ctx);
         let ids: Vec<ChildSaId> = self.children.keys().copied().collect();

@@ -28,6 +28,8 @@ use crate::wire::{self, ExchangeType, Header, Message, NotifyType, Payload};
 const SIGNATURE_HASHES: [u16; 4] = [2, 3, 4, 5];
 /// Answers that make us send the request again, for one attempt: cookies and other groups.
 const MAX_RESTARTS: u8 = 4;
+/// Repetitions of a request after a refusal, before that is believed.
+const REFUSED_REPETITIONS: u32 = 1;
 /// Length of our nonces: at least half the key size of any PRF (RFC 7296 §2.10).
 pub(crate) const NONCE_LENGTH: usize = 32;
 
@@ -58,6 +60,8 @@ pub(super) struct Attempt {
     pub(super) solving: Option<JobId>,
     pub(super) solution: Option<Vec<u8>>,
     restarts: u8,
+    /// What an answer said against us, which anyone may have sent (RFC 7296 §2.21.1); and the repetitions done then.
+    refusal: Option<(String, u32)>,
     progress: Progress,
     /// When to turn to TCP.
     pub(super) tcp_at: Option<Instant>,
@@ -78,6 +82,13 @@ enum Progress {
     Redirecting { job: JobId, deadline: Instant },
     /// The request, as sent.
     Sent { request: Vec<u8>, retry: Retry },
+}
+
+/// Another sequence of tries (`keyingtries`).
+pub(crate) struct Again {
+    pub(super) from_start: Redirected,
+    /// Its number, from 1.
+    pub(super) sequence: u32,
 }
 
 /// What an attempt is made over.
@@ -113,7 +124,7 @@ impl Initiating {
         let line = format!("initiating IKE_SA {}[{}] to {remote}", connection.name, id.0);
         ctx.log("IKE", 0, Some((id, &connection.name)), line);
         let redirects = Redirects::of_initiator(ctx);
-        Self::begin_as(ctx, now, id, Redirected { connection, wants: vec![want], local, remote, redirects })
+        Self::begin_as(ctx, now, id, Redirected { connection, wants: vec![want], local, remote, redirects }, 1)
     }
 
     /// Begins again at another gateway, for what is configured now.
@@ -126,16 +137,20 @@ impl Initiating {
         let id = ctx.next_ike();
         let line = format!("initiating IKE_SA {name}[{}] to {}", id.0, redirected.remote);
         ctx.log("IKE", 0, Some((id, &name)), line);
-        Self::begin_as(ctx, now, id, Redirected { connection, ..redirected })
+        Self::begin_as(ctx, now, id, Redirected { connection, ..redirected }, 1)
     }
 
-    fn begin_as(ctx: &mut Context, now: Instant, id: IkeSaId, to: Redirected) -> Option<Box<Self>> {
+    /// Begins the next sequence of tries, the one before having ended in IKE_AUTH.
+    pub(crate) fn again(ctx: &mut Context, now: Instant, again: Again) -> Option<Box<Self>> {
+        let id = ctx.next_ike();
+        Self::begin_as(ctx, now, id, again.from_start, again.sequence)
+    }
+
+    fn begin_as(ctx: &mut Context, now: Instant, id: IkeSaId, to: Redirected, sequence: u32) -> Option<Box<Self>> {
         let Redirected { connection, wants, local, remote, redirects } = to;
         let over = Over::first(connection.tcp);
         match Attempt::begin(ctx, now, id, &connection, (local, remote), over, &redirects) {
-            Ok(attempt) => {
-                Some(Box::new(Self { id, connection, wants, local, remote, sequence: 1, redirects, attempt }))
-            }
+            Ok(attempt) => Some(Box::new(Self { id, connection, wants, local, remote, sequence, redirects, attempt })),
             Err(reason) => {
                 fail_wants(ctx, &connection.name, &wants, &reason);
                 None
@@ -276,9 +291,14 @@ impl Initiating {
                 // The peer has answered, and waits for the solution.
                 Due::Resend if self.attempt.solving.is_some() => Some(self),
                 Due::Resend => {
-                    let line = format!("retransmit {} of request with message ID 0", retry.done);
-                    ctx.log("IKE", 1, tag, line);
-                    ctx.transmit(self.attempt.path, [request.clone()]);
+                    let (count, request) = (retry.done, request.clone());
+                    if let Some(reason) = self.believed_refusal() {
+                        ctx.log("IKE", 1, tag, format!("establishing IKE_SA failed, {reason}"));
+                        self.abandon(ctx, &reason, CloseReason::Failed);
+                        return None;
+                    }
+                    ctx.log("IKE", 1, tag, format!("retransmit {count} of request with message ID 0"));
+                    ctx.transmit(self.attempt.path, [request]);
                     Some(self)
                 }
                 Due::GiveUp => {
@@ -428,9 +448,7 @@ impl Initiating {
                 return self.change_group(ctx, now, &error.data).map(IkeSa::Initiating);
             }
             let line = format!("received {} notify error", notify_name(error.kind));
-            ctx.log("IKE", 1, self.tag(), line.clone());
-            self.abandon(ctx, &line, CloseReason::Failed);
-            return None;
+            return self.refused(ctx, line).map(IkeSa::Initiating);
         }
         self.accept(ctx, now, header, parts, datagram)
     }
@@ -460,16 +478,13 @@ impl Initiating {
             // RFC 9370 §2.2.2: additional key exchanges need the exchange that carries them.
             .filter(|suite| suite.additional.is_none() || parts.has(NotifyType::INTERMEDIATE_EXCHANGE_SUPPORTED));
         let Some(suite) = suite else {
-            let reason = "the peer chose what we did not offer";
-            ctx.log("IKE", 1, self.tag(), reason.to_owned());
-            self.abandon(ctx, reason, CloseReason::Failed);
-            return None;
+            return self.refused(ctx, "the peer chose what we did not offer".to_owned()).map(IkeSa::Initiating);
         };
         ctx.log("CFG", 1, self.tag(), format!("selected proposal: {}", crypto::names::proposals(answer)));
         let spis = Spis { initiator: self.attempt.spi, responder: header.responder_spi };
         let fake = self.connection.force_encapsulation;
         let nat = Nat::detect(&parts, spis.initiator, spis.responder, &self.attempt.path, fake);
-        let Self { id, connection, wants, local, remote, sequence: _, redirects, attempt } = *self;
+        let Self { id, connection, wants, local, remote, sequence, redirects, attempt } = *self;
         let (Progress::Sent { request, .. }, OurKe::Ready(ke)) = (attempt.progress, attempt.ke) else { return None };
         let mut core = Core {
             id,
@@ -478,6 +493,7 @@ impl Initiating {
             nat,
             stream_originator: matches!(attempt.path.transport, Transport::Stream(_)),
             redirects,
+            sequence,
         };
         let floats = nat.any() || (connection.mobike && nat.traversal);
         if floats && core.path.transport == Transport::Udp {
@@ -513,10 +529,7 @@ impl Initiating {
         let group = group.filter(|group| offers(&proposals(&self.connection), *group));
         let group = group.filter(|group| *group != self.attempt.method && crypto::supported(*group));
         let Some(group) = group.filter(|_| self.attempt.may_restart()) else {
-            let reason = "the peer asks for a key exchange method that we do not offer";
-            ctx.log("IKE", 1, self.tag(), reason.to_owned());
-            self.abandon(ctx, reason, CloseReason::Failed);
-            return None;
+            return self.refused(ctx, "the peer asks for a key exchange method that we do not offer".to_owned());
         };
         let line = format!(
             "peer didn't accept key exchange method {}, it requested {}",
@@ -529,6 +542,28 @@ impl Initiating {
         let total = super::retry::total(&ctx.config.retransmission);
         self.attempt.progress = Progress::Generating { deadline: after(now, total) };
         Some(self)
+    }
+
+    /// Somebody says no. It is believed at once over a stream, where nobody else can answer, and over UDP when so many
+    /// repetitions have brought nothing better (RFC 7296 §2.21.1).
+    fn refused(mut self: Box<Self>, ctx: &mut Context, reason: String) -> Option<Box<Self>> {
+        ctx.log("IKE", 1, self.tag(), reason.clone());
+        let done = match &self.attempt.progress {
+            Progress::Sent { retry, .. } if self.stream().is_none() => retry.done,
+            _ => {
+                self.abandon(ctx, &reason, CloseReason::Failed);
+                return None;
+            }
+        };
+        self.attempt.refusal.get_or_insert((reason, done));
+        Some(self)
+    }
+
+    /// What was said against us, if the peer had its chance to say something else.
+    fn believed_refusal(&self) -> Option<String> {
+        let (reason, at) = self.attempt.refusal.as_ref()?;
+        let Progress::Sent { retry, .. } = &self.attempt.progress else { return None };
+        (retry.done > at.saturating_add(REFUSED_REPETITIONS)).then(|| reason.clone())
     }
 
     /// A sequence of repetitions is over: another one, or the end.
@@ -605,6 +640,7 @@ impl Attempt {
             solving: None,
             solution: None,
             restarts: 0,
+            refusal: None,
             progress: Progress::Opening { deadline: after(now, total) },
             tcp_at: None,
         };

@@ -208,7 +208,7 @@ impl ResponderIntermediate {
                 ctx.transmit(path, datagrams);
                 Some(IkeSa::ResponderIntermediate(self))
             }
-            Received::Response(_) | Received::Ignored => Some(IkeSa::ResponderIntermediate(self)),
+            Received::Awaited | Received::Response(_) | Received::Ignored => Some(IkeSa::ResponderIntermediate(self)),
         }
     }
 

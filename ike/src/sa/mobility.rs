@@ -217,10 +217,10 @@ impl Established {
     }
 
     /// An ICMP error: anybody can forge one, so the peer is asked whether it lives, and not too often (§3.5).
-    pub(crate) fn handle_unreachable(&mut self, ctx: &mut Context, now: Instant) -> Result<(), Closed> {
+    pub(crate) fn handle_hint(&mut self, ctx: &mut Context, now: Instant) -> Result<(), Closed> {
         let quiet = now.saturating_duration_since(self.last_inbound) >= HINT_INTERVAL;
         let free = self.active.is_none() && self.queue.is_empty();
-        if self.mobility.on && quiet && free && self.is_current() {
+        if quiet && free && self.is_current() {
             self.queue.push_back(Task::Liveness);
         }
         self.pump(ctx, now)

@@ -24,6 +24,7 @@ pub(crate) mod mobility;
 pub(crate) mod nat;
 pub(crate) mod parts;
 mod puzzle;
+pub(crate) mod reauthentication;
 pub(crate) mod redirect;
 pub(crate) mod rekey;
 pub(crate) mod retry;
@@ -82,6 +83,8 @@ pub(crate) struct Core {
     /// We opened the stream, and only we reopen it (RFC 9329 §1.2).
     pub(crate) stream_originator: bool,
     pub(crate) redirects: Redirects,
+    /// Sequences of tries that we began, from 1 (`keyingtries`); 0 as responder.
+    pub(crate) sequence: u32,
 }
 
 impl Core {
@@ -171,6 +174,16 @@ impl IkeSa {
             Self::Initiating(_) | Self::InitiatorIntermediate(_) | Self::InitiatorAuth(_) | Self::Established(_) => {
                 None
             }
+        }
+    }
+
+    /// True when it may become an IKE SA of this connection that we initiate.
+    pub(crate) fn initiates(&self, connection: &str) -> bool {
+        match self {
+            Self::Initiating(sa) => sa.status().connection == connection,
+            Self::InitiatorIntermediate(sa) => sa.core.name == connection,
+            Self::InitiatorAuth(sa) => sa.core.name == connection,
+            Self::ResponderIntermediate(_) | Self::ResponderAuth(_) | Self::Established(_) => false,
         }
     }
 
@@ -322,10 +335,11 @@ impl IkeSa {
     ) -> Option<Self> {
         match self {
             Self::Initiating(sa) => sa.handle_stream_opened(ctx, now, stream, local).map(Self::Initiating),
-            Self::InitiatorIntermediate(_)
-            | Self::ResponderIntermediate(_)
-            | Self::InitiatorAuth(_)
-            | Self::ResponderAuth(_) => Some(self),
+            Self::InitiatorAuth(mut sa) => {
+                sa.handle_stream_opened(ctx, now, stream, local);
+                Some(Self::InitiatorAuth(sa))
+            }
+            Self::InitiatorIntermediate(_) | Self::ResponderIntermediate(_) | Self::ResponderAuth(_) => Some(self),
             Self::Established(mut sa) => {
                 sa.handle_stream_opened(ctx, now, stream, local).is_ok().then_some(Self::Established(sa))
             }

@@ -167,3 +167,33 @@ fn a_child_ends_with_its_life_time() {
     pair.run(seconds(62));
     pair.assert_same(1, 0);
 }
+
+// RFC 7296 §2.8: both ends of an SA have the same limits, and shall not reach them at once.
+#[test]
+fn volume_limits_are_jittered() {
+    let of = |side: usize| {
+        let mut connection = connection(side);
+        let mut child = (*connection.children[0]).clone();
+        child.lifetime = ipsec::plane::Lifetime {
+            soft_bytes: Some(1000),
+            hard_bytes: Some(2000),
+            soft_packets: Some(10),
+            hard_packets: None,
+        };
+        (child.rand_bytes, child.rand_packets) = (400, u64::MAX);
+        connection.children = vec![Arc::new(child)];
+        connection
+    };
+    let mut seen = std::collections::BTreeSet::new();
+    for seed in 0..20 {
+        let pair = established(Pair::with(seed, EngineConfig::default(), of(A), of(B)));
+        for side in &pair.sides {
+            let bytes = side.lifetime.soft_bytes.unwrap();
+            assert!((600..=1000).contains(&bytes));
+            assert!((1..=10).contains(&side.lifetime.soft_packets.unwrap()));
+            assert_eq!((side.lifetime.hard_bytes, side.lifetime.hard_packets), (Some(2000), None));
+            seen.insert(bytes);
+        }
+    }
+    assert!(seen.len() > 20);
+}

@@ -558,7 +558,8 @@ fn a_public_value_that_is_none_gets_invalid_syntax_in_ike_sa_init() {
 fn initiator_fails(seed: u64, change: impl Fn(&mut Message) -> bool) -> String {
     let mut pair = pair_with(seed, HYBRID);
     pair.initiate(A, 1);
-    for _ in 0..200 {
+    // As long as the initiator waits for a better answer.
+    for _ in 0..15_000 {
         pair.run(Duration::from_millis(1));
         for delivery in pair.deliveries.values_mut() {
             if let Delivery::Message { to: A, bytes, .. } = delivery

@@ -1,6 +1,7 @@
 //! Two engines on a simulated network with virtual time: the harness, and the scenarios in the files below.
 
 mod attack;
+mod attempts;
 mod authentication;
 mod by_hand;
 mod child_rekey;
@@ -11,12 +12,14 @@ mod defence;
 mod faults;
 mod followup;
 mod fragments;
+mod hints;
 mod ike_rekey;
 mod informational;
 mod init;
 mod intermediate;
 mod mobility;
 mod network;
+mod reauthentication;
 mod redirect;
 mod refusals;
 mod rekey;
@@ -117,6 +120,8 @@ pub(super) struct Side {
     reqids: u32,
     key_rng: TestRng,
     order: u64,
+    /// What was installed last.
+    lifetime: ipsec::plane::Lifetime,
     /// Open streams: ours to the other side's number.
     pub(super) streams: BTreeMap<StreamId, StreamId>,
     stream_paths: BTreeMap<StreamId, (SocketAddr, SocketAddr)>,
@@ -191,6 +196,8 @@ pub(super) fn child(name: &str, local: &str, remote: &str) -> Child {
         life_time: Duration::ZERO,
         rand_time: Duration::ZERO,
         lifetime: ipsec::plane::Lifetime::default(),
+        rand_bytes: 0,
+        rand_packets: 0,
         replay_window: 64,
         start_action: StartAction::None,
         close_action: StartAction::None,
@@ -275,6 +282,7 @@ impl Pair {
                 reqids: 0,
                 key_rng: TestRng(!seed),
                 order: 0,
+                lifetime: ipsec::plane::Lifetime::default(),
                 streams: BTreeMap::new(),
                 stream_paths: BTreeMap::new(),
                 stream_clock: BTreeMap::new(),
@@ -624,6 +632,7 @@ impl Side {
 
     fn install(&mut self, pair: SaPair) -> u32 {
         self.order += 1;
+        self.lifetime = pair.lifetime;
         let reqid = if pair.reqid == 0 {
             self.reqids += 1;
             self.reqids

@@ -1,0 +1,71 @@
+//! Hints that a peer may have been restarted: nothing but a reason to ask it (RFC 7296 §2.4, §2.21.4).
+
+use super::*;
+use crate::sa::fault::notify;
+use crate::wire::{Header, Message, NotifyType};
+
+/// B, or anybody, says without protection that it does not know A's IKE SA or Child SA.
+fn complain(pair: &mut Pair, kind: NotifyType) {
+    let sa = pair.sides[A].only();
+    let header = Header {
+        initiator_spi: sa.initiator_spi,
+        responder_spi: sa.responder_spi,
+        major: 2,
+        minor: 0,
+        exchange: ExchangeType::INFORMATIONAL,
+        from_initiator: false,
+        response: true,
+        message_id: 5,
+    };
+    let bytes = wire::encode(&Message { header, payloads: vec![notify(kind, Vec::new())] });
+    let now = pair.now;
+    pair.sides[A].engine.handle_message(now, sa.path, &bytes);
+    pair.drain(A);
+}
+
+const KINDS: [NotifyType; 2] = [NotifyType::INVALID_IKE_SPI, NotifyType::INVALID_SPI];
+
+#[test]
+fn a_restarted_peer_is_noticed_by_its_complaints() {
+    for kind in KINDS {
+        let mut pair = up(1);
+        pair.run(seconds(60));
+        pair.cut = true;
+        complain(&mut pair, kind);
+        assert!(pair.sides[A].logged("sending DPD request"));
+        assert_eq!(pair.sides[A].up().len(), 1, "a complaint changes nothing by itself");
+        pair.run(seconds(200));
+        assert!(pair.sides[A].down(CloseReason::Timeout));
+    }
+}
+
+// §2.4: a peer that lives says so, and forged complaints bring no more than a request now and then.
+#[test]
+fn forged_complaints_cost_little() {
+    let mut pair = up(2);
+    let before = pair.sides[A].sent.len();
+    for _ in 0..600 {
+        complain(&mut pair, NotifyType::INVALID_IKE_SPI);
+        let (now, remote) = (pair.now, address(B));
+        pair.sides[A].engine.handle_unknown_spi(now, remote);
+        pair.drain(A);
+        pair.run(Duration::from_millis(100));
+    }
+    let asked = pair.sides[A].sent.len() - before;
+    assert!((1..=12).contains(&asked), "{asked} requests in a minute");
+    pair.assert_same(1, 1);
+}
+
+#[test]
+fn an_unknown_spi_asks_the_peer_at_that_address_only() {
+    let mut pair = up(3);
+    pair.run(seconds(60));
+    let before = pair.sides[A].sent.len();
+    let now = pair.now;
+    pair.sides[A].engine.handle_unknown_spi(now, "192.0.2.77".parse().unwrap());
+    pair.drain(A);
+    assert_eq!(pair.sides[A].sent.len(), before);
+    pair.sides[A].engine.handle_unknown_spi(now, address(B));
+    pair.drain(A);
+    assert_eq!(pair.sides[A].sent.len(), before + 1);
+}
