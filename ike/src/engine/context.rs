@@ -41,13 +41,6 @@ pub(crate) struct Tombstone {
     pub(crate) until: Instant,
 }
 
-/// An IKE SA that another one of the same peer replaces.
-pub(crate) struct Superseded {
-    pub(crate) id: IkeSaId,
-    /// Send it a Delete.
-    pub(crate) tell: bool,
-}
-
 /// Who is at both ends of an established IKE SA, and the entry that admitted the peer: another entry may ask
 /// for less proof, and what it admits must not touch this one's IKE SAs.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -82,7 +75,8 @@ pub(crate) struct Context {
     pub(crate) peers: BTreeMap<PeerKey, BTreeSet<IkeSaId>>,
     /// Successors made by rekeying, to be taken into the table.
     pub(crate) spawned: Vec<Established>,
-    pub(crate) superseded: Vec<Superseded>,
+    /// IKE SAs that another one of the same peer replaces.
+    pub(crate) superseded: Vec<IkeSaId>,
     /// IKE SAs that are to go when another one is up.
     pub(crate) reauthentications: Vec<Reauthentication>,
     /// What to initiate again: reauthentication.

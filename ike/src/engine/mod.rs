@@ -37,7 +37,7 @@ use crate::sa::established::Closed;
 pub use crate::sa::redirect::Gateway;
 use crate::sa::{Established, IkeSa, Initiating, Want, retry};
 use crate::wire::{self, ExchangeType, Incoming, Message, NotifyType, Payload, Protected, WireError};
-use context::{Context, PeerKey, Superseded};
+use context::{Context, PeerKey};
 use cookie::Cookies;
 use defence::Defence;
 use places::{Place, Places};
@@ -993,8 +993,8 @@ impl Engine {
                     self.insert(id, IkeSa::Established(Box::new(sa)), None);
                 }
             }
-            for Superseded { id, tell } in superseded {
-                self.with_established(id, |sa, ctx| Err(sa.replaced(ctx, now, tell)));
+            for id in superseded {
+                self.with_established(id, |sa, ctx| Err(sa.replaced(ctx, now)));
             }
             for request in reinitiate {
                 if let Some(request) = self.as_configured_now(request) {

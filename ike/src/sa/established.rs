@@ -25,7 +25,7 @@ use super::retry::{Due, Retry, after, back_off, random_below, total};
 use super::succession::Successor;
 use super::{Core, Want};
 use crate::config::{Child, Connection, Unique};
-use crate::engine::context::{Context, PeerKey, Superseded};
+use crate::engine::context::{Context, PeerKey};
 use crate::engine::{
     ChildSaId, ChildState, CloseReason, Event, Gateway, IkeSaId, IkeSaStatus, IkeState, JobId, JobOutcome, NoSuchSa,
     Output, Path, Transport,
@@ -308,17 +308,20 @@ impl Established {
     /// proved, and by what the same entry demands, so a peer can only end its own.
     fn supersede(&self, ctx: &mut Context, role: Role) {
         let contact = role == Role::Responder { initial_contact: true };
-        let (go, tell) = match self.connection.unique {
-            Unique::Never => (false, false),
-            Unique::No | Unique::Keep => (contact, false),
-            Unique::Replace => (true, !contact),
+        let go = match self.connection.unique {
+            Unique::Never => false,
+            Unique::No | Unique::Keep => contact,
+            // As charon: where both sides initiate at once, each as initiator would end the other one's.
+            Unique::Replace => matches!(role, Role::Responder { .. }),
         };
         let key = PeerKey::of(&self.peer);
         let others = ctx.peers.get(&key).filter(|_| go).into_iter().flatten();
         // One that this replaces goes when this has everything.
         let later = |id: &IkeSaId| ctx.reauthentications.iter().any(|entry| entry.old == *id);
         let others: Vec<IkeSaId> = others.copied().filter(|id| *id != self.core.id && !later(id)).collect();
-        ctx.superseded.extend(others.into_iter().map(|id| Superseded { id, tell }));
+        // A peer that initiates while we do says INITIAL_CONTACT without knowing that ours came up: it is told, or it would
+        // keep an IKE SA that nobody has. A peer that restarted takes no notice.
+        ctx.superseded.extend(others);
     }
 
     // Getters.
@@ -745,9 +748,9 @@ impl Established {
         self.pump(ctx, now)
     }
 
-    /// Ends it; `tell` sends a Delete that nobody waits for.
-    pub(crate) fn replaced(&mut self, ctx: &mut Context, now: Instant, tell: bool) -> Closed {
-        if tell { self.farewell(ctx, now, CloseReason::Replaced) } else { self.close(ctx, now, CloseReason::Replaced) }
+    /// Another one of the same peer takes its place.
+    pub(crate) fn replaced(&mut self, ctx: &mut Context, now: Instant) -> Closed {
+        self.farewell(ctx, now, CloseReason::Replaced)
     }
 
     // Tasks.

@@ -27,6 +27,7 @@ mod seeds;
 mod selectors;
 mod signatures;
 mod stream;
+mod uniqueness;
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
