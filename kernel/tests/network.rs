@@ -52,6 +52,7 @@ impl Host {
 
     fn socket(&self, local: IpAddr) -> UdpSocket {
         let socket = self.namespace.run(|| UdpSocket::bind((local, 0))).unwrap().unwrap();
+        // Long enough for a loaded machine; who waits for nothing says so with `is_silent`.
         socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         socket
     }
@@ -110,8 +111,45 @@ fn namespaces() -> (Namespace, Namespace) {
         namespace.add_address("eth0", format!("fd08::{number}").parse().unwrap(), 64).unwrap();
         namespace.add_address("lo", format!("10.8{number}.0.1").parse().unwrap(), 32).unwrap();
         namespace.add_address("lo", format!("fd8{number}::1").parse().unwrap(), 128).unwrap();
+        wait_for_addresses(namespace);
     }
     (a, b)
+}
+
+/// Linux makes the routes to a host's own IPv6 addresses some time after the addresses, on a loaded machine: until
+/// then what is sent to them is dropped.
+fn wait_for_addresses(namespace: &Namespace) {
+    const RTF_LOCAL: u32 = 0x8000_0000;
+    let read = |file: &str| {
+        let output = namespace.command("/bin/cat").arg(file).output().unwrap().stdout;
+        String::from_utf8(output).unwrap()
+    };
+    let is_ready = || {
+        let routes = read("/proc/net/ipv6_route");
+        let local: Vec<&str> = routes
+            .lines()
+            .filter_map(|line| {
+                let columns: Vec<&str> = line.split_whitespace().collect();
+                let flags = u32::from_str_radix(columns[8], 16).unwrap();
+                (flags & RTF_LOCAL != 0).then_some(columns[0])
+            })
+            .collect();
+        let addresses = read("/proc/net/if_inet6");
+        let mut ours = addresses.lines().filter_map(|line| line.split(' ').next()).filter(|hex| hex.starts_with("fd"));
+        ours.all(|address| local.contains(&address))
+    };
+    let until = Instant::now() + Duration::from_secs(10);
+    while !is_ready() {
+        assert!(Instant::now() < until, "an IPv6 address has no local route");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+fn is_silent(socket: &UdpSocket) -> bool {
+    socket.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+    let silent = socket.recv(&mut [0; 8]).is_err();
+    socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    silent
 }
 
 fn pair() -> (Host, Host) {
@@ -157,7 +195,9 @@ fn assert_tunnel_carries(a: &Host, b: &Host) {
             let message = vec![0x5a; size];
             client.send_to(&message, server.local_addr().unwrap()).unwrap();
             let mut room = [0; 4096];
-            let (length, from) = server.recv_from(&mut room).expect("a datagram through the tunnel");
+            let (length, from) = server
+                .recv_from(&mut room)
+                .unwrap_or_else(|e| panic!("a datagram of {size} octets to {there} through the tunnel: {e}"));
             assert_eq!(&room[..length], message);
             assert_eq!(from.ip(), here, "the route prefers the address that the selectors allow");
             server.send_to(&message, from).unwrap();
@@ -171,9 +211,17 @@ fn assert_nothing_left(namespace: &Namespace) {
     assert_eq!(namespace.routes(220).unwrap(), []);
     assert!(!namespace.rule_priorities().unwrap().contains(&220));
     assert!(!namespace.has_link("lk0").unwrap());
-    let sockets = namespace.command("/bin/cat").args(["/proc/net/udp", "/proc/net/raw"]).output().unwrap();
-    let text = String::from_utf8(sockets.stdout).unwrap();
-    assert_eq!(text.lines().filter(|line| !line.contains("local_address")).count(), 0, "{text}");
+    // Another test that starts a program holds copies of our sockets from its fork to its exec.
+    let until = Instant::now() + Duration::from_secs(10);
+    loop {
+        let sockets = namespace.command("/bin/cat").args(["/proc/net/udp", "/proc/net/raw"]).output().unwrap();
+        let text = String::from_utf8(sockets.stdout).unwrap();
+        if text.lines().all(|line| line.contains("local_address")) {
+            return;
+        }
+        assert!(Instant::now() < until, "{text}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }
 
 #[test]
@@ -365,8 +413,7 @@ fn traffic_passes_in_a_stream() {
     a.network.detach_stream(stream);
     let (client, server) = (a.socket(a.inner()), b.socket(b.inner()));
     client.send_to(b"lost", server.local_addr().unwrap()).unwrap();
-    server.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
-    assert!(server.recv(&mut [0; 8]).is_err(), "no stream, no traffic");
+    assert!(is_silent(&server), "no stream, no traffic");
     b.network.detach_stream(stream);
 }
 
@@ -445,8 +492,7 @@ fn marked_sockets_stay_out_of_the_tunnel() {
     plane.install(pair).unwrap();
     let (client, server) = (a.socket(a.outer()), b.socket(b.outer()));
     client.send_to(b"x", server.local_addr().unwrap()).unwrap();
-    server.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
-    assert!(server.recv(&mut [0; 8]).is_err(), "into the tunnel, which does not carry it");
+    assert!(is_silent(&server), "into the tunnel, which does not carry it");
     a.network.mark(&client).unwrap();
     client.send_to(b"x", server.local_addr().unwrap()).unwrap();
     assert_eq!(server.recv(&mut [0; 8]).unwrap(), 1);
@@ -514,9 +560,7 @@ fn a_trap_keeps_its_routes_and_asks_for_an_sa_once_a_second() {
     };
     assert_eq!(a.event(acquire), (9, b.inner()));
     if start.elapsed() < Duration::from_millis(900) {
-        while let Ok(event) = a.events.try_recv() {
-            assert!(matches!(event, NetworkEvent::Roamed), "one event for all packets");
-        }
+        assert!(a.events.try_recv().is_err(), "one event for all packets");
     }
     plane.install(sa_pair(&a, &b, 0x2000, udp(&a, &b))).unwrap();
     plane.remove_trap(9).unwrap();
