@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ipsec::plane::{Lifetime, Mode};
+use ipsec::plane::{Lifetime, Mode, TfcPadding};
 use ipsec::selector::TrafficSelector;
 use ipsec::transform::Proposal;
 use pad::{Identity, LocalAuth, PadEntry};
@@ -151,6 +151,10 @@ pub struct Child {
     pub copy_df: bool,
     /// `copy_ecn`.
     pub copy_ecn: bool,
+    /// `tfc_padding`.
+    pub tfc_padding: TfcPadding,
+    /// `inactivity`: closed after this long without traffic; zero is never.
+    pub inactivity: Duration,
     /// `updown` script.
     pub updown: Option<String>,
 }

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use latchkey_ipsec::datapath::{DataPath, Outbound};
 use latchkey_ipsec::guard::{ClassId, NoLatches};
-use latchkey_ipsec::plane::{Encapsulation, EspKeys, EspSuite, Lifetime, Mode, SaPair};
+use latchkey_ipsec::plane::{Encapsulation, EspKeys, EspSuite, Lifetime, Mode, SaPair, TfcPadding};
 use latchkey_ipsec::secret::Secret;
 use latchkey_ipsec::selector::TrafficSelector;
 use latchkey_ipsec::transform::{Encr, Integ};
@@ -85,6 +85,7 @@ fn pair(n: u32) -> SaPair {
         copy_df: true,
         copy_ecn: true,
         await_peer: false,
+        tfc: TfcPadding::None,
     }
 }
 

@@ -17,7 +17,7 @@ use crate::esp::{self, OpenError};
 use crate::guard::{Direction, FlowGuard, Verdict};
 use crate::ip::{self, Fragment, Packet, ecn, protocol};
 use crate::natted::Owners;
-use crate::plane::{Encapsulation, Mode, PlaneError, PlaneEvent, SaPair, Trap, Usage};
+use crate::plane::{Encapsulation, Mode, PlaneError, PlaneEvent, SaPair, TfcPadding, Trap, Usage};
 use crate::replay::Freshness;
 use crate::sad::{Counter, Entry, Expiry, Sa};
 use crate::selector::Flow;
@@ -414,8 +414,9 @@ impl DataPath {
         let sequence = sa.next_sequence().map_err(|expiry| self.expire(sa, expiry))?;
         self.charge(sa, &sa.sent, inner.len(), now)?;
         // Sealing fails only without random octets for an IV; then nothing may go out.
-        esp::seal(&sa.outbound, sa.spi_out, sequence, sa.esn, next_header, payload, out)
-            .map_err(|_| DropReason::Expired)?;
+        let tfc = tfc_padding(sa, payload.len(), limit.path);
+        let payload = esp::Payload { next_header, octets: payload, tfc };
+        esp::seal(&sa.outbound, sa.spi_out, sequence, sa.esn, payload, out).map_err(|_| DropReason::Expired)?;
         let (tos, dont_fragment) = match (&entry.encapsulation, sa.mode) {
             // One segment carries parts of many packets (RFC 9329 §9.3, §9.5).
             (Encapsulation::Stream { .. }, _) => (0, false),
@@ -664,6 +665,18 @@ fn transport_payload<'a>(view: &Packet<'a>, encapsulation: &Encapsulation) -> Re
         return Err(DropReason::NoPolicy);
     }
     Ok((next_header, payload))
+}
+
+/// Octets of traffic flow confidentiality padding behind a payload (RFC 4303 §2.7).
+fn tfc_padding(sa: &Sa, payload_len: usize, path_limit: usize) -> usize {
+    let wanted = match (sa.mode, sa.tfc) {
+        (Mode::Transport, _) | (_, TfcPadding::None) => return 0,
+        // A stream has no MTU; what a usual path takes hides as much.
+        (Mode::Tunnel, TfcPadding::Mtu) => path_limit.min(DEFAULT_PATH_MTU),
+        (Mode::Tunnel, TfcPadding::To(length)) => usize::from(length),
+    };
+    let room = esp::longest_payload(&sa.outbound, path_limit).unwrap_or(0);
+    wanted.min(room).saturating_sub(payload_len)
 }
 
 /// Octets that an ESP packet may have.

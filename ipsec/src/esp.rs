@@ -97,6 +97,23 @@ impl Authenticated {
     }
 }
 
+/// What an ESP packet carries.
+#[derive(Clone, Copy, Debug)]
+pub struct Payload<'a> {
+    /// Its protocol.
+    pub next_header: u8,
+    /// It.
+    pub octets: &'a [u8],
+    /// Octets of traffic flow confidentiality padding behind it (RFC 4303 §2.7).
+    pub tfc: usize,
+}
+
+impl Payload<'_> {
+    fn len(&self) -> usize {
+        self.octets.len() + self.tfc
+    }
+}
+
 /// Seals `payload` into `out`, which is cleared first and keeps its capacity. `sequence` must never be used twice
 /// with one key: it is the IV of counter-based ciphers (RFC 4106 §3.1, RFC 7634 §2).
 pub fn seal(
@@ -104,8 +121,7 @@ pub fn seal(
     spi: u32,
     sequence: u64,
     extended: bool,
-    next_header: u8,
-    payload: &[u8],
+    payload: Payload<'_>,
     out: &mut Vec<u8>,
 ) -> Result<(), CryptoError> {
     let mut iv = [0; MAX_IV_LEN];
@@ -117,18 +133,16 @@ pub fn seal(
             *to = from;
         }
     }
-    seal_with_iv(protection, spi, sequence, extended, next_header, iv, payload, out)
+    seal_with_iv(protection, spi, sequence, extended, iv, payload, out)
 }
 
-#[allow(clippy::too_many_arguments, reason = "the fields of one packet, in their order on the wire")]
 fn seal_with_iv(
     protection: &Protection,
     spi: u32,
     sequence: u64,
     extended: bool,
-    next_header: u8,
     iv: &[u8],
-    payload: &[u8],
+    payload: Payload<'_>,
     out: &mut Vec<u8>,
 ) -> Result<(), CryptoError> {
     let authenticated = Authenticated::new(protection, spi, sequence, extended);
@@ -141,9 +155,10 @@ fn seal_with_iv(
     out.extend_from_slice(&spi.to_be_bytes());
     out.extend_from_slice(&low);
     out.extend_from_slice(iv);
-    out.extend_from_slice(payload);
+    out.extend_from_slice(payload.octets);
+    out.resize(out.len() + payload.tfc, 0);
     out.extend(1..=padding);
-    out.extend_from_slice(&[padding, next_header]);
+    out.extend_from_slice(&[padding, payload.next_header]);
     out.resize(out.len() + protection.icv_len(), 0);
 
     let text = out.get_mut(HEADER_LEN + iv.len()..).ok_or(CryptoError::Length)?;

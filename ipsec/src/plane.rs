@@ -126,6 +126,21 @@ pub struct SaPair {
     /// Leave outbound traffic with the predecessor (same `reqid`) until the peer's first packet under this pair, or
     /// until the predecessor is retired or deleted: the responder of a rekey is ready before its peer (RFC 7296 §2.8).
     pub await_peer: bool,
+    /// Padding of what is sent.
+    pub tfc: TfcPadding,
+}
+
+/// Traffic flow confidentiality (RFC 4303 §2.7): up to which length packets are padded, so that theirs tells less. In tunnel
+/// mode only, where the inner header says where the packet ends; never beyond what the path takes in one piece.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TfcPadding {
+    /// Not at all.
+    #[default]
+    None,
+    /// To what the path takes.
+    Mtu,
+    /// To so many octets of inner packet.
+    To(u16),
 }
 
 /// A trap: a PROTECT policy without an SA (RFC 4301 §4.4.1). What it selects, and no SA as specific does, is dropped and

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::crypto::{CryptoError, Protection};
 use crate::guard::ClassId;
-use crate::plane::{Encapsulation, Lifetime, Mode, PlaneError, SaPair};
+use crate::plane::{Encapsulation, Lifetime, Mode, PlaneError, SaPair, TfcPadding};
 use crate::replay::ReplayWindow;
 use crate::selector::{Flow, TrafficSelector};
 
@@ -39,6 +39,7 @@ pub(crate) struct Sa {
     pub(crate) esn: bool,
     pub(crate) copy_df: bool,
     pub(crate) copy_ecn: bool,
+    pub(crate) tfc: TfcPadding,
     pub(crate) reqid: u32,
     /// The predecessor still sends (`SaPair::await_peer`).
     pub(crate) waits: AtomicBool,
@@ -124,6 +125,7 @@ impl Sa {
             esn: suite.esn,
             copy_df: pair.copy_df,
             copy_ecn: pair.copy_ecn,
+            tfc: pair.tfc,
             reqid: pair.reqid,
             waits: AtomicBool::new(pair.await_peer),
             retired: AtomicBool::new(false),

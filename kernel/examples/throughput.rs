@@ -9,7 +9,7 @@ use std::process::Stdio;
 use std::sync::Arc;
 
 use ipsec::guard::{ClassId, NoLatches};
-use ipsec::plane::{DataPlane, Encapsulation, EspKeys, EspSuite, Lifetime, Mode, SaPair};
+use ipsec::plane::{DataPlane, Encapsulation, EspKeys, EspSuite, Lifetime, Mode, SaPair, TfcPadding};
 use ipsec::secret::Secret;
 use ipsec::selector::TrafficSelector;
 use ipsec::transform::{Encr, Integ};
@@ -119,5 +119,6 @@ fn pair(here: u8, there: u8, encapsulation: Encapsulation) -> SaPair {
         copy_df: true,
         copy_ecn: true,
         await_peer: false,
+        tfc: TfcPadding::None,
     }
 }

@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use ipsec::datapath::DropReason;
 use ipsec::guard::{ClassId, NoLatches};
-use ipsec::plane::{Encapsulation, EspKeys, EspSuite, Lifetime, Mode, PlaneError, PlaneEvent, SaPair, StreamId, Trap};
+use ipsec::plane::{
+    Encapsulation, EspKeys, EspSuite, Lifetime, Mode, PlaneError, PlaneEvent, SaPair, StreamId, TfcPadding, Trap,
+};
 use ipsec::secret::Secret;
 use ipsec::selector::TrafficSelector;
 use ipsec::transform::{Encr, Integ};
@@ -178,6 +180,7 @@ fn sa_pair(here: &Host, there: &Host, spi: u32, encapsulation: Encapsulation) ->
         copy_df: true,
         copy_ecn: true,
         await_peer: false,
+        tfc: TfcPadding::None,
     }
 }
 

@@ -151,3 +151,25 @@ fn two_clients_behind_one_nat_keep_apart_in_transport_mode() {
     }
     assert_eq!(b.sas().matches("mode=TRANSPORT").count(), 2, "{}", b.sas());
 }
+
+// `inactivity`, in both of whom the peer may be; and padding (RFC 4303 §2.7) with a peer that takes it.
+#[test]
+fn an_unused_child_is_closed_and_its_trap_brings_it_back() {
+    let (host_a, host_b) = hosts();
+    let [(of_a, files_a), (of_b, files_b)] = configurations(&Suite {
+        child: "inactivity = 2s\nstart_action = trap\ntfc_padding = mtu\n",
+        ..Suite::default()
+    });
+    let of_b = of_b.replace("inactivity = 2s\nstart_action = trap\ntfc_padding = mtu\n", "");
+    let b = Daemon::start(Strongswan, &host_b, &of_b, &files_b);
+    let a = Daemon::start(Latchkey, &host_a, &of_a, &files_a);
+    a.initiate("net");
+    for _ in 0..2 {
+        wait_for("the Child SA is closed", Duration::from_secs(60), || {
+            a.child_spis("INSTALLED").is_empty() && b.child_spis("INSTALLED").is_empty()
+        });
+        assert_eq!(a.established(), 1, "the IKE SA stays");
+        wait_for("a packet brings it back", Duration::from_secs(60), || host_a.pings(INNER_A, INNER_B));
+    }
+    assert!(a.output().contains("closing a Child SA for inactivity"), "{}", a.output());
+}

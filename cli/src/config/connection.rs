@@ -15,7 +15,7 @@ use ike::config::{
 };
 use ike::crypto::parse_proposals;
 use ike::engine::Gateway;
-use ipsec::plane::{Lifetime, Mode};
+use ipsec::plane::{Lifetime, Mode, TfcPadding};
 use ipsec::transform::{Proposal, Protocol};
 use pad::{AuthClass, Identity, IdentityPattern, LocalAuth, PadEntry, SignatureConstraints};
 
@@ -401,6 +401,8 @@ fn child(name: &str, mut options: Options<'_, '_>) -> (Arc<Child>, TrapActions) 
         reqid: options.number("reqid", u32::MAX.into()).map_or(0, narrow_u32),
         copy_df: options.boolean("copy_df", true),
         copy_ecn: options.boolean("copy_ecn", true),
+        tfc_padding: options.parsed("tfc_padding", tfc_padding, "mtu or a number of octets").unwrap_or_default(),
+        inactivity: options.time("inactivity").unwrap_or_default(),
         updown: options.text("updown").filter(|text| !text.is_empty()).map(str::to_owned),
     };
 
@@ -409,7 +411,6 @@ fn child(name: &str, mut options: Options<'_, '_>) -> (Arc<Child>, TrapActions) 
     options.refuse_unless("policies", YES, "SAs without policies are not served yet");
     options.refuse_unless("interface", &[], "policies for one interface are not served yet");
     options.refuse_unless("label", &[], "security labels are not served yet");
-    options.refuse_unless("tfc_padding", &["0"], "traffic flow confidentiality padding is not served yet");
     options.refuse_unless("hw_offload", &["no", "auto"], "hardware offload is not served yet; write 'no'");
     for mark in ["mark_in", "mark_out", "set_mark_in", "set_mark_out"] {
         options.refuse_unless(mark, &["0", "0/0", "0/0x0", "0/0x00000000", "0x0"], "marks are not served yet");
@@ -421,7 +422,6 @@ fn child(name: &str, mut options: Options<'_, '_>) -> (Arc<Child>, TrapActions) 
     options.warn_unless("hostaccess", NO);
     options.warn_unless("policies_fwd_out", NO);
     options.warn_unless("ipcomp", NO);
-    options.warn_unless("inactivity", &["0", "0s"]);
     options.warn_unless("priority", ZERO);
     options.warn_unless("label_mode", &["system"]);
     options.warn_unless("copy_dscp", &["out"]);
@@ -429,6 +429,17 @@ fn child(name: &str, mut options: Options<'_, '_>) -> (Arc<Child>, TrapActions) 
     options.warn_unless("icmp", NO);
     options.finish(&[]);
     (Arc::new(read), TrapActions { start: trap_at_start, close: trap_at_close })
+}
+
+/// `tfc_padding`.
+fn tfc_padding(text: &str) -> Option<TfcPadding> {
+    match text {
+        "mtu" => Some(TfcPadding::Mtu),
+        _ => match u16::try_from(values::number(text)?).ok()? {
+            0 => Some(TfcPadding::None),
+            length => Some(TfcPadding::To(length)),
+        },
+    }
 }
 
 const NO: &[&str] = &["no", "false", "disabled", "0"];
@@ -828,6 +839,9 @@ mod tests {
             "replay_window = 99999",
             "copy_df = 2",
             "reqid = x",
+            "tfc_padding = most",
+            "tfc_padding = 65536",
+            "inactivity = soon",
         ] {
             let message = refusal(&format!("remote {{ }}\nchildren {{ c {{ {option} }} }}"));
             assert!(message.contains("invalid value for: "), "{option}: {message}");
@@ -879,7 +893,6 @@ mod tests {
             "policies = no",
             "interface = eth0",
             "label = x",
-            "tfc_padding = mtu",
             "hw_offload = packet",
             "hw_offload = yes",
             "mark_in = 42",

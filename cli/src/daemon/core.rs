@@ -22,6 +22,7 @@ use pad::Credentials;
 use tokio::sync::{Semaphore, broadcast, mpsc, oneshot};
 
 use super::filelog::FileLogs;
+use super::idle::Idle;
 use super::redirect;
 use super::run::SystemRng;
 use super::settings::Settings;
@@ -72,6 +73,7 @@ struct InstalledChild {
     remote_ts: Vec<TrafficSelector>,
     /// The peer would make others for what it left out of the selectors.
     additional_ts: bool,
+    idle: Idle,
     updown: Option<Updown>,
     /// Its script was told that it, or the Child SA that it replaces, is up.
     told_up: bool,
@@ -121,6 +123,8 @@ pub(super) struct Core {
     from_streams: mpsc::Receiver<StreamEvent>,
     commands: mpsc::Receiver<Command>,
     next_traffic_check: Instant,
+    /// Some Child SA had a limit of `inactivity`.
+    watches_idle: bool,
     /// When changes of addresses and routes are looked at.
     roam_at: Option<Instant>,
     stopping: Option<(oneshot::Sender<()>, Instant)>,
@@ -154,6 +158,7 @@ impl Core {
             from_streams: parts.from_streams,
             commands: parts.commands,
             next_traffic_check: Instant::now(),
+            watches_idle: false,
             roam_at: Some(Instant::now()),
             stopping: None,
         }
@@ -208,7 +213,8 @@ impl Core {
 
     /// True when some connection wants liveness checks, which inbound ESP makes superfluous.
     fn watches_traffic(&self) -> bool {
-        !self.children.is_empty() && self.connections.iter().any(|known| !known.connection.dpd_delay.is_zero())
+        !self.children.is_empty()
+            && (self.watches_idle || self.connections.iter().any(|known| !known.connection.dpd_delay.is_zero()))
     }
 
     fn handle_time(&mut self) {
@@ -216,13 +222,20 @@ impl Core {
         if now >= self.next_traffic_check {
             self.next_traffic_check = now + TRAFFIC_INTERVAL;
             if self.watches_traffic() {
-                for child in self.children.values_mut() {
-                    if let Ok(usage) = self.plane.usage(child.spi_in)
-                        && usage.packets_in != child.packets_in
-                    {
+                let mut unused = Vec::new();
+                for (id, child) in &mut self.children {
+                    let Ok(usage) = self.plane.usage(child.spi_in) else { continue };
+                    if usage.packets_in != child.packets_in {
                         child.packets_in = usage.packets_in;
                         self.engine.handle_traffic(now, child.spi_in);
                     }
+                    unused.extend(child.idle.is_over(now, &usage).then_some(*id));
+                }
+                for id in unused {
+                    tracing::info!(child = id.0, "closing a Child SA for inactivity");
+                    let token = self.token();
+                    // It may be on its way out already.
+                    let _ = self.engine.terminate(now, Target::Child(id), false, token);
                 }
             }
         }
@@ -409,6 +422,9 @@ impl Core {
         let updown = Updown::new(&ready, reqid, self.network.tun_name());
         let additional_ts = ready.additional_ts
             || ready.replaces.and_then(|old| self.children.get(&old)).is_some_and(|old| old.additional_ts);
+        let predecessor = ready.replaces.and_then(|old| self.children.get_mut(&old));
+        let idle = Idle::new(Instant::now(), ready.config.inactivity, predecessor.map(|old| &mut old.idle));
+        self.watches_idle |= idle.is_limited();
         let ChildReady { child_sa, connection, mut pair, .. } = ready;
         pair.class = class;
         pair.reqid = reqid;
@@ -424,6 +440,7 @@ impl Core {
             local_ts: pair.local_ts.clone(),
             remote_ts: pair.remote_ts.clone(),
             additional_ts,
+            idle,
             updown,
             told_up: false,
         };

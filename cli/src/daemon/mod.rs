@@ -5,6 +5,7 @@
 
 mod core;
 mod filelog;
+mod idle;
 mod redirect;
 mod run;
 mod settings;

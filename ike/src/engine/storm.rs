@@ -127,6 +127,8 @@ fn connection(side: usize, options: u8) -> Connection {
         reqid: 0,
         copy_df: true,
         copy_ecn: true,
+        tfc_padding: ipsec::plane::TfcPadding::None,
+        inactivity: Duration::ZERO,
         updown: None,
     };
     Connection {

@@ -8,7 +8,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ipsec::plane::{Encapsulation, EspSuite, Mode, SaPair};
+use ipsec::plane::{Encapsulation, EspSuite, Mode, SaPair, TfcPadding};
 use ipsec::secret::Secret;
 use ipsec::selector::TrafficSelector;
 use ipsec::transform::{Ke, Prf, Proposal, Protocol};
@@ -261,7 +261,7 @@ impl ChildOffer {
         if self.config.mode == Mode::Transport {
             payloads.push(notify(NotifyType::USE_TRANSPORT_MODE, Vec::new()));
         }
-        payloads.push(notify(NotifyType::ESP_TFC_PADDING_NOT_SUPPORTED, Vec::new()));
+        payloads.extend(no_padding(self.config.mode));
         payloads.push(Payload::Sa(self.proposals.clone()));
         if self.own_exchange {
             payloads.push(Payload::Nonce(self.nonce.clone()));
@@ -308,6 +308,7 @@ impl ChildOffer {
         let keys = crypto::child_keys(parent.prf, parent.d, &suite, secrets, &self.nonce, nr);
         let (keys_out, keys_in) = keys.map_err(|error| unusable(true, &error.to_string()))?;
         let made = Made {
+            tfc: padding(&self.config, parts),
             id: self.id,
             config: self.config,
             replaces: self.replaces.map(|replaced| (replaced.id, replaced.reqid)),
@@ -421,7 +422,7 @@ pub(crate) fn answer(
     if mode == Mode::Transport {
         payloads.push(notify(NotifyType::USE_TRANSPORT_MODE, Vec::new()));
     }
-    payloads.push(notify(NotifyType::ESP_TFC_PADDING_NOT_SUPPORTED, Vec::new()));
+    payloads.extend(no_padding(mode));
     if leaves_out {
         payloads.push(notify(NotifyType::ADDITIONAL_TS_POSSIBLE, Vec::new()));
     }
@@ -448,6 +449,7 @@ pub(crate) fn answer(
         remote_ts,
         single_pair: false,
         additional_ts: false,
+        tfc: padding(config, parts),
         lowest_nonce: ni.min(nr).to_vec(),
     };
     Ok(ChildPlan { made, ke, payloads, ni: ni.to_vec(), nr: nr.to_vec() })
@@ -517,6 +519,17 @@ fn wire_selectors(selectors: &[TrafficSelector]) -> Vec<WireSelector> {
     selectors.iter().map(|selector| WireSelector::Address(*selector)).collect()
 }
 
+/// What we say of padding for traffic flow confidentiality (§1.3.1): in transport mode nothing says where the packet ends and
+/// the padding begins (RFC 4303 §2.7).
+fn no_padding(mode: Mode) -> Option<Payload> {
+    (mode == Mode::Transport).then(|| notify(NotifyType::ESP_TFC_PADDING_NOT_SUPPORTED, Vec::new()))
+}
+
+/// The padding that we send: none where the peer would not take it (§1.3.1).
+fn padding(config: &Child, parts: &Parts) -> TfcPadding {
+    if parts.has(NotifyType::ESP_TFC_PADDING_NOT_SUPPORTED) { TfcPadding::None } else { config.tfc_padding }
+}
+
 /// An ESP SPI; 0 to 255 are reserved (RFC 4303 §2.1).
 fn spi_of(octets: &[u8]) -> Option<u32> {
     let spi = u32::from_be_bytes(octets.try_into().ok()?);
@@ -538,6 +551,7 @@ struct Made {
     remote_ts: Vec<TrafficSelector>,
     single_pair: bool,
     additional_ts: bool,
+    tfc: TfcPadding,
     lowest_nonce: Vec<u8>,
 }
 
@@ -567,6 +581,7 @@ impl Made {
             copy_df: self.config.copy_df,
             copy_ecn: self.config.copy_ecn,
             await_peer: false,
+            tfc: self.tfc,
         };
         let ready = ChildReady {
             ike_sa: parent.core.id,

@@ -7,7 +7,7 @@ use crate::crypto::Protection;
 use crate::crypto::tests::SUITES;
 use crate::guard::{ClassId, NoLatches};
 use crate::ip::tests::{ip, udp};
-use crate::plane::{EspKeys, EspSuite, Lifetime, StreamId};
+use crate::plane::{EspKeys, EspSuite, Lifetime, StreamId, TfcPadding};
 use crate::secret::Secret;
 use crate::selector::TrafficSelector;
 use crate::transform::{Encr, Integ};
@@ -312,6 +312,34 @@ fn a_trap_changes_nothing_for_received_packets() {
     assert!(pair.open_right(&mut sealed).is_ok());
     let stranger = Encapsulation::None { local: ip(RIGHT), remote: ip(LEFT) };
     assert_eq!(open(&pair.right, pair.now, stranger, &mut [0x77; 64]), Err(DropReason::UnknownSpi));
+}
+
+// RFC 4303 §2.7
+#[test]
+fn padding_hides_the_length_of_packets_in_tunnel_mode_only() {
+    for (tfc, mode, same) in [
+        (TfcPadding::None, Mode::Tunnel, false),
+        (TfcPadding::To(200), Mode::Tunnel, true),
+        (TfcPadding::Mtu, Mode::Tunnel, true),
+        (TfcPadding::Mtu, Mode::Transport, false),
+    ] {
+        for kind in [Kind::Udp, Kind::Stream] {
+            let pair = Pair::new(&Setup { tfc, mode, kind, ..Setup::default() });
+            let packet = |payload: &[u8]| match mode {
+                Mode::Tunnel => request(payload),
+                Mode::Transport => udp(LEFT, 9, RIGHT, 53, payload),
+            };
+            let lengths: HashSet<usize> = [0, 17, 100].map(|n| pair.seal_left(&packet(&vec![7; n])).len()).into();
+            assert_eq!(lengths.len() == 1, same, "{tfc:?} {mode:?} {kind:?}: {lengths:?}");
+            let one_piece = kind == Kind::Stream || lengths.iter().all(|length| *length <= 1472);
+            assert!(one_piece, "{lengths:?}");
+            // What is longer goes as it is, and the padding never reaches the inside.
+            for n in [0, 17, 100, 300, 1300] {
+                let packet = packet(&vec![7; n]);
+                assert_eq!(pair.left_to_right(&packet), Ok(packet));
+            }
+        }
+    }
 }
 
 /// A server, and two clients of different owners behind one NAT.
@@ -1059,6 +1087,7 @@ struct Setup {
     replay_window: u32,
     copy_df: bool,
     copy_ecn: bool,
+    tfc: TfcPadding,
     spi_offset: u32,
 }
 
@@ -1075,6 +1104,7 @@ impl Default for Setup {
             replay_window: 64,
             copy_df: false,
             copy_ecn: false,
+            tfc: TfcPadding::None,
             spi_offset: 0,
         }
     }
@@ -1123,7 +1153,8 @@ impl Pair {
         let sa = self.sa_of_left();
         let sequence = sa.next_sequence().unwrap();
         let mut out = Vec::new();
-        esp::seal(&sa.outbound, sa.spi_out, sequence, sa.esn, next_header, payload, &mut out).unwrap();
+        let payload = esp::Payload { next_header, octets: payload, tfc: 0 };
+        esp::seal(&sa.outbound, sa.spi_out, sequence, sa.esn, payload, &mut out).unwrap();
         out
     }
 
@@ -1187,6 +1218,7 @@ fn sa_pairs(setup: &Setup) -> (SaPair, SaPair) {
         copy_df: setup.copy_df,
         copy_ecn: setup.copy_ecn,
         await_peer: false,
+        tfc: setup.tfc,
     };
     (
         pair((LEFT_SPI, RIGHT_SPI), (1, 2), (LEFT, RIGHT), (&setup.left_ts, &setup.right_ts)),

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::guard::ClassId;
-use crate::plane::{Encapsulation, EspKeys, EspSuite, Lifetime, Mode, SaPair};
+use crate::plane::{Encapsulation, EspKeys, EspSuite, Lifetime, Mode, SaPair, TfcPadding};
 use crate::sad::Sa;
 use crate::secret::Secret;
 use crate::transform::{Encr, Integ};
@@ -50,6 +50,7 @@ fn entry(order: u64, ts: (Vec<TrafficSelector>, Vec<TrafficSelector>), reqid: u3
         copy_df: true,
         copy_ecn: true,
         await_peer: false,
+        tfc: TfcPadding::None,
     };
     let (encapsulation, sa) = Sa::new(pair).unwrap();
     Arc::new(Entry { order, encapsulation, sa: Arc::new(sa) })

@@ -104,6 +104,7 @@ pub(super) struct Installed {
     waits: bool,
     /// Receives only.
     retired: bool,
+    pub(super) tfc: ipsec::plane::TfcPadding,
 }
 
 pub(super) struct Side {
@@ -206,6 +207,8 @@ pub(super) fn child(name: &str, local: &str, remote: &str) -> Child {
         reqid: 0,
         copy_df: true,
         copy_ecn: true,
+        tfc_padding: ipsec::plane::TfcPadding::None,
+        inactivity: Duration::ZERO,
         updown: None,
     }
 }
@@ -653,6 +656,7 @@ impl Side {
             order: self.order,
             waits: pair.await_peer,
             retired: false,
+            tfc: pair.tfc,
         };
         assert!(self.installed.insert(pair.spi_in, installed).is_none(), "an SPI is installed twice");
         reqid

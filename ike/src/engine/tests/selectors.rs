@@ -1,5 +1,6 @@
 //! Which selectors a Child SA gets: the packet that wants it, several policies, single pairs (RFC 7296 §2.9).
 
+use ipsec::plane::TfcPadding;
 use ipsec::selector::Flow;
 
 use super::refusals::ask;
@@ -222,4 +223,26 @@ fn the_mode_follows_the_policy_and_the_request() {
     assert!(answer.has(NotifyType::USE_TRANSPORT_MODE), "that of transport mode comes first");
     let answer = create(&mut pair, &["10.1.0.0/24"], &["10.2.0.0/24"], &[]);
     assert!(answer.error().is_none() && !answer.has(NotifyType::USE_TRANSPORT_MODE));
+}
+
+// RFC 7296 §1.3.1: "the sending endpoint will not accept packets that contain … TFC padding".
+#[test]
+fn padding_is_for_peers_that_take_it() {
+    let padding = |side| {
+        let mut connection = connection(side);
+        let mut child = (*connection.children[0]).clone();
+        child.tfc_padding = TfcPadding::Mtu;
+        connection.children = vec![Arc::new(child)];
+        connection
+    };
+    let mut pair = established(Pair::with(142, EngineConfig::default(), padding(A), padding(B)));
+    let tfc = |side: &Side| side.installed.values().map(|pair| pair.tfc).collect::<Vec<_>>();
+    assert_eq!((tfc(&pair.sides[A]), tfc(&pair.sides[B])), (vec![TfcPadding::Mtu], vec![TfcPadding::Mtu]));
+    // Nobody says in tunnel mode that it cannot, and who says so gets none.
+    let answer = create(&mut pair, &["10.1.0.0/24"], &["10.2.0.0/24"], &[]);
+    assert!(!answer.has(NotifyType::ESP_TFC_PADDING_NOT_SUPPORTED));
+    create(&mut pair, &["10.1.0.0/24"], &["10.2.0.0/24"], &[NotifyType::ESP_TFC_PADDING_NOT_SUPPORTED]);
+    let mut all = tfc(&pair.sides[B]);
+    all.sort_by_key(|one| *one == TfcPadding::Mtu);
+    assert_eq!(all, [TfcPadding::None, TfcPadding::Mtu, TfcPadding::Mtu]);
 }
