@@ -8,7 +8,7 @@ use std::time::Duration;
 use ipsec::plane::{Lifetime, Mode, TfcPadding};
 use ipsec::selector::TrafficSelector;
 use ipsec::transform::Proposal;
-use pad::{Identity, LocalAuth, PadEntry};
+use pad::{Identity, IdentityPattern, LocalAuth, PadEntry};
 
 use crate::engine::{Gateway, Path};
 
@@ -59,6 +59,10 @@ pub struct Connection {
     pub keyingtries: u32,
     /// `unique`.
     pub unique: Unique,
+    /// `ppk_id`: as initiator the PPK_ID that we name, as responder those that the peer may name (RFC 8784).
+    pub ppk_id: Option<IdentityPattern>,
+    /// `ppk_required`: nothing without a PPK.
+    pub ppk_required: bool,
     /// `childless`: RFC 6023.
     pub childless: Childless,
     /// `redirect_to` and `redirect_phase`: where an initiator is sent to, and when (RFC 5685).
@@ -88,6 +92,8 @@ impl Connection {
             && self.local_auth == other.local_auth
             && self.remote == other.remote
             && self.proposals == other.proposals
+            && self.ppk_id == other.ppk_id
+            && self.ppk_required == other.ppk_required
     }
 }
 

@@ -13,7 +13,7 @@ mod authenticate;
 mod sign;
 mod store;
 
-pub use store::{CredentialError, Credentials, StoredCertificate};
+pub use store::{CredentialError, Credentials, Ppk, StoredCertificate};
 
 /// An IKEv2 authentication method (RFC 7296 §3.8).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

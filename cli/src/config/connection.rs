@@ -160,8 +160,8 @@ fn read_connection(
 
     options.refuse_unless("vips", &[], "virtual addresses are not served yet");
     options.refuse_unless("pools", &[], "address pools are not served yet");
-    options.refuse_unless("ppk_id", &[], "post-quantum preshared keys (RFC 8784) are not served yet");
-    options.refuse_unless("ppk_required", NO, "post-quantum preshared keys (RFC 8784) are not served yet");
+    let ppk_id = options.parsed("ppk_id", |text| IdentityPattern::parse(text).ok(), "an identity");
+    let ppk_required = options.boolean("ppk_required", false);
     options.refuse_unless("if_id_in", ZERO, "XFRM interfaces are not served yet");
     options.refuse_unless("if_id_out", ZERO, "XFRM interfaces are not served yet");
     options.refuse_unless("mediation", NO, "mediation is not served");
@@ -211,6 +211,8 @@ fn read_connection(
         rand_time: times.rand,
         keyingtries,
         unique,
+        ppk_id,
+        ppk_required,
         childless,
         redirect_to: redirect_to.map(|gateway| (gateway, redirect_phase)),
         tcp,
@@ -854,8 +856,6 @@ mod tests {
             "version = 1",
             "vips = 0.0.0.0",
             "pools = p",
-            "ppk_id = x",
-            "ppk_required = yes",
             "if_id_in = 3",
             "mediation = yes",
             "local { auth = eap-md5 }",

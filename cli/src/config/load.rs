@@ -212,9 +212,9 @@ impl Loader<'_> {
                 continue;
             };
             // PKCS#8 and PKCS#12 passphrases, and `private`, begin with other words than `ike`.
-            if name.starts_with("ike") {
+            if name.starts_with("ike") || name.starts_with("ppk") {
                 self.shared_key(name, &subject, section);
-            } else if ["eap", "xauth", "ntlm", "ppk", "token", "pkcs12"].iter().any(|kind| name.starts_with(kind)) {
+            } else if ["eap", "xauth", "ntlm", "token", "pkcs12"].iter().any(|kind| name.starts_with(kind)) {
                 let message = "secrets of this kind are not served yet, ignored".to_owned();
                 self.report(Severity::Warning, Some(&section.origin), subject, message);
             } else if !KEY_FOLDERS.iter().any(|kind| name.starts_with(kind)) {
@@ -247,7 +247,12 @@ impl Loader<'_> {
         };
         let added = decode_secret(&value.bytes).map_err(str::to_owned).and_then(|secret| {
             let credentials = &mut self.configured.credentials;
-            credentials.add_shared_secret(Some(name.to_owned()), owners, secret).map_err(|error| error.to_string())
+            let added = if name.starts_with("ppk") {
+                credentials.add_ppk(Some(name.to_owned()), owners, secret)
+            } else {
+                credentials.add_shared_secret(Some(name.to_owned()), owners, secret)
+            };
+            added.map_err(|error| error.to_string())
         });
         if let Err(reason) = added {
             self.report(Severity::Error, Some(&value.origin), subject, format!("secret: {reason}"));

@@ -818,6 +818,7 @@ impl Core {
             }
             Command::SetCredentials(credentials, reply) => {
                 self.engine.set_authority_hashes(credentials.authority_hashes());
+                self.engine.set_ppks(credentials.ppks());
                 self.credentials = Arc::new(*credentials);
                 let _ = reply.send(());
             }

@@ -593,7 +593,8 @@ async fn unload_key(shared: &Shared, message: &Section) -> Section {
 
 async fn load_shared(shared: &Shared, message: &Section) -> Section {
     let Some(kind) = owned(message, "type") else { return failure("shared key type missing") };
-    if !kind.eq_ignore_ascii_case("ike") {
+    let is_ppk = kind.eq_ignore_ascii_case("ppk");
+    if !is_ppk && !kind.eq_ignore_ascii_case("ike") {
         return failure(format!("shared keys of type '{kind}' are not served yet"));
     }
     let Some(data) = message.value("data") else { return failure("shared key data missing") };
@@ -612,7 +613,14 @@ async fn load_shared(shared: &Shared, message: &Section) -> Section {
         }
     }
     let (name, secret) = (owned(message, "id"), Secret::new(data.bytes.clone()));
-    let load = |configured: &mut Configured| configured.credentials.add_shared_secret(name, owners, secret);
+    let load = |configured: &mut Configured| {
+        let credentials = &mut configured.credentials;
+        if is_ppk {
+            credentials.add_ppk(name, owners, secret)
+        } else {
+            credentials.add_shared_secret(name, owners, secret)
+        }
+    };
     let loaded = shared.store.change_credentials(&shared.control, load).await;
     outcome(loaded.map_err(|error| error.to_string()))
 }

@@ -71,6 +71,11 @@ pub fn intermediate_ike_keys(
     rekeyed_ike_keys(suite.prf, sk_d, suite, secret, &[], seed)
 }
 
+/// One of SK_d, SK_pi and SK_pr with a post-quantum preshared key: SK = prf+(PPK, SK') (RFC 8784 §3).
+pub fn mix_ppk(prf_algorithm: Prf, ppk: &Secret, key: &Secret) -> Result<Secret, KeyError> {
+    prf_plus(prf_algorithm, ppk.expose(), &[key.expose()], key.expose().len())
+}
+
 /// {SK_d | SK_ai | SK_ar | SK_ei | SK_er | SK_pi | SK_pr} = prf+(SKEYSEED, Ni | Nr | SPIi | SPIr).
 fn expand(suite: &IkeSuite, skeyseed: &Secret, seed: KeySeed<'_>) -> Result<IkeKeys, KeyError> {
     let KeyLengths { encr, integ } =

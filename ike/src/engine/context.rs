@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use ipsec::plane::StreamId;
-use pad::{Identity, PeerIdentity};
+use pad::{Identity, PeerIdentity, Ppk};
 
 use super::{
     ChildReady, ChildSaId, ChildSaStatus, CloseReason, EngineConfig, Event, IkeSaId, Initiate, Job, JobId, Output,
@@ -62,6 +62,8 @@ pub(crate) struct Context {
     pub(crate) outputs: VecDeque<Output>,
     pub(crate) connections: Vec<Arc<Connection>>,
     pub(crate) authorities: Vec<[u8; 20]>,
+    /// Post-quantum preshared keys.
+    pub(crate) ppks: Vec<Ppk>,
     /// Our addresses at which peers may reach us (RFC 4555 §3.4).
     pub(crate) local_addresses: Vec<IpAddr>,
     pub(crate) jobs: BTreeMap<JobId, JobEntry>,
@@ -101,6 +103,7 @@ impl Context {
             outputs: VecDeque::new(),
             connections: Vec::new(),
             authorities: Vec::new(),
+            ppks: Vec::new(),
             local_addresses: Vec::new(),
             jobs: BTreeMap::new(),
             ike_spis: BTreeMap::new(),

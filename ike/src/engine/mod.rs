@@ -26,7 +26,7 @@ use ipsec::plane::{Encapsulation, EspSuite, Mode, SaPair, StreamId};
 use ipsec::selector::{Flow, TrafficSelector};
 use ipsec::transform::Ke;
 use pad::{
-    AuthError, AuthenticateRequest, Identity, PeerIdentity, SignError, SignRequest, SignatureSettings, SignedAuth,
+    AuthError, AuthenticateRequest, Identity, PeerIdentity, Ppk, SignError, SignRequest, SignatureSettings, SignedAuth,
 };
 
 use crate::Rng;
@@ -506,6 +506,11 @@ impl Engine {
     /// Hashes of acceptable CAs for CERTREQ payloads; set with the credentials.
     pub fn set_authority_hashes(&mut self, hashes: Vec<[u8; 20]>) {
         self.ctx.authorities = hashes;
+    }
+
+    /// Post-quantum preshared keys (RFC 8784); set with the credentials.
+    pub fn set_ppks(&mut self, ppks: Vec<Ppk>) {
+        self.ctx.ppks = ppks;
     }
 
     /// A datagram or a stream's IKE message arrived (marker and framing removed).

@@ -17,6 +17,7 @@ use crate::sa::init::{NONCE_LENGTH, capabilities, proposals};
 use crate::sa::intermediate_responder::Request;
 use crate::sa::nat::{self, Nat};
 use crate::sa::parts::Parts;
+use crate::sa::ppk;
 use crate::sa::redirect::{Redirects, init_redirect};
 use crate::sa::{Core, IkeSa, ResponderIntermediate};
 use crate::wire::{self, ExchangeType, Header, Message, NotifyType, Payload};
@@ -166,6 +167,11 @@ impl Engine {
         ctx.log("IKE", 0, core.tag(), format!("{} is initiating an IKE_SA", path.remote.ip()));
         let with_intermediate = !suite.additional.is_none();
         let answer = answer(ctx, header, &core, spis, proposal, &nr, fragmentation, with_intermediate, &candidates);
+        let use_ppk = parts.has(NotifyType::USE_PPK) && !ctx.ppks.is_empty();
+        let mut answer = answer;
+        if use_ppk {
+            answer.payloads.push(ppk::offer());
+        }
         let material = InitMaterial {
             ours: Vec::new(),
             theirs: bytes.to_vec(),
@@ -177,6 +183,7 @@ impl Engine {
             cert_requests: parts.cert_requests,
             cert_requested: parts.cert_requested,
             intermediate: IntAuth::default(),
+            use_ppk,
         };
         let request = Request { suite, spis, fragmentation, answer, material, candidates };
         Ok(ResponderIntermediate::begin(ctx, now, core, request, *group, public.clone()))

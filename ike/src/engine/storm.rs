@@ -165,6 +165,8 @@ fn connection(side: usize, options: u8) -> Connection {
         rand_time: Duration::ZERO,
         keyingtries: 1,
         unique: if options & 64 == 0 { Unique::No } else { Unique::Replace },
+        ppk_id: None,
+        ppk_required: false,
         childless: Childless::Allow,
         redirect_to: None,
         tcp: TcpPolicy::No,

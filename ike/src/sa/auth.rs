@@ -44,6 +44,8 @@ pub(crate) struct InitMaterial {
     pub(crate) settings: SignatureSettings,
     /// What the IKE_INTERMEDIATE exchanges add.
     pub(crate) intermediate: IntAuth,
+    /// Both said USE_PPK (RFC 8784 §3).
+    pub(crate) use_ppk: bool,
 }
 
 /// IntAuth_i and IntAuth_r of the IKE_INTERMEDIATE exchanges so far (RFC 9242 §3.3.2).

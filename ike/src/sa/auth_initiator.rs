@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pad::{Identity, PeerIdentity, SignError, SignedAuth};
+use pad::{Identity, PeerIdentity, Ppk, SignError, SignedAuth};
 
 use ipsec::plane::StreamId;
 use ipsec::transform::Protocol;
@@ -18,6 +18,7 @@ use super::fault::{Fault, notify, notify_name};
 use super::init::Again;
 use super::mobility::announcement;
 use super::parts::Parts;
+use super::ppk::{self, Unmixed};
 use super::redirect::{Redirected, Redirects};
 use super::retry::{Due, Retry, after};
 use super::{Core, Established, IkeSa, Want, fail_wants, is_first_contact, local_identity};
@@ -37,6 +38,7 @@ pub(crate) struct InitiatorAuth {
     childless: bool,
     deadline: Instant,
     offer: Option<Box<ChildOffer>>,
+    ppk: Option<OurPpk>,
     phase: Phase,
     /// The stream broke, and another one is to be opened, or being opened.
     reopening: Option<Reopening>,
@@ -48,6 +50,16 @@ struct Reopening {
     at: Option<Instant>,
     /// The wait before the next one.
     wait: Duration,
+}
+
+/// The PPK that we name in IKE_AUTH (RFC 8784 §3).
+struct OurPpk {
+    id: Identity,
+    ppk: Ppk,
+    /// Our proof without it, where the peer may do without it.
+    without: Option<SignedAuth>,
+    /// The keys without it, once it is mixed in.
+    unmixed: Option<Unmixed>,
 }
 
 enum Phase {
@@ -75,7 +87,16 @@ impl InitiatorAuth {
     ) -> Option<IkeSa> {
         let local_id = local_identity(&connection, &core.path);
         let peer_id = connection.remote.remote_id.as_exact().cloned();
-        let request = material.sign_request(&channel, local_id.clone(), peer_id, connection.local_auth.clone());
+        let ppk = ppk::of_connection(ctx, &connection).filter(|_| material.use_ppk);
+        let mut ppk = ppk.map(|(id, ppk)| OurPpk { id, ppk, without: None, unmixed: None });
+        let mut channel = channel;
+        let mixed = match &mut ppk {
+            // A proof without it comes first where the peer may do without it.
+            Some(ours) if connection.ppk_required => channel.mix(&ours.ppk).map(|unmixed| ours.unmixed = Some(unmixed)),
+            _ => Ok(()),
+        };
+        let request = mixed
+            .and_then(|()| material.sign_request(&channel, local_id.clone(), peer_id, connection.local_auth.clone()));
         let Ok(request) = request else {
             fail_wants(ctx, &core.name, &wants, "the PRF is not supported");
             return None;
@@ -94,6 +115,7 @@ impl InitiatorAuth {
             childless,
             deadline,
             offer: None,
+            ppk,
             phase,
             reopening: None,
         })))
@@ -335,6 +357,22 @@ impl InitiatorAuth {
                 return None;
             }
         };
+        if let Some(ours) = self.ppk.as_mut().filter(|ours| ours.unmixed.is_none()) {
+            // RFC 8784 §3: that was the proof without the PPK, now the one with it.
+            let peer_id = self.connection.remote.remote_id.as_exact().cloned();
+            let auth = self.connection.local_auth.clone();
+            let request = self.channel.mix(&ours.ppk).and_then(|unmixed| {
+                (ours.without, ours.unmixed) = (Some(signed), Some(unmixed));
+                self.material.sign_request(&self.channel, self.local_id.clone(), peer_id, auth)
+            });
+            let Ok(request) = request else {
+                self.abandon(ctx, "the PRF is not supported", CloseReason::Failed);
+                return None;
+            };
+            self.phase = Phase::Signing(ctx.job(self.core.id, Job::Sign(request)));
+            return Some(IkeSa::InitiatorAuth(self));
+        }
+        let method = signed.method;
         let id = identification(&self.local_id);
         let line = format!("authentication of '{}' (myself)", self.local_id);
         ctx.log("IKE", 1, self.core.tag(), line);
@@ -363,6 +401,12 @@ impl InitiatorAuth {
             self.offer = Some(Box::new(offer));
         }
         payloads.extend(announcement(ctx, &self.connection, &self.core, None));
+        if let Some(ours) = &mut self.ppk {
+            payloads.push(ppk::identity(&ours.id));
+            // The method is that of the AUTH payload.
+            let without = ours.without.take().filter(|without| without.method == method);
+            payloads.extend(without.map(|without| notify(NotifyType::NO_PPK_AUTH, without.auth)));
+        }
         let over_stream = matches!(self.core.path.transport, Transport::Stream(_));
         let retry = Retry::start(now, &ctx.config.retransmission, over_stream, ctx.rng.as_mut());
         let max_length = ctx.max_length(&self.core.path, self.channel.fragmentation, self.connection.fragmentation);
@@ -402,6 +446,16 @@ impl InitiatorAuth {
             Ok(asserted) => asserted,
             Err(error) => return self.reject(ctx, now, &error.to_string()),
         };
+        if let Some(ours) = &mut self.ppk
+            && !parts.has(NotifyType::PPK_IDENTITY)
+        {
+            if self.connection.ppk_required {
+                return self.reject(ctx, now, "it does without the PPK, which is required");
+            }
+            if let Some(unmixed) = ours.unmixed.take() {
+                self.channel.unmix(unmixed);
+            }
+        }
         let request = self.material.authenticate_request(
             &self.channel,
             &id,

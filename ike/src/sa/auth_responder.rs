@@ -10,9 +10,10 @@ use pad::{AuthError, Identity, IdentityPattern, PeerIdentity, SignError, SignedA
 use super::auth::{InitMaterial, identification, proof_payloads};
 use super::channel::{Channel, Received};
 use super::childless;
-use super::fault::Fault;
+use super::fault::{Fault, notify};
 use super::mobility::{announcement, is_translated};
 use super::parts::Parts;
+use super::ppk;
 use super::redirect::auth_redirect;
 use super::{Core, Established, IkeSa, local_identity};
 use crate::config::{Connection, Unique};
@@ -29,6 +30,8 @@ pub(crate) struct ResponderAuth {
     material: InitMaterial,
     init_remote: SocketAddr,
     deadline: Instant,
+    /// The peer's PPK is mixed into the keys.
+    uses_ppk: bool,
     phase: Phase,
 }
 
@@ -64,7 +67,8 @@ impl ResponderAuth {
         init_remote: SocketAddr,
         deadline: Instant,
     ) -> Self {
-        Self { core, channel, candidates, material, init_remote, deadline, phase: Phase::Waiting }
+        let (uses_ppk, phase) = (false, Phase::Waiting);
+        Self { core, channel, candidates, material, init_remote, deadline, uses_ppk, phase }
     }
 
     /// Where its IKE_SA_INIT came from.
@@ -190,16 +194,56 @@ impl ResponderAuth {
             Err(error) => return self.refuse(ctx, now, &Fault::AuthenticationFailed, &error.to_string()),
         };
         self.material.note_wishes(&parts);
-        let groups = self.groups(ctx, &asserted, &parts);
+        let mut parts = parts;
+        let groups = match self.choose_ppk(ctx, &asserted, &mut parts) {
+            Ok(groups) => groups,
+            Err(reason) => return self.refuse(ctx, now, &Fault::AuthenticationFailed, reason),
+        };
         let claim = Claim { id, asserted, parts: Box::new(parts) };
         self.verify(ctx, now, claim, groups)
+    }
+
+    /// RFC 8784 §3, table 1: mixes the PPK that the peer names into the keys, or goes on with its proof without one.
+    /// Gives the connections that can be meant.
+    fn choose_ppk(
+        &mut self,
+        ctx: &Context,
+        asserted: &Identity,
+        parts: &mut Parts,
+    ) -> Result<VecDeque<Group>, &'static str> {
+        let without = |connection: &Connection| !connection.ppk_required;
+        if !self.material.use_ppk {
+            return Ok(self.groups(ctx, asserted, parts, without));
+        }
+        let named = ppk::named(ctx, parts).ok_or("the peer names no PPK after USE_PPK")?;
+        if let Some((id, ppk)) = named {
+            let with = |connection: &Connection| connection.ppk_id.as_ref().is_none_or(|known| known.matches(&id));
+            let groups = self.groups(ctx, asserted, parts, with);
+            if !groups.is_empty() {
+                self.channel.mix(&ppk).map_err(|_| "the PRF is not supported")?;
+                self.uses_ppk = true;
+                return Ok(groups);
+            }
+        }
+        let proof = parts.notify(NotifyType::NO_PPK_AUTH).map(|notify| notify.data.clone());
+        let (Some(proof), Some((_, auth))) = (proof, &mut parts.auth) else {
+            return Err("the peer's PPK is not known, and it does not do without");
+        };
+        *auth = proof;
+        Ok(self.groups(ctx, asserted, parts, without))
     }
 
     /// Candidates that can be the identity that the initiator asks for (§3.5), by the identity they assert.
     ///
     /// Of all connections, candidates or not, those that name the peer most narrowly say how it is proved (RFC 4301
     /// §4.4.3). Otherwise a peer would get around them with a proposal, an address or an IDr of its choice.
-    fn groups(&self, ctx: &Context, asserted: &Identity, parts: &Parts) -> VecDeque<Group> {
+    fn groups(
+        &self,
+        ctx: &Context,
+        asserted: &Identity,
+        parts: &Parts,
+        takes: impl Fn(&Connection) -> bool,
+    ) -> VecDeque<Group> {
         let specificity = |connection: &Connection| connection.remote.remote_id.match_specificity(asserted);
         let narrowest = ctx.connections.iter().filter_map(|connection| specificity(connection)).max();
         let asked = parts.id_responder.as_ref().map(|id| Identity::from_wire(id.kind, &id.data));
@@ -217,7 +261,7 @@ impl ResponderAuth {
                 Some(Err(_)) => false,
                 None => true,
             };
-            if !fits || specificity(connection) < narrowest {
+            if !fits || specificity(connection) < narrowest || !takes(connection) {
                 continue;
             }
             match groups.iter_mut().find(|group| group.local_id == local_id) {
@@ -322,9 +366,12 @@ impl ResponderAuth {
             Err(error) => return self.refuse(ctx, now, &Fault::AuthenticationFailed, &error.to_string()),
         };
         ctx.log("IKE", 1, self.core.tag(), format!("authentication of '{}' (myself)", peer.local_id));
-        let Self { core, channel, material, .. } = *self;
+        let Self { core, channel, material, uses_ppk, .. } = *self;
         let mut head = vec![Payload::IdResponder(identification(&peer.local_id))];
         head.extend(proof_payloads(signed, connection.send_cert, material.cert_requested));
+        if uses_ppk {
+            head.push(notify(NotifyType::PPK_IDENTITY, Vec::new()));
+        }
         let role = super::established::Role::Responder { initial_contact: parts.has(NotifyType::INITIAL_CONTACT) };
         let redirect = auth_redirect(&connection, &core.redirects);
         head.extend(announcement(ctx, &connection, &core, Some(&parts)));

@@ -15,6 +15,7 @@ use super::fault::{notify, notify_name};
 use super::intermediate_initiator::Agreed;
 use super::nat::{self, Nat};
 use super::parts::Parts;
+use super::ppk;
 use super::redirect::{Redirected, Redirects};
 use super::retry::{Due, Retry, after};
 use super::{Core, IkeSa, InitiatorIntermediate, Want, fail_wants};
@@ -505,6 +506,14 @@ impl Initiating {
         }
         let fragmentation =
             connection.fragmentation != Fragmentation::No && parts.has(NotifyType::IKEV2_FRAGMENTATION_SUPPORTED);
+        let use_ppk = parts.has(NotifyType::USE_PPK) && ppk::of_connection(ctx, &connection).is_some();
+        if connection.ppk_required && !use_ppk {
+            // RFC 8784 §3.
+            let reason = "the peer does not use a PPK, which is required";
+            ctx.log("CFG", 1, core.tag(), reason.to_owned());
+            fail_wants(ctx, &core.name, &wants, reason);
+            return None;
+        }
         let material = InitMaterial {
             ours: request,
             theirs: datagram.to_vec(),
@@ -516,6 +525,7 @@ impl Initiating {
             cert_requests: parts.cert_requests,
             cert_requested: parts.cert_requested,
             intermediate: IntAuth::default(),
+            use_ppk,
         };
         let _ = (local, remote);
         let work = KeyWork::Agree { ours: ke, peer: public.clone() };
@@ -689,6 +699,9 @@ impl Attempt {
         payloads.extend(nat::payloads(self.spi, 0, &self.path, fake));
         payloads.extend(self.redirect.clone());
         payloads.extend(capabilities(ctx, connection.fragmentation != Fragmentation::No));
+        if ppk::of_connection(ctx, connection).is_some() {
+            payloads.push(ppk::offer());
+        }
         if intermediate {
             payloads.push(notify(NotifyType::INTERMEDIATE_EXCHANGE_SUPPORTED, Vec::new()));
         }

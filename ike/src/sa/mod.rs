@@ -23,6 +23,7 @@ pub(crate) mod intermediate_responder;
 pub(crate) mod mobility;
 pub(crate) mod nat;
 pub(crate) mod parts;
+pub(crate) mod ppk;
 mod puzzle;
 pub(crate) mod reauthentication;
 pub(crate) mod redirect;

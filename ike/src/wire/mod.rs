@@ -141,6 +141,9 @@ impl NotifyType {
     pub const IKEV2_FRAGMENTATION_SUPPORTED: Self = Self(16430);
     pub const SIGNATURE_HASH_ALGORITHMS: Self = Self(16431);
     pub const PUZZLE: Self = Self(16434);
+    pub const USE_PPK: Self = Self(16435);
+    pub const PPK_IDENTITY: Self = Self(16436);
+    pub const NO_PPK_AUTH: Self = Self(16437);
     pub const INTERMEDIATE_EXCHANGE_SUPPORTED: Self = Self(16438);
     pub const ADDITIONAL_KEY_EXCHANGE: Self = Self(16441);
     pub const SUPPORTED_AUTH_METHODS: Self = Self(16443);

@@ -32,9 +32,34 @@ struct Inner {
 
 #[derive(Debug)]
 struct SharedSecret {
+    kind: SharedKind,
     name: Option<String>,
     owners: Vec<IdentityPattern>,
     secret: Secret,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum SharedKind {
+    /// It authenticates.
+    Ike,
+    /// It is mixed into the keys.
+    Ppk,
+}
+
+/// A post-quantum preshared key (RFC 8784): mixed into keys, proves nothing by itself.
+#[derive(Clone, Debug)]
+pub struct Ppk(Arc<SharedSecret>);
+
+impl Ppk {
+    /// True when it has this PPK_ID; one without identities has any.
+    pub fn has_id(&self, id: &Identity) -> bool {
+        self.0.owners.is_empty() || self.0.owners.iter().any(|owner| owner.matches(id))
+    }
+
+    /// The key.
+    pub fn secret(&self) -> &Secret {
+        &self.0.secret
+    }
 }
 
 /// Why a credential was not loaded.
@@ -117,13 +142,40 @@ impl Credentials {
         owners: Vec<IdentityPattern>,
         secret: Secret,
     ) -> Result<(), CredentialError> {
+        self.add_shared(SharedKind::Ike, name, owners, secret)
+    }
+
+    /// Adds a post-quantum preshared key with its PPK_IDs, of which it may have none: then it is for all. It replaces
+    /// a shared secret of the same name.
+    pub fn add_ppk(
+        &mut self,
+        name: Option<String>,
+        ids: Vec<IdentityPattern>,
+        secret: Secret,
+    ) -> Result<(), CredentialError> {
+        self.add_shared(SharedKind::Ppk, name, ids, secret)
+    }
+
+    fn add_shared(
+        &mut self,
+        kind: SharedKind,
+        name: Option<String>,
+        owners: Vec<IdentityPattern>,
+        secret: Secret,
+    ) -> Result<(), CredentialError> {
         if secret.expose().is_empty() {
             return Err(CredentialError::EmptySecret);
         }
         let inner = Arc::make_mut(&mut self.inner);
         inner.shared_secrets.retain(|known| name.is_none() || known.name != name);
-        inner.shared_secrets.push(Arc::new(SharedSecret { name, owners, secret }));
+        inner.shared_secrets.push(Arc::new(SharedSecret { kind, name, owners, secret }));
         Ok(())
+    }
+
+    /// The post-quantum preshared keys, in the order of loading.
+    pub fn ppks(&self) -> Vec<Ppk> {
+        let all = self.inner.shared_secrets.iter();
+        all.filter(|shared| shared.kind == SharedKind::Ppk).map(|shared| Ppk(Arc::clone(shared))).collect()
     }
 
     /// Removes the private key with this id; says whether there was one.
@@ -208,7 +260,7 @@ impl Credentials {
     /// a wide one; of equals the one loaded first.
     pub(super) fn shared_secret(&self, local: &Identity, remote: Option<&Identity>) -> Option<&Secret> {
         let mut best: Option<(Fit, &Secret)> = None;
-        for shared in &self.inner.shared_secrets {
+        for shared in self.inner.shared_secrets.iter().filter(|shared| shared.kind == SharedKind::Ike) {
             if let Some(fit) = shared.fit(local, remote)
                 && best.is_none_or(|(known, _)| known < fit)
             {

@@ -19,6 +19,7 @@ mod init;
 mod intermediate;
 mod mobility;
 mod network;
+mod ppk;
 mod reauthentication;
 mod redirect;
 mod refusals;
@@ -252,6 +253,8 @@ pub(super) fn connection(side: usize) -> Connection {
         rand_time: Duration::ZERO,
         keyingtries: 1,
         unique: Unique::No,
+        ppk_id: None,
+        ppk_required: false,
         childless: Childless::Allow,
         redirect_to: None,
         tcp: TcpPolicy::No,

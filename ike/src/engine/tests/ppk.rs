@@ -1,0 +1,160 @@
+//! Post-quantum preshared keys (RFC 8784).
+
+use super::init::{header, payloads};
+use super::*;
+use crate::wire::{NotifyType, Payload};
+
+/// A side's PPKs by PPK_ID.
+fn load(pair: &mut Pair, side: usize, ppks: &[(&str, &str)]) {
+    let mut credentials = shared_key("correct horse");
+    for (id, secret) in ppks {
+        let owners = vec![IdentityPattern::parse(id).unwrap()];
+        credentials.add_ppk(Some((*id).to_owned()), owners, Secret::new((*secret).into())).unwrap();
+    }
+    pair.sides[side].engine.set_ppks(credentials.ppks());
+    pair.sides[side].credentials = credentials;
+}
+
+fn with_ppk(side: usize, id: Option<&str>, required: bool) -> Connection {
+    let ppk_id = id.map(|id| IdentityPattern::parse(id).unwrap());
+    Connection { ppk_id, ppk_required: required, ..connection(side) }
+}
+
+/// A names `a`; B has what it has. Gives the pair after it came up, or did not.
+fn attempt(seed: u64, a: Connection, b: Connection, of_a: &[(&str, &str)], of_b: &[(&str, &str)]) -> Pair {
+    let mut pair = Pair::with(seed, EngineConfig::default(), a, b);
+    load(&mut pair, A, of_a);
+    load(&mut pair, B, of_b);
+    pair.initiate(A, 1);
+    pair.run(seconds(3));
+    pair
+}
+
+const KEY: (&str, &str) = ("ppk1", "a long secret that both have");
+
+fn announces(pair: &Pair, side: usize) -> bool {
+    payloads(&pair.sides[side].sent[0].bytes)
+        .iter()
+        .any(|payload| matches!(payload, Payload::Notify(n) if n.kind == NotifyType::USE_PPK && n.data.is_empty()))
+}
+
+fn sk_d(pair: &Pair, side: usize) -> Vec<u8> {
+    let IkeSa::Established(sa) = &pair.sides[side].engine.sas.values().next().unwrap().sa else { panic!("up") };
+    sa.channel.d.expose().to_vec()
+}
+
+// §3: both use it, and the Child SA's keys depend on it.
+#[test]
+fn a_ppk_is_mixed_into_the_keys() {
+    let with =
+        |ppks: &[(&str, &str)]| attempt(700, with_ppk(A, Some("ppk1"), false), with_ppk(B, None, false), ppks, ppks);
+    let mut pair = with(&[KEY]);
+    assert!(pair.sides[A].done(1));
+    pair.assert_same(1, 1);
+    assert!(announces(&pair, A) && announces(&pair, B));
+    assert_eq!(sk_d(&pair, A), sk_d(&pair, B));
+    // The same exchange with another PPK gives other keys, without one others again.
+    let other = with(&[("ppk1", "another secret")]);
+    let none = with(&[]);
+    assert!(!announces(&none, A));
+    assert_ne!(sk_d(&pair, A), sk_d(&other, A));
+    assert_ne!(sk_d(&pair, A), sk_d(&none, A));
+    assert_ne!(sk_d(&other, A), sk_d(&none, A));
+    // Rekeys mix nothing in again, and work.
+    pair.rekey_ike(B, 0x80);
+    pair.run(seconds(60));
+    pair.assert_same(1, 1);
+}
+
+// §3: SK_d = prf+(PPK, SK_d'), for PRFs with keys as long as their output prf(PPK, SK_d' | 0x01).
+#[test]
+fn the_mixed_key_is_as_the_formula_says() {
+    use crate::crypto::{mix_ppk, prf};
+    let (ppk, key) = (Secret::new(vec![1; 40]), Secret::new(vec![2; 32]));
+    let algorithm = ipsec::transform::Prf::HMAC_SHA2_256;
+    let mixed = mix_ppk(algorithm, &ppk, &key).unwrap();
+    assert_eq!(mixed.expose(), prf(algorithm, ppk.expose(), &[key.expose(), &[1]]).unwrap().expose());
+}
+
+// §3, table 1, on the side of the responder.
+#[test]
+fn the_table_of_the_responder_holds() {
+    let plain = || with_ppk(B, None, false);
+    let required = || with_ppk(B, None, true);
+    let optional_a = || with_ppk(A, Some("ppk1"), false);
+    let required_a = || with_ppk(A, Some("ppk1"), true);
+    let other = ("ppk2", "of somebody else");
+    let up = |pair: &Pair| pair.sides[A].done(1) && pair.sides[B].up().len() == 1;
+    // No USE_PPK: standard, unless it is mandatory.
+    assert!(up(&attempt(710, connection(A), plain(), &[], &[KEY])));
+    assert!(!up(&attempt(711, connection(A), required(), &[], &[KEY])));
+    // USE_PPK, and the responder lacks that PPK: NO_PPK_AUTH helps, if neither insists.
+    assert!(up(&attempt(712, optional_a(), plain(), &[KEY], &[other])));
+    assert!(!up(&attempt(713, optional_a(), required(), &[KEY], &[other])));
+    assert!(!up(&attempt(714, required_a(), plain(), &[KEY], &[other])));
+    // It has it, and uses it.
+    for (a, b) in [(optional_a(), plain()), (optional_a(), required()), (required_a(), plain())] {
+        let pair = attempt(715, a, b, &[KEY], &[other, KEY]);
+        assert!(up(&pair));
+        pair.assert_same(1, 1);
+    }
+    // A responder without any PPK does not answer USE_PPK: standard, unless the initiator insists.
+    assert!(up(&attempt(716, optional_a(), plain(), &[KEY], &[])));
+    let pair = attempt(717, required_a(), plain(), &[KEY], &[]);
+    assert!(!up(&pair));
+    assert!(pair.sides[A].failed(1).unwrap().contains("PPK"));
+    assert!(pair.sides[A].sent.iter().all(|sent| header(&sent.bytes).exchange.0 == 34), "no IKE_AUTH");
+}
+
+// §3: a PPK that is not for the peer's connection is not known.
+#[test]
+fn a_ppk_of_another_connection_is_not_used() {
+    let up = |pair: &Pair| pair.sides[A].done(1);
+    let of_b = |id: &str, required| with_ppk(B, Some(id), required);
+    let a = |required| with_ppk(A, Some("ppk1"), required);
+    assert!(up(&attempt(720, a(true), of_b("ppk1", true), &[KEY], &[KEY])));
+    assert!(up(&attempt(721, a(true), of_b("*", true), &[KEY], &[KEY])) || IdentityPattern::parse("*").is_err());
+    assert!(!up(&attempt(722, a(true), of_b("ppk2", false), &[KEY], &[KEY])));
+    assert!(!up(&attempt(723, a(false), of_b("ppk2", true), &[KEY], &[KEY])));
+    // Optional on both sides: without it.
+    let pair = attempt(724, a(false), of_b("ppk2", false), &[KEY], &[KEY]);
+    assert!(up(&pair));
+    pair.assert_same(1, 1);
+}
+
+// §3: another secret under the same name proves nothing, with or without NO_PPK_AUTH.
+#[test]
+fn a_wrong_ppk_gets_nobody_in() {
+    for required in [false, true] {
+        let a = with_ppk(A, Some("ppk1"), required);
+        let pair = attempt(730, a, with_ppk(B, None, false), &[KEY], &[("ppk1", "wrong")]);
+        assert!(pair.sides[A].failed(1).is_some());
+        assert!(pair.sides[A].engine.sas.is_empty() && pair.sides[B].engine.sas.is_empty());
+        assert!(pair.sides[A].installed.is_empty() && pair.sides[B].installed.is_empty());
+    }
+}
+
+// A PPK is no shared key, nor the other way round.
+#[test]
+fn a_ppk_does_not_authenticate() {
+    let mut credentials = Credentials::new();
+    credentials.add_ppk(None, Vec::new(), Secret::new("correct horse".into())).unwrap();
+    let mut pair = Pair::new(740);
+    pair.sides[A].credentials = credentials;
+    pair.initiate(A, 1);
+    pair.run(seconds(3));
+    assert!(pair.sides[A].failed(1).is_some());
+}
+
+// RFC 9370 §2.2.2 with RFC 8784: both.
+#[test]
+fn a_ppk_goes_with_additional_key_exchanges() {
+    let of = |side: usize| {
+        let proposals = parse_proposals("aes128gcm16-prfsha256-x25519-ke1_mlkem768", Protocol::IKE).unwrap();
+        Connection { proposals, ..with_ppk(side, Some("ppk1"), true) }
+    };
+    let pair = attempt(750, of(A), of(B), &[KEY], &[KEY]);
+    assert!(pair.sides[A].done(1));
+    pair.assert_same(1, 1);
+    assert_eq!(sk_d(&pair, A), sk_d(&pair, B));
+}
