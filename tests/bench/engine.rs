@@ -91,7 +91,8 @@ fn arrival(message: &Transmit) -> Path {
 }
 
 fn settings(ike: &'static str, auth: Auth) -> Option<[Setting; 2]> {
-    let [a, b] = configurations(&Suite { ike, auth, ..Suite::default() });
+    // Else each new IKE SA of the peer replaces the one before (INITIAL_CONTACT).
+    let [a, b] = configurations(&Suite { ike, auth, connection: "unique = never\n", ..Suite::default() });
     Some([Setting::written(&a.0, &a.1)?, Setting::written(&b.0, &b.1)?])
 }
 
@@ -148,18 +149,20 @@ fn memory(most: usize) {
     let [a, b] = settings("aes256gcm16-prfsha256-x25519", Auth::Psk).unwrap();
     let mut responder = Peer::new(&b, EngineConfig::default());
     let mut made = 0;
-    let mut connect = || handshake(&mut Peer::new(&a, EngineConfig::default()), &mut responder);
+    let connect = |responder: &mut Peer| handshake(&mut Peer::new(&a, EngineConfig::default()), responder);
     for _ in 0..WARM_UP {
-        connect();
+        connect(&mut responder);
     }
     let before = resident();
     for target in [1_000, 10_000, 100_000].into_iter().filter(|target| *target <= most) {
         while made < target {
-            connect();
+            connect(&mut responder);
             made += 1;
         }
-        let each = (resident() - before) / made;
-        println!("{made:>8} IKE SAs {each:>9} octets each, {} MB in all", resident() >> 20);
+        let (each, all) = ((resident() - before) / made, resident() >> 20);
+        let up = responder.engine.ike_sas(Instant::now()).iter().filter(|sa| !sa.children.is_empty()).count();
+        assert_eq!(up, made + WARM_UP, "not all of them stayed");
+        println!("{made:>8} IKE SAs {each:>9} octets each, {all} MB in all");
     }
 }
 
