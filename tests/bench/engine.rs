@@ -5,6 +5,7 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
+use ike::config::PuzzlePolicy;
 use ike::engine::{EngineConfig, Path, Transmit, Transport};
 use latchkey_tests::scene::{A, Auth, B, Suite, configurations};
 
@@ -97,7 +98,7 @@ fn settings(ike: &'static str, auth: Auth) -> Option<[Setting; 2]> {
 }
 
 fn flood() {
-    println!("\nForged IKE_SA_INIT requests, each from another address with another SPI (X25519)");
+    println!("\nForged IKE_SA_INIT requests, each from another address with another SPI (X25519); no puzzles");
     let [(of_a, files_a), (of_b, files_b)] =
         configurations(&Suite { ike: "aes256gcm16-prfsha256-x25519", ..Suite::default() });
     let a = Setting::written(&of_a, &files_a).unwrap();
@@ -106,12 +107,14 @@ fn flood() {
     let request = Peer::new(&a, EngineConfig::default()).initiate(now, A.parse().unwrap(), B.parse().unwrap(), true);
     let request = &request.first().unwrap().bytes;
     for (name, cookie_threshold, block_threshold, batch) in
-        [("without cookies", usize::MAX, 0, 4_000), ("with cookies", 0, 5, 200_000)]
+        [("without cookies, up to the half-open limit", usize::MAX, 0, 4_000), ("with cookies", 0, 5, 200_000)]
     {
         let config = EngineConfig {
             cookie_threshold,
             cookie_threshold_ip: cookie_threshold,
             block_threshold,
+            address_budget: 0,
+            puzzles: PuzzlePolicy { threshold: usize::MAX, ..PuzzlePolicy::default() },
             ..EngineConfig::default()
         };
         let mut noise = Noise::default();
@@ -129,7 +132,7 @@ fn flood() {
             count += batch;
         }
         let each = time.as_secs_f64() / f64::from(count);
-        println!("{name:<38} {:>9.2} us {:>9.0}/s per core, {answers} of {count} answered", each * 1e6, 1.0 / each);
+        println!("{name:<43} {:>9.2} us {:>9.0}/s per core, {answers} of {count} answered", each * 1e6, 1.0 / each);
     }
 }
 
