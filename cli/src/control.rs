@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use ike::config::AddressRange;
 use ike::engine::{ChildSaId, Event, Gateway, IkeSaId, IkeSaStatus};
+use ike::pool::{PoolConfig, PoolError, PoolStatus};
 use ipsec::plane::{Mode, Usage};
 use ipsec::selector::TrafficSelector;
 use pad::{Credentials, IdentityPattern};
@@ -130,6 +131,12 @@ pub enum Command {
         /// Answer.
         reply: oneshot::Sender<Result<(), String>>,
     },
+    /// Load an address pool; refused with charon's message.
+    LoadPool(Box<PoolConfig>, oneshot::Sender<Result<(), PoolError>>),
+    /// Unload an address pool; refused with charon's message.
+    UnloadPool(String, oneshot::Sender<Result<(), PoolError>>),
+    /// All address pools with their leases.
+    ListPools(oneshot::Sender<Vec<PoolStatus>>),
     /// Replace all connections (whole or not at all; they are validated already).
     SetConnections(Vec<ConnectionDefinition>, oneshot::Sender<()>),
     /// Replace the credentials.
@@ -223,6 +230,27 @@ impl Control {
     /// See [`Command::Shutdown`].
     pub async fn shutdown(&self) {
         self.ask(Command::Shutdown).await;
+    }
+
+    /// See [`Command::LoadPool`].
+    ///
+    /// # Errors
+    /// The pool's old range is in use.
+    pub async fn load_pool(&self, pool: PoolConfig) -> Result<(), PoolError> {
+        self.ask(|reply| Command::LoadPool(Box::new(pool), reply)).await.unwrap_or(Ok(()))
+    }
+
+    /// See [`Command::UnloadPool`].
+    ///
+    /// # Errors
+    /// There is none of this name, or it is in use.
+    pub async fn unload_pool(&self, name: String) -> Result<(), PoolError> {
+        self.ask(|reply| Command::UnloadPool(name, reply)).await.unwrap_or(Err(PoolError::Unknown))
+    }
+
+    /// See [`Command::ListPools`].
+    pub async fn list_pools(&self) -> Vec<PoolStatus> {
+        self.ask(Command::ListPools).await.unwrap_or_default()
     }
 
     async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Option<T> {

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use ike::crypto::{AdditionalKe, IkeSuite};
 use ike::engine::{
-    ChildSaId, ChildSaStatus, ChildState, CloseReason, Event, IkeSaId, IkeSaStatus, IkeState, Path as IkePath,
-    Transport,
+    Assigned, ChildSaId, ChildSaStatus, ChildState, CloseReason, Engine, EngineConfig, Event, IkeSaId, IkeSaStatus,
+    IkeState, Path as IkePath, Transport,
 };
 use ipsec::plane::{Encapsulation, EspSuite, Mode, Usage};
 use ipsec::selector::TrafficSelector;
@@ -136,6 +136,64 @@ async fn policies_are_listed_installed_and_uninstalled_as_charon_does() {
     assert_eq!(daemon.out(&["--list-pols"]).await, "site/net, TUNNEL\n  local:  10.1.0.0/24\n  remote: 10.2.0.0/24\n");
     assert_eq!(daemon.out(&["--install", "--child", "net"]).await, "install completed successfully\n");
     assert_eq!(daemon.out(&["--uninstall", "--child", "net"]).await, "uninstall completed successfully\n");
+}
+
+// The texts of swanctl with charon-systemd 5.9.8.
+#[tokio::test(flavor = "multi_thread")]
+async fn pools_are_loaded_listed_and_unloaded() {
+    let daemon = Daemon::start(Vec::new()).await;
+    let folder = tempfile::tempdir().unwrap();
+    let load = async |text: &str| {
+        std::fs::write(folder.path().join("swanctl.conf"), text).unwrap();
+        daemon.load_all(folder.path()).await
+    };
+    for (text, expected) in [
+        ("dns = 10.0.0.1", "loading pool 'p' failed: missing addrs for pool 'p'"),
+        ("addrs = 10.3.0.9-10.3.0.4", "loading pool 'p' failed: invalid addrs value: 10.3.0.9-10.3.0.4"),
+        ("addrs = 10.3.0.0/24\ndns = x", "loading pool 'p' failed: invalid attribute value for dns"),
+        ("addrs = 10.3.0.0/24\nfoo = 1.2.3.4", "loading pool 'p' failed: invalid attribute: foo"),
+    ] {
+        let printed = load(&format!("pools {{\np {{\n{text}\n}}\n}}\n")).await;
+        assert!(printed.contains(expected), "{printed}");
+    }
+    assert_eq!(daemon.out(&["--list-pools"]).await, "");
+    let printed =
+        load("pools {\nfour {\naddrs = 10.3.0.0/24\ndns = 10.0.0.1, fd00::1\n}\nsix {\naddrs = fd00::/120\n}\n}\n")
+            .await;
+    assert!(printed.contains("loaded pool 'four'") && printed.contains("loaded pool 'six'"), "{printed}");
+    let raw = "get-pools reply {four {base=10.3.0.0 size=254 online=0 offline=0 leases {}} \
+               six {base=fd00:: size=254 online=0 offline=0 leases {}}}\n";
+    assert_eq!(daemon.raw(&["--list-pools", "--leases"]).await, raw);
+    let lines = "four                 10.3.0.0                            0 / 0 / 254\n\
+                 six                  fd00::                              0 / 0 / 254\n";
+    assert_eq!(daemon.out(&["--list-pools"]).await, lines);
+    assert_eq!(daemon.out(&["--list-pools", "--name", "four"]).await.lines().count(), 1);
+    let printed = load("pools {\nsix {\naddrs = fd00::/120\n}\n}\n").await;
+    assert!(printed.contains("1 unloaded"), "{printed}");
+    assert_eq!(daemon.out(&["--list-pools"]).await.lines().count(), 1);
+    let mut client = daemon.client().await;
+    let mut message = Client::message();
+    message.push_value("name", "nosuch");
+    let answer = client.request("unload-pool", message).await.unwrap();
+    assert_eq!(answer.text("errmsg"), Some("failed to find pool, nothing unloaded"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn virtual_addresses_are_listed_where_charon_lists_them() {
+    let mut with_addresses = sa();
+    let assigned = Assigned {
+        local: vec!["10.3.0.1".parse().unwrap(), "fd03::1".parse().unwrap()],
+        remote: vec!["10.4.0.1".parse().unwrap()],
+        ..Assigned::default()
+    };
+    with_addresses.status.assigned = Some(Arc::new(assigned));
+    let daemon = Daemon::start(vec![with_addresses]).await;
+    let raw = daemon.raw(&["--list-sas"]).await;
+    let expected = "rekey-time=13041 local-vips=[10.3.0.1 fd03::1] remote-vips=[10.4.0.1] child-sas {";
+    assert!(raw.contains(expected), "{raw}");
+    let printed = daemon.out(&["--list-sas"]).await;
+    assert!(printed.contains("local  'a.example' @ 10.99.0.1[4500] [10.3.0.1 fd03::1]"), "{printed}");
+    assert!(printed.contains("remote 'b.example' @ 10.99.0.2[4500] [10.4.0.1]"), "{printed}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -462,6 +520,13 @@ struct Core {
     told: Arc<Mutex<Told>>,
 }
 
+/// For an engine that has pools only.
+struct NoRandomness;
+
+impl ike::Rng for NoRandomness {
+    fn fill(&mut self, _: &mut [u8]) {}
+}
+
 /// A core with fixed SAs: `net` can be initiated, `host` fails, anything else never answers.
 fn core(sas: Vec<SaReport>) -> (Control, Core) {
     let (commands, mut received) = mpsc::channel(16);
@@ -471,6 +536,7 @@ fn core(sas: Vec<SaReport>) -> (Control, Core) {
     let raised = events.clone();
     tokio::spawn(async move {
         let mut unanswered = Vec::new();
+        let mut pools = Engine::new(EngineConfig::default(), Box::new(NoRandomness), Instant::now());
         while let Some(command) = received.recv().await {
             let matching = |ike: &Option<String>, child: &Option<String>| {
                 let found = sas.iter().any(|report| {
@@ -541,6 +607,15 @@ fn core(sas: Vec<SaReport>) -> (Control, Core) {
                 Command::Uninstall { child, reply, .. } => {
                     let known = child == "net";
                     let _ = reply.send(known.then_some(()).ok_or_else(|| format!("policy '{child}' not found")));
+                }
+                Command::LoadPool(pool, reply) => {
+                    let _ = reply.send(pools.load_pool(*pool));
+                }
+                Command::UnloadPool(name, reply) => {
+                    let _ = reply.send(pools.unload_pool(&name));
+                }
+                Command::ListPools(reply) => {
+                    let _ = reply.send(pools.pools());
                 }
                 Command::SetConnections(connections, reply) => {
                     told.lock().unwrap().connections = connections;
@@ -729,6 +804,7 @@ fn sa() -> SaReport {
         established: Some(Duration::from_secs(34)),
         rekey_in: Some(Duration::from_secs(13_041)),
         reauth_in: None,
+        assigned: None,
         tasks_active: Vec::new(),
         children: vec![child],
     };

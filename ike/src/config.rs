@@ -73,6 +73,12 @@ pub struct Connection {
     pub tcp_delay: Duration,
     /// `tcp_remote_port`.
     pub tcp_remote_port: u16,
+    /// `vips`: virtual addresses to ask for; an unspecified one is any of its family.
+    pub vips: Vec<IpAddr>,
+    /// `pools`: where the peer's virtual address comes from; with one, the peer must ask for an address.
+    pub pools: Vec<String>,
+    /// `split_dns` and `dnssec_domains`.
+    pub split_dns: SplitDns,
 }
 
 impl Connection {
@@ -95,6 +101,55 @@ impl Connection {
             && self.ppk_id == other.ppk_id
             && self.ppk_required == other.ppk_required
     }
+}
+
+/// Which domains of a peer's split DNS configuration are accepted (RFC 8598 §5, §6). Names are in lower case.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SplitDns {
+    /// All domains are accepted.
+    pub any: bool,
+    /// These domains and what is below them are accepted.
+    pub domains: Vec<String>,
+    /// Trust anchors are accepted for these domains and what is below them.
+    pub anchors: Vec<String>,
+}
+
+impl SplitDns {
+    /// True when a split DNS configuration is asked for.
+    pub(crate) fn wants_domains(&self) -> bool {
+        self.any || !self.domains.is_empty()
+    }
+
+    /// True when the domain is accepted.
+    pub(crate) fn accepts(&self, domain: &str) -> bool {
+        self.any || is_below(domain, &self.domains)
+    }
+
+    /// True when trust anchors for the domain are accepted. Neither the root nor a top-level domain is ever trusted
+    /// (RFC 8598 §6): who is its operator does not need us.
+    pub(crate) fn trusts(&self, domain: &str) -> bool {
+        self.anchors.iter().any(|anchor| anchor.contains('.') && is_below(domain, std::slice::from_ref(anchor)))
+    }
+}
+
+/// A domain name in presentation format, in lower case and without the final dot. Others are of no use, and of danger
+/// where a name goes into a script or another program's configuration: `None`.
+pub fn domain_name(octets: &[u8]) -> Option<String> {
+    let name = std::str::from_utf8(octets).ok()?.to_ascii_lowercase();
+    let name = name.strip_suffix('.').unwrap_or(&name);
+    let label = |label: &str| {
+        (1..=63).contains(&label.len())
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+            && label.bytes().all(|octet| octet.is_ascii_alphanumeric() || matches!(octet, b'-' | b'_'))
+    };
+    (name.len() <= 253 && name.split('.').all(label)).then(|| name.to_owned())
+}
+
+fn is_below(domain: &str, tops: &[String]) -> bool {
+    tops.iter().any(|top| {
+        domain == top || domain.strip_suffix(top.as_str()).is_some_and(|rest| !top.is_empty() && rest.ends_with('.'))
+    })
 }
 
 /// An inclusive range of addresses of one family.

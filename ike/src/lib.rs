@@ -4,6 +4,7 @@
 //! * [`wire`]: bytes ↔ messages, no state.
 //! * [`crypto`]: PRF, key derivation, key exchange, proposals.
 //! * [`config`]: what a connection is.
+//! * [`pool`]: internal addresses for peers.
 //! * `sa`: one IKE SA and its exchanges.
 //! * [`engine`]: many IKE SAs: SPI routing, cookies, timers, the public API.
 
@@ -14,6 +15,7 @@ pub mod crypto;
 pub mod engine;
 #[doc(hidden)]
 pub mod fuzzing;
+pub mod pool;
 mod sa;
 pub mod wire;
 

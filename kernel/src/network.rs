@@ -29,7 +29,7 @@ use tokio::sync::mpsc;
 use crate::interfaces::{self, AddressPair, InterfaceFilter};
 use crate::netlink::{Netlink, context};
 use crate::plane::UserSpacePlane;
-use crate::routes::Routes;
+use crate::routes::{Routes, host_prefix};
 use crate::socket::{Header, OuterSocket};
 use crate::threads;
 use crate::tun::{Tun, TunWriter};
@@ -270,14 +270,29 @@ impl Network {
         socket2::SockRef::from(socket).set_mark(self.inner.mark).map_err(|e| context(e, "mark a socket"))
     }
 
-    /// Gives the TUN device an address that the peer assigned (a virtual IP).
-    pub fn add_virtual_address(&self, address: IpAddr) -> io::Result<()> {
-        lock(&self.inner.routes).add_address(address)
+    /// Gives the TUN device, or the device of this name, an address that the peer assigned (a virtual IP). One that is
+    /// there already is an error of kind `AlreadyExists`.
+    pub fn add_virtual_address(&self, address: IpAddr, device: Option<&str>) -> io::Result<()> {
+        match device {
+            None => lock(&self.inner.routes).add_address(address),
+            Some(name) => {
+                let mut netlink = lock(&self.inner.netlink);
+                let index = netlink.link_index(name)?;
+                netlink.add_address(index, address, host_prefix(address))
+            }
+        }
     }
 
-    /// Takes a virtual IP from the TUN device; one that is gone already is fine.
-    pub fn remove_virtual_address(&self, address: IpAddr) -> io::Result<()> {
-        lock(&self.inner.routes).delete_address(address)
+    /// Takes a virtual IP from where [`Self::add_virtual_address`] put it; one that is gone already is fine.
+    pub fn remove_virtual_address(&self, address: IpAddr, device: Option<&str>) -> io::Result<()> {
+        match device {
+            None => lock(&self.inner.routes).delete_address(address),
+            Some(name) => {
+                let mut netlink = lock(&self.inner.netlink);
+                let index = netlink.link_index(name)?;
+                netlink.delete_address(index, address, host_prefix(address))
+            }
+        }
     }
 
     /// ESP for this stream goes into `sink` from now on (try_send; a full queue drops, as a network does).

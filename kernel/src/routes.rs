@@ -189,7 +189,8 @@ fn preferred_source(ipv4: bool, outer: IpAddr, local_ts: &[TrafficSelector], add
         .find_map(|selector| addresses.iter().copied().find(|address| usable(*address) && covers(selector, *address)))
 }
 
-fn host_prefix(address: IpAddr) -> u8 {
+/// The prefix length of one address.
+pub(crate) fn host_prefix(address: IpAddr) -> u8 {
     if address.is_ipv4() { 32 } else { 128 }
 }
 

@@ -589,7 +589,7 @@ fn shutdown_leaves_nothing() {
     let (a, b) = pair();
     let mut plane = a.network.plane();
     plane.install(sa_pair(&a, &b, 0x1000, udp(&a, &b))).unwrap();
-    a.network.add_virtual_address("10.99.0.1".parse().unwrap()).unwrap();
+    a.network.add_virtual_address("10.99.0.1".parse().unwrap(), None).unwrap();
     let clone = a.network.clone();
     shutdown(a.network);
     assert!(!a.namespace.has_link("lk0").unwrap(), "clones and planes do not keep the device");

@@ -5,13 +5,14 @@
 //! that nobody knows is an error. An error refuses the whole connection, as charon does.
 
 use std::collections::HashSet;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use ike::config::{
     AddressRange, Child, Childless, ConfiguredSelector, Connection, DpdAction, Fragmentation, RedirectPhase, SendCert,
-    StartAction, TcpPolicy, Unique,
+    SplitDns, StartAction, TcpPolicy, Unique, domain_name,
 };
 use ike::crypto::parse_proposals;
 use ike::engine::Gateway;
@@ -30,6 +31,8 @@ pub const DEFAULT_TCP_DELAY: Duration = Duration::from_secs(2);
 
 const DEFAULT_IKE_REKEY: Duration = Duration::from_secs(4 * 3600);
 const DEFAULT_CHILD_REKEY: Duration = Duration::from_secs(3600);
+/// Virtual addresses of one connection.
+const MAX_VIPS: usize = 16;
 /// The kernel's limit (XFRMA_REPLAY_ESN_MAX).
 const MAX_REPLAY_WINDOW: u64 = 4096;
 
@@ -158,8 +161,9 @@ fn read_connection(
     let phases: &[(&[&str], RedirectPhase)] = &[(&["auth"], RedirectPhase::Auth), (&["init"], RedirectPhase::Init)];
     let redirect_phase = options.choice("redirect_phase", RedirectPhase::Auth, phases);
 
-    options.refuse_unless("vips", &[], "virtual addresses are not served yet");
-    options.refuse_unless("pools", &[], "address pools are not served yet");
+    let vips = virtual_addresses(&mut options);
+    let pools = options.texts("pools");
+    let split_dns = split_dns(&mut options);
     let ppk_id = options.parsed("ppk_id", |text| IdentityPattern::parse(text).ok(), "an identity");
     let ppk_required = options.boolean("ppk_required", false);
     options.refuse_unless("if_id_in", ZERO, "XFRM interfaces are not served yet");
@@ -218,8 +222,53 @@ fn read_connection(
         tcp,
         tcp_delay,
         tcp_remote_port,
+        vips,
+        pools,
+        split_dns,
     };
     Some(ConnectionDefinition { connection: Arc::new(connection), local_addrs, remote_addrs, traps })
+}
+
+/// `vips`: addresses to ask for.
+fn virtual_addresses(options: &mut Options<'_, '_>) -> Vec<IpAddr> {
+    let mut vips = Vec::new();
+    for text in options.texts("vips") {
+        match text.as_str() {
+            "%config" | "%config4" | "%any" | "%any4" => vips.push(Ipv4Addr::UNSPECIFIED.into()),
+            "%config6" | "%any6" => vips.push(Ipv6Addr::UNSPECIFIED.into()),
+            text => match text.parse::<IpAddr>() {
+                Ok(address) if !address.is_multicast() && !address.is_loopback() => vips.push(address),
+                _ => options.invalid("vips", &format!("'{text}' is not an address that a host can have")),
+            },
+        }
+    }
+    if vips.len() > MAX_VIPS {
+        options.invalid("vips", &format!("more than {MAX_VIPS} addresses"));
+    }
+    vips
+}
+
+/// `split_dns` and `dnssec_domains` (RFC 8598 §5, §6).
+fn split_dns(options: &mut Options<'_, '_>) -> SplitDns {
+    let mut split_dns = SplitDns::default();
+    for text in options.texts("split_dns") {
+        match domain_name(text.as_bytes()) {
+            _ if text == "%any" => split_dns.any = true,
+            Some(name) => split_dns.domains.push(name),
+            None => options.invalid("split_dns", &format!("'{text}' is not a domain name or %any")),
+        }
+    }
+    for text in options.texts("dnssec_domains") {
+        match domain_name(text.as_bytes()) {
+            Some(name) if name.contains('.') => split_dns.anchors.push(name),
+            // A peer that may replace the keys of a top-level domain, or of the root, may replace everybody's.
+            _ => options.invalid("dnssec_domains", &format!("'{text}' is not a domain below a top-level domain")),
+        }
+    }
+    if !split_dns.anchors.is_empty() && !split_dns.any && split_dns.domains.is_empty() {
+        options.invalid("dnssec_domains", "it needs 'split_dns'");
+    }
+    split_dns
 }
 
 struct IkeTimes {
@@ -820,6 +869,12 @@ mod tests {
             "remote_addrs = 192.0.2.300",
             "remote_addrs = a b",
             "send_cert = perhaps",
+            "vips = nonsense",
+            "vips = 127.0.0.1",
+            "vips = 224.0.0.1",
+            "split_dns = a..b",
+            "dnssec_domains = com",
+            "dnssec_domains = a.test",
             "fragmentation = sometimes",
             "tcp = maybe",
             "redirect_to = a gateway",
@@ -854,8 +909,6 @@ mod tests {
     fn what_would_weaken_the_protection_if_ignored_is_refused() {
         for option in [
             "version = 1",
-            "vips = 0.0.0.0",
-            "pools = p",
             "if_id_in = 3",
             "mediation = yes",
             "local { auth = eap-md5 }",

@@ -76,6 +76,12 @@ pub struct DaemonConfig {
     pub fwmark: Option<u32>,
     /// `interfaces_use` and `interfaces_ignore`: whose addresses peers may be told and moved to.
     pub interfaces: InterfaceFilter,
+    /// `install_virtual_ip`: put virtual addresses on a device at all.
+    pub install_virtual_ip: bool,
+    /// `install_virtual_ip_on`: on which one; `None` is the tunnel's own.
+    pub install_virtual_ip_on: Option<String>,
+    /// `plugins.resolve.file`: where name servers that a peer gives are written to; `None` is nowhere.
+    pub resolve_file: Option<PathBuf>,
     /// `filelog`.
     pub file_logs: Vec<FileLog>,
 }
@@ -92,6 +98,9 @@ impl Default for DaemonConfig {
             routing_table_prio: 220,
             fwmark: None,
             interfaces: InterfaceFilter::default(),
+            install_virtual_ip: true,
+            install_virtual_ip_on: None,
+            resolve_file: None,
             file_logs: Vec::new(),
         }
     }
@@ -199,6 +208,20 @@ pub fn read_settings(root: &Section) -> Loaded {
         |text: &str| Some(text.split(',').map(str::trim).filter(|name| !name.is_empty()).map(str::to_owned).collect());
     reader.set("interfaces_use", &mut config.interfaces.only, names);
     reader.set("interfaces_ignore", &mut config.interfaces.ignored, names);
+    reader.set("install_virtual_ip", &mut config.install_virtual_ip, values::boolean);
+    reader.set("install_virtual_ip_on", &mut config.install_virtual_ip_on, |text| {
+        // IFNAMSIZ is 16 with the final NUL.
+        let name = (1..16).contains(&text.len()) && text.bytes().all(|octet| octet.is_ascii_graphic() && octet != b'/');
+        name.then(|| Some(text.to_owned()))
+    });
+    reader.set("plugins.resolve.file", &mut config.resolve_file, |text| {
+        Path::new(text).is_absolute().then(|| Some(PathBuf::from(text)))
+    });
+    reader.set("application_version", &mut config.engine.application_version, |text| {
+        // RFC 7296 §3.15.1: printable ASCII.
+        let printable = text.len() <= 255 && text.bytes().all(|octet| (0x20..0x7f).contains(&octet));
+        printable.then(|| Some(text.to_owned()).filter(|text| !text.is_empty()))
+    });
     reader.set("tcp_ports", &mut config.tcp_ports, |text| match values::boolean(text) {
         Some(false) => Some(Vec::new()),
         _ => text.split(',').map(str::trim).filter(|port| !port.is_empty()).map(port).collect(),
@@ -387,6 +410,9 @@ mod tests {
             ("charon { tcp_ports = 4500, x }", "charon.tcp_ports"),
             ("charon { filelog { a { ike = 9 } } }", "charon.filelog.a.ike"),
             ("charon { keep_alive { } }", "charon.keep_alive"),
+            ("charon { install_virtual_ip_on = a/b }", "charon.install_virtual_ip_on"),
+            ("charon { plugins { resolve { file = resolv.conf } } }", "charon.plugins.resolve.file"),
+            ("charon { application_version = \"a\nb\" }", "charon.application_version"),
         ] {
             let loaded = read(text);
             assert!(loaded.has_errors(), "{text}");

@@ -9,6 +9,7 @@ use pad::IdentityPattern;
 use crate::config::certificate::{certificate_der, read_certificate, read_limited};
 use crate::config::connection::{CertificateKind, CertificateSource, connection};
 use crate::config::credentials::{Authority, decode_secret};
+use crate::config::pool::pool;
 use crate::config::settings::{self, SettingsError};
 use crate::config::{Configured, Report, Severity};
 use crate::tree::{Node, Origin, Section, Value};
@@ -97,9 +98,11 @@ impl Loader<'_> {
         if let Some(authorities) = root.section("authorities") {
             self.authorities(authorities);
         }
-        for (name, pool) in root.section("pools").into_iter().flat_map(Section::sections) {
-            let message = "address pools are not served yet, ignored".to_owned();
-            self.report(Severity::Warning, Some(&pool.origin), format!("pools.{name}"), message);
+        for (name, section) in root.section("pools").into_iter().flat_map(Section::sections) {
+            match pool(name, section) {
+                Ok(pool) => self.configured.pools.push(pool),
+                Err(reason) => self.report(Severity::Error, Some(&section.origin), format!("pools.{name}"), reason),
+            }
         }
         if let Some(connections) = root.section("connections") {
             self.connections(connections);
@@ -422,15 +425,16 @@ mod tests {
         let loaded = fixture.load();
         assert!(!loaded.has_errors(), "{:?}", loaded.reports);
         let warnings: Vec<String> = loaded.reports.iter().map(Report::to_string).collect();
-        for part in ["README", "x.p12: PKCS#12", "secrets.eap-1", "crl_uris is known", "pools.p"] {
+        for part in ["README", "x.p12: PKCS#12", "secrets.eap-1", "crl_uris is known"] {
             assert!(warnings.iter().any(|warning| warning.contains(part)), "{part}: {warnings:?}");
         }
-        assert_eq!(warnings.len(), 5, "{warnings:?}");
+        assert_eq!(warnings.len(), 4, "{warnings:?}");
         let configured = loaded.configured;
         assert_eq!(configured.credentials.shared_secret_names(), ["ike-1"]);
         assert_eq!(configured.credentials.private_key_ids().len(), 1);
         assert_eq!(configured.all_credentials().authority_hashes().len(), 1);
         assert_eq!(configured.authorities[0].name, "au");
+        assert_eq!(configured.pools[0].name, "p");
         let connection = &configured.connections[0].connection;
         assert_eq!(connection.local_id.as_ref().map(ToString::to_string), Some("CN=me".to_owned()));
         assert_eq!((connection.local_auth.certificates.len(), connection.remote.cacerts.len()), (1, 1));

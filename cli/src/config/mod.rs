@@ -5,6 +5,7 @@ pub mod connection;
 pub mod credentials;
 pub mod daemon;
 pub mod load;
+pub mod pool;
 pub mod settings;
 pub mod trap;
 pub mod values;
@@ -14,6 +15,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use ike::config::Connection;
+use ike::pool::PoolConfig;
 use pad::Credentials;
 
 use crate::config::credentials::Authority;
@@ -58,6 +60,8 @@ pub struct Configured {
     pub credentials: Credentials,
     /// `authorities`.
     pub authorities: Vec<Authority>,
+    /// `pools`.
+    pub pools: Vec<PoolConfig>,
 }
 
 impl Configured {

@@ -101,7 +101,7 @@ pub fn address(text: &str) -> Option<Address> {
 }
 
 /// An address, a CIDR network or `from-to`.
-fn range(text: &str) -> Option<AddressRange> {
+pub fn range(text: &str) -> Option<AddressRange> {
     if let Some((network, prefix)) = text.split_once('/') {
         if prefix.is_empty() || prefix.len() > 3 || !prefix.bytes().all(|byte| byte.is_ascii_digit()) {
             return None;

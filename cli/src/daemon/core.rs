@@ -28,6 +28,7 @@ use super::run::SystemRng;
 use super::settings::Settings;
 use super::traps::{Key, Traps};
 use super::updown::{Scripts, Updown};
+use super::virtual_addresses::VirtualAddresses;
 use crate::config::trap::{Selectors, covers};
 use crate::config::{ConnectionDefinition, TrapActions};
 use crate::control::{Command, Matched, PolicyReport, SaFilter, SaReport};
@@ -55,6 +56,7 @@ pub(super) struct Parts {
     pub(super) database: Arc<Database>,
     pub(super) filelogs: FileLogs,
     pub(super) settings: Settings,
+    pub(super) virtual_addresses: VirtualAddresses,
     pub(super) from_network: mpsc::Receiver<NetworkEvent>,
     pub(super) from_streams: mpsc::Receiver<StreamEvent>,
     pub(super) commands: mpsc::Receiver<Command>,
@@ -105,6 +107,7 @@ pub(super) struct Core {
     connections: Vec<ConnectionDefinition>,
     filelogs: FileLogs,
     settings: Settings,
+    virtual_addresses: VirtualAddresses,
     scripts: Scripts,
     children: BTreeMap<ChildSaId, InstalledChild>,
     reqids: HashMap<ReqidKey, u32>,
@@ -143,6 +146,7 @@ impl Core {
             connections: Vec::new(),
             filelogs: parts.filelogs,
             settings: parts.settings,
+            virtual_addresses: parts.virtual_addresses,
             scripts: Scripts::new(),
             children: BTreeMap::new(),
             reqids: HashMap::new(),
@@ -194,6 +198,7 @@ impl Core {
             }
             self.handle_time();
         }
+        self.virtual_addresses.clear(&self.network);
         let outcome = self.plane.shutdown().context("removing SAs and policies");
         self.streams.shutdown().await;
         let network = self.network.shutdown().await.context("closing the network");
@@ -419,7 +424,8 @@ impl Core {
             replay_protection: ready.pair.replay_window > 0,
         });
         let reqid = self.reqid(class, ready.replaces, &ready.config, &ready.pair.local_ts, &ready.pair.remote_ts)?;
-        let updown = Updown::new(&ready, reqid, self.network.tun_name());
+        let assigned = self.virtual_addresses.of(ready.ike_sa);
+        let updown = Updown::new(&ready, reqid, self.network.tun_name(), assigned);
         let additional_ts = ready.additional_ts
             || ready.replaces.and_then(|old| self.children.get(&old)).is_some_and(|old| old.additional_ts);
         let predecessor = ready.replaces.and_then(|old| self.children.get_mut(&old));
@@ -718,7 +724,13 @@ impl Core {
                     }
                 }
             }
-            Event::IkeDown(..) | Event::IkeRekeyed { .. } => {}
+            Event::Assigned(id, assigned) => {
+                let peer = self.engine.ike_sa(*id, Instant::now()).and_then(|sa| sa.remote_id);
+                let peer = peer.map(|peer| peer.to_string()).unwrap_or_default();
+                self.virtual_addresses.assigned(&self.network, *id, Arc::clone(assigned), &peer);
+            }
+            Event::IkeDown(status, _) => self.virtual_addresses.ended(&self.network, status.id),
+            Event::IkeRekeyed { old, new } => self.virtual_addresses.rekeyed(*old, *new),
         }
         // Nobody listening is fine.
         let _ = self.events.send(Arc::new(event));
@@ -809,6 +821,15 @@ impl Core {
             }
             Command::Uninstall { ike, child, reply } => {
                 let _ = reply.send(self.uninstall_trap_of(ike.as_deref(), &child));
+            }
+            Command::LoadPool(pool, reply) => {
+                let _ = reply.send(self.engine.load_pool(*pool));
+            }
+            Command::UnloadPool(name, reply) => {
+                let _ = reply.send(self.engine.unload_pool(&name));
+            }
+            Command::ListPools(reply) => {
+                let _ = reply.send(self.engine.pools());
             }
             Command::SetConnections(connections, reply) => {
                 self.engine.set_connections(connections.iter().map(|known| Arc::clone(&known.connection)).collect());

@@ -7,9 +7,11 @@ mod core;
 mod filelog;
 mod idle;
 mod redirect;
+mod resolver;
 mod run;
 mod settings;
 mod traps;
 mod updown;
+mod virtual_addresses;
 
 pub use run::{DaemonOptions, run};

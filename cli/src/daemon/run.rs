@@ -16,7 +16,9 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 
 use super::core::{Core, Parts};
 use super::filelog::FileLogs;
+use super::resolver::Resolver;
 use super::settings::Settings;
+use super::virtual_addresses::{Placement, VirtualAddresses};
 use crate::config::daemon::{self, DaemonConfig};
 use crate::config::{Report, Severity, load};
 use crate::control::Control;
@@ -88,6 +90,10 @@ pub async fn run(options: DaemonOptions) -> anyhow::Result<()> {
         database: Arc::clone(&database),
         filelogs: FileLogs::open(config.file_logs.clone()),
         settings: Settings::new(settings, config.clone()),
+        virtual_addresses: VirtualAddresses::new(
+            Placement { install: config.install_virtual_ip, device: config.install_virtual_ip_on.clone() },
+            config.resolve_file.clone().map(Resolver::new),
+        ),
         from_network,
         from_streams,
         commands,

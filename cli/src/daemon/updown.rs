@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::process::Stdio;
 use std::time::Duration;
 
-use ike::engine::{ChildReady, IkeSaId};
+use ike::engine::{Assigned, ChildReady, IkeSaId};
 use ipsec::plane::Encapsulation;
 use ipsec::selector::TrafficSelector;
 use tokio::process::Command;
@@ -21,15 +21,18 @@ const QUEUE: usize = 1024;
 pub(super) struct Updown {
     script: String,
     /// One environment for each pair of selectors, and the verb's ending that goes with it.
-    pairs: Vec<(&'static str, Vec<(&'static str, String)>)>,
+    pairs: Vec<(&'static str, Vec<(String, String)>)>,
 }
 
 impl Updown {
     /// For a Child SA that is about to be installed; `None` without a script.
-    pub(super) fn new(ready: &ChildReady, reqid: u32, device: &str) -> Option<Self> {
+    pub(super) fn new(ready: &ChildReady, reqid: u32, device: &str, assigned: Option<&Assigned>) -> Option<Self> {
         let script = ready.config.updown.clone()?;
         let pair = &ready.pair;
-        let common = common(ready, reqid, device);
+        let mut common = common(ready, reqid, device);
+        if let Some(assigned) = assigned {
+            common.extend(configuration(assigned));
+        }
         let mut pairs = Vec::new();
         for local in &pair.local_ts {
             for remote in pair.remote_ts.iter().filter(|remote| remote.start.is_ipv4() == local.start.is_ipv4()) {
@@ -43,7 +46,7 @@ impl Updown {
     }
 }
 
-fn common(ready: &ChildReady, reqid: u32, device: &str) -> Vec<(&'static str, String)> {
+fn common(ready: &ChildReady, reqid: u32, device: &str) -> Vec<(String, String)> {
     let IkeSaId(unique) = ready.ike_sa;
     let encapsulation = &ready.pair.encapsulation;
     let mut common = vec![
@@ -61,18 +64,53 @@ fn common(ready: &ChildReady, reqid: u32, device: &str) -> Vec<(&'static str, St
     if let Encapsulation::Udp { remote, .. } = encapsulation {
         common.push(("PLUTO_UDP_ENC", remote.port().to_string()));
     }
-    common
+    common.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
 }
 
-fn side(selector: &TrafficSelector, names: [&'static str; 3]) -> Vec<(&'static str, String)> {
+/// What Configuration payloads gave: charon's variables, and ours for domains and networks.
+fn configuration(assigned: &Assigned) -> Vec<(String, String)> {
+    let mut variables = Vec::new();
+    for (side, addresses) in [("MY", &assigned.local), ("PEER", &assigned.remote)] {
+        if let Some(first) = addresses.first() {
+            variables.push((format!("PLUTO_{side}_SOURCEIP"), first.to_string()));
+        }
+        by_family(&mut variables, &format!("PLUTO_{side}_SOURCEIP"), addresses);
+    }
+    by_family(&mut variables, "PLUTO_DNS", &assigned.dns);
+    let domains = assigned.domains.iter().map(|domain| domain.name.clone());
+    let subnets = assigned.subnets.iter().map(|(address, prefix)| format!("{address}/{prefix}"));
+    let numbered = |name: &'static str| move |(at, value)| (format!("{name}_{}", at + 1), value);
+    variables.extend(domains.enumerate().map(numbered("PLUTO_DNS_DOMAIN")));
+    variables.extend(subnets.enumerate().map(numbered("PLUTO_PEER_SUBNET")));
+    for (at, domain) in assigned.domains.iter().enumerate() {
+        let anchors = domain.anchors.iter().map(|anchor| {
+            let digest = data_encoding::HEXUPPER.encode(&anchor.digest);
+            format!("{} {} {} {digest}", anchor.key_tag, anchor.algorithm, anchor.digest_type)
+        });
+        let name = format!("PLUTO_DNSSEC_TA_{}", at + 1);
+        variables.extend(anchors.enumerate().map(|(at, anchor)| (format!("{name}_{}", at + 1), anchor)));
+    }
+    variables
+}
+
+/// `NAME4_1`, `NAME6_1` and so on.
+fn by_family(variables: &mut Vec<(String, String)>, name: &str, addresses: &[IpAddr]) {
+    for (family, ipv4) in [(4, true), (6, false)] {
+        let of_family = addresses.iter().filter(|address| address.is_ipv4() == ipv4);
+        let numbered = |(at, address): (usize, &IpAddr)| (format!("{name}{family}_{}", at + 1), address.to_string());
+        variables.extend(of_family.enumerate().map(numbered));
+    }
+}
+
+fn side(selector: &TrafficSelector, names: [&str; 3]) -> Vec<(String, String)> {
     let [client, port, protocol] = names;
     // A range that is no network is told by its first network, as charon does.
     let network = selector.networks().into_iter().next();
     let network = network.map_or_else(|| selector.start.to_string(), |(start, bits)| format!("{start}/{bits}"));
     vec![
-        (client, network),
-        (port, if selector.is_any_port() { 0 } else { selector.start_port }.to_string()),
-        (protocol, selector.protocol.to_string()),
+        (client.to_owned(), network),
+        (port.to_owned(), if selector.is_any_port() { 0 } else { selector.start_port }.to_string()),
+        (protocol.to_owned(), selector.protocol.to_string()),
     ]
 }
 
@@ -111,7 +149,7 @@ impl Scripts {
     }
 }
 
-async fn run(script: &str, verb: &str, environment: &[(&'static str, String)]) {
+async fn run(script: &str, verb: &str, environment: &[(String, String)]) {
     let mut command = Command::new("/bin/sh");
     command.args(["-c", script]).env("PLUTO_VERB", verb).stdin(Stdio::null()).kill_on_drop(true);
     command.envs(environment.iter().map(|(name, value)| (name, value)));

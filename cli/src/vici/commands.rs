@@ -14,6 +14,7 @@ use crate::config::Severity;
 use crate::config::certificate::is_authority;
 use crate::config::connection::{InlineCertificates, connection};
 use crate::config::credentials::Authority;
+use crate::config::pool::pool;
 use crate::config::values::{self, Address};
 use crate::control::{Matched, RedirectFilter, SaFilter, SaReport};
 use crate::tree::{Node, Section};
@@ -70,9 +71,22 @@ pub(super) async fn run(shared: &Shared, sink: &EventSink, name: &str, message: 
         }
         "load-authority" => load_authority(shared, message).await,
         "unload-authority" => unload_authority(shared, message).await,
-        "get-pools" => report::message(),
-        "load-pool" => failure("address pools are not served yet"),
-        "unload-pool" => failure("failed to find pool, nothing unloaded: address pools are not served yet"),
+        "get-pools" => match is_set(message, "leases") {
+            Ok(leases) => {
+                let only = owned(message, "name");
+                let mut pools = shared.control.list_pools().await;
+                pools.retain(|pool| only.as_ref().is_none_or(|only| *only == pool.name));
+                report::pools(&pools, leases)
+            }
+            Err(answer) => answer,
+        },
+        "load-pool" => load_pool(shared, message).await,
+        "unload-pool" => match owned(message, "name") {
+            Some(name) => {
+                outcome(shared.store.unload_pool(&name, &shared.control).await.map_err(|error| error.to_string()))
+            }
+            None => failure("missing pool name to unload"),
+        },
         "get-algorithms" => report::algorithms(),
         "get-counters" => counters(shared, message),
         "reset-counters" => {
@@ -632,6 +646,23 @@ async fn unload_shared(shared: &Shared, message: &Section) -> Section {
         .change_credentials(&shared.control, |configured| configured.credentials.remove_shared_secret(&id))
         .await;
     if removed { success() } else { failure("shared key not found") }
+}
+
+async fn load_pool(shared: &Shared, message: &Section) -> Section {
+    for (name, node) in &message.entries {
+        let loaded = match node {
+            Node::Section(section) => pool(name, section),
+            Node::Value(_) | Node::List(..) => Err(format!("invalid attribute: {name}")),
+        };
+        let loaded = match loaded {
+            Ok(pool) => shared.store.load_pool(pool, &shared.control).await.map_err(|error| error.to_string()),
+            Err(reason) => Err(reason),
+        };
+        if let Err(reason) = loaded {
+            return failure(reason);
+        }
+    }
+    success()
 }
 
 async fn load_authority(shared: &Shared, message: &Section) -> Section {

@@ -132,7 +132,11 @@ async fn announcement(shared: &Shared, event: &Event, ended: &VecDeque<IkeSaStat
             let message = report::wrapped(&report.status.connection, section);
             Some(Announcement { event: "child-rekey", message })
         }
-        Event::ChildRetired { .. } | Event::Migrate { .. } | Event::Failed { .. } | Event::Done { .. } => None,
+        Event::Assigned(..)
+        | Event::ChildRetired { .. }
+        | Event::Migrate { .. }
+        | Event::Failed { .. }
+        | Event::Done { .. } => None,
     }
 }
 

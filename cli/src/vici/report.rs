@@ -1,11 +1,13 @@
 //! What VICI shows: SAs, connections, certificates, statistics, as messages whose names and order are charon's;
 //! swanctl and scripts that read its output depend on both.
 
+use std::net::IpAddr;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use ike::config::{Child, ConfiguredSelector, DpdAction, StartAction, Unique};
 use ike::crypto::names;
-use ike::engine::{ChildSaStatus, ChildState, IkeSaStatus, IkeState, Transport};
+use ike::engine::{Assigned, ChildSaStatus, ChildState, IkeSaStatus, IkeState, Transport};
+use ike::pool::PoolStatus;
 use ipsec::plane::{Encapsulation, Mode, Usage};
 use ipsec::selector::TrafficSelector;
 use ipsec::transform::{Encr, Integ, Ke, Prf};
@@ -99,6 +101,9 @@ pub fn ike_sa_without_children(status: &IkeSaStatus) -> Section {
         push_seconds(&mut section, "rekey-time", status.rekey_in);
         push_seconds(&mut section, "reauth-time", status.reauth_in);
     }
+    if let Some(assigned) = &status.assigned {
+        push_assigned(&mut section, assigned);
+    }
     if !status.tasks_active.is_empty() {
         section.push_list("tasks-active", status.tasks_active.iter().copied());
     }
@@ -107,6 +112,60 @@ pub fn ike_sa_without_children(status: &IkeSaStatus) -> Section {
         section.push_value("transport", "TCP");
     }
     section
+}
+
+fn push_assigned(section: &mut Section, assigned: &Assigned) {
+    let addresses = |section: &mut Section, name: &str, addresses: &[IpAddr]| {
+        if !addresses.is_empty() {
+            section.push_list(name, addresses.iter().map(IpAddr::to_string));
+        }
+    };
+    addresses(section, "local-vips", &assigned.local);
+    addresses(section, "remote-vips", &assigned.remote);
+    // From here on not charon's, which hands these to its plugins only.
+    addresses(section, "dns-servers", &assigned.dns);
+    if !assigned.domains.is_empty() {
+        section.push_list("dns-domains", assigned.domains.iter().map(|domain| domain.name.as_str()));
+    }
+    if !assigned.subnets.is_empty() {
+        let subnets = assigned.subnets.iter().map(|(address, prefix)| format!("{address}/{prefix}"));
+        section.push_list("peer-subnets", subnets);
+    }
+}
+
+/// `get-pools`. A message has 512 KiB; of a pool with more leases than that the last are left out.
+pub fn pools(pools: &[PoolStatus], with_leases: bool) -> Section {
+    const ROOM: usize = 400_000;
+    /// Octets of a lease beside the identity, at most.
+    const LEASE: usize = 120;
+    let mut answer = message();
+    let mut room = ROOM;
+    for pool in pools {
+        let mut section = message();
+        section.push_value("base", pool.base.to_string());
+        section.push_value("size", pool.size.to_string());
+        section.push_value("online", pool.online.to_string());
+        section.push_value("offline", pool.offline.to_string());
+        if with_leases {
+            let mut leases = message();
+            for (number, lease) in pool.leases.iter().enumerate() {
+                let identity = lease.identity.to_string();
+                let Some(left) = room.checked_sub(LEASE + identity.len()) else {
+                    tracing::warn!(pool = pool.name, "the list of leases is too long for one answer");
+                    break;
+                };
+                room = left;
+                let mut one = message();
+                one.push_value("address", lease.address.to_string());
+                one.push_value("identity", identity);
+                one.push_value("status", if lease.online { "online" } else { "offline" });
+                leases.push_section(number.to_string(), one);
+            }
+            section.push_section("leases", leases);
+        }
+        answer.push_section(pool.name.as_str(), section);
+    }
+    answer
 }
 
 /// A Child SA.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
 use ike::config::StartAction;
+use ike::pool::{PoolConfig, PoolError};
 use tokio::sync::{Mutex, MutexGuard};
 
 pub use crate::config::Configured;
@@ -39,6 +40,7 @@ impl Store {
     pub async fn push(&self, control: &Control) {
         let configured = self.lock().await;
         push_credentials(&configured, control).await;
+        push_pools(&[], &configured.pools, control).await;
         push_connections(&configured, control).await;
     }
 
@@ -55,6 +57,7 @@ impl Store {
         let mut configured = self.lock().await;
         let old = std::mem::replace(&mut *configured, new);
         push_credentials(&configured, control).await;
+        push_pools(&old.pools, &configured.pools, control).await;
         push_connections(&configured, control).await;
         for gone in &old.connections {
             if configured.connection(&gone.connection.name).is_none() {
@@ -95,6 +98,29 @@ impl Store {
         true
     }
 
+    /// Adds an address pool or replaces the one of its name.
+    ///
+    /// # Errors
+    /// Another range of that name is in use.
+    pub async fn load_pool(&self, pool: PoolConfig, control: &Control) -> Result<(), PoolError> {
+        let mut configured = self.lock().await;
+        control.load_pool(pool.clone()).await?;
+        configured.pools.retain(|old| old.name != pool.name);
+        configured.pools.push(pool);
+        Ok(())
+    }
+
+    /// Removes an address pool.
+    ///
+    /// # Errors
+    /// There is none of this name, or it is in use.
+    pub async fn unload_pool(&self, name: &str, control: &Control) -> Result<(), PoolError> {
+        let mut configured = self.lock().await;
+        control.unload_pool(name.to_owned()).await?;
+        configured.pools.retain(|old| old.name != name);
+        Ok(())
+    }
+
     /// Changes credentials or authorities, then hands all credentials to the core.
     pub async fn change_credentials<T>(&self, control: &Control, change: impl FnOnce(&mut Configured) -> T) -> T {
         let mut configured = self.lock().await;
@@ -106,6 +132,20 @@ impl Store {
 
 async fn push_connections(configured: &Configured, control: &Control) {
     control.set_connections(configured.connections.clone()).await;
+}
+
+/// A pool that is in use stays as it is; the log says so.
+async fn push_pools(old: &[PoolConfig], new: &[PoolConfig], control: &Control) {
+    for gone in old.iter().filter(|gone| new.iter().all(|pool| pool.name != gone.name)) {
+        if let Err(error) = control.unload_pool(gone.name.clone()).await {
+            tracing::error!(pool = gone.name, %error, "an address pool stays");
+        }
+    }
+    for pool in new {
+        if let Err(error) = control.load_pool(pool.clone()).await {
+            tracing::error!(pool = pool.name, %error, "an address pool stays as it was");
+        }
+    }
 }
 
 async fn push_credentials(configured: &Configured, control: &Control) {

@@ -17,6 +17,7 @@ use crate::config::{Connection, Fragmentation};
 use crate::crypto::KeyWork;
 use crate::engine::Transport;
 use crate::engine::triggers::Triggers;
+use crate::pool::Pools;
 use crate::sa::Established;
 use crate::sa::init::Again;
 use crate::sa::reauthentication::Reauthentication;
@@ -89,6 +90,9 @@ pub(crate) struct Context {
     pub(crate) again: Vec<Again>,
     pub(crate) tombstones: BTreeMap<u64, Tombstone>,
     pub(crate) triggers: Triggers,
+    pub(crate) pools: Pools,
+    /// The virtual addresses that we last had, by connection.
+    pub(crate) former_addresses: BTreeMap<String, Vec<IpAddr>>,
     last_job: u64,
     last_ike: u64,
     last_child: u64,
@@ -118,6 +122,8 @@ impl Context {
             reauthentications: Vec::new(),
             tombstones: BTreeMap::new(),
             triggers: Triggers::default(),
+            pools: Pools::default(),
+            former_addresses: BTreeMap::new(),
             last_job: 0,
             last_ike: 0,
             last_child: 0,

@@ -5,10 +5,12 @@
 //! takes `&mut self`, drain [`Engine::poll_output`] until it yields `None`, then arm a timer for
 //! [`Engine::next_timeout`].
 
+pub(crate) mod assigned;
 pub(crate) mod context;
 mod cookie;
 mod defence;
 pub(crate) mod places;
+mod pools;
 mod puzzles;
 mod reauthentication;
 mod responder;
@@ -29,6 +31,7 @@ use pad::{
     AuthError, AuthenticateRequest, Identity, PeerIdentity, Ppk, SignError, SignRequest, SignatureSettings, SignedAuth,
 };
 
+pub use self::assigned::{Assigned, Domain};
 use crate::Rng;
 use crate::config::{Child, Connection, PuzzlePolicy, Retransmission};
 use crate::crypto::puzzle::Puzzle;
@@ -136,6 +139,9 @@ pub struct EngineConfig {
     pub signature_authentication: bool,
     /// `charon.rsa_pss` and `charon.signature_authentication_constraints`.
     pub signatures: SignatureSettings,
+    /// What an authenticated peer that asks for our APPLICATION_VERSION is told; nothing by default
+    /// (`application_version`).
+    pub application_version: Option<String>,
 }
 
 impl Default for EngineConfig {
@@ -161,6 +167,7 @@ impl Default for EngineConfig {
             follow_redirects: true,
             signature_authentication: true,
             signatures: SignatureSettings::default(),
+            application_version: None,
         }
     }
 }
@@ -317,6 +324,9 @@ pub enum Event {
         /// Its successor.
         new: IkeSaId,
     },
+    /// Virtual addresses were assigned, to us or to the peer; comes before the Child SA that needs them. They last until
+    /// `IkeDown` of this IKE SA or, after `IkeRekeyed`, of its successor.
+    Assigned(IkeSaId, Arc<Assigned>),
     /// A Child SA is installed and agreed.
     ChildUp(IkeSaId, ChildSaId),
     /// A Child SA was replaced; the old one follows with `ChildDown` after its grace time.
@@ -501,6 +511,8 @@ impl Engine {
     /// are up keep the configuration that they were made with.
     pub fn set_connections(&mut self, connections: Vec<Arc<Connection>>) {
         self.ctx.connections = connections;
+        let Context { connections, former_addresses, .. } = &mut self.ctx;
+        former_addresses.retain(|name, _| connections.iter().any(|connection| connection.name == *name));
     }
 
     /// Hashes of acceptable CAs for CERTREQ payloads; set with the credentials.
@@ -711,6 +723,11 @@ impl Engine {
     /// All IKE SAs by number.
     pub fn ike_sas(&self, now: Instant) -> Vec<IkeSaStatus> {
         self.sas.values().map(|slot| slot.sa.status(now)).collect()
+    }
+
+    /// One IKE SA.
+    pub fn ike_sa(&self, id: IkeSaId, now: Instant) -> Option<IkeSaStatus> {
+        self.sas.get(&id).map(|slot| slot.sa.status(now))
     }
 
     /// IKE SAs in total, and those half-open.
@@ -1084,6 +1101,8 @@ pub struct IkeSaStatus {
     pub rekey_in: Option<Duration>,
     /// Time to reauthentication, if any.
     pub reauth_in: Option<Duration>,
+    /// What Configuration payloads gave.
+    pub assigned: Option<Arc<Assigned>>,
     /// charon's names of tasks: queued, active (ours), passive (the peer's).
     pub tasks_active: Vec<&'static str>,
     /// Child SAs.

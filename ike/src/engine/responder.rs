@@ -163,7 +163,8 @@ impl Engine {
         // The request was sent before we had an SPI (§2.23).
         let nat = Nat::detect(&parts, spis.initiator, 0, &path, fake);
         let redirects = Redirects::of_responder(&parts);
-        let core = Core { id, name: first.name.clone(), path, nat, stream_originator: false, redirects, sequence: 0 };
+        let (name, stream_originator) = (first.name.clone(), false);
+        let core = Core { id, name, path, nat, stream_originator, redirects, sequence: 0, assigned: None };
         ctx.log("IKE", 0, core.tag(), format!("{} is initiating an IKE_SA", path.remote.ip()));
         let with_intermediate = !suite.additional.is_none();
         let answer = answer(ctx, header, &core, spis, proposal, &nr, fragmentation, with_intermediate, &candidates);

@@ -172,6 +172,9 @@ fn connection(side: usize, options: u8) -> Connection {
         tcp: TcpPolicy::No,
         tcp_delay: Duration::from_secs(6),
         tcp_remote_port: 4500,
+        vips: Vec::new(),
+        pools: Vec::new(),
+        split_dns: crate::config::SplitDns::default(),
     }
 }
 

@@ -13,6 +13,7 @@ use super::auth::{InitMaterial, auth_announcement, cert_request, identification,
 use super::channel::{Channel, Received};
 use super::child::ChildOffer;
 use super::childless;
+use super::configuration;
 use super::established::{RECONNECT_FIRST, RECONNECT_LONGEST};
 use super::fault::{Fault, notify, notify_name};
 use super::init::Again;
@@ -154,6 +155,7 @@ impl InitiatorAuth {
             established: None,
             rekey_in: None,
             reauth_in: None,
+            assigned: None,
             tasks_active: vec!["IKE_CERT_PRE", "IKE_AUTH", "IKE_CERT_POST", "CHILD_CREATE"],
             children: Vec::new(),
         }
@@ -396,7 +398,8 @@ impl InitiatorAuth {
             let nonce = self.material.ni.clone();
             let trigger =
                 self.wants.iter().find(|want| want.child.is_some()).and_then(|want| ctx.triggers.of(want.token));
-            let offer = ChildOffer::first(ctx, &self.core, child, nonce).wanted_by(trigger);
+            let wanted = configuration::request(ctx, &self.connection, &self.core);
+            let offer = ChildOffer::first(ctx, &self.core, child, nonce).wanted_by(trigger).asking(wanted);
             payloads.extend(offer.payloads(None));
             self.offer = Some(Box::new(offer));
         }

@@ -15,18 +15,19 @@ use ipsec::transform::{Ke, Prf, Proposal, Protocol};
 use pad::PeerIdentity;
 
 use super::Core;
+use super::configuration::any_address;
 use super::fault::{Fault, notify};
 use super::init::{NONCE_LENGTH, methods, numbered, offers};
 use super::parts::{Parts, address_selectors};
 use super::retry::{after, random_below};
 use super::selectors::{Candidate, Selectors, candidates};
 use crate::Rng;
-use crate::config::Child;
+use crate::config::{Child, ConfiguredSelector};
 use crate::crypto::{self, AdditionalKe, KeyExchange};
 use crate::engine::context::Context;
 use crate::engine::triggers::Trigger;
 use crate::engine::{ChildReady, ChildSaId, ChildSaStatus, ChildState, CloseReason};
-use crate::wire::{Notify, NotifyType, Payload, WireSelector};
+use crate::wire::{Configuration, Notify, NotifyType, Payload, WireSelector};
 
 /// A negotiated Child SA.
 #[derive(Debug)]
@@ -153,6 +154,10 @@ pub(crate) struct ChildOffer {
     pub(crate) method: Option<Ke>,
     /// In CREATE_CHILD_SA, with a nonce of its own.
     own_exchange: bool,
+    /// What is asked for with it (§2.19).
+    pub(crate) configuration: Option<Configuration>,
+    /// Our selectors once the addresses are there; the offered ones had to be wider.
+    assigned_ts: Option<Vec<TrafficSelector>>,
 }
 
 /// Why an answer gives no Child SA.
@@ -216,7 +221,20 @@ impl ChildOffer {
         let id = ctx.next_child();
         let selectors = resolve(&config, core);
         let proposals = numbered(&proposals, &spi.to_be_bytes());
-        Self { id, config, spi, replaces, nonce, proposals, selectors, single_pair: false, method, own_exchange }
+        Self {
+            id,
+            config,
+            spi,
+            replaces,
+            nonce,
+            proposals,
+            selectors,
+            single_pair: false,
+            method,
+            own_exchange,
+            configuration: None,
+            assigned_ts: None,
+        }
     }
 
     /// Offers for the packet that wants the Child SA, if there is one (§2.9).
@@ -234,6 +252,27 @@ impl ChildOffer {
             self.single_pair = true;
         }
         self
+    }
+
+    /// Asks for addresses with it, which `dynamic` will stand for.
+    pub(crate) fn asking(mut self, request: Option<Configuration>) -> Self {
+        if let Some(request) = &request {
+            let addresses = any_address(request);
+            let widen = |selector: &ConfiguredSelector| match *selector {
+                ConfiguredSelector::Fixed(selector) => vec![selector],
+                ConfiguredSelector::Dynamic { protocol, start_port, end_port } => {
+                    addresses.iter().map(|any| TrafficSelector { protocol, start_port, end_port, ..*any }).collect()
+                }
+            };
+            self.selectors.local = self.config.local_ts.iter().flat_map(widen).collect();
+        }
+        self.configuration = request;
+        self
+    }
+
+    /// The addresses that it asked for are there.
+    pub(crate) fn fit_to(&mut self, core: &Core) {
+        self.assigned_ts = Some(resolve(&self.config, core).local);
     }
 
     /// True when INVALID_KE_PAYLOAD with this group is worth another try (§1.3).
@@ -262,6 +301,8 @@ impl ChildOffer {
             payloads.push(notify(NotifyType::USE_TRANSPORT_MODE, Vec::new()));
         }
         payloads.extend(no_padding(self.config.mode));
+        // §2.19: before the SA payload.
+        payloads.extend(self.configuration.clone().map(Payload::Configuration));
         payloads.push(Payload::Sa(self.proposals.clone()));
         if self.own_exchange {
             payloads.push(Payload::Nonce(self.nonce.clone()));
@@ -301,6 +342,13 @@ impl ChildOffer {
         if chosen.local.is_empty() || chosen.remote.is_empty() || !self.selectors.contains(&chosen) {
             return Err(unusable(true, "the peer's traffic selectors are not within ours"));
         }
+        let local_ts = match &self.assigned_ts {
+            Some(assigned) => ipsec::selector::narrow(&chosen.local, assigned).selectors,
+            None => chosen.local,
+        };
+        if local_ts.is_empty() {
+            return Err(unusable(true, "the peer's traffic selectors leave out the virtual IP"));
+        }
         let due = if method == Ke::NONE { 0 } else { additional.iter().count().saturating_add(1) };
         if secrets.len() != due {
             return Err(unusable(true, "the key exchange does not fit the chosen proposal"));
@@ -318,7 +366,7 @@ impl ChildOffer {
             suite,
             ke: method,
             additional,
-            local_ts: chosen.local,
+            local_ts,
             remote_ts: chosen.remote,
             single_pair: self.single_pair,
             additional_ts: self.single_pair || parts.has(NotifyType::ADDITIONAL_TS_POSSIBLE),
@@ -457,8 +505,13 @@ pub(crate) fn answer(
 
 /// Our and the peer's selectors of a configuration on this IKE SA.
 fn resolve(config: &Child, core: &Core) -> Selectors {
-    let local = config.local_ts.iter().map(|selector| selector.resolve(core.path.local.ip()));
-    let remote = config.remote_ts.iter().map(|selector| selector.resolve(core.path.remote.ip()));
+    let (ours, theirs) = (core.local_addresses(), core.remote_addresses());
+    let local = config.local_ts.iter().flat_map(|selector| selector.resolve_all(&ours));
+    let remote = config.remote_ts.iter().flat_map(|selector| selector.resolve_all(&theirs));
+    let remote = remote.flat_map(|selector| match &core.assigned {
+        Some(assigned) => assigned.restrict(selector),
+        None => vec![selector],
+    });
     Selectors { local: local.collect(), remote: remote.collect() }
 }
 

@@ -9,6 +9,7 @@ use ipsec::transform::{Ke, Protocol};
 
 use super::Established;
 use super::child::{self, ChildOffer, ChildSa, Replaced};
+use super::configuration::{self, Served};
 use super::established::{Active, Closed, Collision, MAX_TRIES, Passive, Task, done};
 use super::fault::{Fault, notify_name};
 use super::followup::PeerWish;
@@ -18,6 +19,7 @@ use super::retry::{after, total};
 use crate::config::Child;
 use crate::engine::context::Context;
 use crate::engine::{ChildSaId, ChildState, CloseReason, Event, IkeState, InstallError};
+use crate::pool::Shares;
 use crate::wire::{ExchangeType, NotifyType, Payload};
 
 /// Child SAs of one IKE SA; more get NO_ADDITIONAL_SAS.
@@ -29,11 +31,12 @@ impl Established {
         &mut self,
         ctx: &mut Context,
         now: Instant,
-        offer: ChildOffer,
+        mut offer: ChildOffer,
         token: Option<u64>,
         parts: &Parts,
         nr: &[u8],
     ) -> Result<(), Closed> {
+        let lacking = self.adopt_configuration(ctx, &mut offer, parts);
         if let Some(error) = parts.error() {
             if error.kind == NotifyType::SINGLE_PAIR_REQUIRED && ctx.triggers.restrict_to_pair(token) {
                 ctx.release_child_spi(offer.spi);
@@ -50,6 +53,8 @@ impl Established {
             {
                 return Err(self.close(ctx, now, CloseReason::Failed));
             }
+        } else if let Some(reason) = lacking {
+            self.refuse_child(ctx, &offer, token, reason);
         } else {
             self.accept(ctx, now, offer, token, parts, nr, &[]);
         }
@@ -66,8 +71,20 @@ impl Established {
         ni: &[u8],
         nr: &[u8],
     ) -> Result<(), Closed> {
+        // The peer's IKE SAs that this one replaces have their addresses until the end of this step.
+        let shares = if ctx.superseded.is_empty() { Shares::Wanted } else { Shares::Any };
+        let Served { reply, fault } = self.serve_configuration(ctx, parts, shares);
+        head.extend(reply);
         if parts.sa.is_none() {
             // RFC 6023: an IKE SA without a Child SA.
+            head.extend(fault.map(|fault| fault.payload()));
+            self.respond(ctx, now, &head);
+            return self.pump(ctx, now);
+        }
+        if let Some(fault) = fault {
+            // §3.15.4: the IKE SA is there, for another try.
+            ctx.log("IKE", 1, self.core.tag(), format!("no CHILD_SA built, keeping IKE_SA: {fault}"));
+            head.push(fault.payload());
             self.respond(ctx, now, &head);
             return self.pump(ctx, now);
         }
@@ -100,7 +117,8 @@ impl Established {
         let offer = match ChildOffer::create(ctx, &self.core, config, replaces, group) {
             Ok(offer) => {
                 let old = replaces.and_then(|replaced| self.children.get(&replaced.id));
-                offer.wanted_by(ctx.triggers.of(token)).succeeding(old)
+                let wanted = configuration::request(ctx, &self.connection, &self.core).filter(|_| replaces.is_none());
+                offer.wanted_by(ctx.triggers.of(token)).succeeding(old).asking(wanted)
             }
             Err(reason) => {
                 self.child_failed(ctx, token, &name, &reason);
@@ -159,13 +177,17 @@ impl Established {
         &mut self,
         ctx: &mut Context,
         now: Instant,
-        offer: ChildOffer,
+        mut offer: ChildOffer,
         token: Option<u64>,
         tries: u8,
         parts: &Parts,
         secrets: &[Secret],
     ) -> Result<(), Closed> {
         let Some(error) = parts.error() else {
+            if let Some(reason) = self.adopt_configuration(ctx, &mut offer, parts) {
+                self.refuse_child(ctx, &offer, token, reason);
+                return Ok(());
+            }
             match &parts.nonce {
                 Some(nr) => self.accept(ctx, now, offer, token, parts, nr, secrets),
                 None => {
@@ -251,6 +273,12 @@ impl Established {
         } else {
             super::established::failed(ctx, token, &self.core.name, None, "the CHILD_SA is gone");
         }
+    }
+
+    /// Initiator: the peer made a Child SA that is of no use without a virtual address.
+    fn refuse_child(&mut self, ctx: &mut Context, offer: &ChildOffer, token: Option<u64>, reason: &str) {
+        self.queue.push_front(Task::DeleteSpi(offer.spi));
+        self.child_failed(ctx, token, &offer.config.name, reason);
     }
 
     /// Initiator: makes the Child SA of an answer and has it installed.
@@ -427,7 +455,12 @@ impl Established {
         }
         let connection = Arc::clone(&self.connection);
         let Some(rekey) = parts.notify(NotifyType::REKEY_SA) else {
-            let answer = child::answer(ctx, &self.parent(now), &connection.children, None, parts, (ni, nr), true)?;
+            let Served { reply, fault } = self.serve_configuration(ctx, parts, Shares::Wanted);
+            if let Some(fault) = fault {
+                return Err(fault);
+            }
+            let mut answer = child::answer(ctx, &self.parent(now), &connection.children, None, parts, (ni, nr), true)?;
+            answer.payloads.splice(0..0, reply);
             return Ok((answer, None));
         };
         // §1.3.3: the SPI that the sender receives with, so the one that we write.

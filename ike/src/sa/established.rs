@@ -15,6 +15,7 @@ use pad::PeerIdentity;
 
 use super::channel::{Channel, Received};
 use super::child::{ChildOffer, ChildSa, Parent, rekey_at};
+use super::configuration;
 use super::fault::Fault;
 use super::followup::{HalfMade, Keying};
 use super::mobility::{Errand, Mission, Mobility};
@@ -225,6 +226,7 @@ impl Established {
             ctx.child_owners.insert(*child_id, id);
             ctx.child_spis.insert(child.spi_in, id);
         }
+        ctx.pools.inherit(self.core.id, id);
         self.become_rekeyed();
         let line = format!("IKE_SA {}[{}] rekeyed, successor is [{}]", self.core.name, self.core.id.0, id.0);
         ctx.log("IKE", 0, self.core.tag(), line);
@@ -400,6 +402,7 @@ impl Established {
             established: Some(now.saturating_duration_since(self.since)),
             rekey_in: in_time(self.rekey_at),
             reauth_in: in_time(self.reauth_at),
+            assigned: self.core.assigned.clone(),
             tasks_active: self.active.iter().map(Active::name).collect(),
             children: self.children.values().map(|child| child.status(now)).collect(),
         }
@@ -1022,6 +1025,7 @@ impl Established {
             ctx.log("NET", 1, self.core.tag(), line);
         }
         self.core.path = path;
+        ctx.pools.moved(self.core.id, configuration::host(&path));
         self.move_children(ctx);
     }
 
@@ -1144,6 +1148,7 @@ impl Established {
         self.drop_tasks(ctx, "the IKE_SA closed");
         self.drop_peers_successor(ctx, now, false);
         ctx.bury(now, self.channel.local_spi(), self.channel.last_words());
+        ctx.pools.release(self.core.id);
         ctx.event(Event::IkeDown(Box::new(status), reason));
         Closed
     }

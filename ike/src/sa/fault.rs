@@ -31,6 +31,10 @@ pub(crate) enum Fault {
     NoAdditionalSas,
     #[error("there is no key exchange that this one goes on with")]
     StateNotFound,
+    #[error("no virtual IP can be assigned")]
+    InternalAddressFailure,
+    #[error("a virtual IP must be asked for")]
+    FailedCpRequired,
 }
 
 impl Fault {
@@ -58,6 +62,8 @@ impl Fault {
             // RFC 9370 §2.2.4: no data.
             Self::StateNotFound => (NotifyType::STATE_NOT_FOUND, Vec::new()),
             Self::NoAdditionalSas => (NotifyType::NO_ADDITIONAL_SAS, Vec::new()),
+            Self::InternalAddressFailure => (NotifyType::INTERNAL_ADDRESS_FAILURE, Vec::new()),
+            Self::FailedCpRequired => (NotifyType::FAILED_CP_REQUIRED, Vec::new()),
         };
         Notify { protocol: Protocol::NONE, spi: Vec::new(), kind, data }
     }

@@ -56,6 +56,7 @@ impl Established {
             ours.extend(self.peer_deletes(ctx, now, spi));
         }
         let mut answer = self.mobility_request(ctx, now, parts);
+        answer.extend(self.answer_configuration(ctx, parts));
         if !ours.is_empty() {
             answer.push(Payload::Delete { protocol: Protocol::ESP, spis: ours });
         }

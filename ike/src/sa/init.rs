@@ -264,6 +264,7 @@ impl Initiating {
             established: None,
             rekey_in: None,
             reauth_in: None,
+            assigned: None,
             tasks_active: vec!["IKE_INIT", "IKE_NATD", "IKE_CERT_PRE", "IKE_AUTH", "CHILD_CREATE"],
             children: Vec::new(),
         }
@@ -495,6 +496,7 @@ impl Initiating {
             stream_originator: matches!(attempt.path.transport, Transport::Stream(_)),
             redirects,
             sequence,
+            assigned: None,
         };
         let floats = nat.any() || (connection.mobike && nat.traversal);
         if floats && core.path.transport == Transport::Udp {

@@ -126,6 +126,7 @@ impl InitiatorIntermediate {
             established: None,
             rekey_in: None,
             reauth_in: None,
+            assigned: None,
             tasks_active: vec!["IKE_INIT", "IKE_CERT_PRE", "IKE_AUTH", "IKE_CERT_POST", "CHILD_CREATE"],
             children: Vec::new(),
         }

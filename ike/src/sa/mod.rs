@@ -12,6 +12,7 @@ pub(crate) mod auth_responder;
 pub(crate) mod channel;
 pub(crate) mod child;
 pub(crate) mod childless;
+pub(crate) mod configuration;
 pub(crate) mod created;
 pub(crate) mod established;
 pub(crate) mod fault;
@@ -47,6 +48,7 @@ pub(crate) use intermediate_initiator::InitiatorIntermediate;
 pub(crate) use intermediate_responder::ResponderIntermediate;
 
 use crate::config::{Child, Connection, Unique};
+use crate::engine::assigned::Assigned;
 use crate::engine::context::{Context, PeerKey};
 use crate::engine::places::Place;
 use crate::engine::upkeep::Held;
@@ -86,6 +88,8 @@ pub(crate) struct Core {
     pub(crate) redirects: Redirects,
     /// Sequences of tries that we began, from 1 (`keyingtries`); 0 as responder.
     pub(crate) sequence: u32,
+    /// What Configuration payloads gave.
+    pub(crate) assigned: Option<Arc<Assigned>>,
 }
 
 impl Core {

@@ -6,7 +6,7 @@ use ipsec::transform::{Ke, Proposal, Protocol};
 use pad::AuthAnnouncement;
 
 use super::fault::{Fault, is_error};
-use crate::wire::{self, Identification, Notify, NotifyType, Opened, Payload, WireSelector};
+use crate::wire::{self, Configuration, Identification, Notify, NotifyType, Opened, Payload, WireSelector};
 
 /// X.509 Certificate - Signature (RFC 7296 §3.6).
 const X509_SIGNATURE: u8 = 4;
@@ -32,6 +32,7 @@ pub(crate) struct Parts {
     pub(crate) notifies: Vec<Notify>,
     pub(crate) deletes: Vec<(Protocol, Vec<u32>)>,
     pub(crate) puzzle_solution: Option<Vec<u8>>,
+    pub(crate) configuration: Option<Configuration>,
 }
 
 impl Parts {
@@ -80,7 +81,8 @@ impl Parts {
                 Payload::PuzzleSolution(solution) => once(&mut parts.puzzle_solution, solution, "PS")?,
                 Payload::TsInitiator(selectors) => once(&mut parts.ts_initiator, selectors, "TSi")?,
                 Payload::TsResponder(selectors) => once(&mut parts.ts_responder, selectors, "TSr")?,
-                Payload::Vendor(_) | Payload::Configuration(_) | Payload::Eap(_) | Payload::Unknown { .. } => {}
+                Payload::Configuration(body) => once(&mut parts.configuration, body, "Configuration")?,
+                Payload::Vendor(_) | Payload::Eap(_) | Payload::Unknown { .. } => {}
             }
         }
         Ok(parts)

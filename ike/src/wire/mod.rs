@@ -3,6 +3,7 @@
 //! Parsing keeps what it does not know (numbers survive as values) and refuses what is malformed with
 //! where and why. A protected message and an opened one are different types.
 
+mod configuration;
 mod payload;
 mod protected;
 mod reader;
@@ -13,6 +14,7 @@ mod tests;
 use ipsec::selector::TrafficSelector;
 use ipsec::transform::{Ke, Proposal, Protocol};
 
+pub use self::configuration::{Attribute, CfgType, Configuration, MAX_ATTRIBUTES, SUPPORTED, TrustAnchor};
 pub use self::payload::{parse_payloads, unknown_critical};
 pub use self::protected::{MAX_FRAGMENTS, OpenError, OpenOutcome, Opened, Protected, Reassembly, plain_octets, seal};
 use self::reader::Reader;
@@ -217,8 +219,8 @@ pub enum Payload {
     TsInitiator(Vec<WireSelector>),
     /// Traffic Selector - Responder (45).
     TsResponder(Vec<WireSelector>),
-    /// Configuration (47): carried, not interpreted here.
-    Configuration(Vec<u8>),
+    /// Configuration (47).
+    Configuration(Configuration),
     /// EAP (48).
     Eap(Vec<u8>),
     /// Puzzle Solution (54): keys of one size, not checked here (RFC 8019 §8.2).

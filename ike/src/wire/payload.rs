@@ -6,10 +6,10 @@ use ipsec::selector::TrafficSelector;
 use ipsec::transform::{Ke, Protocol};
 
 use super::reader::Reader;
-use super::security_association;
 use super::{
     Identification, MAX_PAYLOADS, NO_NEXT_PAYLOAD, Notify, NotifyType, Payload, SK, SKF, WireError, WireSelector,
 };
+use super::{configuration, security_association};
 
 const SECURITY_ASSOCIATION: u8 = 33;
 const KEY_EXCHANGE: u8 = 34;
@@ -104,7 +104,7 @@ fn parse_payload(kind: u8, critical: bool, mut reader: Reader<'_>) -> Result<Pay
         VENDOR_ID => Payload::Vendor(reader.rest().to_vec()),
         TS_INITIATOR => Payload::TsInitiator(parse_selectors(reader)?),
         TS_RESPONDER => Payload::TsResponder(parse_selectors(reader)?),
-        CONFIGURATION => Payload::Configuration(reader.rest().to_vec()),
+        CONFIGURATION => Payload::Configuration(configuration::parse(reader)?),
         EAP => Payload::Eap(reader.rest().to_vec()),
         PUZZLE_SOLUTION => Payload::PuzzleSolution(non_empty(reader, "Puzzle Solution data")?),
         _ => Payload::Unknown { kind, critical, data: reader.rest().to_vec() },
@@ -303,9 +303,9 @@ fn encode_body(payload: &Payload, out: &mut Vec<u8>) -> Option<()> {
                 encode_selector(selector, out)?;
             }
         }
+        Payload::Configuration(body) => configuration::encode(body, out)?,
         Payload::Nonce(data)
         | Payload::Vendor(data)
-        | Payload::Configuration(data)
         | Payload::Eap(data)
         | Payload::PuzzleSolution(data)
         | Payload::Unknown { data, .. } => out.extend_from_slice(data),

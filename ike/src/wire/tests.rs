@@ -6,6 +6,7 @@ use ipsec::transform::{Encr, Integ};
 use super::*;
 use crate::Rng;
 
+mod configuration;
 mod parsing;
 mod protection;
 

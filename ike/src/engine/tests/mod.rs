@@ -8,6 +8,7 @@ mod child_rekey;
 mod child_sa;
 mod childless;
 mod collisions;
+mod configuration;
 mod defence;
 mod faults;
 mod followup;
@@ -43,8 +44,8 @@ use pad::{AuthClass, Credentials, Identity, IdentityPattern, LocalAuth, PadEntry
 
 use super::*;
 use crate::config::{
-    AddressRange, Child, Childless, ConfiguredSelector, Connection, DpdAction, Fragmentation, SendCert, StartAction,
-    TcpPolicy, Unique,
+    AddressRange, Child, Childless, ConfiguredSelector, Connection, DpdAction, Fragmentation, SendCert, SplitDns,
+    StartAction, TcpPolicy, Unique,
 };
 use crate::crypto::parse_proposals;
 
@@ -260,6 +261,9 @@ pub(super) fn connection(side: usize) -> Connection {
         tcp: TcpPolicy::No,
         tcp_delay: Duration::from_secs(6),
         tcp_remote_port: 4500,
+        vips: Vec::new(),
+        pools: Vec::new(),
+        split_dns: SplitDns::default(),
     }
 }
 

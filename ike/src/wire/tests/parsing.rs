@@ -77,7 +77,10 @@ fn every_payload() -> Vec<Payload> {
             WireSelector::Unknown { kind: 10, data: vec![1, 2, 3] },
         ]),
         Payload::TsResponder(vec![selector("2001:db8::", "2001:db8::ffff")]),
-        Payload::Configuration(vec![1, 0, 0, 0, 0, 1, 0, 0]),
+        Payload::Configuration(Configuration {
+            kind: CfgType::REPLY,
+            attributes: super::configuration::every_attribute(),
+        }),
         Payload::Eap(vec![1, 1, 0, 5, 1]),
         Payload::PuzzleSolution(vec![1; 16]),
         Payload::Unknown { kind: 200, critical: true, data: vec![1] },
@@ -460,7 +463,8 @@ fn any_payload() -> impl Strategy<Value = Payload> {
         any_octets().prop_map(Payload::Vendor),
         vec(any_selector(), 1..5).prop_map(Payload::TsInitiator),
         vec(any_selector(), 1..5).prop_map(Payload::TsResponder),
-        any_octets().prop_map(Payload::Configuration),
+        (any::<u8>(), vec(any_attribute(), 0..6))
+            .prop_map(|(kind, attributes)| Payload::Configuration(Configuration { kind: CfgType(kind), attributes })),
         any_octets().prop_map(Payload::Eap),
         vec(any::<u8>(), 1..300).prop_map(Payload::PuzzleSolution),
         (55_u8.., any::<bool>(), any_octets()).prop_map(|(kind, critical, data)| Payload::Unknown {
@@ -547,4 +551,9 @@ proptest! {
             }
         }
     }
+}
+
+fn any_attribute() -> impl Strategy<Value = Attribute> {
+    (0..0x8000_u16, vec(any::<u8>(), 0..20))
+        .prop_filter_map("an attribute of this length", |(kind, value)| Attribute::from_wire(kind, &value).ok())
 }
