@@ -340,14 +340,19 @@ impl IdentityPattern {
 
 impl fmt::Display for IdentityPattern {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.notation {
-            Notation::Any => f.write_str("%any"),
-            Notation::Exact(identity) => identity.fmt(f),
-            Notation::Subdomains(parent) => write!(f, "*{parent}"),
-            Notation::MailDomain(domain) => write!(f, "*@{domain}"),
-            Notation::Dn(name) => name.fmt(f),
-            Notation::Network { address, length } => write!(f, "{address}/{length}"),
+        let (prefix, plain) = match &self.notation {
+            Notation::Any => return f.write_str("%any"),
+            Notation::Exact(identity) => return identity.fmt(f),
+            Notation::Network { address, length } => return write!(f, "{address}/{length}"),
+            Notation::Subdomains(parent) => ("fqdn", format!("*{parent}")),
+            Notation::MailDomain(domain) => ("email", format!("*@{domain}")),
+            Notation::Dn(name) => ("asn1dn", name.to_string()),
+        };
+        // A name with characters of another notation is read as that one unless it says what it is.
+        if Self::parse(&plain).is_ok_and(|parsed| parsed == *self) {
+            return f.write_str(&plain);
         }
+        write!(f, "{prefix}:{plain}")
     }
 }
 

@@ -260,6 +260,15 @@ fn patterns_admit_what_they_say_and_nothing_else() {
     assert!(!pattern("*.example.org").matches(&Identity::Fqdn("*.example.org".into())));
 }
 
+#[test]
+fn a_pattern_that_looks_like_another_notation_says_what_it_is() {
+    for text in ["fqdn:*., O=", "email:*@a, O=b", "*.example.org", "*@example.org"] {
+        let pattern = IdentityPattern::parse(text).unwrap();
+        assert_eq!(IdentityPattern::parse(&pattern.to_string()).unwrap(), pattern, "{text}");
+    }
+    assert_eq!(IdentityPattern::parse("fqdn:*.example.org").unwrap().to_string(), "*.example.org");
+}
+
 proptest! {
     #[test]
     fn reading_the_wire_never_panics_and_keeps_the_octets(kind: u8, data in prop::collection::vec(any::<u8>(), 0..80)) {
