@@ -95,10 +95,12 @@ pub enum Command {
         /// Answer.
         reply: oneshot::Sender<Matched>,
     },
-    /// Rekey; answered at once with what was started.
+    /// Rekey or reauthenticate; answered at once with what was started.
     Rekey {
         /// Which.
         filter: SaFilter,
+        /// Reauthenticate IKE SAs instead.
+        reauth: bool,
         /// Answer.
         reply: oneshot::Sender<Matched>,
     },
@@ -183,8 +185,8 @@ impl Control {
     }
 
     /// See [`Command::Rekey`].
-    pub async fn rekey(&self, filter: SaFilter) -> Matched {
-        self.ask(|reply| Command::Rekey { filter, reply }).await.unwrap_or(Matched { matches: 0, done: 0 })
+    pub async fn rekey(&self, filter: SaFilter, reauth: bool) -> Matched {
+        self.ask(|reply| Command::Rekey { filter, reauth, reply }).await.unwrap_or(Matched { matches: 0, done: 0 })
     }
 
     /// See [`Command::Redirect`].

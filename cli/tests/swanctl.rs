@@ -402,8 +402,9 @@ async fn terminate_and_rekey_count_what_matched() {
     let answer = daemon.raw(&["--terminate", "--ike", "gw"]).await;
     assert_eq!(answer.lines().last().unwrap(), "terminate reply {success=yes matches=1 terminated=1}");
     assert_eq!(daemon.raw(&["--rekey", "--child", "net"]).await, "rekey reply {success=yes matches=1}\n");
-    let refused = daemon.swanctl(&["--rekey", "--ike", "gw", "--reauth"]).await;
-    assert!(text(&refused).contains("reauthentication on demand is not served yet"), "{}", text(&refused));
+    let answer = daemon.raw(&["--rekey", "--ike", "gw", "--reauth"]).await;
+    assert_eq!(answer, "rekey reply {success=yes matches=1}\n");
+    assert_eq!(daemon.told.lock().unwrap().commands.last().map(String::as_str), Some("reauthenticate gw -"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -583,7 +584,8 @@ fn core(sas: Vec<SaReport>) -> (Control, Core) {
                     note("terminate", &filter.ike, &filter.child);
                     let _ = reply.send(matching(&filter.ike, &filter.child));
                 }
-                Command::Rekey { filter, reply } => {
+                Command::Rekey { filter, reauth, reply } => {
+                    note(if reauth { "reauthenticate" } else { "rekey" }, &filter.ike, &filter.child);
                     let _ = reply.send(matching(&filter.ike, &filter.child));
                 }
                 Command::Redirect { filter, gateway, reply } => {

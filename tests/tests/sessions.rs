@@ -116,3 +116,67 @@ fn a_client_is_redirected_while_it_connects() {
         is_at_the_other_gateway(&scene);
     }
 }
+
+// RFC 4478: strongSwan sends AUTH_LIFETIME where it has reauth_time, and honours ours.
+#[test]
+fn auth_lifetime_makes_the_initiator_reauthenticate() {
+    for roles in ROLES {
+        let (host_a, host_b) = hosts();
+        let [(text_a, files_a), (text_b, files_b)] = configurations(&Suite::default());
+        let text_b =
+            text_b.replacen("version = 2", "version = 2\nreauth_time = 14s\nover_time = 60s\nrand_time = 0s", 1);
+        let b = Daemon::start(roles.1, &host_b, &text_b, &files_b);
+        let a = Daemon::start(roles.0, &host_a, &text_a, &files_a);
+        let scene = Scene { a, b, host_a, host_b };
+        scene.a.initiate("net");
+        let spi = |sas: &str| sas.split("initiator-spi=").nth(1).map(|rest| rest[..16].to_owned());
+        let before = spi(&scene.a.sas());
+        assert!(before.is_some());
+        wait_for("another IKE SA", Duration::from_secs(60), || {
+            let sas = scene.a.sas();
+            sas.contains("state=ESTABLISHED") && spi(&sas) != before
+        });
+    }
+}
+
+// swanctl --rekey --reauth.
+#[test]
+fn an_ike_sa_is_reauthenticated_on_demand() {
+    let scene = Scene::works(Latchkey, Strongswan, &Suite::default());
+    let spi = |sas: &str| sas.split("responder-spi=").nth(1).map(|rest| rest[..16].to_owned());
+    let before = spi(&scene.a.sas());
+    scene.a.control(&["--rekey", "--ike", "site", "--reauth"]);
+    wait_for("another IKE SA", Duration::from_secs(30), || {
+        let sas = scene.a.sas();
+        scene.a.established() == 1 && spi(&sas) != before && scene.a.child_spis("INSTALLED").len() == 1
+    });
+    scene.passes();
+}
+
+// RFC 6290: after kill -9 the gateway says so, long before the liveness checks would have given it up.
+#[test]
+fn a_gateway_that_crashed_is_noticed() {
+    let (host_a, host_b) = hosts();
+    let state = tempfile::tempdir().unwrap();
+    let settings = format!("quick_crash_detection = yes\nstate_dir = {}\n", state.path().display());
+    let suite = Suite { connection: "dpd_delay = 2s", ..Suite::default() };
+    let [(text_a, files_a), (text_b, files_b)] = configurations(&suite);
+    let start = |host, text: &str, files| {
+        let daemon = Daemon::start_empty(Latchkey, host, &settings);
+        daemon.write(text, files);
+        daemon.control(&["--load-all"]);
+        daemon
+    };
+    let mut b = start(&host_b, &text_b, &files_b);
+    let a = Daemon::start(Latchkey, &host_a, &text_a, &files_a);
+    a.initiate("net");
+    b.signal("KILL");
+    wait_for("the end of the daemon", Duration::from_secs(10), || !b.is_running());
+    let b = start(&host_b, &text_b, &files_b);
+    let scene = Scene { a, b, host_a, host_b };
+    // Repetitions of a liveness check alone go on for 165 s.
+    wait_for("a new IKE SA", Duration::from_secs(60), || scene.b.established() == 1 && scene.a.established() == 1);
+    wait_for("its Child SA", Duration::from_secs(10), || scene.a.child_spis("INSTALLED").len() == 1);
+    scene.passes();
+    assert!(scene.a.log().contains("the peer has lost the IKE_SA"), "{}", scene.a.log());
+}

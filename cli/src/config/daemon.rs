@@ -84,6 +84,10 @@ pub struct DaemonConfig {
     pub resolve_file: Option<PathBuf>,
     /// `filelog`.
     pub file_logs: Vec<FileLog>,
+    /// `quick_crash_detection`, ours: tell peers how we would say that we lost an IKE SA (RFC 6290).
+    pub quick_crash_detection: bool,
+    /// `state_dir`, ours: what survives a restart.
+    pub state_dir: PathBuf,
 }
 
 impl Default for DaemonConfig {
@@ -102,6 +106,8 @@ impl Default for DaemonConfig {
             install_virtual_ip_on: None,
             resolve_file: None,
             file_logs: Vec::new(),
+            quick_crash_detection: false,
+            state_dir: PathBuf::from("/var/lib/latchkey"),
         }
     }
 }
@@ -196,6 +202,9 @@ pub fn read_settings(root: &Section) -> Loaded {
     reader.set("delete_rekeyed_delay", &mut engine.delete_rekeyed_delay, seconds);
     reader.set("keep_alive", &mut engine.keep_alive, seconds);
     reader.set("prefer_configured_proposals", &mut engine.prefer_configured_proposals, values::boolean);
+    reader.set("quick_crash_detection", &mut config.quick_crash_detection, values::boolean);
+    reader.set("state_dir", &mut config.state_dir, |text| Some(PathBuf::from(text)).filter(|path| path.is_absolute()));
+    let engine = &mut config.engine;
     reader.set("follow_redirects", &mut engine.follow_redirects, values::boolean);
     reader.set("signature_authentication", &mut engine.signature_authentication, values::boolean);
     reader.set("signature_authentication_constraints", &mut engine.signatures.constraints_for_auth, values::boolean);
@@ -413,6 +422,8 @@ mod tests {
             ("charon { install_virtual_ip_on = a/b }", "charon.install_virtual_ip_on"),
             ("charon { plugins { resolve { file = resolv.conf } } }", "charon.plugins.resolve.file"),
             ("charon { application_version = \"a\nb\" }", "charon.application_version"),
+            ("latchkeyd { quick_crash_detection = perhaps }", "latchkeyd.quick_crash_detection"),
+            ("latchkeyd { state_dir = here }", "latchkeyd.state_dir"),
         ] {
             let loaded = read(text);
             assert!(loaded.has_errors(), "{text}");

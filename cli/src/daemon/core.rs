@@ -795,12 +795,15 @@ impl Core {
             }
             Command::Initiate { ike, child, reply } => self.initiate(ike.as_deref(), child.as_deref(), Some(reply)),
             Command::Terminate { filter, force, reply } => self.terminate(now, &filter, force, reply),
-            Command::Rekey { filter, reply } => {
+            Command::Rekey { filter, reauth, reply } => {
                 let targets = self.targets(now, &filter);
                 let mut done = 0;
                 for target in &targets {
                     let token = self.token();
-                    done += usize::from(self.engine.rekey(now, *target, token).is_ok());
+                    done += usize::from(match *target {
+                        Target::Ike(id) if reauth => self.engine.reauthenticate(now, id, token).is_ok(),
+                        target => self.engine.rekey(now, target, token).is_ok(),
+                    });
                 }
                 let _ = reply.send(Matched { matches: targets.len(), done });
             }

@@ -10,6 +10,7 @@ mod redirect;
 mod resolver;
 mod run;
 mod settings;
+mod state;
 mod traps;
 mod updown;
 mod virtual_addresses;

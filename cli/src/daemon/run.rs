@@ -18,6 +18,7 @@ use super::core::{Core, Parts};
 use super::filelog::FileLogs;
 use super::resolver::Resolver;
 use super::settings::Settings;
+use super::state;
 use super::virtual_addresses::{Placement, VirtualAddresses};
 use crate::config::daemon::{self, DaemonConfig};
 use crate::config::{Report, Severity, load};
@@ -83,8 +84,18 @@ pub async fn run(options: DaemonOptions) -> anyhow::Result<()> {
     let (command_sender, commands) = mpsc::channel(COMMAND_QUEUE);
     let (events, _) = broadcast::channel(EVENT_QUEUE);
     let control = Control::new(command_sender, events.clone());
+    let mut engine = Engine::new(config.engine.clone(), Box::new(SystemRng), Instant::now());
+    if config.quick_crash_detection {
+        match state::crash_secret(&config.state_dir, |octets| ike::Rng::fill(&mut SystemRng, octets)) {
+            Ok(secret) => engine.set_crash_secret(Some(secret)),
+            Err(error) => {
+                let folder = config.state_dir.display();
+                tracing::error!(%error, "no quick crash detection: {folder}/qcd.secret cannot be used");
+            }
+        }
+    }
     let core = Core::new(Parts {
-        engine: Engine::new(config.engine.clone(), Box::new(SystemRng), Instant::now()),
+        engine,
         network: network.clone(),
         streams,
         database: Arc::clone(&database),

@@ -45,6 +45,8 @@ fn for_a_restart(old: &DaemonConfig, new: &DaemonConfig) -> Vec<&'static str> {
         ("plugins.vici.socket", old.vici_socket != new.vici_socket),
         ("plugins.socket-default.fwmark", old.fwmark != new.fwmark),
         ("tcp_ports", old.tcp_ports != new.tcp_ports),
+        ("quick_crash_detection", old.quick_crash_detection != new.quick_crash_detection),
+        ("state_dir", old.state_dir != new.state_dir),
         ("latch_socket", old.latch_socket != new.latch_socket),
         ("install_routes", old.install_routes != new.install_routes),
         ("routing_table", old.routing_table != new.routing_table),

@@ -356,12 +356,11 @@ async fn rekey(shared: &Shared, message: &Section) -> Section {
         Ok(None) => return failure("missing rekey selector"),
         Err(answer) => return answer,
     };
-    match is_set(message, "reauth") {
-        Ok(false) => {}
-        Ok(true) => return failure("reauthentication on demand is not served yet"),
+    let reauth = match is_set(message, "reauth") {
+        Ok(reauth) => reauth,
         Err(answer) => return answer,
-    }
-    let matched = shared.control.rekey(filter).await;
+    };
+    let matched = shared.control.rekey(filter, reauth).await;
     let found = matched.matches > 0;
     let mut answer = report::message();
     answer.push_value("success", if found { "yes" } else { "no" });

@@ -19,6 +19,7 @@ use crate::engine::Transport;
 use crate::engine::triggers::Triggers;
 use crate::pool::Pools;
 use crate::sa::Established;
+use crate::sa::crash::TokenMaker;
 use crate::sa::init::Again;
 use crate::sa::reauthentication::Reauthentication;
 use crate::sa::redirect::Redirected;
@@ -84,6 +85,7 @@ pub(crate) struct Context {
     pub(crate) reauthentications: Vec<Reauthentication>,
     /// What to initiate again: reauthentication.
     pub(crate) reinitiate: Vec<Initiate>,
+    pub(crate) tokens: TokenMaker,
     /// What goes on at another gateway.
     pub(crate) redirected: Vec<Redirected>,
     /// What did not get through IKE_AUTH and is tried again.
@@ -120,6 +122,7 @@ impl Context {
             redirected: Vec::new(),
             again: Vec::new(),
             reauthentications: Vec::new(),
+            tokens: TokenMaker::default(),
             tombstones: BTreeMap::new(),
             triggers: Triggers::default(),
             pools: Pools::default(),

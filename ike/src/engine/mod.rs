@@ -25,6 +25,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ipsec::plane::{Encapsulation, EspSuite, Mode, SaPair, StreamId};
+use ipsec::secret::Secret;
 use ipsec::selector::{Flow, TrafficSelector};
 use ipsec::transform::Ke;
 use pad::{
@@ -36,6 +37,7 @@ use crate::Rng;
 use crate::config::{Child, Connection, PuzzlePolicy, Retransmission};
 use crate::crypto::puzzle::Puzzle;
 use crate::crypto::{AdditionalKe, IkeSuite, KeyDone, KeyError, KeyWork};
+use crate::sa::crash::TokenMaker;
 use crate::sa::established::Closed;
 pub use crate::sa::redirect::Gateway;
 use crate::sa::{Established, IkeSa, Initiating, Want, retry};
@@ -709,6 +711,23 @@ impl Engine {
         Ok(())
     }
 
+    /// Makes tokens for quick crash detection (RFC 6290) from this secret: 32 octets that survive a restart, and that
+    /// no other gateway has. `None` makes none.
+    pub fn set_crash_secret(&mut self, secret: Option<Secret>) {
+        self.ctx.tokens = TokenMaker::new(secret);
+    }
+
+    /// Starts an IKE SA again from IKE_SA_INIT, with its Child SAs.
+    pub fn reauthenticate(&mut self, now: Instant, id: IkeSaId, token: u64) -> Result<(), NoSuchSa> {
+        self.now = now;
+        if !self.sas.get(&id).is_some_and(|slot| matches!(slot.sa, IkeSa::Established(_))) {
+            return Err(NoSuchSa);
+        }
+        self.with_established(id, |sa, ctx| sa.reauthenticate_on_demand(ctx, now, token));
+        self.settle(now);
+        Ok(())
+    }
+
     /// Sends the initiator of an IKE SA to another gateway (RFC 5685 §5).
     pub fn redirect(&mut self, now: Instant, id: IkeSaId, gateway: Gateway, token: u64) -> Result<(), NoSuchSa> {
         self.now = now;
@@ -740,8 +759,13 @@ impl Engine {
     fn handle_plain(&mut self, now: Instant, path: Path, message: Message, bytes: &[u8]) {
         let header = message.header;
         if header.exchange != ExchangeType::IKE_SA_INIT {
-            // Nothing unprotected means anything for an IKE SA that has keys (§2.21), except that a peer which says
-            // that it does not know us may have been restarted: §2.21.4.
+            // Nothing unprotected means anything for an IKE SA that has keys (§2.21), but the peer's own token, which
+            // comes as answer to a request of ours (RFC 6290); and a peer which says that it does not know us may have
+            // been restarted: §2.21.4.
+            let ours = if header.from_initiator { header.responder_spi } else { header.initiator_spi };
+            if let Some(id) = self.ctx.ike_spis.get(&ours).copied().filter(|_| header.response) {
+                self.with_established(id, |sa, ctx| sa.handle_crash(ctx, now, &message));
+            }
             let complains = |payload: &Payload| match payload {
                 Payload::Notify(notify) => matches!(notify.kind, NotifyType::INVALID_IKE_SPI | NotifyType::INVALID_SPI),
                 _ => false,
@@ -774,6 +798,17 @@ impl Engine {
             if tombstone.request == <[u8; 32]>::from(Sha256::digest(bytes)) {
                 let answer = tombstone.answer.clone();
                 self.ctx.transmit(path, answer);
+            }
+        } else {
+            // RFC 6290 §9.2: whichever of the two SPIs is ours, an IKE SA with it lives.
+            let known = |spi| self.ctx.ike_spis.contains_key(&spi) || self.ctx.tombstones.contains_key(&spi);
+            if known(header.initiator_spi) || known(header.responder_spi) {
+                return;
+            }
+            if let Some(message) = self.ctx.tokens.lost(now, &header) {
+                let line = format!("{} uses an IKE_SA that we do not have, showing its token", path.remote.ip());
+                self.ctx.log("IKE", 1, None, line);
+                self.ctx.transmit(path, [wire::encode(&message)]);
             }
         }
     }

@@ -394,6 +394,7 @@ impl InitiatorAuth {
             payloads.push(Payload::IdResponder(identification(remote)));
         }
         payloads.extend(auth);
+        payloads.extend(ctx.tokens.payload(self.channel.spis));
         if let Some(child) = self.first_child() {
             let nonce = self.material.ni.clone();
             let trigger =
@@ -506,6 +507,8 @@ impl InitiatorAuth {
             super::established::Role::Initiator,
         ));
         established.negotiate_mobility(ctx, true, &parts);
+        established.take_tokens(&parts);
+        established.note_auth_lifetime(ctx, now, &parts);
         // The first wanted child went with IKE_AUTH, what else was asked for follows.
         let with_child = offer.as_ref().and_then(|_| wants.iter().position(|want| want.child.is_some()));
         let first = with_child.map(|index| wants.remove(index));

@@ -383,6 +383,9 @@ impl ResponderAuth {
             return Some(IkeSa::Established(established));
         }
         established.negotiate_mobility(ctx, false, &parts);
+        established.take_tokens(&parts);
+        head.extend(ctx.tokens.payload(established.channel.spis));
+        head.extend(established.auth_lifetime(now));
         let result = established.answer_first_child(ctx, now, head, &parts, &material.ni, &material.nr);
         result.is_ok().then_some(IkeSa::Established(established))
     }

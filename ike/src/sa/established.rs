@@ -16,6 +16,7 @@ use pad::PeerIdentity;
 use super::channel::{Channel, Received};
 use super::child::{ChildOffer, ChildSa, Parent, rekey_at};
 use super::configuration;
+use super::crash::TokenTaker;
 use super::fault::Fault;
 use super::followup::{HalfMade, Keying};
 use super::mobility::{Errand, Mission, Mobility};
@@ -89,6 +90,7 @@ pub(crate) struct Established {
     pub(super) original_initiator: bool,
     /// The peer sends us to another gateway (RFC 5685).
     pub(super) moving: Option<Moving>,
+    pub(super) crash_tokens: TokenTaker,
     stream: StreamState,
     pub(super) mobility: Mobility,
 }
@@ -124,6 +126,8 @@ pub(crate) enum Task {
         token: Option<u64>,
         reason: CloseReason,
     },
+    /// Tell the peer something that its answer says nothing about.
+    Inform(Vec<Payload>),
     /// Send the peer to another gateway.
     Redirect {
         gateway: Gateway,
@@ -141,6 +145,7 @@ pub(crate) enum Active {
     DeleteChild { id: ChildSaId, token: Option<u64>, reason: CloseReason },
     DeleteSpi(u32),
     DeleteIke { tokens: Vec<u64>, reason: CloseReason },
+    Inform,
     Redirect { token: u64 },
     Liveness,
     Mobility(Box<Mission>),
@@ -301,6 +306,7 @@ impl Established {
             makes_first: false,
             original_initiator: false,
             moving: None,
+            crash_tokens: TokenTaker::default(),
             stream: StreamState::Up,
             mobility: Mobility::default(),
         }
@@ -731,6 +737,7 @@ impl Established {
 
     /// A successor takes up the tasks of the IKE SA that it replaces.
     pub(crate) fn start_inherited(&mut self, ctx: &mut Context, now: Instant) -> Result<(), Closed> {
+        self.renew_token(ctx);
         self.resume_roaming(ctx);
         self.pump(ctx, now)
     }
@@ -809,6 +816,10 @@ impl Established {
                 let payload = Payload::Delete { protocol: Protocol::IKE, spis: Vec::new() };
                 self.send_request(ctx, now, ExchangeType::INFORMATIONAL, &[payload])
             }
+            Task::Inform(payloads) => {
+                self.active = Some(Active::Inform);
+                self.send_request(ctx, now, ExchangeType::INFORMATIONAL, &payloads)
+            }
             Task::Redirect { gateway, token } if open => self.start_redirect(ctx, now, &gateway, token),
             Task::Redirect { token, .. } => {
                 failed(ctx, Some(token), &self.core.name, None, "the IKE_SA is closing");
@@ -871,6 +882,7 @@ impl Established {
                 }
                 Err(closed)
             }
+            Active::Inform => Ok(()),
             Active::Redirect { token } => {
                 Self::redirect_heard(ctx, token);
                 Ok(())
@@ -1143,7 +1155,7 @@ impl Established {
             }
             Some(Active::DeleteSpi(spi)) => ctx.release_child_spi(spi),
             Some(Active::Redirect { token }) => failed(ctx, Some(token), &self.core.name, None, "the IKE_SA closed"),
-            Some(Active::Liveness | Active::Mobility(_)) | None => {}
+            Some(Active::Inform | Active::Liveness | Active::Mobility(_)) | None => {}
         }
         self.drop_tasks(ctx, "the IKE_SA closed");
         self.drop_peers_successor(ctx, now, false);
@@ -1166,7 +1178,7 @@ impl Established {
                 Task::DeleteChild { token, .. } | Task::DeleteIke { token, .. } => done(ctx, token),
                 Task::DeleteSpi(spi) => ctx.release_child_spi(spi),
                 Task::Redirect { token, .. } => failed(ctx, Some(token), &self.core.name, None, reason),
-                Task::Liveness | Task::Mobility(_) => {}
+                Task::Inform(_) | Task::Liveness | Task::Mobility(_) => {}
             }
         }
     }
@@ -1188,6 +1200,7 @@ impl Active {
             Self::DeleteChild { .. } | Self::DeleteSpi(_) => "CHILD_DELETE",
             Self::DeleteIke { .. } => "IKE_DELETE",
             Self::Redirect { .. } => "IKE_REDIRECT",
+            Self::Inform => "IKE_INFORM",
             Self::Liveness => "IKE_DPD",
             Self::Mobility(_) => "IKE_MOBIKE",
         }

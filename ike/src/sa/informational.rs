@@ -49,6 +49,8 @@ impl Established {
             return Err(self.close(ctx, now, reason));
         }
         self.redirect_request(ctx, now, parts);
+        self.take_tokens(parts);
+        self.note_auth_lifetime(ctx, now, parts);
         let spis = parts.deletes.iter().filter(|(protocol, _)| *protocol == Protocol::ESP);
         let spis: Vec<u32> = spis.flat_map(|(_, spis)| spis).copied().collect();
         let mut ours = Vec::new();

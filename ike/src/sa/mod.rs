@@ -8,11 +8,13 @@
 
 pub(crate) mod auth;
 pub(crate) mod auth_initiator;
+pub(crate) mod auth_lifetime;
 pub(crate) mod auth_responder;
 pub(crate) mod channel;
 pub(crate) mod child;
 pub(crate) mod childless;
 pub(crate) mod configuration;
+pub(crate) mod crash;
 pub(crate) mod created;
 pub(crate) mod established;
 pub(crate) mod fault;

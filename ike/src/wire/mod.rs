@@ -137,9 +137,11 @@ impl NotifyType {
     pub const UPDATE_SA_ADDRESSES: Self = Self(16400);
     pub const COOKIE2: Self = Self(16401);
     pub const NO_NATS_ALLOWED: Self = Self(16402);
+    pub const AUTH_LIFETIME: Self = Self(16403);
     pub const REDIRECT_SUPPORTED: Self = Self(16406);
     pub const REDIRECT: Self = Self(16407);
     pub const REDIRECTED_FROM: Self = Self(16408);
+    pub const QUICK_CRASH_DETECTION: Self = Self(16419);
     pub const IKEV2_FRAGMENTATION_SUPPORTED: Self = Self(16430);
     pub const SIGNATURE_HASH_ALGORITHMS: Self = Self(16431);
     pub const PUZZLE: Self = Self(16434);

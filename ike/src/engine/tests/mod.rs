@@ -1,5 +1,8 @@
 //! Two engines on a simulated network with virtual time: the harness, and the scenarios in the files below.
 
+mod auth_lifetime;
+mod crash;
+
 mod attack;
 mod attempts;
 mod authentication;
