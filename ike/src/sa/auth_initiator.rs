@@ -17,6 +17,7 @@ use super::configuration;
 use super::established::{RECONNECT_FIRST, RECONNECT_LONGEST};
 use super::fault::{Fault, notify, notify_name};
 use super::init::Again;
+use super::message_id_sync;
 use super::mobility::announcement;
 use super::parts::Parts;
 use super::ppk::{self, Unmixed};
@@ -395,6 +396,7 @@ impl InitiatorAuth {
         }
         payloads.extend(auth);
         payloads.extend(ctx.tokens.payload(self.channel.spis));
+        payloads.push(message_id_sync::supported());
         if let Some(child) = self.first_child() {
             let nonce = self.material.ni.clone();
             let trigger =
@@ -508,6 +510,7 @@ impl InitiatorAuth {
         ));
         established.negotiate_mobility(ctx, true, &parts);
         established.take_tokens(&parts);
+        established.negotiate_message_id_sync(&parts);
         established.note_auth_lifetime(ctx, now, &parts);
         // The first wanted child went with IKE_AUTH, what else was asked for follows.
         let with_child = offer.as_ref().and_then(|_| wants.iter().position(|want| want.child.is_some()));

@@ -384,6 +384,7 @@ impl ResponderAuth {
         }
         established.negotiate_mobility(ctx, false, &parts);
         established.take_tokens(&parts);
+        head.extend(established.negotiate_message_id_sync(&parts));
         head.extend(ctx.tokens.payload(established.channel.spis));
         head.extend(established.auth_lifetime(now));
         let result = established.answer_first_child(ctx, now, head, &parts, &material.ni, &material.nr);

@@ -9,6 +9,7 @@ use ipsec::crypto::{CryptoError, Protection};
 use ipsec::secret::Secret;
 use sha2::{Digest, Sha256};
 
+use super::message_id_sync::UsedUp;
 use super::retry::{Due, Retry};
 use crate::Rng;
 use crate::config::Retransmission;
@@ -43,6 +44,9 @@ struct Outstanding {
     message_id: u32,
     exchange: ExchangeType,
     datagrams: Vec<Vec<u8>>,
+    /// What it says, to say it again under another message id (RFC 6311).
+    payloads: Vec<Payload>,
+    max_length: Option<usize>,
     retry: Retry,
 }
 
@@ -225,6 +229,48 @@ impl Channel {
         self.responses.clear();
     }
 
+    // For RFC 6311, see `message_id_sync`.
+
+    pub(super) fn inbound(&self) -> &Protection {
+        &self.inbound
+    }
+
+    /// The message id of the peer's next request.
+    pub(super) fn expected_request(&self) -> u32 {
+        self.expected_request
+    }
+
+    /// The message id of our next request.
+    pub(super) fn next_request(&self) -> u32 {
+        self.next_request
+    }
+
+    /// Both directions go on with other message ids. What was answered or half received is forgotten; none of the
+    /// numbers becomes lower.
+    pub(super) fn go_on_with(&mut self, next: u32, expected: u32) {
+        self.next_request = self.next_request.max(next);
+        self.expected_request = self.expected_request.max(expected);
+        self.answered = None;
+        self.drop_fragments();
+    }
+
+    /// Seals a message outside the window; the last of the three says whether it is a response.
+    pub(super) fn seal_apart(
+        &self,
+        (exchange, message_id, response): (ExchangeType, u32, bool),
+        payloads: &[Payload],
+        rng: &mut dyn Rng,
+    ) -> Vec<Vec<u8>> {
+        let header = self.header(exchange, message_id, response);
+        wire::seal(&header, payloads, &self.outbound, None, rng)
+    }
+
+    /// Says the outstanding request again, under the next message id.
+    pub(super) fn ask_again(&mut self, retry: Retry, rng: &mut dyn Rng) -> Result<Vec<Vec<u8>>, UsedUp> {
+        let Some(old) = self.outstanding.take() else { return Ok(Vec::new()) };
+        self.request(old.exchange, &old.payloads, old.max_length, retry, rng).ok_or(UsedUp)
+    }
+
     /// True while a request of ours awaits its answer.
     pub(crate) fn is_waiting(&self) -> bool {
         self.outstanding.is_some()
@@ -246,7 +292,14 @@ impl Channel {
         self.next_request = message_id.checked_add(1)?;
         let header = self.header(exchange, message_id, false);
         let datagrams = wire::seal(&header, payloads, &self.outbound, max_length, rng);
-        self.outstanding = Some(Outstanding { message_id, exchange, datagrams: datagrams.clone(), retry });
+        self.outstanding = Some(Outstanding {
+            message_id,
+            exchange,
+            datagrams: datagrams.clone(),
+            payloads: payloads.to_vec(),
+            max_length,
+            retry,
+        });
         Some(datagrams)
     }
 

@@ -19,6 +19,7 @@ use super::configuration;
 use super::crash::TokenTaker;
 use super::fault::Fault;
 use super::followup::{HalfMade, Keying};
+use super::message_id_sync::MessageIdSync;
 use super::mobility::{Errand, Mission, Mobility};
 use super::parts::Parts;
 use super::redirect::Moving;
@@ -91,6 +92,7 @@ pub(crate) struct Established {
     /// The peer sends us to another gateway (RFC 5685).
     pub(super) moving: Option<Moving>,
     pub(super) crash_tokens: TokenTaker,
+    pub(super) message_id_sync: MessageIdSync,
     stream: StreamState,
     pub(super) mobility: Mobility,
 }
@@ -215,6 +217,7 @@ impl Established {
         let core = Core { id, ..self.core.clone() };
         let mut new = self.twin(ctx, now, core, channel);
         new.mobility = self.mobility.inherit();
+        new.message_id_sync = self.message_id_sync.inherit();
         // Reauthentication is due when it was: rekeying proves nothing about the peer.
         new.reauth_at = self.reauth_at;
         new.proof_ends_at = self.proof_ends_at;
@@ -307,6 +310,7 @@ impl Established {
             original_initiator: false,
             moving: None,
             crash_tokens: TokenTaker::default(),
+            message_id_sync: MessageIdSync::default(),
             stream: StreamState::Up,
             mobility: Mobility::default(),
         }
@@ -428,6 +432,7 @@ impl Established {
         protected: Protected,
         datagram: &[u8],
     ) -> Result<(), Closed> {
+        let Some(protected) = self.synchronize(ctx, now, path, protected)? else { return Ok(()) };
         match self.channel.receive(protected, datagram) {
             Received::Ignored => return Ok(()),
             Received::Awaited => {

@@ -23,6 +23,7 @@ pub(crate) mod informational;
 pub(crate) mod init;
 pub(crate) mod intermediate_initiator;
 pub(crate) mod intermediate_responder;
+pub(crate) mod message_id_sync;
 pub(crate) mod mobility;
 pub(crate) mod nat;
 pub(crate) mod parts;

@@ -142,6 +142,9 @@ impl NotifyType {
     pub const REDIRECT: Self = Self(16407);
     pub const REDIRECTED_FROM: Self = Self(16408);
     pub const QUICK_CRASH_DETECTION: Self = Self(16419);
+    pub const IKEV2_MESSAGE_ID_SYNC_SUPPORTED: Self = Self(16420);
+    pub const IKEV2_MESSAGE_ID_SYNC: Self = Self(16422);
+    pub const IPSEC_REPLAY_COUNTER_SYNC: Self = Self(16423);
     pub const IKEV2_FRAGMENTATION_SUPPORTED: Self = Self(16430);
     pub const SIGNATURE_HASH_ALGORITHMS: Self = Self(16431);
     pub const PUZZLE: Self = Self(16434);

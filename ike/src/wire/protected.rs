@@ -20,7 +20,7 @@ const FLAGS: usize = 19;
 const PAD_LENGTH: usize = 1;
 
 /// A closed message: SK or SKF. Knows nothing of what is inside until it is opened.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Protected {
     /// Header (not yet authenticated).
     pub header: Header,

@@ -2,6 +2,7 @@
 
 mod auth_lifetime;
 mod crash;
+mod message_id_sync;
 
 mod attack;
 mod attempts;
