@@ -162,12 +162,8 @@ impl Identity {
         match self {
             Self::Ipv4(address) => Cow::Owned(address.octets().to_vec()),
             Self::Ipv6(address) => Cow::Owned(address.octets().to_vec()),
-            Self::Fqdn(name) => Cow::Owned(name.to_ascii_lowercase().into_bytes()),
-            Self::Rfc822(address) => match mailbox(address) {
-                // RFC 5321 §2.4: the local part is case-sensitive, the domain is not.
-                Some((local, domain)) => Cow::Owned(format!("{local}@{}", domain.to_ascii_lowercase()).into_bytes()),
-                None => Cow::Borrowed(address.as_bytes()),
-            },
+            // RFC 4945 §3.1.2, §3.1.3: without case, the local part of a mail address too, whatever RFC 5321 says of it.
+            Self::Fqdn(text) | Self::Rfc822(text) => Cow::Owned(text.to_ascii_lowercase().into_bytes()),
             // What is not a name (only code can make such a value) equals only itself: no key starts with 255.
             Self::Dn(der) => Cow::Owned(match DistinguishedName::from_der(der) {
                 Ok(name) => name.comparison_key(),

@@ -205,6 +205,7 @@ pub fn read_settings(root: &Section) -> Loaded {
     reader.set("quick_crash_detection", &mut config.quick_crash_detection, values::boolean);
     reader.set("state_dir", &mut config.state_dir, |text| Some(PathBuf::from(text)).filter(|path| path.is_absolute()));
     let engine = &mut config.engine;
+    reader.set("check_address_identities", &mut engine.check_address_identities, values::boolean);
     reader.set("follow_redirects", &mut engine.follow_redirects, values::boolean);
     reader.set("signature_authentication", &mut engine.signature_authentication, values::boolean);
     reader.set("signature_authentication_constraints", &mut engine.signatures.constraints_for_auth, values::boolean);

@@ -135,6 +135,9 @@ pub struct EngineConfig {
     pub prefer_configured_proposals: bool,
     /// NAT keepalive interval (`charon.keep_alive`); zero is off.
     pub keep_alive: Duration,
+    /// `check_address_identities`: an address as identity is the one that the peer's messages come from (RFC 4945
+    /// §3.1.1).
+    pub check_address_identities: bool,
     /// `charon.follow_redirects` (RFC 5685).
     pub follow_redirects: bool,
     /// `charon.signature_authentication`: announce and use RFC 7427's method.
@@ -166,6 +169,7 @@ impl Default for EngineConfig {
             delete_rekeyed_delay: Duration::from_secs(5),
             prefer_configured_proposals: true,
             keep_alive: Duration::from_secs(20),
+            check_address_identities: false,
             follow_redirects: true,
             signature_authentication: true,
             signatures: SignatureSettings::default(),

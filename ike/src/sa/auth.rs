@@ -1,5 +1,6 @@
 //! What both roles of IKE_AUTH share: the signed octets (RFC 7296 §2.15) and the payloads of a proof.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipsec::secret::Secret;
@@ -14,6 +15,8 @@ use super::fault::notify;
 use super::parts::Parts;
 use crate::config::{Connection, SendCert};
 use crate::crypto::{self, KeyError};
+use crate::engine::Path;
+use crate::engine::context::Context;
 use crate::wire::{Identification, NotifyType, Payload};
 
 /// X.509 Certificate - Signature (RFC 7296 §3.6).
@@ -177,6 +180,16 @@ pub(crate) fn cert_request(connection: &Connection, authorities: &[[u8; 20]]) ->
     let wanted = connection.send_certreq && connection.remote.class == pad::AuthClass::PublicKey;
     (wanted && !authorities.is_empty())
         .then(|| Payload::CertReq { encoding: X509_SIGNATURE, authorities: authorities.concat() })
+}
+
+/// RFC 4945 §3.1.1: says whether an address as identity is that of the peer, where this is asked for.
+pub(crate) fn is_where_it_says(ctx: &Context, path: &Path, asserted: &Identity) -> bool {
+    let address = match asserted {
+        Identity::Ipv4(address) => IpAddr::V4(*address),
+        Identity::Ipv6(address) => IpAddr::V6(*address),
+        _ => return true,
+    };
+    !ctx.config.check_address_identities || address == path.remote.ip()
 }
 
 /// SUPPORTED_AUTH_METHODS for what these connections accept of a peer (RFC 9593 §3.1).

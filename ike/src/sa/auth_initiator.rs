@@ -9,7 +9,7 @@ use pad::{Identity, PeerIdentity, Ppk, SignError, SignedAuth};
 use ipsec::plane::StreamId;
 use ipsec::transform::Protocol;
 
-use super::auth::{InitMaterial, auth_announcement, cert_request, identification, proof_payloads};
+use super::auth::{InitMaterial, auth_announcement, cert_request, identification, is_where_it_says, proof_payloads};
 use super::channel::{Channel, Received};
 use super::child::ChildOffer;
 use super::childless;
@@ -461,6 +461,9 @@ impl InitiatorAuth {
             if let Some(unmixed) = ours.unmixed.take() {
                 self.channel.unmix(unmixed);
             }
+        }
+        if !is_where_it_says(ctx, &self.core.path, &asserted) {
+            return self.reject(ctx, now, &format!("'{asserted}' is not where its messages come from"));
         }
         let request = self.material.authenticate_request(
             &self.channel,

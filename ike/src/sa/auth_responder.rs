@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use pad::{AuthError, Identity, IdentityPattern, PeerIdentity, SignError, SignedAuth};
 
-use super::auth::{InitMaterial, identification, proof_payloads};
+use super::auth::{InitMaterial, identification, is_where_it_says, proof_payloads};
 use super::channel::{Channel, Received};
 use super::childless;
 use super::fault::{Fault, notify};
@@ -194,6 +194,10 @@ impl ResponderAuth {
             Ok(asserted) => asserted,
             Err(error) => return self.refuse(ctx, now, &Fault::AuthenticationFailed, &error.to_string()),
         };
+        if !is_where_it_says(ctx, &self.core.path, &asserted) {
+            let reason = format!("'{asserted}' is not where its messages come from");
+            return self.refuse(ctx, now, &Fault::AuthenticationFailed, &reason);
+        }
         self.material.note_wishes(&parts);
         let mut parts = parts;
         let groups = match self.choose_ppk(ctx, &asserted, &mut parts) {

@@ -242,7 +242,7 @@ fn patterns_admit_what_they_say_and_nothing_else() {
         ("192.0.2.0/24", &["192.0.2.7"], &["192.0.3.7", "2001:db8::1", "fqdn:192.0.2.7"]),
         ("2001:db8::/32", &["2001:db8:1::1"], &["2001:db9::1", "192.0.2.7"]),
         ("moon.example.org", &["MOON.example.org"], &["sun.example.org", "keyid:moon.example.org"]),
-        ("carol@example.org", &["carol@EXAMPLE.org"], &["Carol@example.org"]),
+        ("carol@example.org", &["carol@EXAMPLE.org", "Carol@example.org"], &["carol@example.com", "karol@example.org"]),
     ];
     for (text, admitted, refused) in cases {
         let pattern = pattern(text);

@@ -1,5 +1,6 @@
 //! Two engines on a simulated network with virtual time: the harness, and the scenarios in the files below.
 
+mod address_identities;
 mod auth_lifetime;
 mod crash;
 mod message_id_sync;
