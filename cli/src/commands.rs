@@ -143,6 +143,12 @@ pub fn demo() -> anyhow::Result<()> {
         // Before any other thread exists: a user namespace is the whole process's.
         kernel::netns::become_root_inside().context("the demo needs root, or user namespaces")?;
     }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    // Before there is anything that an interrupt could leave behind.
+    let (mut interrupt, mut terminate) = {
+        let _inside = runtime.enter();
+        (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?)
+    };
     let directory = tempfile::Builder::new().prefix("latchkey-demo").tempdir()?;
     let path = directory.path().to_owned();
     let (finished, outcome) = mpsc::channel();
@@ -150,10 +156,7 @@ pub fn demo() -> anyhow::Result<()> {
         // The receiver is gone only when the process is about to be.
         let _ = finished.send(demo::run(&path));
     });
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async move {
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        let mut terminate = signal(SignalKind::terminate())?;
         let outcome = tokio::task::spawn_blocking(move || outcome.recv());
         tokio::select! {
             outcome = outcome => outcome?.context("the demo broke off")?,

@@ -68,7 +68,11 @@ pub fn fragments(octets: &[u8]) {
     };
     let limit = 80 + usize::from(*limit) * 4;
     // The same message in two divisions, and the next one.
-    let sets = [seal(1, 1, limit), seal(1, 1, limit / 2 + 40), seal(2, 2, limit)];
+    let mut sets = [seal(1, 1, limit), seal(1, 1, limit / 2 + 40), seal(2, 2, limit)];
+    // RFC 7383 §2.5.2: who divides anew makes more fragments than before.
+    if sets[0].len() == sets[1].len() {
+        sets[1] = sets[0].clone();
+    }
     let mut reassembly = wire::Reassembly::default();
     for step in steps {
         let Some(set) = sets.get(usize::from(step & 3).min(2)) else { continue };

@@ -73,6 +73,8 @@ pub(crate) struct Established {
     pub(super) collision: Option<Collision>,
     /// The peer rekeyed this IKE SA while our own rekey of it is under way (RFC 7296 §2.8.2).
     pub(super) peers_successor: Option<Box<Successor>>,
+    /// The peer's Delete of this IKE SA is answered when our own rekey's last key is there (RFC 7296 §2.8.2).
+    pub(super) delete_waits: bool,
     /// SPIs that the peer deleted while our CREATE_CHILD_SA was out: it may have made that very Child SA.
     pub(super) deleted_early: Vec<u32>,
     pub(super) last_inbound: Instant,
@@ -298,6 +300,7 @@ impl Established {
             half_made: None,
             collision: None,
             peers_successor: None,
+            delete_waits: false,
             deleted_early: Vec::new(),
             last_inbound: now,
             last_outbound: now,
@@ -472,6 +475,7 @@ impl Established {
             JobOutcome::Resolve(result) => return self.redirect_resolved(ctx, now, job, result).map(|()| None),
             JobOutcome::KeyExchange(result) => {
                 self.key_work_done(ctx, now, job, result)?;
+                self.delete_waited(ctx, now)?;
                 self.pump(ctx, now)?;
                 return Ok(None);
             }

@@ -116,6 +116,12 @@ impl Established {
         });
     }
 
+    /// True while the shared secret of the last answer to our rekey of the IKE SA is computed: the peer is done.
+    pub(super) fn is_making_last_key(&self) -> bool {
+        let last = |keying: &Keying| matches!(keying.step, Step::Agreeing(_)) && keying.remaining.is_empty();
+        matches!(self.active, Some(Active::RekeyIke(_))) && self.keying.as_ref().is_some_and(last)
+    }
+
     /// A job is done; nothing happens where nobody waits for it any more.
     pub(super) fn key_work_done(
         &mut self,

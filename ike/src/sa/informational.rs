@@ -33,20 +33,12 @@ impl Established {
         if deletes_ike || rejected {
             let line = format!("received DELETE for IKE_SA {}[{}]", self.core.name, self.core.id.0);
             ctx.log("IKE", 0, self.core.tag(), line);
-            self.respond(ctx, now, &[]);
-            if deletes_ike {
-                // §2.8.2: the peer is done with its own rekey, and ours is to be forgotten.
-                self.adopt_peers_successor(ctx, now);
+            // §2.8.2: the peer has the successor that we are about to have; it is for us to delete that.
+            if deletes_ike && self.peers_successor.is_some() && self.is_making_last_key() {
+                self.delete_waits = true;
+                return Ok(());
             }
-            let reason = match self.state {
-                IkeState::Rekeyed => CloseReason::Rekeyed,
-                IkeState::Deleting => CloseReason::Local,
-                _ if rejected => CloseReason::Failed,
-                IkeState::Created | IkeState::Connecting | IkeState::Established | IkeState::Rekeying => {
-                    CloseReason::Peer
-                }
-            };
-            return Err(self.close(ctx, now, reason));
+            return Err(self.peer_closes(ctx, now, rejected && !deletes_ike));
         }
         self.redirect_request(ctx, now, parts);
         self.take_tokens(parts);
@@ -64,6 +56,30 @@ impl Established {
         }
         self.respond(ctx, now, &answer);
         Ok(())
+    }
+
+    /// The peer's Delete waited for our own rekey's last key, and that is decided now.
+    pub(super) fn delete_waited(&mut self, ctx: &mut Context, now: Instant) -> Result<(), Closed> {
+        if self.delete_waits && self.keying.is_none() {
+            return Err(self.peer_closes(ctx, now, false));
+        }
+        Ok(())
+    }
+
+    /// Answers the peer that closes this IKE SA, or that did not accept our proof.
+    fn peer_closes(&mut self, ctx: &mut Context, now: Instant, rejected: bool) -> Closed {
+        self.respond(ctx, now, &[]);
+        if !rejected {
+            // §2.8.2: the peer is done with its own rekey, and ours is to be forgotten.
+            self.adopt_peers_successor(ctx, now);
+        }
+        let reason = match self.state {
+            IkeState::Rekeyed => CloseReason::Rekeyed,
+            IkeState::Deleting => CloseReason::Local,
+            _ if rejected => CloseReason::Failed,
+            IkeState::Created | IkeState::Connecting | IkeState::Established | IkeState::Rekeying => CloseReason::Peer,
+        };
+        self.close(ctx, now, reason)
     }
 
     /// The peer closes the Child SA that we write with `spi`; gives our half of it for the answer (§1.4.1).

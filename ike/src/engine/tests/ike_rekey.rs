@@ -47,6 +47,33 @@ fn collision() {
     }
 }
 
+// RFC 7296 §2.8.2: the peer has decided, and deletes the old IKE SA while we compute the key of our own successor. That
+// one is at the peer, so we have to delete it all the same.
+#[test]
+fn a_delete_before_the_last_key_leaves_no_redundant_successor() {
+    // A's successor has the lowest nonce.
+    for (seed, nonces) in NONCES.iter().enumerate().filter(|(_, nonces)| loser(nonces) == A) {
+        let mut pair = both_rekey(seed as u64, nonces);
+        pair.pass_with(A, nonces[2]);
+        pair.pass_with(B, nonces[3]);
+        pair.key_delay = Duration::from_millis(500);
+        pair.pass(B);
+        pair.key_delay = Duration::ZERO;
+        pair.pass(A);
+        // The Delete, and a repetition of it, are here before the key.
+        let delete = pair.take(B);
+        pair.give(&delete, 0x80);
+        pair.give(&delete, 0x80);
+        assert!(!pair.has_sent(A), "no answer before it is decided");
+        pair.run(seconds(1));
+        pair.pass_all();
+        for side in [A, B] {
+            assert_eq!(pair.states(side), [IkeState::Established], "side {side}");
+        }
+        assert_winner(pair, B);
+    }
+}
+
 /// A pair whose sides each begin a rekey with a method that the other does not take.
 fn with_other_methods(seed: u64, a_too: bool, b_too: bool) -> Pair {
     let of = |side: usize, other: &str, too: bool| {
