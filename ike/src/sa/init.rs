@@ -467,9 +467,7 @@ impl Initiating {
         let childless = parts.has(CHILDLESS_IKEV2_SUPPORTED);
         if self.connection.childless == Childless::Force && !childless {
             let reason = "the peer does not support childless IKE_SA initiation";
-            ctx.log("IKE", 1, self.tag(), reason.to_owned());
-            self.abandon(ctx, reason, CloseReason::Failed);
-            return None;
+            return self.refused(ctx, reason.to_owned()).map(IkeSa::Initiating);
         }
         let (Some(answer), Some((group, public)), Some(nr)) = (&parts.sa, &parts.ke, &parts.nonce) else {
             ctx.log("ENC", 1, self.tag(), "IKE_SA_INIT response without SA, KE or nonce ignored".to_owned());
@@ -482,6 +480,12 @@ impl Initiating {
         let Some(suite) = suite else {
             return self.refused(ctx, "the peer chose what we did not offer".to_owned()).map(IkeSa::Initiating);
         };
+        let use_ppk = parts.has(NotifyType::USE_PPK) && ppk::of_connection(ctx, &self.connection).is_some();
+        if self.connection.ppk_required && !use_ppk {
+            // RFC 8784 §3.
+            let reason = "the peer does not use a PPK, which is required";
+            return self.refused(ctx, reason.to_owned()).map(IkeSa::Initiating);
+        }
         ctx.log("CFG", 1, self.tag(), format!("selected proposal: {}", crypto::names::proposals(answer)));
         let spis = Spis { initiator: self.attempt.spi, responder: header.responder_spi };
         let fake = self.connection.force_encapsulation;
@@ -508,14 +512,6 @@ impl Initiating {
         }
         let fragmentation =
             connection.fragmentation != Fragmentation::No && parts.has(NotifyType::IKEV2_FRAGMENTATION_SUPPORTED);
-        let use_ppk = parts.has(NotifyType::USE_PPK) && ppk::of_connection(ctx, &connection).is_some();
-        if connection.ppk_required && !use_ppk {
-            // RFC 8784 §3.
-            let reason = "the peer does not use a PPK, which is required";
-            ctx.log("CFG", 1, core.tag(), reason.to_owned());
-            fail_wants(ctx, &core.name, &wants, reason);
-            return None;
-        }
         let material = InitMaterial {
             ours: request,
             theirs: datagram.to_vec(),

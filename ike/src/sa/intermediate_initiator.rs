@@ -15,6 +15,7 @@ use super::auth::InitMaterial;
 use super::channel::{Channel, Received, Spis};
 use super::fault::notify_name;
 use super::parts::Parts;
+use super::ppk;
 use super::retry::{Due, Retry, after};
 use super::{Core, IkeSa, InitiatorAuth, Want, fail_wants, local_identity};
 use crate::config::Connection;
@@ -256,6 +257,10 @@ impl InitiatorIntermediate {
         if let Some(method) = self.remaining.pop_front() {
             self.phase = Phase::Generating(ctx.key_work(self.core.id, KeyWork::Generate(method)));
             return Some(IkeSa::InitiatorIntermediate(self));
+        }
+        if self.connection.ppk_required && ppk::of_connection(ctx, &self.connection).is_none() {
+            // It was there for IKE_SA_INIT, and was unloaded since.
+            return self.fail(ctx, "the PPK, which is required, is not there any more");
         }
         let Self { core, agreed, connection, wants, material, channel, .. } = *self;
         let channel = channel?;

@@ -100,8 +100,49 @@ fn the_table_of_the_responder_holds() {
     }
     // A responder without any PPK does not answer USE_PPK: standard, unless the initiator insists.
     assert!(up(&attempt(716, optional_a(), plain(), &[KEY], &[])));
-    let pair = attempt(717, required_a(), plain(), &[KEY], &[]);
+    let mut pair = attempt(717, required_a(), plain(), &[KEY], &[]);
     assert!(!up(&pair));
+    // Anybody could have answered so; it is believed in the end.
+    pair.run(seconds(60));
+    assert!(pair.sides[A].failed(1).unwrap().contains("PPK"));
+    assert!(pair.sides[A].sent.iter().all(|sent| header(&sent.bytes).exchange.0 == 34), "no IKE_AUTH");
+}
+
+// §3, RFC 7296 §2.21.1: whoever takes USE_PPK out of the answer neither gets an IKE SA without one nor ends the attempt.
+#[test]
+fn a_stripped_answer_does_not_end_the_attempt() {
+    let a = with_ppk(A, Some("ppk1"), true);
+    let mut pair = Pair::with(760, EngineConfig::default(), a, with_ppk(B, None, true));
+    load(&mut pair, A, &[KEY]);
+    load(&mut pair, B, &[KEY]);
+    pair.give_stripped_answer(NotifyType::USE_PPK);
+    assert!(pair.sides[A].failed(1).is_none());
+    pair.let_go();
+    pair.run(seconds(30));
+    assert!(pair.sides[A].done(1));
+    pair.assert_same(1, 1);
+}
+
+// §3: a PPK that is unloaded between IKE_SA_INIT and IKE_AUTH is still required.
+#[test]
+fn nothing_goes_without_a_required_ppk_that_was_unloaded() {
+    let a = with_ppk(A, Some("ppk1"), true);
+    let mut pair = Pair::with(761, EngineConfig::default(), a, with_ppk(B, None, false));
+    load(&mut pair, A, &[KEY]);
+    load(&mut pair, B, &[KEY]);
+    // A has B's answer, and its job for the shared secret takes a while.
+    pair.job_delay = Duration::ZERO;
+    pair.held = Some(Vec::new());
+    pair.initiate(A, 1);
+    pair.run(Duration::ZERO);
+    pair.pass(A);
+    pair.key_delay = seconds(1);
+    pair.pass(B);
+    let sa = pair.sides[A].engine.sas.values().next().map(|slot| &slot.sa);
+    assert!(matches!(sa, Some(IkeSa::InitiatorIntermediate(_))));
+    pair.let_go();
+    pair.sides[A].engine.set_ppks(Vec::new());
+    pair.run(seconds(10));
     assert!(pair.sides[A].failed(1).unwrap().contains("PPK"));
     assert!(pair.sides[A].sent.iter().all(|sent| header(&sent.bytes).exchange.0 == 34), "no IKE_AUTH");
 }
