@@ -669,20 +669,15 @@ impl Engine {
         self.now = now;
         let mut result = Ok(());
         match target {
-            Target::Ike(id) if self.sas.contains_key(&id) => self.with(id, |sa, ctx| {
-                let reason = "terminated";
-                match sa {
-                    IkeSa::Initiating(sa) => sa.abandon(ctx, reason, CloseReason::Local),
-                    IkeSa::InitiatorIntermediate(sa) => sa.abandon(ctx, reason, CloseReason::Local),
-                    IkeSa::ResponderIntermediate(sa) => sa.abandon(ctx, CloseReason::Local),
-                    IkeSa::InitiatorAuth(sa) => sa.abandon(ctx, reason, CloseReason::Local),
-                    IkeSa::ResponderAuth(sa) => sa.abandon(ctx, CloseReason::Local),
-                    IkeSa::Established(mut sa) => {
-                        return sa.terminate(ctx, now, force, token).is_ok().then_some(IkeSa::Established(sa));
-                    }
+            Target::Ike(id) if self.sas.contains_key(&id) => self.with(id, |sa, ctx| match sa {
+                IkeSa::Established(mut sa) => {
+                    sa.terminate(ctx, now, force, token).is_ok().then_some(IkeSa::Established(sa))
                 }
-                ctx.event(Event::Done { token });
-                None
+                attempt => {
+                    let left = attempt.abandon(ctx, "terminated");
+                    ctx.event(Event::Done { token });
+                    left
+                }
             }),
             Target::Ike(_) => result = Err(NoSuchSa),
             Target::Child(child) => {
@@ -827,7 +822,7 @@ impl Engine {
 
     /// Asks the peers at this address whether they live, unless they have shown it lately.
     fn suspect(&mut self, now: Instant, remote: IpAddr) {
-        for id in self.places.at_address(remote) {
+        for id in self.places.suspects(now, remote) {
             self.with_established(id, |sa, ctx| sa.handle_hint(ctx, now));
         }
     }
@@ -842,7 +837,11 @@ impl Engine {
             Some(IkeSa::Established(sa)) => sa.serves(&connection, remote),
             Some(IkeSa::ResponderIntermediate(_) | IkeSa::ResponderAuth(_)) | None => false,
         };
-        let reusable = self.upkeep.at(remote).find(serves);
+        let mut reusable = self.upkeep.at(remote).find(serves);
+        if let Some(lost) = reusable.filter(|id| self.is_lost(*id, local)) {
+            self.with(lost, |sa, ctx| sa.abandon(ctx, "its local address is gone"));
+            reusable = None;
+        }
         match reusable {
             Some(id) => self.with(id, |sa, ctx| match sa {
                 IkeSa::Initiating(mut sa) => {
@@ -866,6 +865,15 @@ impl Engine {
                 }
             }
         }
+    }
+
+    /// True for an attempt from an address that we no longer have, when another one would be used now.
+    fn is_lost(&self, id: IkeSaId, local: IpAddr) -> bool {
+        let attempt = self.sas.get(&id).filter(|slot| !matches!(slot.sa, IkeSa::Established(_)));
+        attempt.is_some_and(|slot| {
+            let from = slot.sa.status(self.now).path.local.ip();
+            from != local && !self.ctx.local_addresses.is_empty() && !self.ctx.local_addresses.contains(&from)
+        })
     }
 
     /// What reauthentication starts again, by the connection as it is now; `None` where it or its child is gone.

@@ -1,8 +1,8 @@
 //! IKE SAs by where they are, so that what the network says of an address need not be told to all of them.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
-use std::time::Instant;
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
 
 use super::{Engine, IkeSaId};
 use crate::sa::IkeSa;
@@ -18,12 +18,18 @@ pub(crate) struct Place {
     pub(crate) told: bool,
 }
 
+/// Hints about one address are followed up once in this time: anybody can forge them, and many peers may be behind a NAT.
+const SUSPICION_INTERVAL: Duration = Duration::from_secs(1);
+
 /// The tables.
 #[derive(Default)]
 pub(super) struct Places {
     by_remote: BTreeMap<SocketAddr, BTreeSet<IkeSaId>>,
     deciding: BTreeSet<IkeSaId>,
     told: BTreeSet<IkeSaId>,
+    /// Addresses of peers that a hint was about lately.
+    suspected: BTreeMap<IpAddr, Instant>,
+    forgotten_at: Option<Instant>,
 }
 
 impl Places {
@@ -52,8 +58,25 @@ impl Places {
         }
     }
 
+    /// IKE SAs that a hint is about: those with peers at this address, unless there was one just now.
+    pub(super) fn suspects(&mut self, now: Instant, remote: IpAddr) -> Vec<IkeSaId> {
+        let lately = |at: &Instant| now.saturating_duration_since(*at) < SUSPICION_INTERVAL;
+        if self.suspected.get(&remote).is_some_and(lately) {
+            return Vec::new();
+        }
+        let ids = self.at_address(remote);
+        if !ids.is_empty() {
+            if !self.forgotten_at.is_some_and(|at| lately(&at)) {
+                self.forgotten_at = Some(now);
+                self.suspected.retain(|_, at| lately(at));
+            }
+            self.suspected.insert(remote, now);
+        }
+        ids
+    }
+
     /// IKE SAs with peers at this address, at any port.
-    pub(super) fn at_address(&self, remote: std::net::IpAddr) -> Vec<IkeSaId> {
+    fn at_address(&self, remote: IpAddr) -> Vec<IkeSaId> {
         let ports = SocketAddr::new(remote, 0)..=SocketAddr::new(remote, u16::MAX);
         self.by_remote.range(ports).flat_map(|(_, ids)| ids).copied().collect()
     }

@@ -384,6 +384,8 @@ impl Established {
         ctx.log("IKE", 1, self.core.tag(), "reestablishing IKE_SA due to address change".to_owned());
         self.core.path = path;
         self.reauthenticating = true;
+        // An attempt to replace it that is under way may be from the address that is gone.
+        self.makes_first = false;
         Err(self.farewell(ctx, now, CloseReason::Local))
     }
 

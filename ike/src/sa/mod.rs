@@ -55,7 +55,7 @@ use crate::engine::assigned::Assigned;
 use crate::engine::context::{Context, PeerKey};
 use crate::engine::places::Place;
 use crate::engine::upkeep::Held;
-use crate::engine::{Event, IkeSaId, IkeSaStatus, JobId, JobOutcome, Path, Transport};
+use crate::engine::{CloseReason, Event, IkeSaId, IkeSaStatus, JobId, JobOutcome, Path, Transport};
 use crate::wire::Protected;
 use channel::Channel;
 use nat::Nat;
@@ -183,6 +183,19 @@ impl IkeSa {
                 None
             }
         }
+    }
+
+    /// Ends an attempt; an IKE SA that is up stays.
+    pub(crate) fn abandon(self, ctx: &mut Context, reason: &str) -> Option<Self> {
+        match self {
+            Self::Initiating(sa) => sa.abandon(ctx, reason, CloseReason::Local),
+            Self::InitiatorIntermediate(sa) => sa.abandon(ctx, reason, CloseReason::Local),
+            Self::ResponderIntermediate(sa) => sa.abandon(ctx, CloseReason::Local),
+            Self::InitiatorAuth(sa) => sa.abandon(ctx, reason, CloseReason::Local),
+            Self::ResponderAuth(sa) => sa.abandon(ctx, CloseReason::Local),
+            Self::Established(_) => return Some(self),
+        }
+        None
     }
 
     /// True when it may become an IKE SA of this connection that we initiate.

@@ -69,3 +69,14 @@ fn an_unknown_spi_asks_the_peer_at_that_address_only() {
     pair.drain(A);
     assert_eq!(pair.sides[A].sent.len(), before + 1);
 }
+
+// Many peers may be behind one NAT: a flood of forged hints does not have all of their IKE SAs looked at each time.
+#[test]
+fn hints_about_one_address_are_followed_up_once_in_a_second() {
+    let mut pair = up(4);
+    let now = pair.now;
+    let places = &mut pair.sides[A].engine.places;
+    assert_eq!(places.suspects(now, address(B)).len(), 1);
+    assert_eq!(places.suspects(now + Duration::from_millis(999), address(B)), []);
+    assert_eq!(places.suspects(now + seconds(1), address(B)).len(), 1);
+}

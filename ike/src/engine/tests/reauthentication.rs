@@ -108,3 +108,24 @@ fn make_before_break_on_a_bad_network() {
         pair.assert_same(1, 2);
     }
 }
+
+// Our address goes while the new IKE SA is being made from it: both are begun anew from the address that is there.
+#[test]
+fn an_address_that_goes_during_make_before_break() {
+    let mut pair = pair(5, true, |_| {});
+    pair.roam(A);
+    pair.roam(B);
+    pair.run(seconds(3590));
+    pair.cut = true;
+    pair.run(seconds(10));
+    assert_eq!(pair.sides[A].engine.ike_sas(pair.now).len(), 2, "the new one is on its way");
+    let new: IpAddr = "10.0.1.1".parse().unwrap();
+    pair.gone = vec![address(A)];
+    pair.more[A] = vec![new];
+    pair.roam(A);
+    pair.cut = false;
+    pair.run(seconds(20));
+    let sas = pair.sides[A].engine.ike_sas(pair.now);
+    assert_eq!(sas.len(), 1);
+    assert_eq!((sas[0].path.local.ip(), sas[0].children.len()), (new, 2));
+}
