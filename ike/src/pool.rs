@@ -277,7 +277,7 @@ impl Pool {
         Some(offset)
     }
 
-    fn choose(&self, holder: &Holder, wish: Wish, holds: impl Fn(u128) -> bool) -> Option<u128> {
+    fn choose(&mut self, holder: &Holder, wish: Wish, holds: impl Fn(u128) -> bool) -> Option<u128> {
         let owned = self.of_holder.get(holder);
         let wanted = self.offset(wish.address).filter(|_| !wish.address.is_unspecified());
         // What it asks for, if it is free, or its own.
@@ -316,13 +316,15 @@ impl Pool {
     }
 
     /// An address that nobody has or had, else the one that has been offline for longest.
-    fn fresh(&self) -> Option<u128> {
+    fn fresh(&mut self) -> Option<u128> {
         let taken = u128::try_from(self.leases.len()).ok()?;
         if taken <= self.last() {
             // Among one more addresses than there are leases, one is free.
             let mut offset = self.next;
             for _ in 0..=taken {
                 if !self.leases.contains_key(&offset) {
+                    // The next search does not pass those between again.
+                    self.next = offset;
                     return Some(offset);
                 }
                 offset = if offset >= self.last() { 0 } else { offset.saturating_add(1) };

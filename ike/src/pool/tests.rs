@@ -272,3 +272,14 @@ fn the_books_agree_after_anything() {
         }
     }
 }
+
+// What peers asked for is passed once, and not by each search from then on.
+#[test]
+fn the_search_for_an_address_goes_on_where_it_ended() {
+    let mut pools = pools("10.3.0.1-10.3.0.100");
+    assert_eq!(ask(&mut pools, "wants", 1, "10.3.0.3", Shares::Wanted).as_deref(), Some("10.3.0.3"));
+    for user in 2..=10 {
+        any(&mut pools, &format!("peer{user}"), user).unwrap();
+    }
+    assert_eq!(pools.pools["p"].next, 10);
+}
