@@ -12,6 +12,10 @@ use crate::selector::Flow;
 /// Connections that one peer can own. A peer that has more gets no answers to the rest while others share its address.
 const MOST_FOR_A_PEER: usize = 4096;
 
+/// Connections that all peers together can own: each has its class's share for as long as nobody searches for idle ones,
+/// and classes come and go.
+const MOST_IN_ALL: usize = 1 << 18;
+
 /// After so many ticks without a packet another peer may take a connection over, as NATs do (RFC 4787 §4.3).
 const IDLE: u64 = 5 * 60 * 1000;
 
@@ -58,12 +62,12 @@ impl Owners {
 
 impl Table {
     fn give(&mut self, flow: Flow, class: ClassId, tick: u64) {
-        if self.held.get(&class).is_some_and(|held| *held >= MOST_FOR_A_PEER) {
+        if self.is_full(class) {
             if tick.saturating_sub(self.pruned_at) < PRUNE_EVERY {
                 return;
             }
             self.prune(tick);
-            if self.held.get(&class).is_some_and(|held| *held >= MOST_FOR_A_PEER) {
+            if self.is_full(class) {
                 return;
             }
         }
@@ -71,6 +75,11 @@ impl Table {
             self.release(before);
         }
         *self.held.entry(class).or_default() += 1;
+    }
+
+    fn is_full(&self, class: ClassId) -> bool {
+        let of_peer = self.held.get(&class).is_some_and(|held| *held >= MOST_FOR_A_PEER);
+        of_peer || self.by_flow.len() >= MOST_IN_ALL
     }
 
     fn release(&mut self, class: ClassId) {
@@ -131,5 +140,19 @@ mod tests {
         assert!(owners.claim(flow(60_001), CAROL, IDLE + 1, |_| true));
         assert_eq!(owners.of(&flow(60_001)), Some(CAROL));
         assert_eq!(owners.table().by_flow.len(), 2, "only Dave's is left, and the new one");
+    }
+    #[test]
+    fn peers_that_came_and_went_do_not_fill_memory() {
+        let owners = Owners::default();
+        let many = u32::try_from(MOST_IN_ALL).unwrap_or(u32::MAX);
+        for peer in 0..=many {
+            let remote = std::net::Ipv4Addr::from_bits(peer).into();
+            let flow = Flow { remote, ..flow(1) };
+            assert!(owners.claim(flow, ClassId(peer + 10), 1, |_| false));
+        }
+        assert_eq!(owners.table().by_flow.len(), MOST_IN_ALL);
+        assert!(owners.claim(flow(2), CAROL, IDLE + 1, |_| true));
+        assert_eq!(owners.of(&flow(2)), Some(CAROL));
+        assert_eq!((owners.table().by_flow.len(), owners.table().held.len()), (1, 1));
     }
 }
