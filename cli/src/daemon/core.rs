@@ -24,6 +24,7 @@ use tokio::sync::{Semaphore, broadcast, mpsc, oneshot};
 use super::filelog::FileLogs;
 use super::idle::Idle;
 use super::redirect;
+use super::reqids::{self, Reqids};
 use super::run::SystemRng;
 use super::settings::Settings;
 use super::traps::{Key, Traps};
@@ -81,15 +82,6 @@ struct InstalledChild {
     told_up: bool,
 }
 
-/// What a `reqid` stands for: one class, one pair of selectors (see `docs/architecture.md`).
-#[derive(PartialEq, Eq, Hash)]
-struct ReqidKey {
-    class: ClassId,
-    child: String,
-    local_ts: Vec<TrafficSelector>,
-    remote_ts: Vec<TrafficSelector>,
-}
-
 /// What comes back from work that was done off the core's task.
 enum Finished {
     Job(JobId, JobOutcome),
@@ -110,8 +102,7 @@ pub(super) struct Core {
     virtual_addresses: VirtualAddresses,
     scripts: Scripts,
     children: BTreeMap<ChildSaId, InstalledChild>,
-    reqids: HashMap<ReqidKey, u32>,
-    next_reqid: u32,
+    reqids: Reqids,
     traps: Traps,
     next_token: u64,
     /// Callers who wait for `Event::Done` or `Event::Failed`.
@@ -149,8 +140,7 @@ impl Core {
             virtual_addresses: parts.virtual_addresses,
             scripts: Scripts::new(),
             children: BTreeMap::new(),
-            reqids: HashMap::new(),
-            next_reqid: 1,
+            reqids: Reqids::default(),
             traps: Traps::default(),
             next_token: 1,
             waiting: HashMap::new(),
@@ -423,7 +413,7 @@ impl Core {
             suite: ready.pair.suite,
             replay_protection: ready.pair.replay_window > 0,
         });
-        let reqid = self.reqid(class, ready.replaces, &ready.config, &ready.pair.local_ts, &ready.pair.remote_ts)?;
+        let (reqid, key) = self.reqid(class, &ready)?;
         let assigned = self.virtual_addresses.of(ready.ike_sa);
         let updown = Updown::new(&ready, reqid, self.network.tun_name(), assigned);
         let additional_ts = ready.additional_ts
@@ -457,58 +447,34 @@ impl Core {
             tracing::error!(%error, "a Child SA could not be installed");
             InstallError::Failed(error.to_string())
         })?;
+        self.reqids.installed(reqid, class, key);
         self.database.installed(child_sa.0, class, installed.local_ts.clone(), installed.remote_ts.clone());
         self.children.insert(child_sa, installed);
         Ok(reqid)
     }
 
-    /// The `reqid` for a Child SA: its predecessor's if the class is the same, the configured one, or a new
-    /// one. Each `reqid` belongs to one class.
-    fn reqid(
-        &mut self,
-        class: ClassId,
-        replaces: Option<ChildSaId>,
-        config: &Child,
-        local_ts: &[TrafficSelector],
-        remote_ts: &[TrafficSelector],
-    ) -> Result<u32, InstallError> {
-        if let Some(old) = replaces.and_then(|old| self.children.get(&old))
+    /// The `reqid` for a Child SA: its predecessor's if the class is the same, the configured one, or one that stands for
+    /// what comes with it. Each `reqid` belongs to one class.
+    fn reqid(&mut self, class: ClassId, ready: &ChildReady) -> Result<(u32, Option<reqids::Key>), InstallError> {
+        if let Some(old) = ready.replaces.and_then(|old| self.children.get(&old))
             && old.class == class
         {
-            return Ok(old.reqid);
+            return Ok((old.reqid, None));
         }
+        let config = &ready.config;
         if config.reqid != 0 {
-            if self.children.values().any(|child| child.reqid == config.reqid && child.class != class) {
+            if self.reqids.class_of(config.reqid).is_some_and(|other| other != class) {
                 return Err(InstallError::Refused(format!(
                     "reqid {} is in use for another peer or protection",
                     config.reqid
                 )));
             }
-            return Ok(config.reqid);
+            return Ok((config.reqid, None));
         }
-        let key =
-            ReqidKey { class, child: config.name.clone(), local_ts: local_ts.to_vec(), remote_ts: remote_ts.to_vec() };
-        if let Some(reqid) = self.reqids.get(&key) {
-            return Ok(*reqid);
-        }
-        let reqid = self.fresh_reqid();
-        self.reqids.insert(key, reqid);
-        Ok(reqid)
-    }
-
-    fn fresh_reqid(&mut self) -> u32 {
-        while self.reqid_is_taken(self.next_reqid) {
-            self.next_reqid = self.next_reqid.wrapping_add(1).max(1);
-        }
-        let reqid = self.next_reqid;
-        self.next_reqid = self.next_reqid.wrapping_add(1).max(1);
-        reqid
-    }
-
-    fn reqid_is_taken(&self, reqid: u32) -> bool {
-        self.children.values().any(|child| child.reqid == reqid)
-            || self.traps.installed.values().any(|trap| trap.reqid == reqid)
-            || self.connections.iter().flat_map(|known| &known.connection.children).any(|child| child.reqid == reqid)
+        let (local_ts, remote_ts) = (ready.pair.local_ts.clone(), ready.pair.remote_ts.clone());
+        let key = reqids::Key { class, child: config.name.clone(), local_ts, remote_ts };
+        let reqid = self.reqids.of(&key).unwrap_or_else(|| self.reqids.fresh());
+        Ok((reqid, Some(key)))
     }
 
     /// Puts in force what the connections want: new traps first, so that nothing goes out in clear in between.
@@ -535,9 +501,10 @@ impl Core {
 
     /// Installs a trap in place of the child's earlier one, which on error stays.
     fn install_trap(&mut self, key: Key, selectors: Selectors) -> Result<(), PlaneError> {
-        let reqid = self.fresh_reqid();
+        let reqid = self.reqids.fresh();
         let Selectors { local_ts, remote_ts } = selectors.clone();
         self.plane.install_trap(Trap { reqid, local_ts, remote_ts })?;
+        self.reqids.trap(reqid, true);
         tracing::info!(connection = key.0, child = key.1, reqid, "trap installed");
         if let Some(old) = self.traps.insert(key, reqid, selectors) {
             self.remove_trap(old.reqid);
@@ -546,6 +513,7 @@ impl Core {
     }
 
     fn remove_trap(&mut self, reqid: u32) {
+        self.reqids.trap(reqid, false);
         match self.plane.remove_trap(reqid) {
             Ok(()) => tracing::info!(reqid, "trap removed"),
             Err(error) => tracing::error!(%error, "a trap could not be removed"),
@@ -648,15 +616,13 @@ impl Core {
             tracing::error!(%error, "a Child SA could not be removed");
         }
         self.database.removed(child.0);
-        if !self.children.values().any(|other| other.reqid == installed.reqid) {
-            self.reqids.retain(|_, reqid| *reqid != installed.reqid);
-        }
+        self.reqids.removed(installed.reqid);
     }
 
     fn handle_event(&mut self, event: Event) {
         match &event {
             Event::IkeUp(id) => {
-                if let Some(status) = self.engine.ike_sas(Instant::now()).into_iter().find(|sa| sa.id == *id)
+                if let Some(status) = self.engine.ike_sa(*id, Instant::now())
                     && let Transport::Stream(stream) = status.path.transport
                 {
                     self.streams.vouch(stream.0);
@@ -836,6 +802,8 @@ impl Core {
             }
             Command::SetConnections(connections, reply) => {
                 self.engine.set_connections(connections.iter().map(|known| Arc::clone(&known.connection)).collect());
+                let children = connections.iter().flat_map(|known| &known.connection.children);
+                self.reqids.configure(children.map(|child| child.reqid).filter(|reqid| *reqid != 0).collect());
                 self.connections = connections;
                 self.update_traps();
                 let _ = reply.send(());

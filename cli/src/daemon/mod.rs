@@ -7,6 +7,7 @@ mod core;
 mod filelog;
 mod idle;
 mod redirect;
+mod reqids;
 mod resolver;
 mod run;
 mod settings;
