@@ -83,8 +83,10 @@ pub(crate) struct Context {
     pub(crate) superseded: Vec<IkeSaId>,
     /// IKE SAs that are to go when another one is up.
     pub(crate) reauthentications: Vec<Reauthentication>,
-    /// What to initiate again: reauthentication.
+    /// What to initiate again: an IKE SA that ended is to be replaced.
     pub(crate) reinitiate: Vec<Initiate>,
+    /// What is to take the place of an IKE SA before that goes.
+    pub(crate) replacements: Vec<(IkeSaId, Vec<Initiate>)>,
     pub(crate) tokens: TokenMaker,
     /// What goes on at another gateway.
     pub(crate) redirected: Vec<Redirected>,
@@ -119,6 +121,7 @@ impl Context {
             spawned: Vec::new(),
             superseded: Vec::new(),
             reinitiate: Vec::new(),
+            replacements: Vec::new(),
             redirected: Vec::new(),
             again: Vec::new(),
             reauthentications: Vec::new(),

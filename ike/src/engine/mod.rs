@@ -1028,7 +1028,7 @@ impl Engine {
         self.streams.get(&stream).map(|entry| entry.users.iter().copied().collect()).unwrap_or_default()
     }
 
-    /// Takes in successors, ends what they replace, and starts again what reauthentication ended.
+    /// Takes in successors, ends what they replace, and begins what takes the place of other IKE SAs.
     fn settle(&mut self, now: Instant) {
         loop {
             let spawned = std::mem::take(&mut self.ctx.spawned);
@@ -1036,22 +1036,23 @@ impl Engine {
             let reinitiate = std::mem::take(&mut self.ctx.reinitiate);
             let redirected = std::mem::take(&mut self.ctx.redirected);
             let again = std::mem::take(&mut self.ctx.again);
+            let replacements = std::mem::take(&mut self.ctx.replacements);
             let nothing_new = spawned.is_empty() && superseded.is_empty() && reinitiate.is_empty();
-            let mut reauthenticated = Vec::new();
-            if nothing_new && redirected.is_empty() && again.is_empty() {
-                reauthenticated = self.reauthenticated();
-                if reauthenticated.is_empty() {
-                    return;
-                }
+            let no_attempts = redirected.is_empty() && again.is_empty() && replacements.is_empty();
+            if nothing_new && no_attempts && !self.finish_reauthentications(now) {
+                return;
             }
             for again in again {
+                let from = again.from_start.from;
                 if let Some(sa) = Initiating::again(&mut self.ctx, now, again) {
+                    self.goes_on_as(from, sa.id());
                     self.insert(sa.id(), IkeSa::Initiating(sa), None);
                 }
             }
-            self.finish_reauthentications(now, reauthenticated);
             for redirected in redirected {
+                let from = redirected.from;
                 if let Some(sa) = Initiating::elsewhere(&mut self.ctx, now, redirected) {
+                    self.goes_on_as(from, sa.id());
                     self.insert(sa.id(), IkeSa::Initiating(sa), None);
                 }
             }
@@ -1069,6 +1070,9 @@ impl Engine {
                 if let Some(request) = self.as_configured_now(request) {
                     self.initiate_for(now, request, None);
                 }
+            }
+            for (old, requests) in replacements {
+                self.replace(now, old, requests);
             }
         }
     }

@@ -208,7 +208,8 @@ impl InitiatorAuth {
         match result {
             Ok((local, remote)) => {
                 let (connection, wants) = (Arc::clone(&self.connection), std::mem::take(&mut self.wants));
-                ctx.redirected.push(Redirected { connection, wants, local, remote, redirects });
+                let from = self.core.id;
+                ctx.redirected.push(Redirected { from, connection, wants, local, remote, redirects });
                 self.abandon(ctx, "redirected", CloseReason::Replaced);
             }
             Err(reason) => {
@@ -278,6 +279,7 @@ impl InitiatorAuth {
             let line = format!("peer not responding, trying again ({sequence}/{tries})");
             ctx.log("IKE", 1, self.core.tag(), line);
             let from_start = Redirected {
+                from: self.core.id,
                 connection: Arc::clone(&self.connection),
                 wants: std::mem::take(&mut self.wants),
                 local: self.core.path.local.ip(),

@@ -22,8 +22,10 @@ use crate::engine::{ChildSaId, ChildState, CloseReason, Event, IkeState, Install
 use crate::pool::Shares;
 use crate::wire::{ExchangeType, NotifyType, Payload};
 
-/// Child SAs of one IKE SA; more get NO_ADDITIONAL_SAS.
+/// Child SAs of one IKE SA; new ones beyond that get NO_ADDITIONAL_SAS.
 const MAX_CHILDREN: usize = 1024;
+/// The same with those that are replaced and not deleted yet: who may have a Child SA may rekey it.
+const MAX_WITH_REPLACED: usize = 2 * MAX_CHILDREN;
 
 impl Established {
     /// Initiator of IKE_AUTH: makes the Child SA of the authenticated answer.
@@ -226,6 +228,9 @@ impl Established {
             // §2.25: a rekey until the hard lifetime ends what it would replace.
             NotifyType::TEMPORARY_FAILURE if replaced.is_some() || tries < MAX_TRIES => {
                 self.try_again(ctx, now, again(None, next), next);
+                return Ok(());
+            }
+            NotifyType::NO_ADDITIONAL_SAS if replaced.is_some() && self.replace_unrekeyable(ctx, token) => {
                 return Ok(());
             }
             // RFC 9370 §2.2.4: the whole series may be tried again.
@@ -449,8 +454,8 @@ impl Established {
             return Err(Fault::TemporaryFailure);
         }
         let ni = parts.nonce.as_ref().ok_or_else(|| Fault::InvalidSyntax("a nonce is missing".to_owned()))?;
-        // A rekey too leaves one more, until the peer deletes the old one.
-        if self.children.len() >= MAX_CHILDREN {
+        let limit = if parts.has(NotifyType::REKEY_SA) { MAX_WITH_REPLACED } else { MAX_CHILDREN };
+        if self.children.len() >= limit {
             return Err(Fault::NoAdditionalSas);
         }
         let connection = Arc::clone(&self.connection);

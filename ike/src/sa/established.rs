@@ -89,6 +89,10 @@ pub(crate) struct Established {
     pub(super) reauthenticating: bool,
     /// It goes when another one has taken its place.
     pub(super) makes_first: bool,
+    /// The peer refused a rekey with NO_ADDITIONAL_SAS, and we can make another IKE SA (RFC 7296 §4).
+    pub(super) rekeyless: bool,
+    /// How often that was tried in vain, or reauthentication was.
+    pub(super) replacement_tries: u8,
     /// We initiated the IKE SA that this one succeeds, in the end: we authenticated first.
     pub(super) original_initiator: bool,
     /// The peer sends us to another gateway (RFC 5685).
@@ -310,6 +314,8 @@ impl Established {
             proof_ends_at,
             reauthenticating: false,
             makes_first: false,
+            rekeyless: false,
+            replacement_tries: 0,
             original_initiator: false,
             moving: None,
             crash_tokens: TokenTaker::default(),
@@ -514,7 +520,10 @@ impl Established {
                 // Its successor lives: a Delete could reach a peer that has not heard of that.
                 return Err(self.close(ctx, now, CloseReason::Rekeyed));
             }
-            return Err(self.farewell(ctx, now, CloseReason::Expired));
+            return Err(self.expire(ctx, now));
+        }
+        if self.rekeyless && self.children.values().any(|child| child.is_live() && due(child.expire_at)) {
+            return Err(self.expire(ctx, now));
         }
         if due(self.reauth_at) {
             self.reauth_at = None;
@@ -597,6 +606,8 @@ impl Established {
             if child.is_live() && !hard {
                 child.rekey_at = None;
                 self.queue.push_back(Task::RekeyChild { id, token, group: None, tries: 0 });
+            } else if hard && child.is_live() && self.rekeyless {
+                return Err(self.expire(ctx, now));
             } else if hard && (child.is_live() || rekeyed) {
                 child.rekey_at = None;
                 let reason = if rekeyed { CloseReason::Rekeyed } else { CloseReason::Expired };
@@ -702,6 +713,8 @@ impl Established {
     }
 
     pub(crate) fn terminate(&mut self, ctx: &mut Context, now: Instant, force: bool, token: u64) -> Result<(), Closed> {
+        // Whatever it was about to be replaced for: nobody wants it again.
+        self.reauthenticating = false;
         if force {
             done(ctx, Some(token));
             return Err(self.farewell(ctx, now, CloseReason::Local));

@@ -87,7 +87,7 @@ enum Progress {
 
 /// Another sequence of tries (`keyingtries`).
 pub(crate) struct Again {
-    pub(super) from_start: Redirected,
+    pub(crate) from_start: Redirected,
     /// Its number, from 1.
     pub(super) sequence: u32,
 }
@@ -125,7 +125,8 @@ impl Initiating {
         let line = format!("initiating IKE_SA {}[{}] to {remote}", connection.name, id.0);
         ctx.log("IKE", 0, Some((id, &connection.name)), line);
         let redirects = Redirects::of_initiator(ctx);
-        Self::begin_as(ctx, now, id, Redirected { connection, wants: vec![want], local, remote, redirects }, 1)
+        let to = Redirected { from: id, connection, wants: vec![want], local, remote, redirects };
+        Self::begin_as(ctx, now, id, to, 1)
     }
 
     /// Begins again at another gateway, for what is configured now.
@@ -148,7 +149,7 @@ impl Initiating {
     }
 
     fn begin_as(ctx: &mut Context, now: Instant, id: IkeSaId, to: Redirected, sequence: u32) -> Option<Box<Self>> {
-        let Redirected { connection, wants, local, remote, redirects } = to;
+        let Redirected { from: _, connection, wants, local, remote, redirects } = to;
         let over = Over::first(connection.tcp);
         match Attempt::begin(ctx, now, id, &connection, (local, remote), over, &redirects) {
             Ok(attempt) => Some(Box::new(Self { id, connection, wants, local, remote, sequence, redirects, attempt })),

@@ -198,16 +198,6 @@ impl IkeSa {
         None
     }
 
-    /// True when it may become an IKE SA of this connection that we initiate.
-    pub(crate) fn initiates(&self, connection: &str) -> bool {
-        match self {
-            Self::Initiating(sa) => sa.status().connection == connection,
-            Self::InitiatorIntermediate(sa) => sa.core.name == connection,
-            Self::InitiatorAuth(sa) => sa.core.name == connection,
-            Self::ResponderIntermediate(_) | Self::ResponderAuth(_) | Self::Established(_) => false,
-        }
-    }
-
     /// The peer that an established IKE SA has.
     pub(crate) fn peer_key(&self) -> Option<PeerKey> {
         match self {

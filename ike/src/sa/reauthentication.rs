@@ -1,53 +1,87 @@
 //! Reauthentication (RFC 7296 §2.8.3): a new IKE SA from scratch in place of one whose proof is too old. The old one
-//! goes first, or with `charon.make_before_break` when the new one has its Child SAs.
+//! goes first, or with `charon.make_before_break` when the new one has its Child SAs. The same, always with the new one
+//! first, replaces what the peer refuses to rekey (§4).
 
 use std::sync::Arc;
 use std::time::Instant;
 
 use super::Established;
-use super::established::{Closed, Task};
+use super::child::ChildSa;
+use super::established::{Closed, Task, done};
 use super::retry::{after, back_off};
-use crate::engine::context::{Context, PeerKey};
-use crate::engine::{CloseReason, IkeSaId, IkeState, Initiate};
+use crate::engine::context::Context;
+use crate::engine::{ChildState, CloseReason, IkeSaId, IkeState, Initiate, Transport};
 
 /// An IKE SA that another one is being made for.
 #[derive(Clone, Debug)]
 pub(crate) struct Reauthentication {
     pub(crate) old: IkeSaId,
-    /// Connection's name.
-    pub(crate) connection: String,
-    pub(crate) peer: PeerKey,
+    /// What takes its place: an attempt at first.
+    pub(crate) new: IkeSaId,
+    /// The new one lacks Child SAs that the peer refuses it; the old one asks again in a while.
+    pub(crate) waits: bool,
+    /// What is begun anew if the new one comes to nothing, the old one having ended meanwhile.
+    pub(crate) rest: Vec<Initiate>,
 }
 
 impl Established {
     /// The time for it has come. The responder leaves it to the initiator, and to the hard limit.
     pub(super) fn reauthenticate(&mut self, ctx: &mut Context) {
-        if !self.original_initiator || self.moving.is_some() {
+        if !(self.original_initiator || self.rekeyless) || self.moving.is_some() {
             return;
         }
         self.reauthenticating = true;
-        if !ctx.config.make_before_break {
+        if !ctx.config.make_before_break && !self.rekeyless {
             self.queue.push_front(Task::DeleteIke { token: None, reason: CloseReason::Local });
             return;
         }
         let line = format!("reauthenticating IKE_SA {}[{}]", self.core.name, self.core.id.0);
         ctx.log("IKE", 0, self.core.tag(), line);
         self.makes_first = true;
-        ctx.reauthentications.push(Reauthentication {
-            old: self.core.id,
-            connection: self.core.name.clone(),
-            peer: PeerKey::of(&self.peer),
-        });
-        let again = self.everything_again();
-        ctx.reinitiate.extend(again);
+        ctx.replacements.push((self.core.id, self.everything_again()));
+    }
+
+    /// The peer refuses to rekey this IKE SA, or one of its Child SAs, with NO_ADDITIONAL_SAS: a new IKE SA with its Child
+    /// SAs takes the place of both (§4). False where that is for the peer to do.
+    pub(super) fn replace_unrekeyable(&mut self, ctx: &mut Context, token: Option<u64>) -> bool {
+        if self.moving.is_some() || self.state != IkeState::Established || !self.can_initiate() {
+            return false;
+        }
+        self.rekeyless = true;
+        if !self.reauthenticating {
+            ctx.log("IKE", 1, self.core.tag(), "the peer does not rekey, making a new IKE_SA instead".to_owned());
+            self.reauthenticate(ctx);
+        }
+        done(ctx, token);
+        true
+    }
+
+    /// True when we can make another IKE SA with this peer: we made this one, or nothing speaks against asking the peer
+    /// where it is.
+    fn can_initiate(&self) -> bool {
+        let reachable = !self.core.nat.remote && !matches!(self.core.path.transport, Transport::Stream(_));
+        self.original_initiator || (reachable && self.core.assigned.is_none())
+    }
+
+    /// The life of this IKE SA or of one of its Child SAs ends. Where the peer does not rekey and took no other IKE SA beside
+    /// this one, there is another one afterwards.
+    pub(super) fn expire(&mut self, ctx: &mut Context, now: Instant) -> Closed {
+        if self.rekeyless && !self.makes_first {
+            self.reauthenticating = true;
+        } else if self.rekeyless
+            && let Some(entry) = ctx.reauthentications.iter_mut().find(|entry| entry.old == self.core.id)
+        {
+            entry.rest = self.everything_again();
+        }
+        self.farewell(ctx, now, CloseReason::Expired)
     }
 
     /// Requests that make an IKE SA with the same Child SAs.
-    pub(super) fn everything_again(&self) -> Vec<Initiate> {
+    pub(crate) fn everything_again(&self) -> Vec<Initiate> {
         let mut names = std::collections::BTreeSet::new();
         let live = self.children.values().filter(|child| child.is_live() && names.insert(child.config.name.clone()));
         let mut wanted: Vec<_> = live.map(|child| Some(Arc::clone(&child.config))).collect();
-        if wanted.is_empty() && self.makes_first {
+        if wanted.is_empty() {
             wanted.push(None);
         }
         let again = |child| Initiate {
@@ -60,12 +94,17 @@ impl Established {
         wanted.into_iter().map(again).collect()
     }
 
-    /// Its successor takes its place as the one that is being reauthenticated.
+    /// Its successor takes its place as the one that is being reauthenticated, and as the one that is made for that.
     pub(super) fn hand_reauthentication_on(&self, ctx: &mut Context, new: &mut Self) {
         new.original_initiator = self.original_initiator;
         (new.reauthenticating, new.makes_first) = (self.reauthenticating, self.makes_first);
-        for entry in ctx.reauthentications.iter_mut().filter(|entry| entry.old == self.core.id) {
-            entry.old = new.core.id;
+        new.replacement_tries = self.replacement_tries;
+        for entry in &mut ctx.reauthentications {
+            for end in [&mut entry.old, &mut entry.new] {
+                if *end == self.core.id {
+                    *end = new.core.id;
+                }
+            }
         }
     }
 
@@ -82,7 +121,26 @@ impl Established {
             format!("reauthentication of IKE_SA {}[{}] failed, trying again later", self.core.name, self.core.id.0);
         ctx.log("IKE", 1, self.core.tag(), line);
         (self.reauthenticating, self.makes_first) = (false, false);
-        self.reauth_at = Some(after(now, back_off(0, ctx.rng.as_mut())));
+        self.try_replacing_again(ctx, now);
+    }
+
+    /// The new IKE SA is up, and the peer refuses it a Child SA that works here: this one stays for that until its end, and
+    /// the new one asks again.
+    pub(crate) fn succeeded_in_part(&mut self, ctx: &mut Context, now: Instant) {
+        let line = format!("IKE_SA {}[{}] stays, its successor lacks a CHILD_SA of it", self.core.name, self.core.id.0);
+        ctx.log("IKE", 1, self.core.tag(), line);
+        self.try_replacing_again(ctx, now);
+    }
+
+    fn try_replacing_again(&mut self, ctx: &mut Context, now: Instant) {
+        self.reauth_at = Some(after(now, back_off(self.replacement_tries, ctx.rng.as_mut())));
+        self.replacement_tries = self.replacement_tries.saturating_add(1);
+    }
+
+    /// Names of the Child SAs that carry traffic.
+    pub(crate) fn working(&self) -> std::collections::BTreeSet<&str> {
+        let works = |child: &&ChildSa| matches!(child.state, ChildState::Installed | ChildState::Rekeying);
+        self.children.values().filter(works).map(|child| child.config.name.as_str()).collect()
     }
 
     /// True when it makes no Child SAs that were asked for.

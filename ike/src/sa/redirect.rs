@@ -14,7 +14,7 @@ use super::retry::after;
 use super::{Established, Want};
 use crate::config::{Connection, RedirectPhase};
 use crate::engine::context::Context;
-use crate::engine::{CloseReason, IkeState, Job, JobId};
+use crate::engine::{CloseReason, IkeSaId, IkeState, Job, JobId};
 use crate::wire::{ExchangeType, NotifyType, Payload};
 
 /// MAX_REDIRECTS and REDIRECT_LOOP_DETECT_PERIOD (RFC 5685 §7).
@@ -158,6 +158,8 @@ impl Redirects {
 
 /// An initiation that goes on at another gateway.
 pub(crate) struct Redirected {
+    /// The attempt, or the IKE SA, that goes on.
+    pub(crate) from: IkeSaId,
     pub(crate) connection: Arc<Connection>,
     pub(crate) wants: Vec<Want>,
     pub(crate) local: IpAddr,
@@ -287,8 +289,8 @@ impl Established {
         if wants.is_empty() {
             wants.push(Want { child: None, token: None });
         }
-        let connection = Arc::clone(&self.connection);
-        ctx.redirected.push(Redirected { connection, wants, local, remote, redirects });
+        let (from, connection) = (self.core.id, Arc::clone(&self.connection));
+        ctx.redirected.push(Redirected { from, connection, wants, local, remote, redirects });
     }
 
     /// The peer has heard of our redirect; it deletes.

@@ -141,6 +141,7 @@ impl Established {
                     self.try_again(ctx, now, Task::RekeyIke { token, group: None, tries: next }, next);
                     return Ok(());
                 }
+                NotifyType::NO_ADDITIONAL_SAS if self.replace_unrekeyable(ctx, token) => return Ok(()),
                 // RFC 9370 §2.2.4: the whole series may be tried again.
                 NotifyType::STATE_NOT_FOUND if tries < MAX_TRIES => {
                     self.delay(ctx, now, Task::RekeyIke { token, group: None, tries: next });

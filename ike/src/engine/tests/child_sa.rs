@@ -197,3 +197,26 @@ fn volume_limits_are_jittered() {
     }
     assert!(seen.len() > 20);
 }
+
+// The data plane answers when the IKE SA is being deleted, or is gone: no Child SA stays.
+#[test]
+fn an_installation_that_comes_late_leaves_nothing() {
+    for side in [A, B] {
+        for force in [false, true] {
+            for step in 0..30 {
+                // Who is not told by force is told by silence.
+                let of = |side: usize| Connection { dpd_delay: seconds(10), ..connection(side) };
+                let mut pair = established(Pair::with(140 + step, EngineConfig::default(), of(A), of(B)));
+                pair.job_delay = Duration::from_millis(400);
+                pair.initiate(A, 2);
+                pair.run(Duration::from_millis(step * 20));
+                let (ike, now) = (pair.sides[side].only().id, pair.now);
+                pair.sides[side].engine.terminate(now, Target::Ike(ike), force, 3).unwrap();
+                pair.drain(side);
+                pair.run(seconds(if force { 300 } else { 60 }));
+                assert!(pair.sides[side].done(3));
+                pair.assert_same(0, 0);
+            }
+        }
+    }
+}

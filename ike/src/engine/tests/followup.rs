@@ -488,7 +488,7 @@ fn an_initiator_takes_no_other_answer_than_the_next_key_exchange() {
         assert!(pair.sides[A].failed(2).is_some());
         assert!(pair.sides[A].engine.sas.is_empty() && pair.sides[A].engine.ctx.ike_spis.is_empty());
     }
-    let pair = answered_with(true, 44, &[notify(NotifyType::NO_ADDITIONAL_SAS, Vec::new())]);
+    let pair = answered_with(true, 44, &[notify(NotifyType::NO_PROPOSAL_CHOSEN, Vec::new())]);
     assert!(pair.sides[A].failed(2).is_some());
     assert_eq!((pair.sides[A].up().len(), pair.sides[A].engine.ctx.ike_spis.len()), (1, 1));
 }

@@ -23,6 +23,7 @@ mod ike_rekey;
 mod informational;
 mod init;
 mod intermediate;
+mod minimal;
 mod mobility;
 mod network;
 mod ppk;
@@ -163,6 +164,8 @@ pub(super) struct Pair {
     pub(super) tcp_blocked: bool,
     /// Everything is lost.
     pub(super) cut: bool,
+    /// Sides that answer each CREATE_CHILD_SA with NO_ADDITIONAL_SAS, as a minimal implementation may (RFC 7296 §4).
+    pub(super) minimal: [bool; 2],
     /// Packets go both ways all the time, and none may be lost.
     traffic: bool,
     /// Datagrams wait here for the test to deliver them.
@@ -321,6 +324,7 @@ impl Pair {
             udp_blocked: false,
             tcp_blocked: false,
             cut: false,
+            minimal: [false; 2],
             traffic: false,
             held: None,
             more: [Vec::new(), Vec::new()],
@@ -409,6 +413,11 @@ impl Pair {
     fn deliver(&mut self, delivery: Delivery) {
         let now = self.now;
         match delivery {
+            Delivery::Message { to, path, bytes } if self.minimal[to] && minimal::is_refused(&bytes) => {
+                for bytes in minimal::refuse(&mut self.sides[to], &bytes) {
+                    self.transmit(to, Transmit { path, bytes });
+                }
+            }
             Delivery::Message { to, path, bytes } => {
                 self.sides[to].engine.handle_message(now, path, &bytes);
                 self.drain(to);
