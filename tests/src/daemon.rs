@@ -17,6 +17,8 @@ pub enum Kind {
     Latchkey,
     /// `charon-systemd` with kernel-libipsec, ESP in user space.
     Strongswan,
+    /// `charon-systemd` with kernel-netlink alone, ESP in the kernel (in the guest only: see [`crate::uml`]).
+    StrongswanKernel,
 }
 
 /// A running daemon with a directory of its own; stopped on drop.
@@ -57,20 +59,30 @@ impl Daemon {
         fs::write(root.join("swanctl/swanctl.conf"), "").unwrap();
         let section = match kind {
             Kind::Latchkey => "charon",
-            Kind::Strongswan => "charon-systemd",
+            Kind::Strongswan | Kind::StrongswanKernel => "charon-systemd",
         };
-        let plugins = "random nonce openssl pem pkcs1 pkcs8 x509 pubkey constraints revocation curve25519 aes sha1 \
-                       sha2 hmac gcm chapoly kdf mgf1 gmp ccm ctr cmac kernel-libipsec kernel-netlink socket-default vici updown";
+        let plugins = match kind {
+            Kind::Latchkey => "",
+            Kind::Strongswan => {
+                "random nonce openssl pem pkcs1 pkcs8 x509 pubkey constraints revocation curve25519 aes sha1 sha2 hmac \
+                 gcm chapoly kdf mgf1 gmp ccm ctr cmac kernel-libipsec kernel-netlink socket-default vici updown"
+            }
+            // Shared keys only: in the guest each page of a library costs time.
+            Kind::StrongswanKernel => {
+                "random nonce curve25519 aes sha1 sha2 hmac gcm chapoly kdf kernel-netlink socket-default vici updown"
+            }
+        };
         let load = match kind {
             Kind::Latchkey => String::new(),
-            Kind::Strongswan => format!("load = {plugins}\njournal {{\ndefault = -1\n}}\n"),
+            Kind::Strongswan | Kind::StrongswanKernel => format!("load = {plugins}\njournal {{\ndefault = -1\n}}\n"),
         };
+        let swanctl = if crate::uml::inside() { "swanctl {\nload = pem\n}\n" } else { "" };
         let socket = root.join("vici");
         fs::write(
             root.join("strongswan.conf"),
             format!(
                 "{section} {{\n{load}plugins {{\nvici {{\nsocket = unix://{}\n}}\n}}\n\
-                 filelog {{\nlog {{\npath = {}\ndefault = 1\nike = 2\nflush_line = yes\n}}\n}}\n{settings}\n}}\n\
+                 filelog {{\nlog {{\npath = {}\ndefault = 1\nike = 2\nflush_line = yes\n}}\n}}\n{settings}\n}}\n{swanctl}\
                  latchkeyd {{\nlatch_socket = {}\n}}\n",
                 socket.display(),
                 root.join("log").display(),
@@ -80,7 +92,7 @@ impl Daemon {
         .unwrap();
         let program = match kind {
             Kind::Latchkey => program("latchkeyd"),
-            Kind::Strongswan => PathBuf::from("/usr/sbin/charon-systemd"),
+            Kind::Strongswan | Kind::StrongswanKernel => PathBuf::from("/usr/sbin/charon-systemd"),
         };
         assert!(
             program.exists(),

@@ -34,6 +34,13 @@ impl Host {
         ip(&all);
     }
 
+    /// Runs several commands of `ip`, one a line, inside.
+    pub fn ip_batch(&self, commands: &str) {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), commands).unwrap();
+        self.ip(&["-batch", file.path().to_str().unwrap()]);
+    }
+
     /// Adds an address to the loopback device, as that of the protected network behind this host.
     pub fn add_inner(&self, address: &str) {
         self.ip(&["addr", "add", address, "dev", "lo"]);
@@ -122,6 +129,11 @@ impl Host {
     /// Masquerades what is forwarded to this device.
     pub fn masquerade(&self, device: &str) {
         self.check("sysctl", &["-qw", "net.ipv4.ip_forward=1"]);
+        if crate::uml::inside() {
+            // That kernel's nftables has no IP.
+            self.check("iptables-legacy", &["-t", "nat", "-A", "POSTROUTING", "-o", device, "-j", "MASQUERADE"]);
+            return;
+        }
         self.nft(&format!(
             "table ip nat {{\nchain post {{\ntype nat hook postrouting priority 100;\noifname \"{device}\" masquerade;\n}}\n}}\n"
         ));
@@ -201,14 +213,12 @@ pub fn link(a: &Host, a_addresses: &str, b: &Host, b_addresses: &str) -> (String
     let (a_device, b_device) = (format!("va{n}"), format!("vb{n}"));
     ip(&["link", "add", &a_device, "netns", &a.name, "type", "veth", "peer", "name", &b_device, "netns", &b.name]);
     for (host, device, addresses) in [(a, &a_device, a_addresses), (b, &b_device, b_addresses)] {
+        let mut batch = String::new();
         for address in addresses.split(',') {
-            let mut args = vec!["addr", "add", address, "dev", device.as_str()];
-            if address.contains(':') {
-                args.push("nodad");
-            }
-            host.ip(&args);
+            let nodad = if address.contains(':') { " nodad" } else { "" };
+            batch += &format!("addr add {address} dev {device}{nodad}\n");
         }
-        host.ip(&["link", "set", device, "up"]);
+        host.ip_batch(&format!("{batch}link set {device} up\n"));
     }
     (a_device, b_device)
 }

@@ -15,3 +15,4 @@ pub mod host;
 pub mod peer;
 pub mod pki;
 pub mod scene;
+pub mod uml;

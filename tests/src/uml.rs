@@ -1,0 +1,118 @@
+//! A real kernel with ESP for tests: User-Mode Linux, which runs as an ordinary process with the host's file system as
+//! its root.
+//!
+//! A test whose body stands in [`in_guest`] runs there: the first such test of a process boots the kernel, in which this
+//! same program runs once more with the same choice of tests. Each test on the outside then takes the result of its
+//! other self. Hosts are namespaces of the guest, so everything else is as in any other test.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::OnceLock;
+
+/// Set in the guest.
+const INSIDE: &str = "LATCHKEY_TEST_IN_GUEST";
+/// The package's kernel.
+const KERNEL: &str = "/usr/bin/linux.uml";
+/// Seconds after which a guest is killed, whatever it does.
+const LIMIT: u32 = 900;
+/// About one boot in a hundred ends at once with a fault of the kernel itself.
+const BOOTS: usize = 4;
+
+/// True in the guest.
+pub fn inside() -> bool {
+    std::env::var_os(INSIDE).is_some()
+}
+
+/// Runs a test's body in the guest; fails if it failed there. To be called by the test function itself, with a closure
+/// written there.
+pub fn in_guest<F: FnOnce()>(body: F) {
+    if inside() {
+        return body();
+    }
+    static LOG: OnceLock<Result<String, String>> = OnceLock::new();
+    let log = match LOG.get_or_init(boot) {
+        Ok(log) => log,
+        Err(error) => panic!("{error}"),
+    };
+    // `kernel::module::test::{{closure}}` stands in the test `module::test`.
+    let name = std::any::type_name::<F>();
+    let name = name.split_once("::").map_or(name, |(_, rest)| rest).trim_end_matches("::{{closure}}");
+    if log.contains(&format!("test {name} ... ok\n")) {
+        return;
+    }
+    let start = format!("---- {name} stdout ----\n");
+    match log.split_once(&start) {
+        Some((_, rest)) => {
+            let end = rest.find("\n---- ").or_else(|| rest.find("\nfailures:\n")).unwrap_or(rest.len());
+            panic!("failed in the guest:\n{}", &rest[..end]);
+        }
+        None => panic!("{name} did not end in the guest, whose output is:\n{log}"),
+    }
+}
+
+/// Boots the guest and runs this program's chosen tests there; gives what they printed.
+fn boot() -> Result<String, String> {
+    for program in [KERNEL, "/sbin/modprobe"] {
+        if !Path::new(program).exists() {
+            return Err(format!("{program} is missing: apt-get install user-mode-linux kmod"));
+        }
+    }
+    let directory = tempfile::Builder::new().prefix("lkt").tempdir().unwrap();
+    let out = directory.path().join("out");
+    fs::create_dir(&out).unwrap();
+    fs::write(directory.path().join("init"), include_str!("uml/init")).unwrap();
+    fs::write(out.join("job"), job()).unwrap();
+    let run = |program: &str, args: &[&str]| Command::new(program).args(args).current_dir(&directory).output().unwrap();
+    run("chmod", &["+x", "init"]);
+
+    let mut console = String::new();
+    for _ in 0..BOOTS {
+        let output = fs::File::create(directory.path().join("console")).unwrap();
+        // It has a process for each of the guest's, all in one group that `timeout` makes and ends.
+        let status = Command::new("timeout")
+            .args(["-s", "KILL", &LIMIT.to_string(), KERNEL])
+            .args(["mem=1G", "root=/dev/root", "rootfstype=hostfs", "ro", "con=null", "con0=fd:0,fd:1", "quiet"])
+            .arg(format!("init={}", directory.path().join("init").display()))
+            .arg(format!("OUT={}", out.display()))
+            .arg(format!("uml_dir={}/", directory.path().display()))
+            .stdin(Stdio::null())
+            .stdout(output.try_clone().unwrap())
+            .stderr(output)
+            .status()
+            .map_err(|error| format!("timeout: {error}; apt-get install coreutils"))?;
+        console = String::from_utf8_lossy(&fs::read(directory.path().join("console")).unwrap()).into_owned();
+        if let Ok(log) = fs::read(out.join("log")) {
+            let log = String::from_utf8_lossy(&log).into_owned();
+            return Ok(match out.join("status").exists() {
+                true => log,
+                false => format!("{log}\n{console}\nthe guest ended before its tests ({status}; limit {LIMIT} s)\n"),
+            });
+        }
+    }
+    Err(format!("the guest did not boot in {BOOTS} attempts: {console}"))
+}
+
+/// A script that runs this program in the guest with the same choice of tests.
+fn job() -> String {
+    let quote = |text: &str| format!("'{}'", text.replace('\'', r"'\''"));
+    let mut job = format!("cd {}\nexport {INSIDE}=1 RUST_BACKTRACE=1\n", quote(env!("CARGO_MANIFEST_DIR")));
+    if let Ok(level) = std::env::var("LATCHKEY_TEST_LOG") {
+        job += &format!("export LATCHKEY_TEST_LOG={}\n", quote(&level));
+    }
+    job += &quote(std::env::current_exe().unwrap().to_str().unwrap());
+    let mut arguments = std::env::args().skip(1);
+    while let Some(argument) = arguments.next() {
+        match argument.as_str() {
+            "--exact" | "--ignored" | "--include-ignored" => job += &format!(" {argument}"),
+            "--skip" => job += &format!(" --skip {}", quote(&arguments.next().unwrap_or_default())),
+            // What these say is about the outside.
+            "--test-threads" | "--format" | "--color" | "--logfile" | "--report-time" | "-Z" => {
+                arguments.next();
+            }
+            option if option.starts_with('-') => {}
+            filter => job += &format!(" {}", quote(filter)),
+        }
+    }
+    job + " --test-threads=4\n"
+}
