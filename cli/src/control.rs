@@ -5,7 +5,7 @@ use std::sync::Arc;
 use ike::config::AddressRange;
 use ike::engine::{ChildSaId, Event, Gateway, IkeSaId, IkeSaStatus};
 use ike::pool::{PoolConfig, PoolError, PoolStatus};
-use ipsec::plane::{Mode, Usage};
+use ipsec::plane::{Carrier, Mode, Usage};
 use ipsec::selector::TrafficSelector;
 use pad::{Credentials, IdentityPattern};
 use tokio::sync::{broadcast, mpsc, oneshot};
@@ -18,8 +18,8 @@ use crate::config::ConnectionDefinition;
 pub struct SaReport {
     /// The engine's view.
     pub status: IkeSaStatus,
-    /// Counters and the data plane's name, for each child that is installed.
-    pub usage: Vec<Option<(Usage, &'static str)>>,
+    /// Counters and the data plane, for each child that is installed.
+    pub usage: Vec<Option<(Usage, Carrier)>>,
 }
 
 /// An installed trap policy.

@@ -818,7 +818,7 @@ fn sa() -> SaReport {
         packets_out: 1,
         idle_out: Some(Duration::ZERO),
     };
-    SaReport { status, usage: vec![Some((usage, "userspace"))] }
+    SaReport { status, usage: vec![Some((usage, ipsec::plane::Carrier { name: "user-space", reason: "configured" }))] }
 }
 
 /// A swanctl folder with a CA, a certificate and its key.

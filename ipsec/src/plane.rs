@@ -185,6 +185,15 @@ pub struct Usage {
     pub idle_out: Option<Duration>,
 }
 
+/// Which plane carries a pair, and why that one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Carrier {
+    /// `user-space` or `kernel`.
+    pub name: &'static str,
+    /// A few words.
+    pub reason: &'static str,
+}
+
 /// What a plane reports by itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PlaneEvent {
@@ -258,8 +267,8 @@ pub enum PlaneError {
 /// A data plane. All calls are made by one task; a plane that has threads of its own hands work
 /// to them. A call either takes effect as a whole or changes nothing.
 pub trait DataPlane: Send {
-    /// Short name for logs and status: `user-space`, `xfrm`.
-    fn name(&self) -> &'static str;
+    /// Which plane carries this pair, for logs and status.
+    fn carrier(&self, spi_in: u32) -> Carrier;
     /// Installs both SAs and the policies, and makes the pair the one that traffic uses.
     ///
     /// A pair with the `reqid` of an installed one is its successor (rekey): outbound traffic

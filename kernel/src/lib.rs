@@ -1,13 +1,15 @@
-//! Everything of Latchkey that is Linux: sockets of IKE and ESP, the TUN device, routes, and the threads of
-//! the user-space ESP plane. The only crate with `unsafe`, each with its reason.
+//! Everything of Latchkey that is Linux: sockets of IKE and ESP, the TUN device, routes, the kernel's IPsec by XFRM
+//! netlink, and the threads of the user-space ESP plane. The only crate with `unsafe`, each with its reason.
 
 pub mod interfaces;
 mod netlink;
 pub mod netns;
 pub mod network;
 mod plane;
+mod planes;
 mod routes;
 mod socket;
 mod threads;
 mod tun;
 mod watch;
+mod xfrm;

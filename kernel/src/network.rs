@@ -28,12 +28,13 @@ use tokio::sync::mpsc;
 
 use crate::interfaces::{self, AddressPair, InterfaceFilter};
 use crate::netlink::{Netlink, context};
-use crate::plane::UserSpacePlane;
+use crate::planes::Planes;
 use crate::routes::{Routes, host_prefix};
 use crate::socket::{Header, OuterSocket};
 use crate::threads;
 use crate::tun::{Tun, TunWriter};
 use crate::watch::{self, Own};
+use crate::xfrm::{self, Xfrm};
 
 /// How to set the network up.
 #[derive(Clone, Debug)]
@@ -56,6 +57,20 @@ pub struct NetworkConfig {
     pub install_routes: bool,
     /// Interfaces whose addresses peers may be told and moved to.
     pub interfaces: InterfaceFilter,
+    /// Who does ESP.
+    pub plane: PlaneChoice,
+}
+
+/// Who does ESP that comes over UDP or plain. What comes in TCP streams is always user space's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PlaneChoice {
+    /// The kernel where it has ESP, else user space.
+    Auto,
+    /// The kernel; without ESP in it the network does not start.
+    Kernel,
+    /// User space, the only one that enforces latches.
+    #[default]
+    UserSpace,
 }
 
 impl Default for NetworkConfig {
@@ -70,6 +85,7 @@ impl Default for NetworkConfig {
             route_priority: 220,
             install_routes: true,
             interfaces: InterfaceFilter::default(),
+            plane: PlaneChoice::default(),
         }
     }
 }
@@ -116,6 +132,10 @@ pub(crate) struct Inner {
     tun_name: String,
     tun_index: u32,
     filter: InterfaceFilter,
+    /// The kernel's databases, where it does ESP.
+    pub(crate) xfrm: Option<Arc<Xfrm>>,
+    /// Why who does ESP does it.
+    pub(crate) plane_reason: &'static str,
 }
 
 /// What the threads work on.
@@ -123,7 +143,8 @@ pub(crate) struct Shared {
     pub(crate) datapath: DataPath,
     pub(crate) plain: Pair,
     pub(crate) nat: Pair,
-    pub(crate) esp: Pair,
+    /// Absent where the kernel does ESP.
+    pub(crate) esp: Option<Pair>,
     /// Absent once the network is shut down.
     pub(crate) tun: RwLock<Option<Arc<Tun>>>,
     pub(crate) events: Events,
@@ -162,7 +183,15 @@ impl Network {
         let mark = config.mark;
         let plain = Pair::udp(config.port, mark)?;
         let nat = Pair::udp(config.nat_port, mark)?;
-        let esp = Pair::open(|ipv6| OuterSocket::esp(ipv6, mark))?;
+        let (xfrm, plane_reason) = choose_plane(config.plane, mark)?;
+        let esp = match &xfrm {
+            None => Some(Pair::open(|ipv6| OuterSocket::esp(ipv6, mark))?),
+            Some(_) => {
+                plain.sockets().chain(nat.sockets()).try_for_each(OuterSocket::pass_by_policies)?;
+                nat.sockets().try_for_each(OuterSocket::leave_esp_to_the_kernel)?;
+                None
+            }
+        };
         let mut netlink = Netlink::open()?;
         let tun = Arc::new(Tun::new(&config.tun_name, config.tun_mtu, &mut netlink)?);
         let tun_name = tun.name().to_owned();
@@ -191,18 +220,28 @@ impl Network {
             tun_name,
             tun_index: tun.index(),
             filter: config.interfaces,
+            xfrm,
+            plane_reason,
         });
         // From here on, dropping `inner` cleans up.
         let started = threads::start(&shared, &tun)?;
         lock(&inner.threads).extend(started);
         let own = Own { link: tun.index(), table: config.route_table };
         lock(&inner.threads).push(watch::start(&shared, own)?);
+        if let Some(xfrm) = &inner.xfrm {
+            lock(&inner.threads).push(xfrm::start(&shared, xfrm)?);
+        }
         Ok((Self { inner }, receiver))
     }
 
-    /// The user-space data plane over this network. It keeps the network running.
+    /// The data plane over this network. It keeps the network running.
     pub fn plane(&self) -> Box<dyn DataPlane> {
-        Box::new(UserSpacePlane::new(Arc::clone(&self.inner)))
+        Box::new(Planes::new(&self.inner))
+    }
+
+    /// True where the kernel does ESP, so that nobody compares its packets with latches.
+    pub fn leaves_esp_to_the_kernel(&self) -> bool {
+        self.inner.xfrm.is_some()
     }
 
     /// Port of plain IKE, as bound.
@@ -494,6 +533,24 @@ impl Events {
             let Some(event) = waiting.pop_front() else { return };
             permit.send(event);
         }
+    }
+}
+
+/// Connects to the kernel's databases if it shall do ESP and can.
+fn choose_plane(choice: PlaneChoice, mark: u32) -> io::Result<(Option<Arc<Xfrm>>, &'static str)> {
+    match choice {
+        PlaneChoice::UserSpace => Ok((None, "configured")),
+        PlaneChoice::Kernel => Ok((Some(Xfrm::open(mark)?), "configured")),
+        PlaneChoice::Auto => match Xfrm::open(mark) {
+            Ok(xfrm) => {
+                tracing::info!("the kernel does ESP; latches cannot be had");
+                Ok((Some(xfrm), "the kernel has ESP"))
+            }
+            Err(error) => {
+                tracing::info!(%error, "ESP is done in user space, since the kernel cannot");
+                Ok((None, "the kernel has no ESP"))
+            }
+        },
     }
 }
 

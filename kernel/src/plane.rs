@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::time::Instant;
 
-use ipsec::plane::{DataPlane, Encapsulation, PlaneError, SaPair, Trap, Usage};
+use ipsec::plane::{Carrier, DataPlane, Encapsulation, PlaneError, SaPair, Trap, Usage};
 
 use crate::network::{Inner, lock};
 use crate::routes::Owner;
@@ -18,17 +18,19 @@ pub(crate) struct UserSpacePlane {
     installed: BTreeSet<u32>,
     /// `reqid`s of the installed traps.
     traps: BTreeSet<u32>,
+    /// Why it is this one.
+    reason: &'static str,
 }
 
 impl UserSpacePlane {
-    pub(crate) fn new(network: Arc<Inner>) -> Self {
-        Self { network, installed: BTreeSet::new(), traps: BTreeSet::new() }
+    pub(crate) fn new(network: Arc<Inner>, reason: &'static str) -> Self {
+        Self { network, installed: BTreeSet::new(), traps: BTreeSet::new(), reason }
     }
 }
 
 impl DataPlane for UserSpacePlane {
-    fn name(&self) -> &'static str {
-        "user-space"
+    fn carrier(&self, _: u32) -> Carrier {
+        Carrier { name: "user-space", reason: self.reason }
     }
 
     fn install(&mut self, pair: SaPair) -> Result<(), PlaneError> {

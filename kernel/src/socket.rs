@@ -18,6 +18,7 @@ use rustix::net::sockopt::{Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::netlink::context;
+use crate::xfrm::codec::bypass;
 
 /// One outer socket.
 pub(crate) struct OuterSocket {
@@ -149,6 +150,30 @@ impl OuterSocket {
             Kind::Esp => 1,
         });
         Ok(Self { socket, receiver, segments, dont_fragment: Mutex::new(false), local, kind })
+    }
+
+    /// Keeps the kernel's IPsec policies away from this socket's packets: IKE is to get through whatever they say.
+    pub(crate) fn pass_by_policies(&self) -> io::Result<()> {
+        let ipv6 = self.local.is_ipv6();
+        let (level, option) = if ipv6 { (libc::SOL_IPV6, IPV6_XFRM_POLICY) } else { (libc::SOL_IP, IP_XFRM_POLICY) };
+        for inbound in [true, false] {
+            set_option(&self.socket, level, option, &bypass(ipv6, inbound))
+                .map_err(|e| context(e, format!("keep IPsec policies away from port {}", self.port())))?;
+        }
+        Ok(())
+    }
+
+    /// Has the kernel take what is ESP out of this socket's packets (RFC 3948); IKE still comes.
+    pub(crate) fn leave_esp_to_the_kernel(&self) -> io::Result<()> {
+        // It takes packets one by one: aggregated ones would go to it as one.
+        let off = 0_i32.to_ne_bytes();
+        let esp_in_udp = UDP_ENCAP_ESPINUDP.to_ne_bytes();
+        for (option, value) in [(libc::UDP_GRO, off), (UDP_ENCAP, esp_in_udp)] {
+            set_option(&self.socket, libc::SOL_UDP, option, &value).map_err(|e| {
+                context(e, format!("have the kernel take ESP from UDP port {} (modules esp4, esp6)", self.port()))
+            })?;
+        }
+        Ok(())
     }
 
     /// The port that it is bound to.
@@ -397,7 +422,22 @@ fn any(ipv6: bool, port: u16) -> SocketAddr {
     if ipv6 { (Ipv6Addr::UNSPECIFIED, port).into() } else { (Ipv4Addr::UNSPECIFIED, port).into() }
 }
 
+/// Sets a socket option that no crate has a safe call for.
+fn set_option(socket: &Socket, level: i32, option: i32, value: &[u8]) -> io::Result<()> {
+    let length = libc::socklen_t::try_from(value.len()).map_err(io::Error::other)?;
+    // SAFETY: the descriptor is open as long as `socket` lives, and the system reads `length` octets at the pointer, which
+    // are `value`.
+    #[allow(unsafe_code, reason = "a system call with a pointer")]
+    let outcome = unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, value.as_ptr().cast(), length) };
+    if outcome == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 const ESP: i32 = 50;
+/// linux/in.h, linux/in6.h, linux/udp.h.
+const IP_XFRM_POLICY: i32 = 17;
+const IPV6_XFRM_POLICY: i32 = 35;
+const UDP_ENCAP: i32 = 100;
+const UDP_ENCAP_ESPINUDP: i32 = 2;
 /// A receive offload gives up to 64 KiB at once.
 const ROOM: usize = 1 << 16;
 const BUFFER: usize = 8 << 20;

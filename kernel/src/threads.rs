@@ -13,7 +13,7 @@ use ipsec::datapath::Outbound;
 use ipsec::plane::{Encapsulation, PlaneEvent};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use crate::network::{NON_ESP_MARKER, NetworkEvent, Shared};
+use crate::network::{NON_ESP_MARKER, NetworkEvent, Pair, Shared};
 use crate::socket::{Complaint, Header, Kind, OuterSocket, ReceiveBuffers, Received};
 use crate::tun::{Tun, TunReader, TunWriter};
 
@@ -44,7 +44,7 @@ enum Role {
 fn from_network(shared: &Shared, tun: &Tun) {
     let sockets: Vec<(Role, &OuterSocket)> = (shared.plain.sockets().map(|socket| (Role::Plain, socket)))
         .chain(shared.nat.sockets().map(|socket| (Role::Nat, socket)))
-        .chain(shared.esp.sockets().map(|socket| (Role::Esp, socket)))
+        .chain(shared.esp.iter().flat_map(Pair::sockets).map(|socket| (Role::Esp, socket)))
         .collect();
     let mut buffers = ReceiveBuffers::new();
     let mut inner = Vec::new();
@@ -261,7 +261,7 @@ impl Batch {
     fn socket<'a>(&self, shared: &'a Shared) -> Option<&'a OuterSocket> {
         let pair = match self.kind? {
             Kind::Udp => &shared.nat,
-            Kind::Esp => &shared.esp,
+            Kind::Esp => shared.esp.as_ref()?,
         };
         pair.family(self.header?.remote.is_ipv4())
     }

@@ -172,6 +172,8 @@ pub enum Code {
     NoSuchLatch,
     /// Too many latches or connections.
     Limit,
+    /// The daemon cannot enforce latches, as it is configured.
+    Unenforced,
     /// The system refused something.
     System,
     /// A code that this crate does not know.

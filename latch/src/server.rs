@@ -55,6 +55,8 @@ pub struct ServerConfig {
     pub path: PathBuf,
     /// Device that latched sockets are bound to, so that they cannot use another way (SO_BINDTODEVICE).
     pub device: Option<String>,
+    /// Why no latch can be had, if so: nobody would enforce it.
+    pub unenforced: Option<String>,
 }
 
 /// How long a released TCP connection may take to deliver what was written before and to close.
@@ -104,6 +106,7 @@ const TCP: u8 = 6;
 struct Shared {
     database: Arc<Database>,
     device: Option<String>,
+    unenforced: Option<String>,
     limits: Limits,
     latches: Arc<Semaphore>,
 }
@@ -111,7 +114,7 @@ struct Shared {
 async fn serve_within(config: ServerConfig, database: Arc<Database>, limits: Limits) -> io::Result<Server> {
     let listener = listen(&config.path)?;
     let latches = Arc::new(Semaphore::new(limits.latches));
-    let shared = Arc::new(Shared { database, device: config.device, limits, latches });
+    let shared = Arc::new(Shared { database, device: config.device, unenforced: config.unenforced, limits, latches });
     let task = tokio::spawn(accept(listener, shared));
     Ok(Server { path: config.path, task })
 }
@@ -272,6 +275,9 @@ impl Connection {
     }
 
     fn create(&mut self, create: &Create, descriptor: Option<OwnedFd>) -> Result<Created, Refusal> {
+        if let Some(reason) = &self.shared.unenforced {
+            return Err(Refusal::new(Code::Unenforced, reason.as_str()));
+        }
         let wanted = IdentityPattern::parse(&create.peer)
             .map_err(|error| Refusal::new(Code::Identity, format!("peer: {error}")))?;
         let descriptor =

@@ -9,6 +9,7 @@ use std::time::Duration;
 use ike::crypto::puzzle::{MAX_DIFFICULTY, MIN_DIFFICULTY};
 use ike::engine::EngineConfig;
 use kernel::interfaces::InterfaceFilter;
+use kernel::network::PlaneChoice;
 
 use crate::config::settings::{self, SettingsError};
 use crate::config::values;
@@ -88,6 +89,8 @@ pub struct DaemonConfig {
     pub quick_crash_detection: bool,
     /// `state_dir`, ours: what survives a restart.
     pub state_dir: PathBuf,
+    /// `plane`, ours: who does ESP.
+    pub plane: PlaneChoice,
 }
 
 impl Default for DaemonConfig {
@@ -108,6 +111,7 @@ impl Default for DaemonConfig {
             file_logs: Vec::new(),
             quick_crash_detection: false,
             state_dir: PathBuf::from("/var/lib/latchkey"),
+            plane: PlaneChoice::default(),
         }
     }
 }
@@ -211,6 +215,12 @@ pub fn read_settings(root: &Section) -> Loaded {
     reader.set("signature_authentication_constraints", &mut engine.signatures.constraints_for_auth, values::boolean);
     reader.set("rsa_pss", &mut engine.signatures.rsa_pss, values::boolean);
     reader.set("latch_socket", &mut config.latch_socket, |text| Some(PathBuf::from(text)));
+    reader.set("plane", &mut config.plane, |text| match text {
+        "auto" => Some(PlaneChoice::Auto),
+        "kernel" => Some(PlaneChoice::Kernel),
+        "userspace" => Some(PlaneChoice::UserSpace),
+        _ => None,
+    });
     reader.set("install_routes", &mut config.install_routes, values::boolean);
     reader.set("routing_table", &mut config.routing_table, |text| limited(text, u32::MAX));
     reader.set("routing_table_prio", &mut config.routing_table_prio, |text| limited(text, u32::MAX));
@@ -425,6 +435,7 @@ mod tests {
             ("charon { application_version = \"a\nb\" }", "charon.application_version"),
             ("latchkeyd { quick_crash_detection = perhaps }", "latchkeyd.quick_crash_detection"),
             ("latchkeyd { state_dir = here }", "latchkeyd.state_dir"),
+            ("latchkeyd { plane = xfrm }", "latchkeyd.plane"),
         ] {
             let loaded = read(text);
             assert!(loaded.has_errors(), "{text}");

@@ -14,7 +14,7 @@ use ike::engine::{
     Job, JobId, JobOutcome, Output, Path, Route, RouteQuery, Target, Transport,
 };
 use ipsec::guard::ClassId;
-use ipsec::plane::{DataPlane, Encapsulation, Mode, PlaneError, PlaneEvent, StreamId, Trap, Usage};
+use ipsec::plane::{Carrier, DataPlane, Encapsulation, Mode, PlaneError, PlaneEvent, StreamId, Trap, Usage};
 use ipsec::selector::{Flow, TrafficSelector};
 use kernel::network::{Network, NetworkEvent};
 use latch::database::{Class, Database};
@@ -849,9 +849,9 @@ impl Core {
             .collect()
     }
 
-    fn usage(&self, child: ChildSaId) -> Option<(Usage, &'static str)> {
+    fn usage(&self, child: ChildSaId) -> Option<(Usage, Carrier)> {
         let installed = self.children.get(&child)?;
-        Some((self.plane.usage(installed.spi_in).ok()?, self.plane.name()))
+        Some((self.plane.usage(installed.spi_in).ok()?, self.plane.carrier(installed.spi_in)))
     }
 
     /// SAs that a filter means: Child SAs if it names one, IKE SAs otherwise.

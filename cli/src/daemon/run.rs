@@ -31,6 +31,9 @@ const COMMAND_QUEUE: usize = 64;
 /// Events that a slow VICI client may fall behind.
 const EVENT_QUEUE: usize = 1024;
 
+/// Why there are no latches where the kernel does ESP.
+const UNENFORCED: &str = "the kernel does ESP here and compares no packet with latches: set plane = userspace";
+
 /// How to run.
 #[derive(Clone, Debug, Default)]
 pub struct DaemonOptions {
@@ -119,7 +122,11 @@ pub async fn run(options: DaemonOptions) -> anyhow::Result<()> {
             .with_context(|| format!("making {} for the latch socket", directory.display()))?;
     }
     let latches = latch::server::serve(
-        latch::server::ServerConfig { path: config.latch_socket.clone(), device: Some(network.tun_name().to_owned()) },
+        latch::server::ServerConfig {
+            path: config.latch_socket.clone(),
+            device: Some(network.tun_name().to_owned()),
+            unenforced: network.leaves_esp_to_the_kernel().then(|| UNENFORCED.to_owned()),
+        },
         database,
     )
     .await
@@ -196,6 +203,7 @@ fn network_config(config: &DaemonConfig) -> NetworkConfig {
         route_priority: config.routing_table_prio,
         install_routes: config.install_routes,
         interfaces: config.interfaces.clone(),
+        plane: config.plane,
         ..defaults
     }
 }

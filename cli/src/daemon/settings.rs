@@ -47,6 +47,7 @@ fn for_a_restart(old: &DaemonConfig, new: &DaemonConfig) -> Vec<&'static str> {
         ("tcp_ports", old.tcp_ports != new.tcp_ports),
         ("quick_crash_detection", old.quick_crash_detection != new.quick_crash_detection),
         ("state_dir", old.state_dir != new.state_dir),
+        ("plane", old.plane != new.plane),
         ("latch_socket", old.latch_socket != new.latch_socket),
         ("install_routes", old.install_routes != new.install_routes),
         ("routing_table", old.routing_table != new.routing_table),
@@ -98,13 +99,13 @@ mod tests {
         let text = "charon {\nport = 501\nport_nat_t = 4501\ntcp_ports = 443\nlatch_socket = /x\ninstall_routes = no\n\
                     routing_table = 1\nrouting_table_prio = 2\ninterfaces_use = a\ninterfaces_ignore = b\n\
                     address_budget = 7\nkeep_alive = 5s\ncookie_threshold = 1\n\
-                    plugins {\nvici {\nsocket = unix:///x\n}\nsocket-default {\nfwmark = 3\n}\n}\n\
+                    plugins {\nvici {\nsocket = unix:///x\n}\nsocket-default {\nfwmark = 3\n}\n}\nplane = auto\n\
                     filelog {\nlog {\npath = /tmp/x\n}\n}\n}\n";
         std::fs::write(file.path(), text).unwrap();
         let before = settings.in_force.clone();
         let new = daemon::load(file.path()).unwrap();
         assert!(!new.has_errors(), "{:?}", new.reports);
-        assert_eq!(for_a_restart(&before, &new.config).len(), 12);
+        assert_eq!(for_a_restart(&before, &new.config).len(), 13);
         let after = settings.reload().unwrap();
         assert_eq!(after.engine.keep_alive, Duration::from_secs(5));
         assert_eq!(after.engine.cookie_threshold, 1);

@@ -148,7 +148,7 @@ fn find<'a>(sas: &'a [SaReport], ended: &'a VecDeque<IkeSaStatus>, id: IkeSaId) 
 fn child_of(report: &SaReport, id: ChildSaId) -> Option<Section> {
     let at = report.status.children.iter().position(|child| child.id == id)?;
     let child = report.status.children.get(at)?;
-    let usage = report.usage.get(at).copied().flatten().map(|(usage, _)| usage);
+    let usage = report.usage.get(at).copied().flatten();
     Some(report::wrapped(&report::child_name(child), report::child_sa(child, usage)))
 }
 

@@ -8,7 +8,7 @@ use ike::config::{Child, ConfiguredSelector, DpdAction, StartAction, Unique};
 use ike::crypto::names;
 use ike::engine::{Assigned, ChildSaStatus, ChildState, IkeSaStatus, IkeState, Transport};
 use ike::pool::PoolStatus;
-use ipsec::plane::{Encapsulation, Mode, Usage};
+use ipsec::plane::{Carrier, Encapsulation, Mode, Usage};
 use ipsec::selector::TrafficSelector;
 use ipsec::transform::{Encr, Integ, Ke, Prf};
 use pad::{AuthClass, Identity};
@@ -36,7 +36,7 @@ pub fn ike_sa(report: &SaReport) -> Section {
     let mut section = ike_sa_without_children(&report.status);
     let mut children = message();
     for (at, child) in report.status.children.iter().enumerate() {
-        let usage = report.usage.get(at).copied().flatten().map(|(usage, _)| usage);
+        let usage = report.usage.get(at).copied().flatten();
         children.push_section(child_name(child), child_sa(child, usage));
     }
     section.push_section("child-sas", children);
@@ -169,7 +169,7 @@ pub fn pools(pools: &[PoolStatus], with_leases: bool) -> Section {
 }
 
 /// A Child SA.
-pub fn child_sa(status: &ChildSaStatus, usage: Option<Usage>) -> Section {
+pub fn child_sa(status: &ChildSaStatus, usage: Option<(Usage, Carrier)>) -> Section {
     let mut section = message();
     section.push_value("name", status.name.as_str());
     section.push_value("uniqueid", status.id.0.to_string());
@@ -177,10 +177,15 @@ pub fn child_sa(status: &ChildSaStatus, usage: Option<Usage>) -> Section {
     section.push_value("state", child_state(status.state));
     section.push_value("mode", mode(status.mode));
     if !matches!(status.state, ChildState::Created | ChildState::Installing) {
-        push_installed(&mut section, status, usage.unwrap_or_default());
+        push_installed(&mut section, status, usage.map(|(usage, _)| usage).unwrap_or_default());
     }
     section.push_list("local-ts", status.local_ts.iter().map(selector));
     section.push_list("remote-ts", status.remote_ts.iter().map(selector));
+    // Ours, behind all that is charon's.
+    if let Some((_, Carrier { name, reason })) = usage {
+        section.push_value("plane", name);
+        section.push_value("plane-reason", reason);
+    }
     section
 }
 

@@ -376,17 +376,18 @@ async fn lists_of_any_length_come_in_pages() {
 async fn the_socket_is_for_its_group_and_replaces_only_a_dead_one() {
     let house = House::new().await;
     assert_eq!(fs::metadata(&house.path).unwrap().permissions().mode() & 0o7777, 0o660);
-    let config = ServerConfig { path: house.path.clone(), device: None };
+    let config = ServerConfig { path: house.path.clone(), device: None, unenforced: None };
     let taken = serve(config.clone(), Arc::default()).await.unwrap_err();
     assert_eq!(taken.kind(), io::ErrorKind::AddrInUse);
     let file = house.directory.path().join("file");
     fs::write(&file, "precious").unwrap();
-    let taken = serve(ServerConfig { path: file.clone(), device: None }, Arc::default()).await.unwrap_err();
+    let taken =
+        serve(ServerConfig { path: file.clone(), device: None, unenforced: None }, Arc::default()).await.unwrap_err();
     assert_eq!(taken.kind(), io::ErrorKind::AddrInUse);
     assert_eq!(fs::read(&file).unwrap(), b"precious");
     let dead = house.directory.path().join("dead");
     drop(listen(&dead).unwrap());
-    assert!(serve(ServerConfig { path: dead, device: None }, Arc::default()).await.is_ok());
+    assert!(serve(ServerConfig { path: dead, device: None, unenforced: None }, Arc::default()).await.is_ok());
 }
 
 #[tokio::test]
@@ -394,7 +395,7 @@ async fn a_device_that_is_not_there_fails_the_latch() {
     let directory = TempDir::new().unwrap();
     let path = directory.path().join("latch.sock");
     let database = Arc::new(Database::new());
-    let config = ServerConfig { path: path.clone(), device: Some("nosuchdevice0".into()) };
+    let config = ServerConfig { path: path.clone(), device: Some("nosuchdevice0".into()), unenforced: None };
     let server = serve(config, Arc::clone(&database)).await.unwrap();
     let house = House { server, database, path, directory };
     house.install(1, house.class("peer.example"));
@@ -404,12 +405,28 @@ async fn a_device_that_is_not_there_fails_the_latch() {
     assert!(house.database.list().is_empty());
 }
 
+/// RFC 5660 §2: a latch is a promise; where nobody keeps it, it is not given.
+#[tokio::test]
+async fn a_server_that_cannot_enforce_latches_gives_none() {
+    let directory = TempDir::new().unwrap();
+    let path = directory.path().join("latch.sock");
+    let database = Arc::new(Database::new());
+    let config = ServerConfig { path: path.clone(), device: None, unenforced: Some("nobody looks".into()) };
+    let server = serve(config, Arc::clone(&database)).await.unwrap();
+    let house = House { server, database, path, directory };
+    house.install(1, house.class("peer.example"));
+    let client = Client::connect(&house.path).await.unwrap();
+    let far = TcpListener::bind("127.0.0.1:0").unwrap();
+    assert_eq!(refusal(client.latch_tcp(far.local_addr().unwrap(), None, "%any").await), Code::Unenforced);
+    assert!(house.database.list().is_empty());
+}
+
 #[tokio::test]
 async fn a_latched_socket_is_bound_to_the_device() {
     let directory = TempDir::new().unwrap();
     let path = directory.path().join("latch.sock");
     let database = Arc::new(Database::new());
-    let config = ServerConfig { path: path.clone(), device: Some("lo".into()) };
+    let config = ServerConfig { path: path.clone(), device: Some("lo".into()), unenforced: None };
     let server = serve(config, Arc::clone(&database)).await.unwrap();
     let house = House { server, database, path, directory };
     house.install(1, house.class("peer.example"));
@@ -446,7 +463,7 @@ impl House {
         let directory = TempDir::new().unwrap();
         let path = directory.path().join("latch.sock");
         let database = Arc::new(Database::new());
-        let config = ServerConfig { path: path.clone(), device: None };
+        let config = ServerConfig { path: path.clone(), device: None, unenforced: None };
         let server = serve_within(config, Arc::clone(&database), limits).await.unwrap();
         Self { server, database, path, directory }
     }

@@ -1,0 +1,226 @@
+//! The socket to the kernel's IPsec databases (NETLINK_XFRM), blocking, of the network namespace in which it was opened.
+
+use std::io;
+
+use netlink_sys::protocols::NETLINK_XFRM;
+use netlink_sys::{Socket, SocketAddr};
+use rustix::io::Errno;
+use zeroize::{Zeroize as _, Zeroizing};
+
+use super::codec::{
+    self, Algorithm, Ends, Mark, Message, Policy, PolicyId, PolicyReport, State, StateId, StateReport, kind,
+};
+use crate::netlink::context;
+
+/// A connection to the SAD and SPD of one network namespace.
+pub(super) struct XfrmSocket {
+    socket: Socket,
+    sequence: u32,
+    /// Kept from answer to answer; wiped after each, since dumps of states hold keys.
+    buffer: Vec<u8>,
+    port: u32,
+}
+
+impl XfrmSocket {
+    /// Connects to the databases of the calling thread's network namespace.
+    pub(super) fn open() -> io::Result<Self> {
+        let mut socket = Socket::new(NETLINK_XFRM).map_err(|e| context(e, "open an XFRM netlink socket"))?;
+        let address = socket.bind_auto().map_err(|e| context(e, "bind an XFRM netlink socket"))?;
+        // Errors come with the kernel's own words, and without a copy of our request, which may hold keys.
+        socket.set_ext_ack(true)?;
+        socket.set_cap_ack(true)?;
+        Ok(Self { socket, sequence: 0, buffer: Vec::with_capacity(BUFFER), port: address.port_number() })
+    }
+
+    /// What the kernel's news name as asker when it was us.
+    pub(super) fn port(&self) -> u32 {
+        self.port
+    }
+
+    pub(super) fn add_state(&mut self, state: &State, algorithms: &[(Algorithm, &[u8])]) -> io::Result<()> {
+        let message = codec::put_state(REQUEST | ACK | CREATE | EXCLUSIVE, state, algorithms);
+        self.request(message, |_, _| {})
+    }
+
+    /// Removes a state; false when it was gone already.
+    pub(super) fn delete_state(&mut self, id: StateId, mark: Mark) -> io::Result<bool> {
+        found(self.request(codec::name_state(kind::DELETE_SA, REQUEST | ACK, id, mark), |_, _| {}))
+    }
+
+    /// Moves a state to other ends, with its keys, counters and window. Where it keeps its name it is away for a moment.
+    pub(super) fn move_state(&mut self, id: StateId, mark: Mark, to: &Ends) -> io::Result<()> {
+        let mut description = Zeroizing::new(Vec::new());
+        self.request(codec::name_state(kind::GET_SA, REQUEST | ACK, id, mark), |kind, payload| {
+            if kind == kind::NEW_SA {
+                *description = payload.to_vec();
+            }
+        })?;
+        let unreadable = || io::Error::new(io::ErrorKind::InvalidData, "the kernel's description is cut off");
+        let report = codec::state(&description).ok_or_else(unreadable)?;
+        let moved = |kind, flags| codec::moved_state(kind, flags, &description, to).ok_or_else(unreadable);
+        if (report.id.destination, report.source) == (to.destination, to.source)
+            && report.encapsulation.is_some() == to.ports.is_some()
+        {
+            return self.request(moved(kind::UPDATE_SA, REQUEST | ACK)?, |_, _| {});
+        }
+        let add = REQUEST | ACK | CREATE | EXCLUSIVE;
+        if report.id.destination != to.destination {
+            self.request(moved(kind::NEW_SA, add)?, |_, _| {})?;
+            self.delete_state(id, mark)?;
+            return Ok(());
+        }
+        let message = moved(kind::NEW_SA, add)?;
+        self.delete_state(id, mark)?;
+        self.request(message, |_, _| {}).inspect_err(|_| {
+            let from = Ends { source: report.source, destination: report.id.destination, ports: report.encapsulation };
+            let back = codec::moved_state(kind::NEW_SA, add, &description, &from);
+            if let Some(Err(e)) = back.map(|message| self.request(message, |_, _| {})) {
+                tracing::error!("put back the state that could not be moved: {e}");
+            }
+        })
+    }
+
+    /// One state; `None` when there is none of that name.
+    pub(super) fn state(&mut self, id: StateId, mark: Mark) -> io::Result<Option<StateReport>> {
+        let mut report = None;
+        let message = codec::name_state(kind::GET_SA, REQUEST | ACK, id, mark);
+        let asked = self.request(message, |kind, payload| {
+            if kind == kind::NEW_SA {
+                report = codec::state(payload);
+            }
+        });
+        Ok(found(asked)?.then_some(report).flatten())
+    }
+
+    /// All states.
+    pub(super) fn states(&mut self) -> io::Result<Vec<StateReport>> {
+        let mut reports = Vec::new();
+        self.request(Message::new(kind::GET_SA, REQUEST | DUMP), |kind, payload| {
+            if kind == kind::NEW_SA {
+                reports.extend(codec::state(payload));
+            }
+        })?;
+        Ok(reports)
+    }
+
+    pub(super) fn add_policy(&mut self, policy: &Policy) -> io::Result<()> {
+        self.request(codec::put_policy(kind::NEW_POLICY, REQUEST | ACK | CREATE | EXCLUSIVE, policy), |_, _| {})
+    }
+
+    /// Puts a policy in the place of the one of its name, if there is one, at once.
+    pub(super) fn set_policy(&mut self, policy: &Policy) -> io::Result<()> {
+        self.request(codec::put_policy(kind::UPDATE_POLICY, REQUEST | ACK, policy), |_, _| {})
+    }
+
+    /// Removes a policy; false when it was gone already.
+    pub(super) fn delete_policy(&mut self, id: &PolicyId) -> io::Result<bool> {
+        found(self.request(codec::name_policy(kind::DELETE_POLICY, REQUEST | ACK, id), |_, _| {}))
+    }
+
+    /// All policies but those of sockets.
+    pub(super) fn policies(&mut self) -> io::Result<Vec<PolicyReport>> {
+        let mut reports = Vec::new();
+        // Without a body: the kernel wants none, whatever the structure for a single policy.
+        self.request(Message::new(kind::GET_POLICY, REQUEST | DUMP), |kind, payload| {
+            if kind == kind::NEW_POLICY {
+                reports.extend(codec::policy(payload));
+            }
+        })?;
+        Ok(reports)
+    }
+
+    /// Sends a request and hands the answers to `each`, up to its acknowledgement or the end of its dump.
+    fn request(&mut self, message: Message, mut each: impl FnMut(u16, &[u8])) -> io::Result<()> {
+        self.sequence = self.sequence.wrapping_add(1);
+        let octets = message.finish(self.sequence);
+        self.socket.send_to(&octets, &SocketAddr::new(0, 0), 0)?;
+        loop {
+            let received = self.socket.recv_from(&mut self.buffer, 0);
+            let outcome = match received {
+                Ok((_, from)) if from.port_number() != 0 => None,
+                Ok(_) => read(&self.buffer, self.sequence, &mut each),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => None,
+                Err(e) => Some(Err(e)),
+            };
+            self.buffer.as_mut_slice().zeroize();
+            self.buffer.clear();
+            if let Some(outcome) = outcome {
+                return outcome;
+            }
+        }
+    }
+}
+
+/// Reads a datagram; `Some` when the request is answered.
+fn read(datagram: &[u8], sequence: u32, each: &mut impl FnMut(u16, &[u8])) -> Option<io::Result<()>> {
+    for received in codec::messages(datagram).filter(|received| received.sequence == sequence) {
+        match received.kind {
+            kind::DONE => return Some(Ok(())),
+            kind::ERROR => {
+                return Some(match codec::error(received.payload) {
+                    Some((0, _)) => Ok(()),
+                    Some((code, words)) => Err(refusal(code, words)),
+                    None => Err(io::Error::new(io::ErrorKind::InvalidData, "a cut-off answer of the kernel")),
+                });
+            }
+            other => each(other, received.payload),
+        }
+    }
+    None
+}
+
+/// The kernel's error, with its own words if it gave some. The number stays readable ([`errno`]).
+fn refusal(code: i32, words: Option<String>) -> io::Error {
+    let error = io::Error::from_raw_os_error(code.saturating_neg());
+    match words {
+        None => error,
+        Some(words) => io::Error::new(error.kind(), Refusal { error, words }),
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("{error}: {words}")]
+struct Refusal {
+    #[source]
+    error: io::Error,
+    words: String,
+}
+
+/// The system's error number.
+pub(super) fn errno(error: &io::Error) -> Option<Errno> {
+    let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<Refusal>());
+    let code = inner.map_or_else(|| error.raw_os_error(), |refusal| refusal.error.raw_os_error());
+    code.map(Errno::from_raw_os_error)
+}
+
+fn found(outcome: io::Result<()>) -> io::Result<bool> {
+    match outcome {
+        Ok(()) => Ok(true),
+        // ESRCH for states, ENOENT for policies.
+        Err(e) if matches!(errno(&e), Some(Errno::SRCH | Errno::NOENT)) => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
+/// The kernel's socket for news. It never waits for us: what does not fit is lost, and the next read says so.
+pub(super) fn subscribe() -> io::Result<Socket> {
+    let mut socket = Socket::new(NETLINK_XFRM).map_err(|e| context(e, "open an XFRM netlink socket"))?;
+    socket.bind(&SocketAddr::new(0, GROUPS)).map_err(|e| context(e, "subscribe to the kernel's IPsec events"))?;
+    socket.set_non_blocking(true)?;
+    // The forced variant passes by the system-wide limit and needs CAP_NET_ADMIN.
+    if rustix::net::sockopt::set_socket_recv_buffer_size_force(&socket, EVENT_BUFFER).is_err() {
+        socket.set_rx_buf_sz(EVENT_BUFFER)?;
+    }
+    Ok(socket)
+}
+
+const REQUEST: u16 = 1;
+const ACK: u16 = 4;
+const EXCLUSIVE: u16 = 0x200;
+const CREATE: u16 = 0x400;
+const DUMP: u16 = 0x300;
+/// Bits of XFRMNLGRP_ACQUIRE, _EXPIRE, _SA, _POLICY and _MAPPING.
+const GROUPS: u32 = 1 | 1 << 1 | 1 << 2 | 1 << 3 | 1 << 7;
+/// The kernel fills up to 32 KiB at once.
+const BUFFER: usize = 1 << 16;
+const EVENT_BUFFER: usize = 8 << 20;

@@ -1,0 +1,662 @@
+//! What is installed, and the kernel's databases kept like it.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use ipsec::plane::{
+    Encapsulation, EspKeys, EspSuite, Lifetime, Mode, PlaneError, PlaneEvent, SaPair, TfcPadding, Trap, Usage,
+};
+use ipsec::selector::Flow;
+use rustix::io::Errno;
+
+use super::codec::{
+    Action, Direction, Ends, Event, Mark, Policy, PolicyId, Selector, State, StateId, StateReport, Template, flag,
+};
+use super::priority::{self, Purpose};
+use super::socket::{XfrmSocket, errno};
+use super::{selectors, suite};
+
+/// The installed pairs and traps.
+pub(super) struct Tables {
+    socket: XfrmSocket,
+    /// On the ESP packets that the kernel sends, so that they pass by the table of our routes.
+    mark: u32,
+    pairs: BTreeMap<u32, Pair>,
+    /// Inbound SPIs of the pairs of a `reqid`, oldest first.
+    reqids: HashMap<u32, Vec<u32>>,
+    /// Inbound SPIs by the names of both states.
+    states: HashMap<StateId, u32>,
+    traps: BTreeMap<u32, Vec<PolicyId>>,
+    /// Who wants a policy of this name, oldest first. The kernel has what [`best`] gives.
+    policies: HashMap<PolicyId, Vec<Wish>>,
+    /// Inbound SPIs of pairs whose peer is not ready.
+    waiting: Vec<u32>,
+}
+
+/// An installed pair.
+struct Pair {
+    reqid: u32,
+    inbound: StateId,
+    outbound: StateId,
+    sending: Sending,
+    policies: Vec<PolicyId>,
+    counters: [Counter; 2],
+}
+
+/// What the outbound SA does.
+enum Sending {
+    /// It is installed.
+    Yes,
+    /// Not before the peer is ready for it.
+    Waits(Box<Outbound>),
+    /// Never again.
+    Retired,
+}
+
+/// An outbound SA that is not installed.
+struct Outbound {
+    state: State,
+    suite: EspSuite,
+    keys: EspKeys,
+}
+
+/// What was last read of a state.
+#[derive(Clone, Copy, Default)]
+struct Counter {
+    bytes: u64,
+    packets: u64,
+    changed_at: Option<Instant>,
+}
+
+/// Somebody's wish for a policy.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Wish {
+    owner: Owner,
+    policy: Policy,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Owner {
+    Pair(u32),
+    Trap(u32),
+}
+
+/// The wish that the kernel carries out: the first by priority, of equal ones the newest.
+fn best(wishes: &[Wish]) -> Option<&Policy> {
+    wishes.iter().rev().map(|wish| &wish.policy).min_by_key(|policy| policy.priority)
+}
+
+impl Tables {
+    pub(super) fn new(socket: XfrmSocket, mark: u32) -> Self {
+        Self {
+            socket,
+            mark,
+            pairs: BTreeMap::new(),
+            reqids: HashMap::new(),
+            states: HashMap::new(),
+            traps: BTreeMap::new(),
+            policies: HashMap::new(),
+            waiting: Vec::new(),
+        }
+    }
+
+    /// Removes states and policies that are ours and in no table; says how many.
+    pub(super) fn remove_leftovers(&mut self) -> io::Result<(usize, usize)> {
+        let policies = self.socket.policies()?;
+        let mut removed = (0, 0);
+        for policy in policies.iter().filter(|policy| policy.ours && !self.policies.contains_key(&policy.id)) {
+            removed.1 += usize::from(self.socket.delete_policy(&policy.id)?);
+        }
+        let states = self.socket.states()?;
+        for state in states.iter().filter(|state| state.ours && !self.states.contains_key(&state.id)) {
+            removed.0 += usize::from(self.socket.delete_state(state.id, state.mark)?);
+        }
+        Ok(removed)
+    }
+
+    /// Installs states and policies of a pair, or nothing.
+    pub(super) fn install(&mut self, pair: SaPair) -> Result<(), PlaneError> {
+        let spi_in = pair.spi_in;
+        if self.pairs.contains_key(&spi_in) {
+            return Err(PlaneError::SpiInUse(spi_in));
+        }
+        let selectors = selectors::outbound(&pair.local_ts, &pair.remote_ts)?;
+        let ends = ends(&pair.encapsulation)?;
+        let hull = hull(pair.mode, &selectors)?;
+        let (incoming, outgoing) = (inbound(&pair, &ends, hull), outbound(&pair, &ends, hull, self.mark));
+        let policies = policies(&pair, &ends, &selectors);
+
+        self.add_state(&incoming, &pair.suite, &pair.keys_in)?;
+        let mut installed = Pair {
+            reqid: pair.reqid,
+            inbound: incoming.id,
+            outbound: outgoing.id,
+            sending: Sending::Retired,
+            policies: policies.iter().map(|policy| policy.id).collect(),
+            counters: Default::default(),
+        };
+        let has_predecessor = self.reqids.get(&pair.reqid).is_some_and(|pairs| {
+            pairs
+                .iter()
+                .any(|spi| !matches!(self.pairs.get(spi).map(|pair| &pair.sending), None | Some(Sending::Retired)))
+        });
+        let outcome = if pair.await_peer && has_predecessor {
+            installed.sending =
+                Sending::Waits(Box::new(Outbound { state: outgoing, suite: pair.suite, keys: pair.keys_out }));
+            Ok(())
+        } else {
+            installed.sending = Sending::Yes;
+            self.add_state(&outgoing, &pair.suite, &pair.keys_out)
+        };
+        let wanted = outcome.and_then(|()| self.wish(Owner::Pair(spi_in), &policies));
+        if let Err(e) = wanted {
+            if matches!(installed.sending, Sending::Yes) {
+                self.remove_state(installed.outbound);
+            }
+            self.remove_state(installed.inbound);
+            return Err(e);
+        }
+        if matches!(installed.sending, Sending::Waits(_)) {
+            self.waiting.push(spi_in);
+        }
+        self.states.insert(installed.inbound, spi_in);
+        self.states.insert(installed.outbound, spi_in);
+        self.reqids.entry(pair.reqid).or_default().push(spi_in);
+        self.pairs.insert(spi_in, installed);
+        Ok(())
+    }
+
+    /// Installs a state and makes sure that the kernel understood it as it was meant.
+    fn add_state(&mut self, state: &State, suite: &EspSuite, keys: &EspKeys) -> Result<(), PlaneError> {
+        let algorithms = suite::algorithms(suite, keys)?;
+        let name = describe(state.id);
+        self.socket.add_state(state, &algorithms).map_err(|e| match errno(&e) {
+            Some(Errno::EXIST) => PlaneError::SpiInUse(state.id.spi),
+            Some(Errno::NOSYS | Errno::PROTONOSUPPORT) => PlaneError::Unsupported {
+                plane: super::NAME,
+                what: format!(
+                    "{} ({e})",
+                    algorithms.iter().map(|(algorithm, _)| algorithm.name).collect::<Vec<_>>().join(" with ")
+                ),
+            },
+            _ => system(format!("install the state of {name}"), e),
+        })?;
+        let read_back = self.socket.state(state.id, state.mark);
+        let complaint = match &read_back {
+            Ok(Some(report)) => difference(state, report),
+            Ok(None) => Some("it is gone".to_owned()),
+            Err(e) => Some(e.to_string()),
+        };
+        match complaint {
+            None => Ok(()),
+            Some(complaint) => {
+                self.remove_state(state.id);
+                let e = io::Error::new(io::ErrorKind::InvalidData, complaint);
+                Err(system(format!("read the state of {name} back"), e))
+            }
+        }
+    }
+
+    fn remove_state(&mut self, id: StateId) {
+        if let Err(e) = self.socket.delete_state(id, Mark::default()) {
+            tracing::error!("remove the state of {}: {e}", describe(id));
+        }
+    }
+
+    /// Adds the wishes of an owner, all of them or on error none.
+    fn wish(&mut self, owner: Owner, policies: &[Policy]) -> Result<(), PlaneError> {
+        for (done, policy) in policies.iter().enumerate() {
+            if let Err(e) = self.wish_one(Wish { owner, policy: *policy }) {
+                for policy in policies.iter().take(done) {
+                    self.forget(owner, &policy.id);
+                }
+                let Selector { source, destination, .. } = policy.id.selector;
+                let name = format!("{}/{} to {}/{}", source.0, source.1, destination.0, destination.1);
+                return Err(system(format!("install the {:?} policy from {name}", policy.id.direction), e));
+            }
+        }
+        Ok(())
+    }
+
+    fn wish_one(&mut self, wish: Wish) -> io::Result<()> {
+        let wishes = self.policies.entry(wish.policy.id).or_default();
+        let before = best(wishes).copied();
+        wishes.push(wish);
+        let after = best(wishes).copied();
+        let outcome = match (before, after) {
+            (None, Some(policy)) => self.socket.add_policy(&policy),
+            (Some(before), Some(after)) if before != after => self.socket.set_policy(&after),
+            _ => Ok(()),
+        };
+        if outcome.is_err() {
+            wishes.pop();
+            if wishes.is_empty() {
+                self.policies.remove(&wish.policy.id);
+            }
+        }
+        outcome
+    }
+
+    /// Withdraws the wish of an owner: the next best comes into force, or the policy goes.
+    fn forget(&mut self, owner: Owner, id: &PolicyId) {
+        let Some(wishes) = self.policies.get_mut(id) else { return };
+        let before = best(wishes).copied();
+        wishes.retain(|wish| wish.owner != owner);
+        let outcome = match best(wishes).copied() {
+            None => {
+                self.policies.remove(id);
+                self.socket.delete_policy(id).map(|_| ())
+            }
+            after if after == before => Ok(()),
+            Some(after) => self.socket.set_policy(&after),
+        };
+        if let Err(e) = outcome {
+            tracing::error!("change or remove a policy: {e}");
+        }
+    }
+
+    /// Moves the states of a pair to other ends, and then its policies. What fails half-way stays half moved: nothing comes
+    /// through, and the key manager hears of it.
+    pub(super) fn migrate(&mut self, spi_in: u32, to: &Encapsulation) -> Result<(), PlaneError> {
+        let to = ends(to)?;
+        let pair = self.pairs.get_mut(&spi_in).ok_or(PlaneError::NoSuchSa(spi_in))?;
+        let (inbound, outbound) = (pair.inbound, pair.outbound);
+        let sends = match &mut pair.sending {
+            Sending::Yes => true,
+            Sending::Waits(waiting) => {
+                waiting.state.id.destination = to.destination;
+                (waiting.state.source, waiting.state.encapsulation) = (to.source, to.ports);
+                false
+            }
+            Sending::Retired => false,
+        };
+        pair.inbound.destination = to.source;
+        pair.outbound.destination = to.destination;
+        let policies = pair.policies.clone();
+        self.states.remove(&inbound);
+        self.states.remove(&outbound);
+        self.states.insert(pair.inbound, spi_in);
+        self.states.insert(pair.outbound, spi_in);
+        let received = self.socket.move_state(inbound, Mark::default(), &to.reversed());
+        let sent = if sends { self.socket.move_state(outbound, Mark::default(), &to) } else { Ok(()) };
+        let led = policies.iter().try_for_each(|id| self.lead(Owner::Pair(spi_in), id, &to));
+        let moved = received.and(sent).and(led);
+        moved.map_err(|e| system(format!("move {} to {}", describe(inbound), to.destination), e))
+    }
+
+    /// Points a policy at other ends, if it names any.
+    fn lead(&mut self, owner: Owner, id: &PolicyId, to: &Ends) -> io::Result<()> {
+        let Some(wishes) = self.policies.get_mut(id) else { return Ok(()) };
+        let before = best(wishes).copied();
+        for wish in wishes.iter_mut().filter(|wish| wish.owner == owner) {
+            let Action::Protect(template) = &mut wish.policy.action;
+            if template.mode == Mode::Tunnel {
+                let ends = if id.direction == Direction::Out { *to } else { to.reversed() };
+                (template.source, template.destination) = (ends.source, ends.destination);
+            }
+        }
+        match best(wishes).copied() {
+            Some(after) if before != Some(after) => self.socket.set_policy(&after),
+            _ => Ok(()),
+        }
+    }
+
+    /// Stops sending under a pair; receiving goes on.
+    pub(super) fn retire(&mut self, spi_in: u32) -> Result<(), PlaneError> {
+        let pair = self.pairs.get(&spi_in).ok_or(PlaneError::NoSuchSa(spi_in))?;
+        let (reqid, outbound) = (pair.reqid, pair.outbound);
+        self.release_waiting(reqid, spi_in);
+        let _ = self.read(spi_in, Direction::Out);
+        let pair = self.pairs.get_mut(&spi_in).ok_or(PlaneError::NoSuchSa(spi_in))?;
+        if matches!(std::mem::replace(&mut pair.sending, Sending::Retired), Sending::Yes) {
+            self.remove_state(outbound);
+        }
+        self.waiting.retain(|waiting| *waiting != spi_in);
+        Ok(())
+    }
+
+    /// Removes a pair; the policies that nobody else wants go with it.
+    pub(super) fn delete(&mut self, spi_in: u32) -> Result<(), PlaneError> {
+        let reqid = self.pairs.get(&spi_in).ok_or(PlaneError::NoSuchSa(spi_in))?.reqid;
+        self.release_waiting(reqid, spi_in);
+        let Some(pair) = self.pairs.remove(&spi_in) else { return Ok(()) };
+        self.waiting.retain(|waiting| *waiting != spi_in);
+        self.states.remove(&pair.inbound);
+        self.states.remove(&pair.outbound);
+        if let Some(pairs) = self.reqids.get_mut(&reqid) {
+            pairs.retain(|other| *other != spi_in);
+            if pairs.is_empty() {
+                self.reqids.remove(&reqid);
+            }
+        }
+        if matches!(pair.sending, Sending::Yes) {
+            self.remove_state(pair.outbound);
+        }
+        self.remove_state(pair.inbound);
+        // The policies last: what they select is dropped rather than sent in clear.
+        for id in &pair.policies {
+            self.forget(Owner::Pair(spi_in), id);
+        }
+        Ok(())
+    }
+
+    /// The pairs of a `reqid` that wait need wait no longer: `leaving` is not there to send in their place.
+    fn release_waiting(&mut self, reqid: u32, leaving: u32) {
+        let successors: Vec<u32> =
+            self.reqids.get(&reqid).into_iter().flatten().copied().filter(|spi| *spi != leaving).collect();
+        for spi in successors {
+            self.send_under(spi);
+        }
+    }
+
+    /// Installs the outbound SA of a pair that waits.
+    fn send_under(&mut self, spi_in: u32) {
+        let Some(pair) = self.pairs.get_mut(&spi_in) else { return };
+        if !matches!(pair.sending, Sending::Waits(_)) {
+            return;
+        }
+        let Sending::Waits(outbound) = std::mem::replace(&mut pair.sending, Sending::Yes) else { return };
+        self.waiting.retain(|waiting| *waiting != spi_in);
+        if let Err(error) = self.add_state(&outbound.state, &outbound.suite, &outbound.keys) {
+            tracing::error!(%error, "the outbound SA of a successor could not be installed");
+            if let Some(pair) = self.pairs.get_mut(&spi_in) {
+                pair.sending = Sending::Retired;
+            }
+        }
+    }
+
+    /// True while some peer's first packet is waited for.
+    pub(super) fn is_waiting(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
+    /// Looks whether peers that are waited for have sent something.
+    pub(super) fn look_after_waiting(&mut self) {
+        for spi_in in self.waiting.clone() {
+            if self.read(spi_in, Direction::In).is_ok_and(|counter| counter.packets > 0) {
+                self.send_under(spi_in);
+            }
+        }
+    }
+
+    pub(super) fn install_trap(&mut self, trap: &Trap) -> Result<(), PlaneError> {
+        if self.traps.contains_key(&trap.reqid) {
+            return Err(PlaneError::TrapInUse(trap.reqid));
+        }
+        let policies: Vec<Policy> = selectors::outbound(&trap.local_ts, &trap.remote_ts)?
+            .into_iter()
+            .map(|selector| {
+                // Where an SA will end is not known yet.
+                let nowhere = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+                let template =
+                    Template { reqid: trap.reqid, mode: Mode::Tunnel, source: nowhere, destination: nowhere };
+                policy(Direction::Out, selector, Purpose::Trap, template)
+            })
+            .collect();
+        self.wish(Owner::Trap(trap.reqid), &policies)?;
+        self.traps.insert(trap.reqid, policies.iter().map(|policy| policy.id).collect());
+        Ok(())
+    }
+
+    pub(super) fn remove_trap(&mut self, reqid: u32) -> Result<(), PlaneError> {
+        let policies = self.traps.remove(&reqid).ok_or(PlaneError::NoSuchTrap(reqid))?;
+        for id in &policies {
+            self.forget(Owner::Trap(reqid), id);
+        }
+        Ok(())
+    }
+
+    /// Counters of a pair.
+    pub(super) fn usage(&mut self, spi_in: u32) -> Result<Usage, PlaneError> {
+        let now = Instant::now();
+        let (received, sent) = (self.read(spi_in, Direction::In)?, self.read(spi_in, Direction::Out)?);
+        let idle = |counter: &Counter| counter.changed_at.map(|at| now.saturating_duration_since(at));
+        Ok(Usage {
+            bytes_in: received.bytes,
+            packets_in: received.packets,
+            idle_in: idle(&received),
+            bytes_out: sent.bytes,
+            packets_out: sent.packets,
+            idle_out: idle(&sent),
+        })
+    }
+
+    /// Reads the counters of one state; those of a state that is gone stay as they were.
+    fn read(&mut self, spi_in: u32, direction: Direction) -> Result<Counter, PlaneError> {
+        let pair = self.pairs.get_mut(&spi_in).ok_or(PlaneError::NoSuchSa(spi_in))?;
+        let [received, sent] = &mut pair.counters;
+        let (id, counter, installed) = match direction {
+            Direction::Out => (pair.outbound, sent, matches!(pair.sending, Sending::Yes)),
+            Direction::In | Direction::Forward => (pair.inbound, received, true),
+        };
+        if installed {
+            let report = self.socket.state(id, Mark::default());
+            let report = report.map_err(|e| system(format!("read the counters of {}", describe(id)), e))?;
+            if let Some(report) = report {
+                if report.packets != counter.packets {
+                    counter.changed_at = Some(last_used(&report));
+                }
+                (counter.bytes, counter.packets) = (report.bytes, report.packets);
+            }
+        }
+        Ok(*counter)
+    }
+
+    /// What the kernel says, in the daemon's words.
+    pub(super) fn translate(&self, event: &Event) -> Option<PlaneEvent> {
+        match event {
+            Event::Acquire { reqid, packet } => {
+                // An SA's policy without an SA is the key manager's business already.
+                self.traps.contains_key(reqid).then(|| PlaneEvent::Acquire { reqid: *reqid, flow: flow(packet) })
+            }
+            Event::Expire { id, hard } => {
+                self.states.get(id).map(|spi_in| PlaneEvent::Expire { spi_in: *spi_in, hard: *hard })
+            }
+            Event::Mapping { id, remote } => {
+                self.states.get(id).map(|spi_in| PlaneEvent::MappingChanged { spi_in: *spi_in, remote: *remote })
+            }
+            Event::StateRemoved(_) | Event::StatesFlushed | Event::PoliciesChanged => None,
+        }
+    }
+
+    /// Removes all that is installed.
+    pub(super) fn clear(&mut self) -> io::Result<()> {
+        let mut outcome = Ok(());
+        for (_, pair) in std::mem::take(&mut self.pairs) {
+            if matches!(pair.sending, Sending::Yes) {
+                outcome = outcome.and(self.socket.delete_state(pair.outbound, Mark::default()).map(|_| ()));
+            }
+            outcome = outcome.and(self.socket.delete_state(pair.inbound, Mark::default()).map(|_| ()));
+        }
+        for (id, _) in std::mem::take(&mut self.policies) {
+            outcome = outcome.and(self.socket.delete_policy(&id).map(|_| ()));
+        }
+        self.reqids.clear();
+        self.states.clear();
+        self.traps.clear();
+        self.waiting.clear();
+        outcome
+    }
+}
+
+/// Between which ends the packets travel that we send.
+fn ends(encapsulation: &Encapsulation) -> Result<Ends, PlaneError> {
+    match *encapsulation {
+        Encapsulation::None { local, remote } => Ok(Ends { source: local, destination: remote, ports: None }),
+        Encapsulation::Udp { local, remote } => {
+            Ok(Ends { source: local.ip(), destination: remote.ip(), ports: Some((local.port(), remote.port())) })
+        }
+        Encapsulation::Stream { .. } => {
+            Err(PlaneError::Unsupported { plane: super::NAME, what: "ESP in TCP streams".to_owned() })
+        }
+    }
+}
+
+fn inbound(pair: &SaPair, ends: &Ends, selector: Option<Selector>) -> State {
+    State {
+        id: StateId { destination: ends.source, spi: pair.spi_in },
+        source: ends.destination,
+        selector: selector.map(Selector::reversed),
+        replay_window: pair.replay_window,
+        encapsulation: ends.reversed().ports,
+        tfc_padding: 0,
+        set_mark: Mark::default(),
+        ..outbound(pair, ends, selector, 0)
+    }
+}
+
+fn outbound(pair: &SaPair, ends: &Ends, selector: Option<Selector>, mark: u32) -> State {
+    let mut flags = if selector.is_none() { flag::ANY_FAMILY } else { 0 };
+    if !pair.copy_df {
+        flags |= flag::NO_PMTU_DISCOVERY;
+    }
+    if !pair.copy_ecn {
+        flags |= flag::NO_ECN;
+    }
+    let mut lifetime = pair.lifetime;
+    if !pair.suite.esn {
+        // Sequence numbers must not come round (RFC 4303 §3.3.3).
+        let least = |limit: Option<u64>, most| Some(limit.map_or(most, |limit: u64| limit.min(most)));
+        lifetime.soft_packets = least(lifetime.soft_packets, LAST_SEQUENCE_NUMBERS);
+        lifetime.hard_packets = least(lifetime.hard_packets, u32::MAX.into());
+    }
+    State {
+        id: StateId { destination: ends.destination, spi: pair.spi_out },
+        source: ends.source,
+        reqid: pair.reqid,
+        mode: pair.mode,
+        selector,
+        lifetime,
+        // With 64-bit sequence numbers the kernel wants a window even for what it sends.
+        replay_window: u32::from(pair.suite.esn),
+        esn: pair.suite.esn,
+        encapsulation: ends.ports,
+        flags,
+        tfc_padding: match pair.tfc {
+            TfcPadding::None => 0,
+            TfcPadding::Mtu => u32::MAX,
+            TfcPadding::To(length) => length.into(),
+        },
+        set_mark: Mark { value: mark, mask: if mark == 0 { 0 } else { u32::MAX } },
+        mark: Mark::default(),
+        if_id: 0,
+    }
+}
+
+/// What an SA in transport mode may carry, whichever policy leads to it: nobody else's packets by way of a peer's SA.
+/// In tunnel mode the policies see to that.
+fn hull(mode: Mode, selectors: &[Selector]) -> Result<Option<Selector>, PlaneError> {
+    if mode == Mode::Tunnel {
+        return Ok(None);
+    }
+    let mut all = selectors.iter().copied();
+    let Some(mut hull) = all.next() else { return Ok(None) };
+    for selector in all {
+        if (selector.source, selector.destination) != (hull.source, hull.destination) {
+            let what = "transport mode between several addresses with one Child SA".to_owned();
+            return Err(PlaneError::Unsupported { plane: super::NAME, what });
+        }
+        if selector.protocol != hull.protocol {
+            hull.protocol = 0;
+        }
+        hull.source_port = Default::default();
+        hull.destination_port = Default::default();
+    }
+    Ok(Some(hull))
+}
+
+fn policies(pair: &SaPair, ends: &Ends, selectors: &[Selector]) -> Vec<Policy> {
+    let (to_peer, to_us) = (template(pair, ends), template(pair, &ends.reversed()));
+    let mut policies = Vec::new();
+    for selector in selectors {
+        // Inbound first: nothing that the peer may send already is dropped.
+        policies.push(policy(Direction::In, selector.reversed(), Purpose::Sa, to_us));
+        if pair.mode == Mode::Tunnel {
+            policies.push(policy(Direction::Forward, selector.reversed(), Purpose::Sa, to_us));
+        }
+        policies.push(policy(Direction::Out, *selector, Purpose::Sa, to_peer));
+    }
+    policies
+}
+
+fn template(pair: &SaPair, ends: &Ends) -> Template {
+    let nowhere = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+    let (source, destination) = match pair.mode {
+        Mode::Tunnel => (ends.source, ends.destination),
+        // The kernel takes the packet's own.
+        Mode::Transport => (nowhere, nowhere),
+    };
+    Template { reqid: pair.reqid, mode: pair.mode, source, destination }
+}
+
+fn policy(direction: Direction, selector: Selector, purpose: Purpose, template: Template) -> Policy {
+    let id = PolicyId { direction, selector, mark: Mark::default(), if_id: 0 };
+    Policy { id, priority: priority::of(&selector, purpose), action: Action::Protect(template) }
+}
+
+/// What the kernel understood otherwise than it was meant.
+fn difference(meant: &State, report: &StateReport) -> Option<String> {
+    let window = if meant.esn || meant.replay_window > 32 { meant.replay_window } else { meant.replay_window.min(32) };
+    let esn = report.flags & flag::ESN != 0;
+    if esn != meant.esn {
+        return Some(format!("64-bit sequence numbers are {esn}"));
+    }
+    if report.replay_window != window {
+        return Some(format!("the replay window is {} instead of {window}", report.replay_window));
+    }
+    if (report.source, report.reqid) != (meant.source, meant.reqid) {
+        return Some(format!("it is from {} with reqid {}", report.source, report.reqid));
+    }
+    if report.encapsulation != meant.encapsulation {
+        return Some(format!("its UDP ports are {:?}", report.encapsulation));
+    }
+    if !report.ours || meant.selector.is_some() && report.selector != meant.selector {
+        return Some(format!("its selector is {:?}", report.selector));
+    }
+    let limits = |lifetime: &Lifetime| (lifetime.hard_bytes, lifetime.hard_packets);
+    if limits(&report.lifetime) != limits(&meant.lifetime) {
+        return Some("its limits are others".to_owned());
+    }
+    None
+}
+
+/// The packet of an acquire, which is outbound.
+fn flow(packet: &Selector) -> Flow {
+    let (mut local_port, mut remote_port) = (packet.source_port.port, packet.destination_port.port);
+    if matches!(packet.protocol, ICMP | ICMPV6) {
+        // Type and code (RFC 4301 §4.4.1.1).
+        let [_, kind] = local_port.to_be_bytes();
+        let [_, code] = remote_port.to_be_bytes();
+        local_port = u16::from_be_bytes([kind, code]);
+        remote_port = local_port;
+    } else if local_port == 0 {
+        // A socket that is about to connect and has no port yet: it is for any.
+        remote_port = 0;
+    }
+    Flow { protocol: packet.protocol, local: packet.source.0, local_port, remote: packet.destination.0, remote_port }
+}
+
+/// When the last packet was, by the kernel's clock if it says so, else now.
+fn last_used(report: &StateReport) -> Instant {
+    let now = Instant::now();
+    let since = report.last_used.and_then(|seconds| {
+        let used = UNIX_EPOCH.checked_add(Duration::from_secs(seconds))?;
+        SystemTime::now().duration_since(used).ok()
+    });
+    since.and_then(|since| now.checked_sub(since)).unwrap_or(now)
+}
+
+fn describe(id: StateId) -> String {
+    format!("SA {:08x} to {}", id.spi, id.destination)
+}
+
+fn system(action: String, source: io::Error) -> PlaneError {
+    PlaneError::System { action, source }
+}
+
+const ICMP: u8 = 1;
+const ICMPV6: u8 = 58;
+/// From here on a successor is due.
+const LAST_SEQUENCE_NUMBERS: u64 = 0xf000_0000;
