@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -20,11 +20,13 @@ use tracing::{debug, trace, warn};
 
 use crate::codec::{Deframer, frame_ike};
 use reader::Reader;
+use standing::Standing;
 use strangers::{StrangerSlot, Strangers};
 use writer::Writer;
 
 mod reader;
 mod socket;
+mod standing;
 mod strangers;
 mod writer;
 
@@ -49,6 +51,8 @@ pub struct StreamLimits {
     pub write: Duration,
     /// [`Complaint`]s in a row that close a stream, those apart that close it at once.
     pub max_complaints: u32,
+    /// For how long they must have been coming, on a stream that the daemon vouched for.
+    pub complaint_grace: Duration,
 }
 
 impl Default for StreamLimits {
@@ -63,6 +67,7 @@ impl Default for StreamLimits {
             connect: Duration::from_secs(10),
             write: Duration::from_secs(30),
             max_complaints: 16,
+            complaint_grace: Duration::from_secs(2),
         }
     }
 }
@@ -107,7 +112,18 @@ pub enum StreamEvent {
 
 /// Called on the reader's task for the ESP packets of one read, in order: (stream, local, remote, packets). Never
 /// before the stream's `Opened` was queued nor after its `Closed`; what takes long in it holds up that stream.
-pub type EspHandler = Arc<dyn Fn(u64, SocketAddr, SocketAddr, &mut [BytesMut]) + Send + Sync>;
+pub type EspHandler = Arc<dyn Fn(u64, SocketAddr, SocketAddr, &mut [BytesMut]) -> EspWorth + Send + Sync>;
+
+/// What the ESP packets of one read were worth (RFC 9329 §6.1).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct EspWorth {
+    /// One at least was authentic.
+    pub authentic: bool,
+    /// So many at the end were no ESP packets, or of SAs that are not known.
+    pub unknown: u32,
+    /// The check of one of a known SA failed: closes the stream.
+    pub forged: bool,
+}
 
 /// What the daemon found wrong with a message from a stream (RFC 9329 §6.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -189,24 +205,22 @@ impl Streams {
     pub fn vouch(&self, stream: u64) {
         let mut table = self.inner.table();
         if let Some(entry) = table.streams.get_mut(&stream) {
-            entry.complaints = 0;
-            entry.vouched.store(true, Ordering::Relaxed);
+            entry.standing.vouch();
             entry.stranger = None;
         }
     }
 
     /// A message from it was bad. Too many in a row close the stream, or one that is not authentic (RFC 9329 §6.1).
     pub fn complain(&self, stream: u64, complaint: Complaint) {
-        let mut table = self.inner.table();
-        let Some(entry) = table.streams.get_mut(&stream) else { return };
+        let table = self.inner.table();
+        let Some(entry) = table.streams.get(&stream) else { return };
         let reason = match complaint {
-            Complaint::Unauthentic => "a message failed its integrity check",
+            Complaint::Unauthentic => UNAUTHENTIC,
             Complaint::Unparsable | Complaint::UnknownSpi => {
-                entry.complaints = entry.complaints.saturating_add(1);
-                if entry.complaints < self.inner.limits.max_complaints {
+                if !entry.standing.complain(1, &self.inner.limits) {
                     return;
                 }
-                "too many messages that mean nothing here"
+                MEANINGLESS
             }
         };
         entry.leave_open(Phase::Killed(reason));
@@ -261,6 +275,9 @@ const EVENTS: usize = 1024;
 const FIRST_ACCEPTED: u64 = 1 << 63;
 /// Shortest and longest pause after the system refused to accept, as when descriptors run out.
 const ACCEPT_PAUSE: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
+/// Reasons to close for what came in.
+const UNAUTHENTIC: &str = "a message failed its integrity check";
+const MEANINGLESS: &str = "too many messages that mean nothing here";
 /// Time that a stream keeps for its first message when the daemon was slow to take its `Opened`.
 const GRACE: Duration = Duration::from_secs(1);
 
@@ -286,8 +303,7 @@ struct Table {
 struct Entry {
     ike: mpsc::Sender<Bytes>,
     phase: watch::Sender<Phase>,
-    vouched: Arc<AtomicBool>,
-    complaints: u32,
+    standing: Arc<Standing>,
     stranger: Option<StrangerSlot>,
 }
 
@@ -317,7 +333,7 @@ enum Phase {
 struct Ends {
     ike: mpsc::Receiver<Bytes>,
     phase: watch::Receiver<Phase>,
-    vouched: Arc<AtomicBool>,
+    standing: Arc<Standing>,
 }
 
 /// A stream that is ready to carry messages.
@@ -350,14 +366,14 @@ impl Inner {
     fn register(&self, number: u64, stranger: Option<StrangerSlot>) -> Option<Ends> {
         let (ike_sender, ike) = mpsc::channel(self.limits.queue.max(1));
         let (phase_sender, phase) = watch::channel(Phase::Open);
-        let vouched = Arc::new(AtomicBool::new(false));
+        let standing = Arc::new(Standing::default());
         let mut table = self.table();
         if table.shut || table.streams.contains_key(&number) {
             return None;
         }
-        let entry = Entry { ike: ike_sender, phase: phase_sender, vouched: vouched.clone(), complaints: 0, stranger };
+        let entry = Entry { ike: ike_sender, phase: phase_sender, standing: standing.clone(), stranger };
         table.streams.insert(number, entry);
-        Some(Ends { ike, phase, vouched })
+        Some(Ends { ike, phase, standing })
     }
 
     /// Takes a new connection in, or drops it when there are too many strangers.
@@ -454,7 +470,7 @@ impl Inner {
             esp: self.esp.clone(),
             events: self.events.clone(),
             phase: ends.phase.clone(),
-            vouched: ends.vouched,
+            standing: ends.standing,
             accepted,
         };
         let writer = Writer {

@@ -464,12 +464,8 @@ impl DataPath {
             self.report_unknown_spi(now, header.spi, &from);
             return Err(DropReason::UnknownSpi);
         };
-        // RFC 9329 §5: the SPI is ours, but not over this transport. Not reported: the SA is alive. With and without UDP
-        // is one transport: RFC 7296 §2.23 has us receive both at any time.
-        let over_stream = |encapsulation: &Encapsulation| matches!(encapsulation, Encapsulation::Stream { .. });
-        if over_stream(&entry.encapsulation) != over_stream(&from) {
-            return Err(DropReason::UnknownSpi);
-        }
+        // Over whatever it comes: RFC 7296 §2.23 has us receive with and without UDP at any time, and a peer that moves
+        // between UDP and a stream sends over the one while we still use the other (RFC 9329 §5, §7.1).
         let sa = &*entry.sa;
         if sa.is_dead() {
             return Err(DropReason::Expired);
@@ -483,21 +479,15 @@ impl DataPath {
         {
             let mut receiver = sa.receiver();
             let freshness = receiver.window.accept(sequence).map_err(|_| DropReason::Replay)?;
-            // An overtaken packet may show an older mapping.
-            if let (
-                Encapsulation::Udp { remote: configured, .. },
-                Encapsulation::Udp { remote, .. },
-                Freshness::Newest,
-            ) = (&entry.encapsulation, &from, freshness)
-            {
-                let seen = (configured != remote).then_some(*remote);
+            // An overtaken packet may show an older mapping, or come from a stream that another has replaced.
+            if freshness == Freshness::Newest
+                && let Some((seen, change)) = change_of_path(sa.spi_in, &entry.encapsulation, &from)
                 // What is not reported now is not remembered either, so that a later packet reports it.
-                if seen != receiver.seen_from
-                    && (seen.is_none() || receiver.may_report(self.tick(now), MAPPING_CHANGES_PER_SECOND))
-                {
-                    receiver.seen_from = seen;
-                    *event = seen.map(|remote| PlaneEvent::MappingChanged { spi_in: sa.spi_in, remote });
-                }
+                && seen != receiver.seen_from
+                && (seen.is_none() || receiver.may_report(self.tick(now), MAPPING_CHANGES_PER_SECOND))
+            {
+                receiver.seen_from = seen;
+                *event = change;
             }
         }
         // The peer uses it, so it is ready to be sent to (RFC 7296 §2.8).
@@ -651,6 +641,26 @@ impl DataPath {
     fn tick(&self, now: Instant) -> u64 {
         let first = self.first_now.get_or_init(|| now);
         u64::try_from(now.saturating_duration_since(*first).as_millis()).unwrap_or(u64::MAX).saturating_add(1)
+    }
+}
+
+/// The other source that an authentic packet shows, if it is one, and what is to be reported of it; `None` where the path
+/// says nothing about the peer.
+fn change_of_path(
+    spi_in: u32,
+    configured: &Encapsulation,
+    from: &Encapsulation,
+) -> Option<(Option<SocketAddr>, Option<PlaneEvent>)> {
+    match (configured, from) {
+        (Encapsulation::Udp { remote: configured, .. }, Encapsulation::Udp { remote, .. }) => {
+            let seen = (configured != remote).then_some(*remote);
+            Some((seen, seen.map(|remote| PlaneEvent::MappingChanged { spi_in, remote })))
+        }
+        (Encapsulation::Stream { stream: configured, .. }, &Encapsulation::Stream { stream, local, remote }) => {
+            let seen = (*configured != stream).then_some(remote);
+            Some((seen, seen.map(|remote| PlaneEvent::StreamChanged { spi_in, stream, local, remote })))
+        }
+        (Encapsulation::None { .. } | Encapsulation::Udp { .. } | Encapsulation::Stream { .. }, _) => None,
     }
 }
 

@@ -218,6 +218,18 @@ pub enum PlaneEvent {
         /// Where packets now come from.
         remote: SocketAddr,
     },
+    /// The newest authenticated packet of a pair came over another stream than the one that it is sent over (RFC 9329
+    /// §6.1).
+    StreamChanged {
+        /// Inbound SPI of the pair.
+        spi_in: u32,
+        /// The stream.
+        stream: StreamId,
+        /// Our end of it.
+        local: SocketAddr,
+        /// The peer's end of it.
+        remote: SocketAddr,
+    },
     /// ESP with an SPI that we do not know (RFC 4301 §4.4.2, RFC 7296 §1.5); rate-limited.
     UnknownSpi {
         /// The SPI.

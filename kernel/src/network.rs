@@ -115,6 +115,34 @@ pub enum NetworkEvent {
     Roamed,
 }
 
+/// What a batch of ESP packets from a stream says of the stream (RFC 9329 §6.1).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StreamWorth {
+    /// One at least was authentic.
+    pub authentic: bool,
+    /// So many at the end were no ESP packets, or of SAs that are not known.
+    pub unknown: u32,
+    /// The check of one of a known SA failed.
+    pub forged: bool,
+}
+
+impl StreamWorth {
+    fn note(&mut self, opened: Result<(), DropReason>) {
+        match opened {
+            // Dropped for what is inside, which nobody sees who has not opened it.
+            Ok(()) | Err(DropReason::Selectors | DropReason::Latch | DropReason::Dummy | DropReason::Ecn) => {
+                (self.authentic, self.unknown) = (true, 0);
+            }
+            Err(DropReason::UnknownSpi | DropReason::Malformed) => self.unknown = self.unknown.saturating_add(1),
+            Err(DropReason::Integrity) => self.forged = true,
+            // Of a known SA, but not opened.
+            Err(
+                DropReason::Replay | DropReason::Expired | DropReason::NoPolicy | DropReason::NoSa | DropReason::TooBig,
+            ) => {}
+        }
+    }
+}
+
 /// Handle of the running network. Cloning it is cheap; the threads stop with the last clone, or earlier by
 /// [`Self::shutdown`].
 #[derive(Clone)]
@@ -357,18 +385,20 @@ impl Network {
         local: SocketAddr,
         remote: SocketAddr,
         packets: impl IntoIterator<Item = &'a mut [u8]>,
-    ) {
+    ) -> StreamWorth {
         let shared = &self.inner.shared;
-        let Some(tun) = shared.tun() else { return };
+        let mut worth = StreamWorth::default();
+        let Some(tun) = shared.tun() else { return worth };
         let from = Encapsulation::Stream { stream, local, remote };
         let now = Instant::now();
         FROM_STREAMS.with_borrow_mut(|FromStreams { inner, writer }| {
             for packet in packets {
                 // A stream has no outer IP header whose ECN field would belong to this packet (RFC 9329 §9.5).
-                shared.inbound(now, from, 0, packet, inner, |packet| writer.push(&tun, packet));
+                worth.note(shared.inbound(now, from, 0, packet, inner, |packet| writer.push(&tun, packet)));
             }
             writer.flush(&tun);
         });
+        worth
     }
 
     /// Packets that the data plane dropped so far, by reason.
@@ -425,15 +455,19 @@ impl Shared {
         packet: &mut [u8],
         inner: &mut Vec<u8>,
         deliver: impl FnOnce(&[u8]),
-    ) {
+    ) -> Result<(), DropReason> {
         match self.datapath.inbound(now, from, tos, packet, inner) {
             Inbound::Deliver { event } => {
                 deliver(inner);
                 if let Some(event) = event {
                     self.events.plane(event);
                 }
+                Ok(())
             }
-            Inbound::Drop(reason) => tracing::trace!(?from, ?reason, "inbound packet dropped"),
+            Inbound::Drop(reason) => {
+                tracing::trace!(?from, ?reason, "inbound packet dropped");
+                Err(reason)
+            }
         }
     }
 

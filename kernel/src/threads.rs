@@ -110,7 +110,7 @@ fn from_socket(
         Role::Plain => ike(false, packet),
         Role::Esp => {
             let from = Encapsulation::None { local: how.local.ip(), remote: how.remote.ip() };
-            shared.inbound(now, from, how.tos, packet, inner, deliver);
+            let _ = shared.inbound(now, from, how.tos, packet, inner, deliver);
         }
         Role::Nat => match packet.split_first_chunk::<4>() {
             // RFC 3948 §2.3: keepalives are one octet; anything else that is shorter than an SPI is noise.
@@ -119,7 +119,7 @@ fn from_socket(
             Some((&NON_ESP_MARKER, message)) => ike(true, message),
             Some(_) => {
                 let from = Encapsulation::Udp { local: how.local, remote: how.remote };
-                shared.inbound(now, from, how.tos, packet, inner, deliver);
+                let _ = shared.inbound(now, from, how.tos, packet, inner, deliver);
             }
         },
     }

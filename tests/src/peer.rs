@@ -137,7 +137,7 @@ impl Peer {
                     eprintln!("failed: {reason}");
                     self.failed += 1;
                 }
-                Output::Event(_) | Output::OpenStream { .. } | Output::CloseStream(_) => {}
+                Output::Event(_) | Output::OpenStream { .. } | Output::CloseStream(_) | Output::Judgement(..) => {}
             }
         }
         sent

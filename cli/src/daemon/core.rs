@@ -7,11 +7,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
-use espintcp::streams::{StreamEvent, Streams};
+use espintcp::streams::{Complaint, StreamEvent, Streams};
 use ike::config::{Child, DpdAction, StartAction};
 use ike::engine::{
     ChildReady, ChildSaId, ChildSaStatus, ChildState, CloseReason, Engine, Event, IkeState, Initiate, InstallError,
-    Job, JobId, JobOutcome, Output, Path, Route, RouteQuery, Target, Transport,
+    Job, JobId, JobOutcome, Judgement, Output, Path, Route, RouteQuery, Target, Transport,
 };
 use ipsec::guard::ClassId;
 use ipsec::plane::{Carrier, DataPlane, Encapsulation, Mode, PlaneError, PlaneEvent, StreamId, Trap, Usage};
@@ -266,6 +266,10 @@ impl Core {
             NetworkEvent::Plane(PlaneEvent::MappingChanged { spi_in, remote }) => {
                 self.engine.handle_mapping_changed(now, spi_in, remote);
             }
+            NetworkEvent::Plane(PlaneEvent::StreamChanged { spi_in, stream, local, remote }) => {
+                let path = Path { local, remote, transport: Transport::Stream(stream) };
+                self.engine.handle_stream_changed(now, spi_in, path);
+            }
             NetworkEvent::Plane(PlaneEvent::UnknownSpi { spi, remote }) => {
                 tracing::debug!(spi = format_args!("{spi:08x}"), %remote, "ESP with an unknown SPI");
                 self.engine.handle_unknown_spi(now, remote.ip());
@@ -353,6 +357,12 @@ impl Core {
                 Output::Event(event) => self.handle_event(event),
                 Output::OpenStream { stream, local, remote } => self.streams.open(stream.0, local, remote),
                 Output::CloseStream(stream) => self.streams.close(stream.0),
+                Output::Judgement(stream, judgement) => match judgement {
+                    Judgement::Authentic => self.streams.vouch(stream.0),
+                    Judgement::Unparsable => self.streams.complain(stream.0, Complaint::Unparsable),
+                    Judgement::UnknownSpi => self.streams.complain(stream.0, Complaint::UnknownSpi),
+                    Judgement::Forged => self.streams.complain(stream.0, Complaint::Unauthentic),
+                },
             }
         }
     }

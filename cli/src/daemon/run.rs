@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::Context as _;
 use bytes::BytesMut;
-use espintcp::streams::{StreamLimits, Streams};
+use espintcp::streams::{EspWorth, StreamLimits, Streams};
 use ike::engine::Engine;
 use ipsec::plane::StreamId;
 use kernel::network::{Network, NetworkConfig};
@@ -77,7 +77,8 @@ pub async fn run(options: DaemonOptions) -> anyhow::Result<()> {
         Some(network_config(&config).mark),
         Arc::new(move |stream, local, remote, packets: &mut [BytesMut]| {
             let packets = packets.iter_mut().map(AsMut::as_mut);
-            into_plane.esp_batch_from_stream(StreamId(stream), local, remote, packets);
+            let worth = into_plane.esp_batch_from_stream(StreamId(stream), local, remote, packets);
+            EspWorth { authentic: worth.authentic, unknown: worth.unknown, forged: worth.forged }
         }),
     );
     for port in &config.tcp_ports {

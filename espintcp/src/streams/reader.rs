@@ -3,7 +3,6 @@
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::BytesMut;
 use tokio::io::{AsyncRead, AsyncReadExt};
@@ -12,7 +11,8 @@ use tokio::net::tcp::OwnedReadHalf;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until};
 
-use super::{EspHandler, Phase, StreamEvent, StreamLimits, closing};
+use super::standing::Standing;
+use super::{EspHandler, MEANINGLESS, Phase, StreamEvent, StreamLimits, UNAUTHENTIC, closing};
 use crate::codec::{Deframer, Frame};
 
 /// Least and most octets asked for in one read. The size follows the traffic, so that an idle stream holds little.
@@ -31,7 +31,7 @@ pub(super) struct Reader {
     pub(super) esp: EspHandler,
     pub(super) events: mpsc::Sender<StreamEvent>,
     pub(super) phase: watch::Receiver<Phase>,
-    pub(super) vouched: Arc<AtomicBool>,
+    pub(super) standing: Arc<Standing>,
     pub(super) accepted: Option<(Instant, Instant)>,
 }
 
@@ -45,7 +45,9 @@ impl Reader {
             loop {
                 let frame = self.deframer.next_frame();
                 if batch.len() == BATCH || !matches!(frame, Ok(Some(Frame::Esp(_)))) {
-                    self.hand_over(&mut batch);
+                    if let Err(reason) = self.hand_over(&mut batch) {
+                        return reason.into();
+                    }
                 }
                 match frame {
                     Ok(Some(Frame::Esp(packet))) => {
@@ -101,17 +103,29 @@ impl Reader {
         }
     }
 
-    fn hand_over(&self, batch: &mut Vec<BytesMut>) {
-        if !batch.is_empty() {
-            (self.esp)(self.number, self.local, self.remote, batch);
-            batch.clear();
+    /// An error is the reason to close.
+    fn hand_over(&self, batch: &mut Vec<BytesMut>) -> Result<(), &'static str> {
+        if batch.is_empty() {
+            return Ok(());
         }
+        let worth = (self.esp)(self.number, self.local, self.remote, batch);
+        batch.clear();
+        if worth.authentic {
+            self.standing.forgive();
+        }
+        if worth.forged {
+            return Err(UNAUTHENTIC);
+        }
+        if worth.unknown > 0 && self.standing.complain(worth.unknown, &self.limits) {
+            return Err(MEANINGLESS);
+        }
+        Ok(())
     }
 
     /// The next deadline and what it means to miss it.
     fn due(&self, timers: &Timers) -> Option<(Instant, &'static str)> {
         let partial = timers.partial_since.map(|since| (since + self.limits.partial_frame, "half a message in time"));
-        let stranger = self.accepted.filter(|_| !self.vouched.load(Ordering::Relaxed)).map(|(accepted, first)| {
+        let stranger = self.accepted.filter(|_| !self.standing.is_vouched()).map(|(accepted, first)| {
             if timers.message_seen {
                 (accepted + self.limits.unauthenticated, "no authentic message in time")
             } else {

@@ -155,10 +155,44 @@ async fn complaints_in_a_row_close_the_stream_and_a_good_message_forgives() {
         peer.write_all(&ike(b"still open")).await.unwrap();
         assert_eq!(host.ike(stream).await, b"still open");
     }
+    // On a stream that is known good they have to last.
+    for _ in 0..30 {
+        host.streams.complain(stream, Complaint::UnknownSpi);
+    }
+    peer.write_all(&ike(b"still open")).await.unwrap();
+    assert_eq!(host.ike(stream).await, b"still open");
+    sleep(StreamLimits::default().complaint_grace).await;
+    host.streams.complain(stream, Complaint::UnknownSpi);
+    assert_eq!(host.closed(stream).await, MEANINGLESS);
+
+    let (_peer, stream) = host.opened().await;
     for _ in 0..3 {
         host.streams.complain(stream, Complaint::UnknownSpi);
     }
-    assert_eq!(host.closed(stream).await, "too many messages that mean nothing here");
+    assert_eq!(host.closed(stream).await, MEANINGLESS);
+}
+
+// RFC 9329 §6.1: the same for ESP, whose worth its handler says.
+#[tokio::test]
+async fn esp_of_unknown_sas_in_a_row_and_forged_esp_close_the_stream() {
+    let mut host = Host::new(StreamLimits { max_complaints: 5, ..StreamLimits::default() }).await;
+    let (mut peer, stream) = host.opened().await;
+    for _ in 0..4 {
+        peer.write_all(&[esp(UNKNOWN, 30), esp(UNKNOWN, 30), esp(0x1111_1111, 30), esp(UNKNOWN, 30)].concat())
+            .await
+            .unwrap();
+        // Each a read of its own.
+        peer.write_all(&ike(b"and on")).await.unwrap();
+        assert_eq!(host.ike(stream).await, b"and on");
+    }
+    peer.write_all(&[esp(UNKNOWN, 30), esp(UNKNOWN, 30), esp(UNKNOWN, 30), esp(UNKNOWN, 30)].concat()).await.unwrap();
+    assert_eq!(host.closed(stream).await, MEANINGLESS);
+    assert_closed(&mut peer).await;
+
+    let (mut peer, stream) = host.opened().await;
+    host.streams.vouch(stream);
+    peer.write_all(&[esp(FORGED, 30), esp(0x1111_1111, 30)].concat()).await.unwrap();
+    assert_eq!(host.closed(stream).await, UNAUTHENTIC);
 }
 
 // RFC 9329 §6.1: the authentication check of a message with a known SPI fails.
@@ -605,7 +639,10 @@ async fn a_handler_that_panics_ends_only_its_stream() {
     let (streams, mut events) = Streams::new(
         StreamLimits::default(),
         None,
-        Arc::new(|_, _, _, packets| assert!(packets.iter().all(|packet| packet.first() != Some(&0xbb)), "bad packet")),
+        Arc::new(|_, _, _, packets| {
+            assert!(packets.iter().all(|packet| packet.first() != Some(&0xbb)), "bad packet");
+            EspWorth::default()
+        }),
     );
     let address = streams.listen("127.0.0.1:0".parse().unwrap()).await.unwrap();
     let mut peer = TcpStream::connect(address).await.unwrap();
@@ -649,6 +686,7 @@ impl Host {
         let seen = esp_seen.clone();
         let handler: EspHandler = Arc::new(move |_, _, _, packets: &mut [BytesMut]| {
             seen.fetch_add(packets.len(), Ordering::SeqCst);
+            worth(packets)
         });
         let (streams, events) = Streams::new(limits, None, handler);
         let address = streams.listen("127.0.0.1:0".parse().unwrap()).await.unwrap();
@@ -715,6 +753,20 @@ fn ike(message: &[u8]) -> Vec<u8> {
 
 fn esp(spi: u32, length: usize) -> Vec<u8> {
     frame_esp(&[&spi.to_be_bytes()[..], &vec![0; length]].concat()).unwrap().to_vec()
+}
+
+/// SPIs that the handler of these tests does not know, and whose packets it finds forged.
+const UNKNOWN: u32 = 0xcccc_cccc;
+const FORGED: u32 = 0xdddd_dddd;
+
+fn worth(packets: &[BytesMut]) -> EspWorth {
+    let of = |spi: u32| move |packet: &&BytesMut| packet.starts_with(&spi.to_be_bytes());
+    let unknown = packets.iter().rev().take_while(of(UNKNOWN)).count();
+    EspWorth {
+        authentic: unknown < packets.len(),
+        unknown: u32::try_from(unknown).unwrap(),
+        forged: packets.iter().any(|packet| of(FORGED)(&packet)),
+    }
 }
 
 async fn read_frame(peer: &mut TcpStream, deframer: &mut Deframer) -> Frame {

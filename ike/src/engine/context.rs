@@ -1,7 +1,7 @@
 //! What all IKE SAs share: settings, randomness, the output queue, numbers and the tables that route.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -9,8 +9,8 @@ use ipsec::plane::StreamId;
 use pad::{Identity, PeerIdentity, Ppk};
 
 use super::{
-    ChildReady, ChildSaId, ChildSaStatus, CloseReason, EngineConfig, Event, IkeSaId, Initiate, Job, JobId, Output,
-    Path, Transmit,
+    ChildReady, ChildSaId, ChildSaStatus, CloseReason, EngineConfig, Event, IkeSaId, Initiate, Job, JobId, Judgement,
+    Output, Path, Transmit,
 };
 use crate::Rng;
 use crate::config::{Connection, Fragmentation};
@@ -160,6 +160,13 @@ impl Context {
         }
     }
 
+    /// Says what a message that came along this path was worth, where that is a stream.
+    pub(crate) fn judge(&mut self, path: &Path, judgement: Judgement) {
+        if let Transport::Stream(stream) = path.transport {
+            self.outputs.push_back(Output::Judgement(stream, judgement));
+        }
+    }
+
     pub(crate) fn random(&mut self, length: usize) -> Vec<u8> {
         let mut octets = vec![0; length];
         self.rng.fill(&mut octets);
@@ -176,9 +183,12 @@ impl Context {
         ChildSaId(self.last_child)
     }
 
-    pub(crate) fn next_stream(&mut self) -> StreamId {
+    /// Asks for a stream to the peer, from any port of ours (RFC 9329 §2).
+    pub(crate) fn open_stream(&mut self, local: IpAddr, remote: SocketAddr) -> StreamId {
         self.last_stream += 1;
-        StreamId(self.last_stream)
+        let stream = StreamId(self.last_stream);
+        self.outputs.push_back(Output::OpenStream { stream, local: SocketAddr::new(local, 0), remote });
+        stream
     }
 
     /// Hands out a job.

@@ -198,6 +198,21 @@ pub enum Output {
     },
     /// Close a stream: nothing uses it any more.
     CloseStream(StreamId),
+    /// What a message from a stream was worth (RFC 9329 §6.1). Not said of each message.
+    Judgement(StreamId, Judgement),
+}
+
+/// What a message from a stream was worth.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Judgement {
+    /// Authentic and new, of an IKE SA that uses the stream.
+    Authentic,
+    /// No IKE message.
+    Unparsable,
+    /// Of an IKE SA that we do not have.
+    UnknownSpi,
+    /// Of an IKE SA that we have, and its integrity check fails.
+    Forged,
 }
 
 /// One IKE message to send; without non-ESP marker or stream framing.
@@ -538,7 +553,10 @@ impl Engine {
             Ok(Incoming::Plain(message)) => self.handle_plain(now, path, message, bytes),
             Ok(Incoming::Protected(protected)) => self.handle_protected(now, path, protected, bytes),
             Err(WireError::MajorVersion(version)) => self.answer_version(now, path, bytes, version),
-            Err(error) => tracing::trace!(%error, "not an IKE message"),
+            Err(error) => {
+                tracing::trace!(%error, "not an IKE message");
+                self.ctx.judge(&path, Judgement::Unparsable);
+            }
         }
         self.settle(now);
     }
@@ -607,6 +625,13 @@ impl Engine {
     pub fn handle_mapping_changed(&mut self, now: Instant, spi_in: u32, remote: SocketAddr) {
         self.now = now;
         self.with_child_spi(spi_in, |sa, ctx| sa.handle_mapping_changed(ctx, now, remote));
+        self.settle(now);
+    }
+
+    /// An authenticated ESP packet came over another stream, the newest so far (RFC 9329 §6.1).
+    pub fn handle_stream_changed(&mut self, now: Instant, spi_in: u32, path: Path) {
+        self.now = now;
+        self.with_child_spi(spi_in, |sa, ctx| sa.handle_stream_changed(ctx, now, path));
         self.settle(now);
     }
 
@@ -778,7 +803,9 @@ impl Engine {
             self.handle_init_request(now, path, message, bytes);
             return;
         }
-        let Some(id) = self.ctx.ike_spis.get(&header.initiator_spi).copied() else { return };
+        let Some(id) = self.ctx.ike_spis.get(&header.initiator_spi).copied() else {
+            return self.ctx.judge(&path, Judgement::UnknownSpi);
+        };
         self.with(id, |sa, ctx| match sa {
             IkeSa::Initiating(sa) if sa.spi() == header.initiator_spi => {
                 sa.handle_response(ctx, now, path, message, bytes)
@@ -804,6 +831,7 @@ impl Engine {
             if known(header.initiator_spi) || known(header.responder_spi) {
                 return;
             }
+            self.ctx.judge(&path, Judgement::UnknownSpi);
             if let Some(message) = self.ctx.tokens.lost(now, &header) {
                 let line = format!("{} uses an IKE_SA that we do not have, showing its token", path.remote.ip());
                 self.ctx.log("IKE", 1, None, line);

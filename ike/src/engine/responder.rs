@@ -6,7 +6,7 @@ use std::time::Instant;
 use ipsec::transform::{Ke, Proposal};
 
 use super::context::Context;
-use super::{Engine, Path};
+use super::{Engine, Path, Transport};
 use crate::config::{Connection, Fragmentation};
 use crate::crypto::{self, IkeChoice, names};
 use crate::sa::auth::{InitMaterial, IntAuth, auth_announcement, cert_request};
@@ -45,6 +45,13 @@ impl Engine {
                 self.ctx.transmit(path, [answer]);
             }
             return;
+        }
+        if let Transport::Stream(stream) = path.transport
+            && self.streams.contains_key(&stream)
+        {
+            // RFC 9329 §6.1: IKE SAs do not share a stream, but for one that is rekeyed and its successor.
+            let line = format!("ignoring IKE_SA setup from {}, its TCP connection has an IKE_SA", path.remote.ip());
+            return self.log_stranger(now, "NET", line);
         }
         // Our own request, sent back to us: both ends would be us, and each would believe the other.
         if self.ctx.ike_spis.contains_key(&header.initiator_spi) {

@@ -442,7 +442,7 @@ impl Storm {
                 Output::Event(Event::IkeUp(id)) => {
                     assert!(self.sides[side].proved.contains(&id), "up, and nothing proved");
                 }
-                Output::Event(_) | Output::OpenStream { .. } | Output::CloseStream(_) => {}
+                Output::Event(_) | Output::OpenStream { .. } | Output::CloseStream(_) | Output::Judgement(..) => {}
             }
         }
     }

@@ -26,7 +26,7 @@ use super::retry::{Due, Retry, after};
 use super::{Core, Established, IkeSa, Want, fail_wants, is_first_contact, local_identity};
 use crate::config::Connection;
 use crate::engine::context::Context;
-use crate::engine::{CloseReason, Event, IkeSaStatus, IkeState, Job, JobId, JobOutcome, Output, Path, Transport};
+use crate::engine::{CloseReason, Event, IkeSaStatus, IkeState, Job, JobId, JobOutcome, Judgement, Path, Transport};
 use crate::wire::{ExchangeType, NotifyType, Opened, Payload, Protected};
 
 /// An IKE SA that we initiated, with keys, and a peer that has not proved anything.
@@ -233,9 +233,10 @@ impl InitiatorAuth {
             return Some(IkeSa::InitiatorAuth(self));
         }
         match self.channel.receive(protected, datagram) {
-            Received::Response(opened) => {
-                let _ = path;
-                self.response(ctx, now, &opened)
+            Received::Response(opened) => self.response(ctx, now, &opened),
+            Received::Forged => {
+                ctx.judge(&path, Judgement::Forged);
+                Some(IkeSa::InitiatorAuth(self))
             }
             Received::Request(_) | Received::Repeated(_) | Received::Awaited | Received::Ignored => {
                 Some(IkeSa::InitiatorAuth(self))
@@ -292,10 +293,8 @@ impl InitiatorAuth {
     }
 
     fn open_stream(&mut self, ctx: &mut Context) {
-        let stream = ctx.next_stream();
-        self.core.path.transport = Transport::Stream(stream);
-        let local = SocketAddr::new(self.core.path.local.ip(), 0);
-        ctx.outputs.push_back(Output::OpenStream { stream, local, remote: self.core.path.remote });
+        let Path { local, remote, .. } = self.core.path;
+        self.core.path.transport = Transport::Stream(ctx.open_stream(local.ip(), remote));
     }
 
     /// RFC 9329 §6.1: what is outstanding goes again over the new stream.

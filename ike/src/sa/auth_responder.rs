@@ -18,7 +18,7 @@ use super::redirect::auth_redirect;
 use super::{Core, Established, IkeSa, local_identity};
 use crate::config::{Connection, Unique};
 use crate::engine::context::{Context, PeerKey};
-use crate::engine::{CloseReason, Event, IkeSaStatus, IkeState, Job, JobId, JobOutcome, Path};
+use crate::engine::{CloseReason, Event, IkeSaStatus, IkeState, Job, JobId, JobOutcome, Judgement, Path};
 use crate::wire::{ExchangeType, Identification, NotifyType, Opened, Payload, Protected};
 
 /// An IKE SA that a peer initiated, with keys, and a peer that has not proved anything.
@@ -137,6 +137,10 @@ impl ResponderAuth {
             }
             Received::Awaited => {
                 self.core.path = self.core.path.follow_stream(path);
+                Some(IkeSa::ResponderAuth(self))
+            }
+            Received::Forged => {
+                ctx.judge(&path, Judgement::Forged);
                 Some(IkeSa::ResponderAuth(self))
             }
             Received::Repeated(_) | Received::Response(_) | Received::Ignored => Some(IkeSa::ResponderAuth(self)),

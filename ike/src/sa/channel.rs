@@ -14,7 +14,7 @@ use super::retry::{Due, Retry};
 use crate::Rng;
 use crate::config::Retransmission;
 use crate::crypto::{IkeKeys, IkeSuite};
-use crate::wire::{self, ExchangeType, Header, OpenOutcome, Opened, Payload, Protected, Reassembly};
+use crate::wire::{self, ExchangeType, Header, OpenError, OpenOutcome, Opened, Payload, Protected, Reassembly};
 
 /// Both SPIs of an IKE SA.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,8 +34,10 @@ pub(crate) enum Received {
     Repeated(Vec<Vec<u8>>),
     /// The request that is being answered, again: nothing to say yet.
     Awaited,
-    /// Forged, old, out of the window or incomplete: nothing changed.
+    /// Old, out of the window or incomplete: nothing changed.
     Ignored,
+    /// Its SPIs and number are right and its integrity check fails: nothing changed.
+    Forged,
 }
 
 /// A request of ours that awaits its answer.
@@ -168,7 +170,8 @@ impl Channel {
                 self.outstanding = None;
                 Received::Response(opened)
             }
-            Ok(OpenOutcome::Pending) | Err(_) => Received::Ignored,
+            Err(OpenError::Integrity) => Received::Forged,
+            Ok(OpenOutcome::Pending) | Err(OpenError::Wire(_)) => Received::Ignored,
         }
     }
 
@@ -185,7 +188,8 @@ impl Channel {
                     self.last_request = Sha256::digest(datagram).into();
                     Received::Request(opened)
                 }
-                Ok(OpenOutcome::Pending) | Err(_) => Received::Ignored,
+                Err(OpenError::Integrity) => Received::Forged,
+                Ok(OpenOutcome::Pending) | Err(OpenError::Wire(_)) => Received::Ignored,
             };
         }
         self.repeated(protected)

@@ -30,8 +30,8 @@ use super::{Core, Want};
 use crate::config::{Child, Connection, Unique};
 use crate::engine::context::{Context, PeerKey};
 use crate::engine::{
-    ChildSaId, ChildState, CloseReason, Event, Gateway, IkeSaId, IkeSaStatus, IkeState, JobId, JobOutcome, NoSuchSa,
-    Output, Path, Transport,
+    ChildSaId, ChildState, CloseReason, Event, Gateway, IkeSaId, IkeSaStatus, IkeState, JobId, JobOutcome, Judgement,
+    NoSuchSa, Path, Transport,
 };
 use crate::wire::{ExchangeType, Opened, Payload, Protected};
 
@@ -41,6 +41,8 @@ pub(crate) const MAX_TRIES: u8 = 8;
 pub(super) const RECONNECT_FIRST: Duration = Duration::from_millis(500);
 /// Longest wait.
 pub(super) const RECONNECT_LONGEST: Duration = Duration::from_secs(16);
+/// How often the TCP Originator asks a cluster whether it lives, where nothing else is configured.
+const CLUSTER_LIVENESS: Duration = Duration::from_secs(30);
 
 /// The IKE SA is gone: its events are out, the caller drops it.
 #[derive(Debug)]
@@ -444,6 +446,10 @@ impl Established {
         let Some(protected) = self.synchronize(ctx, now, path, protected)? else { return Ok(()) };
         match self.channel.receive(protected, datagram) {
             Received::Ignored => return Ok(()),
+            Received::Forged => {
+                ctx.judge(&path, Judgement::Forged);
+                return Ok(());
+            }
             Received::Awaited => {
                 self.reply_path = self.reply_path.follow_stream(path);
                 return Ok(());
@@ -1028,6 +1034,7 @@ impl Established {
     fn note_fresh(&mut self, ctx: &mut Context, now: Instant, path: Path) {
         self.last_inbound = now;
         if path == self.core.path {
+            ctx.judge(&path, Judgement::Authentic);
             return;
         }
         let follow = match (path.transport, self.core.path.transport) {
@@ -1040,12 +1047,27 @@ impl Established {
             }
         };
         if follow {
-            self.stream = StreamState::Up;
-            self.move_to(ctx, path);
-            if matches!(path.transport, Transport::Stream(_)) {
-                self.resend(ctx, now);
-            }
+            self.follow_to(ctx, now, path);
         }
+    }
+
+    fn follow_to(&mut self, ctx: &mut Context, now: Instant, path: Path) {
+        self.stream = StreamState::Up;
+        self.move_to(ctx, path);
+        if matches!(path.transport, Transport::Stream(_)) {
+            ctx.judge(&path, Judgement::Authentic);
+            self.resend(ctx, now);
+        }
+    }
+
+    /// Authentic ESP came over another stream (RFC 9329 §6.1): the TCP Responder answers there.
+    pub(crate) fn handle_stream_changed(&mut self, ctx: &mut Context, now: Instant, path: Path) -> Result<(), Closed> {
+        self.last_inbound = now;
+        let over_stream = matches!(self.core.path.transport, Transport::Stream(_));
+        if over_stream && !self.core.stream_originator && path != self.core.path {
+            self.follow_to(ctx, now, path);
+        }
+        self.pump(ctx, now)
     }
 
     /// RFC 7296 §2.23: the host that is not behind a NAT follows the one that is.
@@ -1086,25 +1108,31 @@ impl Established {
             return Err(self.close(ctx, now, CloseReason::Timeout));
         }
         if stream.is_none() && *at <= now {
-            let new = ctx.next_stream();
-            *stream = Some(new);
-            let local = SocketAddr::new(self.core.path.local.ip(), 0);
-            ctx.outputs.push_back(Output::OpenStream { stream: new, local, remote: self.core.path.remote });
+            *stream = Some(ctx.open_stream(self.core.path.local.ip(), self.core.path.remote));
         }
         Ok(())
     }
 
     fn liveness_at(&self, ctx: &Context) -> Option<Instant> {
-        if self.state != IkeState::Established || self.connection.dpd_delay.is_zero() || self.mobility.is_stranded() {
+        if self.state != IkeState::Established || self.mobility.is_stranded() {
             return None;
         }
-        let due = after(self.last_inbound, self.connection.dpd_delay);
+        let due = after(self.last_inbound, self.liveness_interval()?);
         match self.stream {
             StreamState::Up => (self.active.is_none() && self.queue.is_empty()).then_some(due),
             // We cannot ask: the peer has as long to come back as our request would have waited.
             StreamState::Lost => Some(after(due, total(&ctx.config.retransmission))),
             StreamState::Reopening { .. } => None,
         }
+    }
+
+    /// `dpd_delay`. Where the peer is a cluster, its TCP Originator asks in any case: the member that takes over has no
+    /// stream, and cannot open one (RFC 9329 §7.4).
+    fn liveness_interval(&self) -> Option<Duration> {
+        let configured = self.connection.dpd_delay;
+        let over_stream = matches!(self.core.path.transport, Transport::Stream(_));
+        let cluster = over_stream && self.core.stream_originator && self.message_id_sync.is_agreed();
+        if configured.is_zero() { cluster.then_some(CLUSTER_LIVENESS) } else { Some(configured) }
     }
 
     fn keepalive_at(&self, ctx: &Context) -> Option<Instant> {

@@ -320,8 +320,7 @@ impl Initiating {
         stream: StreamId,
         local: SocketAddr,
     ) -> Option<Box<Self>> {
-        let opening = matches!(self.attempt.progress, Progress::Opening { .. });
-        if self.stream() == Some(stream) && opening {
+        if self.stream() == Some(stream) && self.attempt.is_opening() {
             self.attempt.path.local = local;
             self.attempt.prepared(ctx, now, self.id, &self.connection);
         }
@@ -362,13 +361,19 @@ impl Initiating {
     }
 
     pub(crate) fn handle_stream_closed(
-        self: Box<Self>,
+        mut self: Box<Self>,
         ctx: &mut Context,
         now: Instant,
         stream: StreamId,
         reason: &str,
     ) -> Option<Box<Self>> {
         if self.stream() != Some(stream) {
+            return Some(self);
+        }
+        if !self.attempt.is_opening() && self.attempt.restarts > 0 && self.attempt.may_restart() {
+            // The peer has told us what it wants to hear, and some close after that.
+            ctx.log("NET", 1, self.tag(), format!("the TCP connection was closed: {reason}, opening another"));
+            self.attempt.reopen(ctx, now);
             return Some(self);
         }
         let reason = format!("the TCP connection failed: {reason}");
@@ -626,16 +631,13 @@ impl Attempt {
         let ke = OurKe::Generating(ctx.key_work(id, KeyWork::Generate(method)));
         let nonce = ctx.random(NONCE_LENGTH);
         let spi = ctx.reserve_ike_spi(id);
-        let (path, progress_stream) = if over == Over::Tcp {
-            let stream = ctx.next_stream();
-            let path = Path {
-                local: SocketAddr::new(local, 0),
-                remote: SocketAddr::new(remote, connection.tcp_remote_port),
-                transport: Transport::Stream(stream),
-            };
-            (path, Some(stream))
-        } else {
-            (udp_path(ctx, connection, local, remote), None)
+        let path = match over {
+            Over::Tcp => {
+                let remote = SocketAddr::new(remote, connection.tcp_remote_port);
+                let transport = Transport::Stream(ctx.open_stream(local, remote));
+                Path { local: SocketAddr::new(local, 0), remote, transport }
+            }
+            Over::Udp | Over::UdpThenTcp => udp_path(ctx, connection, local, remote),
         };
         let total = super::retry::total(&ctx.config.retransmission);
         let mut attempt = Self {
@@ -653,26 +655,31 @@ impl Attempt {
             progress: Progress::Opening { deadline: after(now, total) },
             tcp_at: None,
         };
-        match progress_stream {
-            Some(stream) => {
-                let (local, remote) = (path.local, path.remote);
-                ctx.outputs.push_back(crate::engine::Output::OpenStream { stream, local, remote });
-            }
-            None => {
-                if over == Over::UdpThenTcp {
-                    attempt.tcp_at = Some(after(now, connection.tcp_delay));
-                }
-                attempt.prepared(ctx, now, id, connection);
-            }
+        if over == Over::UdpThenTcp {
+            attempt.tcp_at = Some(after(now, connection.tcp_delay));
+        }
+        if over != Over::Tcp {
+            attempt.prepared(ctx, now, id, connection);
         }
         Ok(attempt)
     }
 
-    /// The path is there; the request goes as soon as the key pair is there too.
+    /// Goes on with the same attempt over another stream, to say there what the peer has asked for (RFC 9329 §6.3).
+    fn reopen(&mut self, ctx: &mut Context, now: Instant) {
+        let total = super::retry::total(&ctx.config.retransmission);
+        self.path.transport = Transport::Stream(ctx.open_stream(self.path.local.ip(), self.path.remote));
+        self.progress = Progress::Opening { deadline: after(now, total) };
+    }
+
+    pub(super) fn is_opening(&self) -> bool {
+        matches!(self.progress, Progress::Opening { .. })
+    }
+
+    /// The path is there; the request goes as soon as the key pair, or a puzzle's solution, is there too.
     fn prepared(&mut self, ctx: &mut Context, now: Instant, id: IkeSaId, connection: &Connection) {
         match self.ke {
-            OurKe::Ready(_) => self.send(ctx, now, id, connection),
-            OurKe::Generating(_) => {
+            OurKe::Ready(_) if self.solving.is_none() => self.send(ctx, now, id, connection),
+            OurKe::Ready(_) | OurKe::Generating(_) => {
                 let total = super::retry::total(&ctx.config.retransmission);
                 self.progress = Progress::Generating { deadline: after(now, total) };
             }

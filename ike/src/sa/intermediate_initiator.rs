@@ -21,7 +21,7 @@ use super::{Core, IkeSa, InitiatorAuth, Want, fail_wants, local_identity};
 use crate::config::Connection;
 use crate::crypto::{self, IkeSuite, KeyDone, KeyExchange, KeySeed, KeyWork};
 use crate::engine::context::Context;
-use crate::engine::{CloseReason, Event, IkeSaStatus, IkeState, JobId, JobOutcome, Transport};
+use crate::engine::{CloseReason, Event, IkeSaStatus, IkeState, JobId, JobOutcome, Judgement, Transport};
 use crate::wire::{ExchangeType, Opened, Payload, Protected};
 
 /// What IKE_SA_INIT agreed on.
@@ -174,7 +174,10 @@ impl InitiatorIntermediate {
         };
         match (received, std::mem::replace(&mut self.phase, Phase::Moving)) {
             (Received::Response(opened), Phase::Waiting(ke)) => self.response(ctx, ke, &opened),
-            (_, phase) => {
+            (received, phase) => {
+                if matches!(received, Received::Forged) {
+                    ctx.judge(&self.core.path, Judgement::Forged);
+                }
                 self.phase = phase;
                 Some(IkeSa::InitiatorIntermediate(self))
             }

@@ -22,7 +22,7 @@ use super::{Core, IkeSa, ResponderAuth};
 use crate::config::Connection;
 use crate::crypto::{self, IkeSuite, KeyDone, KeyError, KeySeed, KeyWork, Pending};
 use crate::engine::context::Context;
-use crate::engine::{CloseReason, Event, IkeSaStatus, IkeState, JobId, JobOutcome, Path};
+use crate::engine::{CloseReason, Event, IkeSaStatus, IkeState, JobId, JobOutcome, Judgement, Path};
 use crate::wire::{self, ExchangeType, Message, Opened, Payload, Protected};
 
 /// Datagrams that are kept while the first keys are computed; the peer sends what is lost again.
@@ -207,6 +207,10 @@ impl ResponderIntermediate {
             }
             Received::Repeated(datagrams) => {
                 ctx.transmit(path, datagrams);
+                Some(IkeSa::ResponderIntermediate(self))
+            }
+            Received::Forged => {
+                ctx.judge(&path, Judgement::Forged);
                 Some(IkeSa::ResponderIntermediate(self))
             }
             Received::Awaited | Received::Response(_) | Received::Ignored => Some(IkeSa::ResponderIntermediate(self)),

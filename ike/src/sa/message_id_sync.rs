@@ -78,6 +78,11 @@ pub(crate) fn supported() -> Payload {
 }
 
 impl MessageIdSync {
+    /// The peer is a cluster.
+    pub(crate) fn is_agreed(&self) -> bool {
+        self.agreed
+    }
+
     /// For the successor of a rekeyed IKE SA.
     pub(crate) fn inherit(&self) -> Self {
         Self { agreed: self.agreed, last: None }

@@ -58,7 +58,10 @@ impl Attempt {
         let line = if solution.is_some() { "the puzzle is solved" } else { "no solution of the puzzle was found" };
         ctx.log("IKE", 1, Some((id, connection.name.as_str())), line.to_owned());
         self.solution = solution;
-        self.send(ctx, now, id, connection);
+        // Otherwise it goes with the stream.
+        if !self.is_opening() {
+            self.send(ctx, now, id, connection);
+        }
     }
 }
 

@@ -180,19 +180,26 @@ fn unknown_spis_are_reported_at_a_bounded_rate() {
 
 // RFC 9329 §5
 #[test]
-fn an_sa_is_not_used_over_another_transport_kind() {
+fn esp_is_sent_over_one_transport_and_received_over_all() {
     for kind in [Kind::Bare, Kind::Udp, Kind::Stream] {
         let pair = Pair::new(&Setup { kind, ..Setup::default() });
-        let sealed = pair.seal_left(&request(b"x"));
-        let streams = |one: &Kind| *one == Kind::Stream;
-        for other in [Kind::Bare, Kind::Udp, Kind::Stream].into_iter().filter(|other| streams(other) != streams(&kind))
-        {
+        for other in [Kind::Bare, Kind::Udp, Kind::Stream] {
             let from = other.outer(RIGHT, LEFT);
-            let dropped = pair.right.inbound(pair.now, from, 0, &mut sealed.clone(), &mut Vec::new());
-            assert_eq!(dropped, Inbound::Drop(DropReason::UnknownSpi));
+            let mut sealed = pair.seal_left(&request(b"x"));
+            let mut forged = sealed.clone();
+            *forged.last_mut().unwrap() ^= 1;
+            let dropped = pair.right.inbound(pair.now, from, 0, &mut forged, &mut Vec::new());
+            assert_eq!(dropped, Inbound::Drop(DropReason::Integrity));
+            let mut replayed = sealed.clone();
+            let delivered = pair.right.inbound(pair.now, from, 0, &mut sealed, &mut Vec::new());
+            assert_eq!(delivered, Inbound::Deliver { event: None }, "no word of another path");
+            let dropped = pair.right.inbound(pair.now, from, 0, &mut replayed, &mut Vec::new());
+            assert_eq!(dropped, Inbound::Drop(DropReason::Replay));
+            let sent = pair.right.outbound(pair.now, &answer(b"x"), &mut Vec::new());
+            let to = kind.outer(RIGHT, LEFT);
+            assert!(matches!(sent, Outbound::Send { to: sent, .. } if sent == to), "{sent:?}");
         }
         assert_eq!(pair.right.drain_events(), []);
-        assert!(pair.open_right(&mut sealed.clone()).is_ok());
     }
 }
 
@@ -213,16 +220,45 @@ fn esp_is_received_with_and_without_udp() {
     }
 }
 
+// RFC 9329 §6.1: valid, decrypted, no replay; and the newest, as an older one may come late from the old stream.
 #[test]
-fn another_stream_of_the_same_sa_is_accepted_and_not_reported() {
+fn another_stream_of_the_same_sa_is_accepted_and_reported_once() {
     let pair = Pair::new(&Setup { kind: Kind::Stream, ..Setup::default() });
-    let from = Encapsulation::Stream {
-        stream: StreamId(99),
-        local: "198.51.100.2:4500".parse().unwrap(),
-        remote: "192.0.2.1:55555".parse().unwrap(),
-    };
-    let delivered = pair.right.inbound(pair.now, from, 3, &mut pair.seal_left(&request(b"x")), &mut Vec::new());
-    assert_eq!(delivered, Inbound::Deliver { event: None });
+    let (local, remote) = ("198.51.100.2:4500".parse().unwrap(), "192.0.2.1:55555".parse().unwrap());
+    let other = Encapsulation::Stream { stream: StreamId(99), local, remote };
+    let receive = |from, packet: &mut Vec<u8>| pair.right.inbound(pair.now, from, 3, packet, &mut Vec::new());
+    let next = || pair.seal_left(&request(b"x"));
+    let mut late = next();
+    let mut forged = next();
+    *forged.last_mut().unwrap() ^= 1;
+    assert_eq!(receive(other, &mut forged), Inbound::Drop(DropReason::Integrity));
+    let mut packet = next();
+    let mut replayed = packet.clone();
+    assert_eq!(receive(Kind::Stream.outer(RIGHT, LEFT), &mut packet), Inbound::Deliver { event: None });
+    assert_eq!(receive(other, &mut replayed), Inbound::Drop(DropReason::Replay));
+    assert_eq!(receive(other, &mut late), Inbound::Deliver { event: None });
+
+    let changed = PlaneEvent::StreamChanged { spi_in: RIGHT_SPI, stream: StreamId(99), local, remote };
+    assert_eq!(receive(other, &mut next()), Inbound::Deliver { event: Some(changed) });
+    assert_eq!(receive(other, &mut next()), Inbound::Deliver { event: None });
+    pair.right.migrate(RIGHT_SPI, other).unwrap();
+    assert_eq!(receive(other, &mut next()), Inbound::Deliver { event: None });
+    assert_eq!(pair.right.drain_events(), []);
+}
+
+// RFC 9329 §9.3: packets of all kinds share the connection, so none is marked.
+#[test]
+fn a_stream_has_one_marking_and_the_inner_one_stays() {
+    let pair = Pair::new(&Setup { kind: Kind::Stream, ..Setup::default() });
+    for dscp in [0, 46, 8, 63] {
+        let mut packet = request(b"x");
+        ip::set_tos(&mut packet, dscp << 2);
+        let mut out = Vec::new();
+        assert!(matches!(pair.left.outbound(pair.now, &packet, &mut out), Outbound::Send { tos: 0, .. }));
+        let mut inner = Vec::new();
+        pair.right.inbound(pair.now, Kind::Stream.outer(RIGHT, LEFT), 0, &mut out, &mut inner);
+        assert_eq!(inner, packet);
+    }
 }
 
 // ---- policies

@@ -35,6 +35,7 @@ mod seeds;
 mod selectors;
 mod signatures;
 mod stream;
+mod stream_rules;
 mod uniqueness;
 
 use std::collections::BTreeMap;
@@ -137,6 +138,8 @@ pub(super) struct Side {
     stream_paths: BTreeMap<StreamId, (SocketAddr, SocketAddr)>,
     /// Delivery of a stream's octets is in order.
     stream_clock: BTreeMap<StreamId, Instant>,
+    /// What the engine said of messages from streams.
+    pub(super) judgements: Vec<(StreamId, Judgement)>,
 }
 
 enum Delivery {
@@ -305,6 +308,7 @@ impl Pair {
                 streams: BTreeMap::new(),
                 stream_paths: BTreeMap::new(),
                 stream_clock: BTreeMap::new(),
+                judgements: Vec::new(),
             }
         };
         let mut sides = [side(a), side(b)];
@@ -464,6 +468,7 @@ impl Pair {
                 Output::Event(event) => self.sides[side].note(event),
                 Output::OpenStream { stream, local, remote } => self.open(side, stream, local, remote),
                 Output::CloseStream(stream) => self.close_stream(side, stream),
+                Output::Judgement(stream, judgement) => self.sides[side].judgements.push((stream, judgement)),
             }
         }
     }
