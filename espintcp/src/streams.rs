@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tracing::{debug, trace, warn};
@@ -39,7 +39,7 @@ pub struct StreamLimits {
     pub unauthenticated: Duration,
     /// Longest time that a begun frame may stay incomplete.
     pub partial_frame: Duration,
-    /// Streams that nobody vouched for, in total.
+    /// Streams that nobody vouched for, in total; beyond, one of them goes for each that comes.
     pub max_unauthenticated: usize,
     /// Streams that nobody vouched for, of one IPv4 address or one IPv6 /64.
     pub max_unauthenticated_per_address: usize,
@@ -277,6 +277,7 @@ const FIRST_ACCEPTED: u64 = 1 << 63;
 const ACCEPT_PAUSE: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
 /// Reasons to close for what came in.
 const UNAUTHENTIC: &str = "a message failed its integrity check";
+const EVICTED: &str = "others take the place of a stream that nobody vouched for";
 const MEANINGLESS: &str = "too many messages that mean nothing here";
 /// Time that a stream keeps for its first message when the daemon was slow to take its `Opened`.
 const GRACE: Duration = Duration::from_secs(1);
@@ -345,6 +346,8 @@ struct Established {
     deframer: Deframer,
     /// When it was accepted and until when it must bring a message; `None` for those that we opened.
     accepted: Option<(Instant, Instant)>,
+    /// Told when another takes its place.
+    evicted: Option<Arc<Notify>>,
 }
 
 enum Half {
@@ -382,12 +385,14 @@ impl Inner {
             debug!(%remote, "too many streams that nobody vouched for: refused");
             return;
         };
+        let evicted = slot.evicted();
         let live = self.live();
         tokio::spawn(async move {
             let mut stop = self.stop.subscribe();
             tokio::select! {
                 biased;
                 _ = async { stop.wait_for(|stop| *stop).await.is_ok() } => {}
+                () = evicted.notified() => debug!(%remote, EVICTED),
                 () = self.clone().respond(socket, remote, slot) => {}
             }
             drop(live);
@@ -410,9 +415,18 @@ impl Inner {
             Err(_) => return debug!(%remote, "no stream prefix in time"),
         };
         let number = self.next_accepted.fetch_add(1, Ordering::Relaxed);
+        let evicted = slot.evicted();
         let Some(ends) = self.register(number, Some(slot)) else { return };
         // From here on the table ends it, by its phase, and not the future that we run in.
-        let established = Established { number, socket, local, remote, deframer, accepted: Some((accepted, deadline)) };
+        let established = Established {
+            number,
+            socket,
+            local,
+            remote,
+            deframer,
+            accepted: Some((accepted, deadline)),
+            evicted: Some(evicted),
+        };
         let live = self.live();
         tokio::spawn(async move {
             let reason = self.clone().serve(established, ends).await;
@@ -439,14 +453,15 @@ impl Inner {
         match connected {
             Ok((socket, local)) => {
                 let deframer = Deframer::without_prefix();
-                self.serve(Established { number, socket, local, remote, deframer, accepted: None }, ends).await
+                self.serve(Established { number, socket, local, remote, deframer, accepted: None, evicted: None }, ends)
+                    .await
             }
             Err(error) => format!("connect: {error}"),
         }
     }
 
     async fn serve(self: Arc<Self>, established: Established, mut ends: Ends) -> String {
-        let Established { number, socket, local, remote, deframer, accepted } = established;
+        let Established { number, socket, local, remote, deframer, accepted, evicted } = established;
         let (esp_sender, esp) = mpsc::channel(self.limits.queue.max(1));
         let opened =
             StreamEvent::Opened { stream: number, local, remote, accepted: accepted.is_some(), esp: esp_sender };
@@ -504,6 +519,7 @@ impl Inner {
         let reason = tokio::select! {
             biased;
             reason = kill_reason(&mut killed) => reason.to_owned(),
+            () = told(evicted) => EVICTED.to_owned(),
             reason = over => reason,
         };
         // Waits for both, so that nothing of the stream follows its `Closed`.
@@ -556,6 +572,13 @@ async fn accept_loop(inner: Arc<Inner>, listener: TcpListener) {
 /// Resolves when the stream is to be closed in whatever way.
 async fn closing(phase: &mut watch::Receiver<Phase>) {
     let _ = phase.wait_for(|phase| *phase != Phase::Open).await;
+}
+
+async fn told(evicted: Option<Arc<Notify>>) {
+    match evicted {
+        Some(evicted) => evicted.notified().await,
+        None => std::future::pending().await,
+    }
 }
 
 async fn kill_reason(phase: &mut watch::Receiver<Phase>) -> &'static str {

@@ -73,6 +73,8 @@ pub struct Connection {
     pub tcp_delay: Duration,
     /// `tcp_remote_port`.
     pub tcp_remote_port: u16,
+    /// `tcp_probe_udp`: how often an IKE SA with MOBIKE that `fallback` took to TCP tries UDP again; zero never.
+    pub tcp_probe_udp: Duration,
     /// `vips`: virtual addresses to ask for; an unspecified one is any of its family.
     pub vips: Vec<IpAddr>,
     /// `pools`: where the peer's virtual address comes from; with one, the peer must ask for an address.

@@ -12,6 +12,7 @@
 
 pub mod daemon;
 pub mod host;
+pub mod middlebox;
 pub mod peer;
 pub mod pki;
 pub mod scene;

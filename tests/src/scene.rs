@@ -37,9 +37,15 @@ pub struct Suite {
     pub child: &'static str,
 }
 
+impl Suite {
+    /// What most tests take.
+    pub const DEFAULT: Self =
+        Self { ike: "aes256gcm16-prfsha384-x25519", esp: "aes128gcm16", auth: Auth::Psk, connection: "", child: "" };
+}
+
 impl Default for Suite {
     fn default() -> Self {
-        Self { ike: "aes256gcm16-prfsha384-x25519", esp: "aes128gcm16", auth: Auth::Psk, connection: "", child: "" }
+        Self::DEFAULT
     }
 }
 

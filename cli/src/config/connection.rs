@@ -27,7 +27,9 @@ use crate::config::{ConnectionDefinition, Report, Severity, TrapActions};
 use crate::tree::{Node, Origin, Section, Value};
 
 /// Default of `tcp_delay`: with the TCP and IKE round trips after it, a tunnel is up about half a second later.
-pub const DEFAULT_TCP_DELAY: Duration = Duration::from_secs(2);
+pub const DEFAULT_TCP_DELAY: Duration = Duration::from_millis(1500);
+/// Default of `tcp_probe_udp`.
+pub const DEFAULT_TCP_PROBE_UDP: Duration = Duration::from_secs(60);
 
 const DEFAULT_IKE_REKEY: Duration = Duration::from_secs(4 * 3600);
 const DEFAULT_CHILD_REKEY: Duration = Duration::from_secs(3600);
@@ -155,8 +157,10 @@ fn read_connection(
             (&["yes", "true", "enabled", "1"], TcpPolicy::Yes),
         ],
     );
-    let tcp_delay = options.time("tcp_delay").unwrap_or(DEFAULT_TCP_DELAY);
+    let tcp_delay = options.parsed("tcp_delay", values::short_time, "a time such as 2s or 1500ms");
+    let tcp_delay = tcp_delay.unwrap_or(DEFAULT_TCP_DELAY);
     let tcp_remote_port = options.port("tcp_remote_port", 4500);
+    let tcp_probe_udp = options.time("tcp_probe_udp").unwrap_or(DEFAULT_TCP_PROBE_UDP);
     let redirect_to = options.parsed("redirect_to", Gateway::parse, "an address or a host name");
     let phases: &[(&[&str], RedirectPhase)] = &[(&["auth"], RedirectPhase::Auth), (&["init"], RedirectPhase::Init)];
     let redirect_phase = options.choice("redirect_phase", RedirectPhase::Auth, phases);
@@ -222,6 +226,7 @@ fn read_connection(
         tcp,
         tcp_delay,
         tcp_remote_port,
+        tcp_probe_udp,
         vips,
         pools,
         split_dns,
@@ -1148,7 +1153,7 @@ mod tests {
         let outcome = read(
             "local_addrs = 192.0.2.1\n remote_addrs = gw.example.com, 198.51.100.0/24
              proposals = aes256gcm16-prfsha384-ecp384, aes128-sha256-x25519
-             tcp = yes\n tcp_delay = 1s\n tcp_remote_port = 443\n fragmentation = force\n unique = replace\n keyingtries = 0
+             tcp = yes\n tcp_delay = 700ms\n tcp_probe_udp = 5m\n tcp_remote_port = 443\n fragmentation = force\n unique = replace\n keyingtries = 0
              local { auth = psk\n id = a.example }
              remote { auth = psk\n id = *.example }
              children { net { local_ts = 10.1.0.0/16[tcp/80], dynamic[udp]\n remote_ts = 10.2.0.1-10.2.0.9
@@ -1171,6 +1176,8 @@ mod tests {
             ("gw", "*.example")
         );
         assert_eq!((connection.tcp, connection.tcp_remote_port, connection.keyingtries), (TcpPolicy::Yes, 443, 0));
+        let times = (connection.tcp_delay, connection.tcp_probe_udp);
+        assert_eq!(times, (Duration::from_millis(700), Duration::from_secs(300)));
         let child = &connection.children[0];
         assert_eq!((child.local_ts.len(), child.remote_ts.len(), child.mode), (2, 1, Mode::Transport));
         assert_eq!((child.close_action, child.dpd_action), (StartAction::Trap, DpdAction::Restart));

@@ -50,6 +50,14 @@ pub fn time(text: &str) -> Option<Duration> {
     (seconds <= MAX_SECONDS).then(|| Duration::from_secs(seconds))
 }
 
+/// A time as [`time`] reads it, or milliseconds: a number and `ms`.
+pub fn short_time(text: &str) -> Option<Duration> {
+    match text.trim().strip_suffix("ms") {
+        Some(digits) => number(digits).filter(|number| *number <= MAX_SECONDS).map(Duration::from_millis),
+        None => time(text),
+    }
+}
+
 /// A size in octets: a number and `k`, `m` or `g` (of 1024).
 pub fn size(text: &str) -> Option<u64> {
     let text = text.trim();
@@ -361,6 +369,8 @@ mod tests {
     #[test]
     fn times_sizes_and_numbers() {
         assert_eq!(time("4h"), Some(Duration::from_secs(14_400)));
+        assert_eq!(short_time("1500ms"), Some(Duration::from_millis(1500)));
+        assert_eq!((short_time("2s"), short_time("ms"), short_time("1.5ms")), (time("2s"), None, None));
         assert_eq!(time("2 D"), Some(Duration::from_secs(172_800)));
         assert_eq!(time("30"), Some(Duration::from_secs(30)));
         assert_eq!(

@@ -44,10 +44,11 @@ impl Reader {
         loop {
             loop {
                 let frame = self.deframer.next_frame();
-                if batch.len() == BATCH || !matches!(frame, Ok(Some(Frame::Esp(_)))) {
-                    if let Err(reason) = self.hand_over(&mut batch) {
-                        return reason.into();
-                    }
+                let last = !matches!(frame, Ok(Some(Frame::Esp(_))));
+                if (last || batch.len() == BATCH)
+                    && let Err(reason) = self.hand_over(&mut batch)
+                {
+                    return reason.into();
                 }
                 match frame {
                     Ok(Some(Frame::Esp(packet))) => {

@@ -135,12 +135,19 @@ async fn one_address_gets_only_so_many_unvouched_streams() {
 #[tokio::test]
 async fn all_strangers_together_get_only_so_many_streams() {
     let mut host = Host::new(StreamLimits { max_unauthenticated: 1, ..StreamLimits::default() }).await;
-    let (first, number) = host.opened().await;
-    let mut second = host.connect().await;
-    assert_closed(&mut second).await;
-    drop(first);
-    host.closed(number).await;
-    host.opened().await;
+    let (mut first, number) = host.opened().await;
+    let (_second, second) = host.opened().await;
+    assert_eq!(host.closed(number).await, EVICTED);
+    assert_closed(&mut first).await;
+    // One without a prefix too.
+    let mut third = host.connect().await;
+    assert_eq!(host.closed(second).await, EVICTED);
+    let (_fourth, fourth) = host.opened().await;
+    assert_closed(&mut third).await;
+    // One that was vouched for is no stranger.
+    host.streams.vouch(fourth);
+    let (_fifth, _) = host.opened().await;
+    assert_eq!((host.streams.open_streams(), host.streams.unvouched_streams()), (2, 1));
 }
 
 // RFC 9329 §6.1: "too many subsequent messages"; "only a few" unknown SPIs are no reason.

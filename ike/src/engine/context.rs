@@ -16,6 +16,7 @@ use crate::Rng;
 use crate::config::{Connection, Fragmentation};
 use crate::crypto::KeyWork;
 use crate::engine::Transport;
+use crate::engine::networks::Networks;
 use crate::engine::triggers::Triggers;
 use crate::pool::Pools;
 use crate::sa::Established;
@@ -62,6 +63,8 @@ pub(crate) struct Context {
     pub(crate) config: EngineConfig,
     pub(crate) rng: Box<dyn Rng>,
     pub(crate) outputs: VecDeque<Output>,
+    /// Where only streams get through.
+    pub(crate) networks: Networks,
     pub(crate) connections: Vec<Arc<Connection>>,
     pub(crate) authorities: Vec<[u8; 20]>,
     /// Post-quantum preshared keys.
@@ -109,6 +112,7 @@ impl Context {
             config,
             rng,
             outputs: VecDeque::new(),
+            networks: Networks::default(),
             connections: Vec::new(),
             authorities: Vec::new(),
             ppks: Vec::new(),

@@ -9,6 +9,7 @@ pub(crate) mod assigned;
 pub(crate) mod context;
 mod cookie;
 mod defence;
+pub(crate) mod networks;
 pub(crate) mod places;
 mod pools;
 mod puzzles;

@@ -171,7 +171,8 @@ impl Engine {
         let nat = Nat::detect(&parts, spis.initiator, 0, &path, fake);
         let redirects = Redirects::of_responder(&parts);
         let (name, stream_originator) = (first.name.clone(), false);
-        let core = Core { id, name, path, nat, stream_originator, redirects, sequence: 0, assigned: None };
+        let (sequence, assigned, falls_back) = (0, None, false);
+        let core = Core { id, name, path, nat, stream_originator, redirects, sequence, assigned, falls_back };
         ctx.log("IKE", 0, core.tag(), format!("{} is initiating an IKE_SA", path.remote.ip()));
         let with_intermediate = !suite.additional.is_none();
         let answer = answer(ctx, header, &core, spis, proposal, &nr, fragmentation, with_intermediate, &candidates);

@@ -16,7 +16,7 @@ use super::childless;
 use super::configuration;
 use super::established::{RECONNECT_FIRST, RECONNECT_LONGEST};
 use super::fault::{Fault, notify, notify_name};
-use super::init::Again;
+use super::init::{Again, begin_over_tcp};
 use super::message_id_sync;
 use super::mobility::announcement;
 use super::parts::Parts;
@@ -249,10 +249,15 @@ impl InitiatorAuth {
             self.abandon(ctx, "authentication took too long", CloseReason::Timeout);
             return None;
         }
-        let policy = ctx.config.retransmission;
+        let policy = self.core.retransmission(ctx, &self.connection);
         let (due, id, count) = self.channel.poll_retry(now, &policy, ctx.rng.as_mut());
         match due {
             Due::Nothing => {}
+            Due::Resend if self.core.is_blocked(count) => {
+                begin_over_tcp(ctx, &self.core, &self.connection, std::mem::take(&mut self.wants));
+                self.abandon(ctx, "", CloseReason::Timeout);
+                return None;
+            }
             Due::Resend => {
                 let line = format!("retransmit {count} of request with message ID {id}");
                 ctx.log("IKE", 1, self.core.tag(), line);
@@ -287,7 +292,7 @@ impl InitiatorAuth {
                 remote: self.core.path.remote.ip(),
                 redirects: self.core.redirects.clone(),
             };
-            ctx.again.push(Again { from_start, sequence });
+            ctx.again.push(Again { from_start, sequence, needs_tcp: false });
         }
         self.abandon(ctx, reason, CloseReason::Timeout);
     }
@@ -415,7 +420,8 @@ impl InitiatorAuth {
             payloads.extend(without.map(|without| notify(NotifyType::NO_PPK_AUTH, without.auth)));
         }
         let over_stream = matches!(self.core.path.transport, Transport::Stream(_));
-        let retry = Retry::start(now, &ctx.config.retransmission, over_stream, ctx.rng.as_mut());
+        let policy = self.core.retransmission(ctx, &self.connection);
+        let retry = Retry::start(now, &policy, over_stream, ctx.rng.as_mut());
         let max_length = ctx.max_length(&self.core.path, self.channel.fragmentation, self.connection.fragmentation);
         let datagrams = self.channel.request(ExchangeType::IKE_AUTH, &payloads, max_length, retry, ctx.rng.as_mut());
         ctx.transmit(self.core.path, datagrams.unwrap_or_default());

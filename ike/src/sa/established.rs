@@ -26,6 +26,7 @@ use super::redirect::Moving;
 use super::rekey::IkeOffer;
 use super::retry::{Due, Retry, after, back_off, random_below, total};
 use super::succession::Successor;
+use super::transports::Transports;
 use super::{Core, Want};
 use crate::config::{Child, Connection, Unique};
 use crate::engine::context::{Context, PeerKey};
@@ -102,6 +103,7 @@ pub(crate) struct Established {
     pub(super) crash_tokens: TokenTaker,
     pub(super) message_id_sync: MessageIdSync,
     stream: StreamState,
+    pub(super) transports: Transports,
     pub(super) mobility: Mobility,
 }
 
@@ -145,6 +147,8 @@ pub(crate) enum Task {
     },
     Liveness,
     Mobility(Errand),
+    /// Does UDP work again?
+    ProbeUdp,
 }
 
 /// The exchange of ours that is going on.
@@ -159,6 +163,7 @@ pub(crate) enum Active {
     Redirect { token: u64 },
     Liveness,
     Mobility(Box<Mission>),
+    ProbeUdp,
 }
 
 /// The peer's request for a Child SA, which is being installed before we answer.
@@ -225,6 +230,8 @@ impl Established {
         let core = Core { id, ..self.core.clone() };
         let mut new = self.twin(ctx, now, core, channel);
         new.mobility = self.mobility.inherit();
+        new.transports = self.transports.inherit();
+        self.transports = self.transports.for_the_end();
         new.message_id_sync = self.message_id_sync.inherit();
         // Reauthentication is due when it was: rekeying proves nothing about the peer.
         new.reauth_at = self.reauth_at;
@@ -323,6 +330,7 @@ impl Established {
             crash_tokens: TokenTaker::default(),
             message_id_sync: MessageIdSync::default(),
             stream: StreamState::Up,
+            transports: Transports::default(),
             mobility: Mobility::default(),
         }
     }
@@ -367,6 +375,9 @@ impl Established {
 
     /// The stream that it uses, or waits for.
     pub(crate) fn live_stream(&self) -> Option<(StreamId, bool)> {
+        if let Some(beside) = self.transports.stream() {
+            return Some((beside, true));
+        }
         match (&self.stream, self.core.path.transport) {
             (StreamState::Reopening { stream, .. }, _) => stream.map(|stream| (stream, true)),
             (StreamState::Up, Transport::Stream(stream)) => Some((stream, self.core.stream_originator)),
@@ -389,6 +400,7 @@ impl Established {
             self.keepalive_at(ctx),
             reopening,
             self.half_made.as_ref().and_then(HalfMade::until),
+            self.transports_timeout(),
         ];
         let children = self.children.values().flat_map(|child| {
             // A Child SA that is on its way out has one timer, its end.
@@ -520,6 +532,7 @@ impl Established {
     pub(crate) fn handle_timeout(&mut self, ctx: &mut Context, now: Instant) -> Result<(), Closed> {
         self.retransmit(ctx, now)?;
         self.reopen_timeout(ctx, now)?;
+        self.handle_transports_timeout(ctx, now);
         let due = |at: Option<Instant>| at.is_some_and(|at| at <= now);
         if due(self.expire_at) {
             if self.state == IkeState::Rekeyed {
@@ -653,6 +666,9 @@ impl Established {
         stream: StreamId,
         local: SocketAddr,
     ) -> Result<(), Closed> {
+        if self.stream_beside_opened(ctx, stream, local) {
+            return self.pump(ctx, now);
+        }
         match &self.stream {
             StreamState::Reopening { stream: Some(waiting), .. } if *waiting == stream => {}
             StreamState::Reopening { .. } | StreamState::Up | StreamState::Lost => return Ok(()),
@@ -661,6 +677,7 @@ impl Established {
         self.move_to(ctx, Path { local, transport: Transport::Stream(stream), ..self.core.path });
         // RFC 9329 §6.1: the outstanding request goes again; without one an empty INFORMATIONAL shows the
         // peer where we are now.
+        self.transports.request_is_settled();
         let outstanding = self.resend(ctx, now);
         self.greet_on_stream(outstanding);
         self.pump(ctx, now)
@@ -673,6 +690,15 @@ impl Established {
         stream: StreamId,
         reason: &str,
     ) -> Result<(), Closed> {
+        if self.stream_beside_closed(now, stream) {
+            return Ok(());
+        }
+        let failed = matches!(&self.stream, StreamState::Reopening { stream: Some(waiting), .. } if *waiting == stream);
+        if failed && self.chooses_transport() && self.is_current() {
+            ctx.log("NET", 1, self.core.tag(), format!("the TCP connection failed: {reason}, trying UDP"));
+            let ends = (self.core.path.local.ip(), self.core.path.remote.ip());
+            return self.leave_stream_for_udp(ctx, now, ends);
+        }
         if let StreamState::Reopening { stream: waiting, at, wait, .. } = &mut self.stream {
             if *waiting == Some(stream) {
                 *waiting = None;
@@ -860,6 +886,7 @@ impl Established {
                 self.send_request(ctx, now, ExchangeType::INFORMATIONAL, &payloads)
             }
             Task::Mobility(errand) => self.start_errand(ctx, now, errand),
+            Task::ProbeUdp => self.start_udp_probe(ctx, now),
         }
     }
 
@@ -920,6 +947,10 @@ impl Established {
                 Ok(())
             }
             Active::Mobility(mission) => self.errand_answered(ctx, now, *mission, &parts),
+            Active::ProbeUdp => {
+                self.udp_probed(ctx);
+                Ok(())
+            }
             // Its answer came before; a response cannot be for it.
             install @ Active::Install { .. } => {
                 self.active = Some(install);
@@ -971,6 +1002,7 @@ impl Established {
             Some(datagrams) => {
                 self.last_outbound = now;
                 ctx.transmit(self.core.path, datagrams);
+                self.expect_answer_over_udp(ctx, now);
                 Ok(())
             }
             // §2.2: message ids are used up; nothing can be said any more.
@@ -986,7 +1018,7 @@ impl Established {
     }
 
     /// Sends the outstanding request again over the current path; false without one.
-    fn resend(&mut self, ctx: &mut Context, now: Instant) -> bool {
+    pub(super) fn resend(&mut self, ctx: &mut Context, now: Instant) -> bool {
         let Some(datagrams) = self.channel.outstanding().map(<[_]>::to_vec) else { return false };
         let over_stream = matches!(self.core.path.transport, Transport::Stream(_));
         let retry = Retry::start(now, &ctx.config.retransmission, over_stream, ctx.rng.as_mut());
@@ -996,7 +1028,7 @@ impl Established {
     }
 
     fn retransmit(&mut self, ctx: &mut Context, now: Instant) -> Result<(), Closed> {
-        if self.mobility.is_stranded() {
+        if self.mobility.is_stranded() || self.repeat_udp_probe(ctx, now) {
             return Ok(());
         }
         let policy = self.mobility.retransmission(&ctx.config.retransmission);
@@ -1008,7 +1040,7 @@ impl Established {
                 ctx.log("IKE", 1, self.core.tag(), line);
                 let datagrams = self.channel.outstanding().unwrap_or_default().to_vec();
                 self.last_outbound = now;
-                self.consider_other_paths(ctx, count);
+                self.consider_other_paths(ctx, now, count);
                 for path in self.request_paths() {
                     ctx.transmit(path, datagrams.clone());
                 }
@@ -1083,6 +1115,19 @@ impl Established {
         self.core.path = path;
         ctx.pools.moved(self.core.id, configuration::host(&path));
         self.move_children(ctx);
+    }
+
+    /// When it was authenticated, or rekeyed.
+    pub(super) fn since(&self) -> Instant {
+        self.since
+    }
+
+    pub(super) fn stream_is_usable(&self) -> bool {
+        matches!(self.stream, StreamState::Up)
+    }
+
+    pub(super) fn has_task_or_request(&self) -> bool {
+        self.active.is_some() || !self.queue.is_empty() || self.channel.is_waiting()
     }
 
     /// The IKE SA is on a path that works.
@@ -1205,7 +1250,7 @@ impl Established {
             }
             Some(Active::DeleteSpi(spi)) => ctx.release_child_spi(spi),
             Some(Active::Redirect { token }) => failed(ctx, Some(token), &self.core.name, None, "the IKE_SA closed"),
-            Some(Active::Inform | Active::Liveness | Active::Mobility(_)) | None => {}
+            Some(Active::Inform | Active::Liveness | Active::Mobility(_) | Active::ProbeUdp) | None => {}
         }
         self.drop_tasks(ctx, "the IKE_SA closed");
         self.drop_peers_successor(ctx, now, false);
@@ -1228,7 +1273,7 @@ impl Established {
                 Task::DeleteChild { token, .. } | Task::DeleteIke { token, .. } => done(ctx, token),
                 Task::DeleteSpi(spi) => ctx.release_child_spi(spi),
                 Task::Redirect { token, .. } => failed(ctx, Some(token), &self.core.name, None, reason),
-                Task::Inform(_) | Task::Liveness | Task::Mobility(_) => {}
+                Task::Inform(_) | Task::Liveness | Task::Mobility(_) | Task::ProbeUdp => {}
             }
         }
     }
@@ -1252,7 +1297,7 @@ impl Active {
             Self::Redirect { .. } => "IKE_REDIRECT",
             Self::Inform => "IKE_INFORM",
             Self::Liveness => "IKE_DPD",
-            Self::Mobility(_) => "IKE_MOBIKE",
+            Self::Mobility(_) | Self::ProbeUdp => "IKE_MOBIKE",
         }
     }
 }

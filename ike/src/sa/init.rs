@@ -50,6 +50,7 @@ pub(crate) struct Initiating {
 /// One SPI's attempt.
 pub(super) struct Attempt {
     spi: u64,
+    over: Over,
     path: Path,
     nonce: Vec<u8>,
     method: Ke,
@@ -90,6 +91,23 @@ pub(crate) struct Again {
     pub(crate) from_start: Redirected,
     /// Its number, from 1.
     pub(super) sequence: u32,
+    /// UDP gets through but for the port for encapsulation.
+    pub(super) needs_tcp: bool,
+}
+
+/// Begins an attempt again over TCP that came to nothing on the port for encapsulation.
+pub(super) fn begin_over_tcp(ctx: &mut Context, core: &Core, connection: &Arc<Connection>, wants: Vec<Want>) {
+    let line = format!("no answer over UDP port {}, trying TCP", core.path.remote.port());
+    ctx.log("NET", 1, core.tag(), line);
+    let from_start = Redirected {
+        from: core.id,
+        connection: Arc::clone(connection),
+        wants,
+        local: core.path.local.ip(),
+        remote: core.path.remote.ip(),
+        redirects: core.redirects.clone(),
+    };
+    ctx.again.push(Again { from_start, sequence: core.sequence, needs_tcp: true });
 }
 
 /// What an attempt is made over.
@@ -99,15 +117,24 @@ enum Over {
     /// UDP, and TCP where that stays silent (RFC 9329 §5.1).
     UdpThenTcp,
     Tcp,
+    /// TCP because it was needed here before; UDP where that fails (RFC 9329 §5.1: prior knowledge).
+    TcpAsBefore,
 }
 
 impl Over {
-    fn first(policy: TcpPolicy) -> Self {
-        match policy {
+    fn first(ctx: &Context, now: Instant, connection: &Connection, local: IpAddr, remote: IpAddr) -> Self {
+        match connection.tcp {
             TcpPolicy::No => Self::Udp,
+            TcpPolicy::Fallback if ctx.networks.needs_stream(now, &udp_path(ctx, connection, local, remote)) => {
+                Self::TcpAsBefore
+            }
             TcpPolicy::Fallback => Self::UdpThenTcp,
             TcpPolicy::Yes => Self::Tcp,
         }
+    }
+
+    fn is_tcp(self) -> bool {
+        matches!(self, Self::Tcp | Self::TcpAsBefore)
     }
 }
 
@@ -126,7 +153,7 @@ impl Initiating {
         ctx.log("IKE", 0, Some((id, &connection.name)), line);
         let redirects = Redirects::of_initiator(ctx);
         let to = Redirected { from: id, connection, wants: vec![want], local, remote, redirects };
-        Self::begin_as(ctx, now, id, to, 1)
+        Self::begin_as(ctx, now, id, to, 1, false)
     }
 
     /// Begins again at another gateway, for what is configured now.
@@ -139,18 +166,26 @@ impl Initiating {
         let id = ctx.next_ike();
         let line = format!("initiating IKE_SA {name}[{}] to {}", id.0, redirected.remote);
         ctx.log("IKE", 0, Some((id, &name)), line);
-        Self::begin_as(ctx, now, id, Redirected { connection, ..redirected }, 1)
+        Self::begin_as(ctx, now, id, Redirected { connection, ..redirected }, 1, false)
     }
 
     /// Begins the next sequence of tries, the one before having ended in IKE_AUTH.
     pub(crate) fn again(ctx: &mut Context, now: Instant, again: Again) -> Option<Box<Self>> {
         let id = ctx.next_ike();
-        Self::begin_as(ctx, now, id, again.from_start, again.sequence)
+        let Again { from_start, sequence, needs_tcp } = again;
+        Self::begin_as(ctx, now, id, from_start, sequence, needs_tcp)
     }
 
-    fn begin_as(ctx: &mut Context, now: Instant, id: IkeSaId, to: Redirected, sequence: u32) -> Option<Box<Self>> {
+    fn begin_as(
+        ctx: &mut Context,
+        now: Instant,
+        id: IkeSaId,
+        to: Redirected,
+        sequence: u32,
+        needs_tcp: bool,
+    ) -> Option<Box<Self>> {
         let Redirected { from: _, connection, wants, local, remote, redirects } = to;
-        let over = Over::first(connection.tcp);
+        let over = if needs_tcp { Over::Tcp } else { Over::first(ctx, now, &connection, local, remote) };
         match Attempt::begin(ctx, now, id, &connection, (local, remote), over, &redirects) {
             Ok(attempt) => Some(Box::new(Self { id, connection, wants, local, remote, sequence, redirects, attempt })),
             Err(reason) => {
@@ -174,7 +209,7 @@ impl Initiating {
         match result {
             Ok((local, remote)) => {
                 (self.local, self.remote) = (local, remote);
-                let over = Over::first(self.connection.tcp);
+                let over = Over::first(ctx, now, &self.connection, local, remote);
                 self.restart(ctx, now, over)
             }
             Err(reason) => {
@@ -378,9 +413,11 @@ impl Initiating {
         }
         let reason = format!("the TCP connection failed: {reason}");
         if self.connection.tcp == TcpPolicy::Fallback {
-            // The peer may be slow or down rather than behind a filter: UDP gets all of its time.
             ctx.log("NET", 1, self.tag(), format!("{reason}, going on over UDP"));
-            return self.restart(ctx, now, Over::Udp);
+            ctx.networks.forget(&self.attempt.path);
+            // The peer may be slow or down rather than behind a filter: UDP gets all of its time.
+            let over = if self.attempt.over == Over::TcpAsBefore { Over::UdpThenTcp } else { Over::Udp };
+            return self.restart(ctx, now, over);
         }
         self.give_up(ctx, now, &reason)
     }
@@ -503,18 +540,24 @@ impl Initiating {
             name: connection.name.clone(),
             path: attempt.path,
             nat,
-            stream_originator: matches!(attempt.path.transport, Transport::Stream(_)),
+            stream_originator: true,
             redirects,
             sequence,
             assigned: None,
+            falls_back: false,
         };
         let floats = nat.any() || (connection.mobike && nat.traversal);
         if floats && core.path.transport == Transport::Udp {
             // RFC 7296 §2.23: from IKE_AUTH on both sides use the port for encapsulation; with MOBIKE also without a
             // NAT, since there may be one on another path (RFC 4555 §3.3).
+            core.falls_back = attempt.over == Over::UdpThenTcp;
             core.path.transport = Transport::UdpEncap;
             core.path.local.set_port(ctx.config.nat_port);
             core.path.remote.set_port(ctx.config.nat_port);
+        }
+        if connection.tcp == TcpPolicy::Fallback {
+            // Nothing of it is authentic yet, but at worst UDP is tried in vain, or TCP for an hour.
+            ctx.networks.note(now, &core.path);
         }
         let fragmentation =
             connection.fragmentation != Fragmentation::No && parts.has(NotifyType::IKEV2_FRAGMENTATION_SUPPORTED);
@@ -587,7 +630,7 @@ impl Initiating {
             self.sequence = self.sequence.saturating_add(1);
             let line = format!("peer not responding, trying again ({}/{tries})", self.sequence);
             ctx.log("IKE", 1, self.tag(), line);
-            let over = Over::first(self.connection.tcp);
+            let over = Over::first(ctx, now, &self.connection, self.local, self.remote);
             return self.restart(ctx, now, over);
         }
         ctx.log("IKE", 1, self.tag(), format!("establishing IKE_SA failed, {reason}"));
@@ -632,7 +675,7 @@ impl Attempt {
         let nonce = ctx.random(NONCE_LENGTH);
         let spi = ctx.reserve_ike_spi(id);
         let path = match over {
-            Over::Tcp => {
+            Over::Tcp | Over::TcpAsBefore => {
                 let remote = SocketAddr::new(remote, connection.tcp_remote_port);
                 let transport = Transport::Stream(ctx.open_stream(local, remote));
                 Path { local: SocketAddr::new(local, 0), remote, transport }
@@ -642,6 +685,7 @@ impl Attempt {
         let total = super::retry::total(&ctx.config.retransmission);
         let mut attempt = Self {
             spi,
+            over,
             path,
             nonce,
             method,
@@ -658,7 +702,7 @@ impl Attempt {
         if over == Over::UdpThenTcp {
             attempt.tcp_at = Some(after(now, connection.tcp_delay));
         }
-        if over != Over::Tcp {
+        if !over.is_tcp() {
             attempt.prepared(ctx, now, id, connection);
         }
         Ok(attempt)
@@ -789,7 +833,8 @@ pub(crate) fn offers(proposals: &[Proposal], method: Ke) -> bool {
     method != Ke::NONE && methods(proposals).contains(&method)
 }
 
-fn udp_path(ctx: &Context, connection: &Connection, local: IpAddr, remote: IpAddr) -> Path {
+/// The path over UDP, by the configured ports.
+pub(super) fn udp_path(ctx: &Context, connection: &Connection, local: IpAddr, remote: IpAddr) -> Path {
     let port = |port: u16| if port == 0 { ctx.config.port } else { port };
     let (local_port, remote_port) = (port(connection.local_port), port(connection.remote_port));
     // Messages to and from the encapsulation port carry the non-ESP marker from the beginning (RFC 3948 §2.2).

@@ -14,6 +14,7 @@ use ipsec::transform::Ke;
 use super::auth::InitMaterial;
 use super::channel::{Channel, Received, Spis};
 use super::fault::notify_name;
+use super::init::begin_over_tcp;
 use super::parts::Parts;
 use super::ppk;
 use super::retry::{Due, Retry, after};
@@ -189,11 +190,16 @@ impl InitiatorIntermediate {
             self.abandon(ctx, "the key exchange took too long", CloseReason::Timeout);
             return None;
         }
-        let policy = ctx.config.retransmission;
+        let policy = self.core.retransmission(ctx, &self.connection);
         let Some(channel) = &mut self.channel else { return Some(IkeSa::InitiatorIntermediate(self)) };
         let (due, id, count) = channel.poll_retry(now, &policy, ctx.rng.as_mut());
         match due {
             Due::Nothing => {}
+            Due::Resend if self.core.is_blocked(count) => {
+                begin_over_tcp(ctx, &self.core, &self.connection, std::mem::take(&mut self.wants));
+                self.abandon(ctx, "", CloseReason::Timeout);
+                return None;
+            }
             Due::Resend => {
                 let datagrams = channel.outstanding().unwrap_or_default().to_vec();
                 let line = format!("retransmit {count} of request with message ID {id}");
@@ -274,7 +280,8 @@ impl InitiatorIntermediate {
         let payloads = [Payload::Ke { group: ke.method(), data: ke.public().to_vec() }];
         let exchange = ExchangeType::IKE_INTERMEDIATE;
         let over_stream = matches!(self.core.path.transport, Transport::Stream(_));
-        let retry = Retry::start(now, &ctx.config.retransmission, over_stream, ctx.rng.as_mut());
+        let policy = self.core.retransmission(ctx, &self.connection);
+        let retry = Retry::start(now, &policy, over_stream, ctx.rng.as_mut());
         let max_length = ctx.max_length(&self.core.path, self.agreed.fragmentation, self.connection.fragmentation);
         let Some(channel) = &mut self.channel else { return self.fail(ctx, "there are no keys") };
         let octets = channel.request_octets(exchange, &payloads).unwrap_or_default();
@@ -293,6 +300,7 @@ impl InitiatorIntermediate {
             Ok(parts) => parts,
             Err(fault) => return self.fail(ctx, &fault.to_string()),
         };
+        self.core.falls_back = false;
         if let Some(error) = parts.error() {
             let line = format!("received {} notify error", notify_name(error.kind));
             return self.fail(ctx, &line);

@@ -23,7 +23,7 @@ use super::retry::Retry;
 use crate::config::{Connection, Retransmission};
 use crate::engine::context::Context;
 use crate::engine::places::Place;
-use crate::engine::{CloseReason, Event, IkeState, Job, JobId, Path, Route, RouteQuery, Transport};
+use crate::engine::{CloseReason, Event, IkeState, Job, JobId, Judgement, Path, Route, RouteQuery, Transport};
 use crate::wire::{ExchangeType, NotifyType, Payload};
 
 /// Addresses of either side that are told or kept, beyond the one in use (charon's limit).
@@ -243,7 +243,7 @@ impl Established {
     }
 
     /// Neither replaced nor on its way out.
-    fn is_current(&self) -> bool {
+    pub(super) fn is_current(&self) -> bool {
         matches!(self.state, IkeState::Established | IkeState::Rekeying)
     }
 
@@ -347,6 +347,11 @@ impl Established {
     /// Packets can no longer take the path in use.
     fn leave_path(&mut self, ctx: &mut Context, now: Instant, best: Path, others: Vec<Path>) -> Result<(), Closed> {
         if let Transport::Stream(_) = self.core.path.transport {
+            if self.chooses_transport() && self.is_current() {
+                // RFC 9329 §7.1: over UDP first, whatever was used before.
+                self.mobility.hurried = true;
+                return self.leave_stream_for_udp(ctx, now, (best.local.ip(), best.remote.ip()));
+            }
             return self.reopen_along(ctx, now, best);
         }
         if !self.mobility.on || self.has_transport_mode() {
@@ -368,6 +373,7 @@ impl Established {
         }
         // §3.5: what is outstanding goes on along the new path, the same octets.
         self.probe(ctx, now);
+        self.expect_answer_over_udp(ctx, now);
         Ok(())
     }
 
@@ -389,7 +395,7 @@ impl Established {
         Err(self.farewell(ctx, now, CloseReason::Local))
     }
 
-    fn point_at(&mut self, ctx: &mut Context, path: Path) {
+    pub(super) fn point_at(&mut self, ctx: &mut Context, path: Path) {
         let old = self.core.path;
         let line = format!("path changes from {}...{} to {}...{}", old.local, old.remote, path.local, path.remote);
         ctx.log("NET", 1, self.core.tag(), line);
@@ -407,7 +413,7 @@ impl Established {
         }
     }
 
-    fn queue_errand(&mut self, errand: Errand) {
+    pub(super) fn queue_errand(&mut self, errand: Errand) {
         self.queue.retain(|task| !matches!(task, Task::Mobility(queued) if *queued == errand));
         self.queue.push_front(Task::Mobility(errand));
     }
@@ -422,13 +428,53 @@ impl Established {
 
     // Sending.
 
-    /// The paths that the outstanding request goes along.
+    /// The paths that the outstanding request is repeated along; a stream repeats by itself.
     pub(super) fn request_paths(&self) -> Vec<Path> {
-        if self.mobility.paths.is_empty() { vec![self.core.path] } else { self.mobility.paths.clone() }
+        if self.mobility.paths.is_empty() {
+            return vec![self.core.path];
+        }
+        self.mobility.paths.iter().filter(|path| !matches!(path.transport, Transport::Stream(_))).copied().collect()
+    }
+
+    /// The outstanding request went along this path as well.
+    pub(super) fn went_along(&mut self, path: Path) {
+        if self.mobility.paths.is_empty() {
+            self.mobility.paths.push(self.core.path);
+        }
+        self.mobility.paths.push(path);
+    }
+
+    /// The stream is gone.
+    pub(super) fn forget_path(&mut self, transport: Transport) {
+        self.mobility.paths.retain(|path| path.transport != transport);
+    }
+
+    /// True for the initiator of the first IKE SA with MOBIKE, where addresses may change.
+    pub(super) fn moves_by_mobike(&self) -> bool {
+        self.mobility.on && self.mobility.initiator && !self.has_transport_mode()
+    }
+
+    pub(super) fn is_hurried(&self) -> bool {
+        self.mobility.hurried
+    }
+
+    /// The peer is to be asked to follow.
+    pub(super) fn want_update(&mut self) {
+        self.mobility.pending = true;
+        (self.mobility.nat_retries, self.mobility.retold) = (0, 0);
+    }
+
+    /// What is outstanding goes along the path of now.
+    pub(super) fn ask_along_now(&mut self, ctx: &mut Context, now: Instant) {
+        self.probe(ctx, now);
+    }
+
+    pub(super) fn answered_on(&self) -> Option<Path> {
+        self.mobility.answered_on
     }
 
     /// A request is to be repeated for the `count`th time: perhaps other paths work.
-    pub(super) fn consider_other_paths(&mut self, ctx: &mut Context, count: u32) {
+    pub(super) fn consider_other_paths(&mut self, ctx: &mut Context, now: Instant, count: u32) {
         let over_udp = !matches!(self.core.path.transport, Transport::Stream(_));
         if !self.mobility.on || !over_udp {
             return;
@@ -439,11 +485,15 @@ impl Established {
             self.mobility.suspected = true;
             self.ask_for_routes(ctx);
         }
+        if count >= SUSPICIOUS {
+            self.doubt_udp(now);
+        }
     }
 
     fn widen(&mut self) {
         if !self.mobility.candidates.is_empty() {
-            let others = self.mobility.candidates.iter().copied();
+            let streams = self.mobility.paths.iter().filter(|path| matches!(path.transport, Transport::Stream(_)));
+            let others: Vec<Path> = self.mobility.candidates.iter().chain(streams).copied().collect();
             self.mobility.paths = std::iter::once(self.core.path).chain(others).collect();
         }
     }
@@ -518,7 +568,11 @@ impl Established {
         let tried = std::mem::take(&mut self.mobility.paths);
         if tried.len() > 1 {
             self.mobility.changes = self.mobility.changes.wrapping_add(1);
-            let ends = |path: &Path| (path.local.ip(), path.remote.ip());
+            let stream = |path: &Path| match path.transport {
+                Transport::Stream(stream) => Some(stream),
+                Transport::Udp | Transport::UdpEncap => None,
+            };
+            let ends = |path: &Path| (path.local.ip(), path.remote.ip(), stream(path));
             let found = tried.into_iter().find(|one| ends(one) == ends(&path)).unwrap_or(self.core.path);
             if self.mobility.initiator {
                 if found != self.core.path {
@@ -534,6 +588,7 @@ impl Established {
         if !self.mobility.hurried {
             self.mobility.candidates.clear();
         }
+        self.transport_found();
     }
 
     /// The same on the responder, who does not choose: it goes back from a mapping that ESP seemed to show, and says
@@ -579,7 +634,7 @@ impl Established {
             Errand::Update if parts.has(NotifyType::UNACCEPTABLE_ADDRESSES) => self.addresses_refused(ctx, now),
             Errand::Update => {
                 self.mobility.told = mission.told;
-                self.updated(ctx, parts);
+                self.updated(ctx, now, parts);
                 Ok(())
             }
             Errand::Tell => {
@@ -598,7 +653,7 @@ impl Established {
     }
 
     /// The responder has followed us.
-    fn updated(&mut self, ctx: &mut Context, parts: &Parts) {
+    fn updated(&mut self, ctx: &mut Context, now: Instant, parts: &Parts) {
         let path = self.mobility.answered_on.unwrap_or(self.core.path);
         if self.core.nat.traversal && has_nat_detection(parts) {
             let spis = self.channel.spis;
@@ -612,6 +667,7 @@ impl Established {
         self.mobility.candidates.clear();
         self.mobility.refused.clear();
         self.move_children(ctx);
+        self.transport_agreed(ctx, now);
         self.tell_if_changed(ctx);
     }
 
@@ -709,6 +765,7 @@ impl Established {
             ctx.log("IKE", 1, self.core.tag(), line);
             self.core.path = path;
             self.stream_is_up();
+            ctx.judge(&path, Judgement::Authentic);
             self.mobility.changes = self.mobility.changes.wrapping_add(1);
             self.mobility.paths.clear();
             self.mobility.stranded = false;

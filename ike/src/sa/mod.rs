@@ -35,6 +35,7 @@ pub(crate) mod rekey;
 pub(crate) mod retry;
 pub(crate) mod selectors;
 pub(crate) mod succession;
+mod transports;
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -50,7 +51,7 @@ pub(crate) use init::Initiating;
 pub(crate) use intermediate_initiator::InitiatorIntermediate;
 pub(crate) use intermediate_responder::ResponderIntermediate;
 
-use crate::config::{Child, Connection, Unique};
+use crate::config::{Child, Connection, Retransmission, Unique};
 use crate::engine::assigned::Assigned;
 use crate::engine::context::{Context, PeerKey};
 use crate::engine::places::Place;
@@ -86,16 +87,29 @@ pub(crate) struct Core {
     pub(crate) name: String,
     pub(crate) path: Path,
     pub(crate) nat: Nat,
-    /// We opened the stream, and only we reopen it (RFC 9329 §1.2).
+    /// We began the first IKE SA: if there is a stream, we open it, and only we do (RFC 9329 §1.2).
     pub(crate) stream_originator: bool,
     pub(crate) redirects: Redirects,
     /// Sequences of tries that we began, from 1 (`keyingtries`); 0 as responder.
     pub(crate) sequence: u32,
     /// What Configuration payloads gave.
     pub(crate) assigned: Option<Arc<Assigned>>,
+    /// Nothing has come over the port for encapsulation yet, which a network may drop by itself; TCP is untried.
+    pub(crate) falls_back: bool,
 }
 
 impl Core {
+    /// How requests are repeated before the peer is authenticated.
+    pub(crate) fn retransmission(&self, ctx: &Context, connection: &Connection) -> Retransmission {
+        let configured = ctx.config.retransmission;
+        let timeout = configured.timeout.min(connection.tcp_delay);
+        if self.falls_back { Retransmission { timeout, base: 1.0, ..configured } } else { configured }
+    }
+
+    /// True when the `count`th repetition is due on a port that seems to be blocked: one was sent in vain (RFC 9329 §5.1).
+    pub(crate) fn is_blocked(&self, count: u32) -> bool {
+        self.falls_back && count >= 2
+    }
     /// The SA's number and name for log lines.
     pub(crate) fn tag(&self) -> Option<(IkeSaId, &str)> {
         Some((self.id, &self.name))

@@ -223,7 +223,10 @@ impl Established {
     fn answer_rekey(&mut self, ctx: &mut Context, parts: &Parts) -> Result<IkePlan, Fault> {
         // §2.25.2: not while Child SAs are made, rekeyed or closed, nor while we close this one.
         let busy = match &self.active {
-            None | Some(Active::Liveness | Active::Inform | Active::Redirect { .. } | Active::RekeyIke(_)) => false,
+            None
+            | Some(
+                Active::Liveness | Active::Inform | Active::ProbeUdp | Active::Redirect { .. } | Active::RekeyIke(_),
+            ) => false,
             Some(
                 Active::Create { .. }
                 | Active::Install { .. }

@@ -36,6 +36,7 @@ mod selectors;
 mod signatures;
 mod stream;
 mod stream_rules;
+mod transports;
 mod uniqueness;
 
 use std::collections::BTreeMap;
@@ -272,6 +273,7 @@ pub(super) fn connection(side: usize) -> Connection {
         tcp: TcpPolicy::No,
         tcp_delay: Duration::from_secs(6),
         tcp_remote_port: 4500,
+        tcp_probe_udp: Duration::from_secs(60),
         vips: Vec::new(),
         pools: Vec::new(),
         split_dns: SplitDns::default(),

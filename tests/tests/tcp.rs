@@ -1,0 +1,238 @@
+//! RFC 9329 with real daemons, real sockets and what networks do to them: filters, translators, relays, hostile clients.
+
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use latchkey_tests::daemon::program;
+use latchkey_tests::host::{Host, link, wait_for};
+use latchkey_tests::middlebox::{B, ROUTER, Relay, Road};
+use latchkey_tests::scene::{INNER_A, INNER_B, Suite};
+
+const OVER_TCP: Suite = Suite { connection: "tcp = yes\ndpd_delay = 5s\n", ..Suite::DEFAULT };
+
+fn seconds(seconds: u64) -> Duration {
+    Duration::from_secs(seconds)
+}
+
+/// The best time of three, as the machine may be busy: each on a road of its own, with nothing known of the network.
+fn set_up_time(filter: &str, enough: Duration) -> Duration {
+    let mut best = Duration::MAX;
+    for _ in 0..3 {
+        let road = Road::start(&Suite::DEFAULT, B);
+        road.drop_forwarded(filter);
+        let start = Instant::now();
+        road.a.initiate("net");
+        best = best.min(start.elapsed());
+        assert!(road.is_over_tcp(), "{}", road.a.sas());
+        road.passes();
+        if best < enough {
+            break;
+        }
+    }
+    eprintln!("the tunnel was up after {best:?}");
+    best
+}
+
+// RFC 9329 §5.1: what a user feels of it, by default.
+#[test]
+fn with_udp_dropped_the_tunnel_is_up_within_two_and_a_half_seconds() {
+    let enough = Duration::from_millis(2500);
+    assert!(set_up_time("meta l4proto udp drop;", enough) < enough);
+}
+
+#[test]
+fn with_udp_rejected_it_is_up_sooner() {
+    let enough = Duration::from_millis(1400);
+    assert!(set_up_time("meta l4proto udp reject with icmp type admin-prohibited;", enough) < enough);
+}
+
+// RFC 7296 §2.23, RFC 4555 §3.3: IKE_SA_INIT passes on port 500, and all else would be on 4500.
+#[test]
+fn where_only_port_4500_is_dropped_tcp_is_used() {
+    let enough = Duration::from_millis(6000);
+    assert!(set_up_time("udp dport 4500 drop; udp sport 4500 drop;", enough) < enough);
+}
+
+// RFC 9329 §7.1: UDP goes and comes back; one TCP connection in the tunnel sees nothing but a pause.
+#[test]
+fn a_file_survives_a_filter_that_comes_and_goes() {
+    let suite = Suite { connection: "dpd_delay = 1s\ntcp_probe_udp = 2s\n", ..Suite::DEFAULT };
+    let road = Road::start(&suite, B);
+    road.a.initiate("net");
+    assert!(!road.is_over_tcp());
+    road.slow_down(10_000);
+    let spis = road.a.child_spis("INSTALLED");
+    let mut transfer = road.transfer(8 << 20);
+    sleep(seconds(1));
+    road.drop_forwarded("meta l4proto udp drop; ip protocol esp drop;");
+    road.wait_for_transport(true);
+    let before = transfer.arrived();
+    wait_for("octets over TCP", seconds(30), || transfer.arrived() > before);
+    assert!(transfer.goes_on());
+    road.allow();
+    road.wait_for_transport(false);
+    transfer.arrives_whole();
+    assert_eq!(road.a.child_spis("INSTALLED"), spis, "the Child SA is the same");
+    // The stream is closed when it is over.
+    wait_for("no TCP connection", seconds(10), || road.host_a.check("ss", &["-Htn", "dport", "=", ":4500"]).is_empty());
+    road.passes();
+}
+
+// RFC 9329 §6.1: resets, again and again; the originator opens another stream, and what the inner TCP lost it repeats.
+#[test]
+fn a_file_survives_resets() {
+    let road = Road::start(&OVER_TCP, B);
+    road.a.initiate("net");
+    road.slow_down(10_000);
+    let spis = road.a.child_spis("INSTALLED");
+    let transfer = road.transfer(6 << 20);
+    for host in [&road.host_a, &road.host_b, &road.host_a, &road.host_b] {
+        sleep(Duration::from_millis(800));
+        let port = if std::ptr::eq(host, &road.host_a) { "dport" } else { "sport" };
+        host.check("ss", &["-K", port, "=", ":4500"]);
+    }
+    transfer.arrives_whole();
+    assert_eq!(road.a.child_spis("INSTALLED"), spis, "the Child SA is the same");
+}
+
+// RFC 9329 §6.1: the translator forgets its mappings and takes another outside address.
+#[test]
+fn a_file_survives_another_nat_mapping() {
+    for (connection, tcp) in [("tcp = yes\ndpd_delay = 1s\n", true), ("tcp = no\ndpd_delay = 1s\n", false)] {
+        let road = Road::start(&Suite { connection, ..Suite::DEFAULT }, B);
+        road.router.masquerade(&road.outside);
+        road.a.initiate("net");
+        assert_eq!(road.is_over_tcp(), tcp);
+        road.slow_down(10_000);
+        let transfer = road.transfer(4 << 20);
+        sleep(seconds(1));
+        road.router.ip(&["addr", "del", "192.0.2.254/24", "dev", &road.outside]);
+        road.router.ip(&["addr", "add", "192.0.2.77/24", "dev", &road.outside]);
+        road.host_b.ip(&["route", "replace", "default", "via", "192.0.2.77"]);
+        transfer.arrives_whole();
+        assert!(road.b.sas().contains("remote-host=192.0.2.77"), "{}", road.b.sas());
+    }
+}
+
+// Segments of one octet, all of 50 ms in one, a delay, a damaged octet, and a hole.
+#[test]
+fn a_file_survives_a_relay_that_does_its_worst() {
+    let road = Road::start(&OVER_TCP, ROUTER);
+    let mut relay = Relay::start(&road.router, &format!("{ROUTER}:4500"), &format!("{B}:4500"));
+    relay.tell("octets");
+    road.a.initiate("net");
+    road.passes();
+    relay.tell("pass");
+    road.slow_down(10_000);
+    let spis = road.a.child_spis("INSTALLED");
+    let mut transfer = road.transfer(6 << 20);
+    for what in ["octets", "merge", "delay 40", "corrupt", "pass", "corrupt", "hold", "pass"] {
+        assert!(transfer.goes_on(), "not before {what}");
+        relay.tell(what);
+        sleep(Duration::from_millis(500));
+    }
+    transfer.arrives_whole();
+    assert_eq!(road.a.child_spis("INSTALLED"), spis, "the Child SA is the same");
+}
+
+// RFC 9329 §6.1: what is damaged is noticed by its check, or by what no longer parses after it.
+#[test]
+fn a_corrupted_stream_is_closed_and_opened_again() {
+    let road = Road::start(&OVER_TCP, ROUTER);
+    let mut relay = Relay::start(&road.router, &format!("{ROUTER}:4500"), &format!("{B}:4500"));
+    road.a.initiate("net");
+    road.passes();
+    relay.tell("corrupt");
+    wait_for("a stream that is closed for what it said", seconds(20), || {
+        let _ = road.host_a.run("ping", &["-c", "3", "-i", "0.05", "-W", "1", "-I", INNER_A, INNER_B]);
+        road.b.output().contains("failed its integrity check") || road.b.output().contains("mean nothing here")
+    });
+    wait_for("another stream", seconds(20), || road.host_a.pings(INNER_A, INNER_B));
+    assert_eq!(road.a.established(), 1);
+}
+
+// One packet of a hundred is lost, over UDP and over TCP.
+#[test]
+fn a_file_survives_loss() {
+    for connection in ["tcp = no\n", "tcp = yes\n"] {
+        let road = Road::start(&Suite { connection, ..Suite::DEFAULT }, B);
+        road.a.initiate("net");
+        road.drop_forwarded("numgen random mod 100 < 1 drop;");
+        road.transfer(4 << 20).arrives_whole();
+    }
+}
+
+// RFC 9329 §2, §5: several ports, also one that gets through where 4500 does not.
+#[test]
+fn port_443_is_served_as_well() {
+    let suite = Suite { connection: "tcp = fallback\ntcp_remote_port = 443\n", ..Suite::DEFAULT };
+    let road = Road::with(&suite, B, "tcp_ports = 4500, 443\n");
+    road.drop_forwarded("meta l4proto udp drop; tcp dport 4500 drop;");
+    road.a.initiate("net");
+    assert!(road.is_over_tcp());
+    road.passes();
+    let streams = road.host_b.check("ss", &["-Htn", "sport", "=", ":443"]);
+    assert_eq!(streams.lines().count(), 1, "{streams}");
+    // RFC 9329 §6.1: closed after the Delete.
+    road.a.control(&["--terminate", "--ike", "site"]);
+    wait_for("no TCP connection", seconds(10), || {
+        road.host_b.check("ss", &["-Htn", "state", "established", "sport", "=", ":443"]).is_empty()
+    });
+}
+
+// RFC 9329 §3, §9.4: what the tunnel takes fits the segments that the stream negotiates, so few packets span two.
+#[test]
+fn messages_are_no_longer_than_over_udp() {
+    let road = Road::start(&OVER_TCP, B);
+    road.a.initiate("net");
+    assert!(road.host_a.check("ip", &["link", "show", "lk0"]).contains("mtu 1400"));
+    road.transfer(1 << 20).arrives_whole();
+    let streams = road.host_a.check("ss", &["-Htni", "dport", "=", ":4500"]);
+    let mss: usize = streams.split("mss:").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
+    assert!((1400..=1460).contains(&mss), "{streams}");
+}
+
+/// A host full of hostile clients on the responder's side of the router, with many addresses.
+fn enemy(road: &Road) -> Host {
+    let enemy = Host::new();
+    link(&enemy, "203.0.113.1/24", &road.host_b, "203.0.113.2/24");
+    enemy.ip(&["route", "add", "local", "198.18.0.0/16", "dev", "lo"]);
+    road.host_b.ip(&["route", "add", "198.18.0.0/16", "via", "203.0.113.1"]);
+    enemy
+}
+
+// RFC 9329 §10: a responder under hundreds of hostile connections, from one address and from many; the tunnel beside
+// loses nothing, newcomers get in, and nothing is left.
+#[test]
+fn hostile_clients_cost_the_others_nothing() {
+    let road = Road::start(&OVER_TCP, B);
+    road.a.initiate("net");
+    let enemy = enemy(&road);
+    let memory = road.b.resident();
+    for sources in ["0", "200"] {
+        let mut hostile =
+            enemy.command(program("hostile").to_str().unwrap(), &["203.0.113.2:4500", "1500", "6", sources]);
+        let hostile = hostile.stdout(std::process::Stdio::piped()).spawn().unwrap();
+        sleep(seconds(1));
+        let pings = road.host_a.check("ping", &["-q", "-i", "0.01", "-c", "300", "-I", INNER_A, INNER_B]);
+        assert!(pings.contains(" 0% packet loss"), "{pings}");
+        let streams = road.host_b.check("ss", &["-Htn", "state", "established", "sport", "=", ":4500"]).lines().count();
+        // Bounded by address and in total, but for what waits to be accepted.
+        assert!(streams <= if sources == "0" { 32 + 1 } else { 1024 + 1 } + 200, "{streams} streams");
+        // Somebody new comes over TCP meanwhile.
+        road.a.control(&["--terminate", "--ike", "site"]);
+        road.a.initiate("net");
+        road.passes();
+        let output = hostile.wait_with_output().unwrap();
+        eprintln!("{} clients: {}", sources, String::from_utf8_lossy(&output.stdout));
+        assert!(output.status.success());
+    }
+    wait_for("nothing but the tunnel's stream", seconds(30), || {
+        road.host_b.check("ss", &["-Htn", "state", "established", "sport", "=", ":4500"]).lines().count() == 1
+    });
+    let grown = road.b.resident().saturating_sub(memory);
+    assert!(grown < 64 * 1024, "{grown} kB more than before");
+    road.passes();
+}
