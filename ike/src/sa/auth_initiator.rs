@@ -22,8 +22,8 @@ use super::mobility::announcement;
 use super::parts::Parts;
 use super::ppk::{self, Unmixed};
 use super::redirect::{Redirected, Redirects};
-use super::retry::{Due, Retry, after};
-use super::{Core, Established, IkeSa, Want, fail_wants, is_first_contact, local_identity};
+use super::retry::{Retry, after};
+use super::{Core, Established, IkeSa, Want, fail_wants, is_first_contact, local_identity, window};
 use crate::config::Connection;
 use crate::engine::context::Context;
 use crate::engine::{CloseReason, Event, IkeSaStatus, IkeState, Job, JobId, JobOutcome, Judgement, Path, Transport};
@@ -238,9 +238,11 @@ impl InitiatorAuth {
                 ctx.judge(&path, Judgement::Forged);
                 Some(IkeSa::InitiatorAuth(self))
             }
-            Received::Request(_) | Received::Repeated(_) | Received::Awaited | Received::Ignored => {
-                Some(IkeSa::InitiatorAuth(self))
-            }
+            Received::Request(_)
+            | Received::Repeated(_)
+            | Received::Awaited
+            | Received::Beyond(_)
+            | Received::Ignored => Some(IkeSa::InitiatorAuth(self)),
         }
     }
 
@@ -250,25 +252,18 @@ impl InitiatorAuth {
             return None;
         }
         let policy = self.core.retransmission(ctx, &self.connection);
-        let (due, id, count) = self.channel.poll_retry(now, &policy, ctx.rng.as_mut());
-        match due {
-            Due::Nothing => {}
-            Due::Resend if self.core.is_blocked(count) => {
+        if let Some(overdue) = self.channel.poll_retry(now, &policy, ctx.rng.as_mut()) {
+            if overdue.resend.is_some() && self.core.is_blocked(overdue.count) {
                 begin_over_tcp(ctx, &self.core, &self.connection, std::mem::take(&mut self.wants));
                 self.abandon(ctx, "", CloseReason::Timeout);
                 return None;
             }
-            Due::Resend => {
-                let line = format!("retransmit {count} of request with message ID {id}");
-                ctx.log("IKE", 1, self.core.tag(), line);
-                let datagrams = self.channel.outstanding().unwrap_or_default().to_vec();
-                ctx.transmit(self.core.path, datagrams);
-            }
-            Due::GiveUp => {
-                ctx.log("IKE", 1, self.core.tag(), format!("giving up after {count} retransmits"));
+            ctx.log("IKE", 1, self.core.tag(), overdue.to_string());
+            let Some(datagrams) = overdue.resend else {
                 self.give_up(ctx, "the peer does not answer");
                 return None;
-            }
+            };
+            ctx.transmit(self.core.path, datagrams);
         }
         if let Some(reopening) = self.reopening.as_mut().filter(|reopening| reopening.at.is_some_and(|at| at <= now)) {
             reopening.at = None;
@@ -316,7 +311,7 @@ impl InitiatorAuth {
         self.core.path.local = local;
         let retry = Retry::start(now, &ctx.config.retransmission, true, ctx.rng.as_mut());
         self.channel.restart_retry(retry);
-        let datagrams = self.channel.outstanding().unwrap_or_default().to_vec();
+        let datagrams = self.channel.outstanding();
         ctx.transmit(self.core.path, datagrams);
     }
 
@@ -403,6 +398,7 @@ impl InitiatorAuth {
         payloads.extend(auth);
         payloads.extend(ctx.tokens.payload(self.channel.spis));
         payloads.push(message_id_sync::supported());
+        payloads.push(window::announcement());
         if let Some(child) = self.first_child() {
             let nonce = self.material.ni.clone();
             let trigger =
@@ -522,6 +518,7 @@ impl InitiatorAuth {
         established.take_tokens(&parts);
         established.negotiate_message_id_sync(&parts);
         established.note_auth_lifetime(ctx, now, &parts);
+        established.note_window(&parts);
         // The first wanted child went with IKE_AUTH, what else was asked for follows.
         let with_child = offer.as_ref().and_then(|_| wants.iter().position(|want| want.child.is_some()));
         let first = with_child.map(|index| wants.remove(index));

@@ -15,7 +15,7 @@ use super::mobility::{announcement, is_translated};
 use super::parts::Parts;
 use super::ppk;
 use super::redirect::auth_redirect;
-use super::{Core, Established, IkeSa, local_identity};
+use super::{Core, Established, IkeSa, local_identity, window};
 use crate::config::{Connection, Unique};
 use crate::engine::context::{Context, PeerKey};
 use crate::engine::{CloseReason, Event, IkeSaStatus, IkeState, Job, JobId, JobOutcome, Judgement, Path};
@@ -143,7 +143,9 @@ impl ResponderAuth {
                 ctx.judge(&path, Judgement::Forged);
                 Some(IkeSa::ResponderAuth(self))
             }
-            Received::Repeated(_) | Received::Response(_) | Received::Ignored => Some(IkeSa::ResponderAuth(self)),
+            Received::Repeated(_) | Received::Response(_) | Received::Beyond(_) | Received::Ignored => {
+                Some(IkeSa::ResponderAuth(self))
+            }
         }
     }
 
@@ -393,6 +395,8 @@ impl ResponderAuth {
         established.negotiate_mobility(ctx, false, &parts);
         established.take_tokens(&parts);
         head.extend(established.negotiate_message_id_sync(&parts));
+        established.note_window(&parts);
+        head.push(window::announcement());
         head.extend(ctx.tokens.payload(established.channel.spis));
         head.extend(established.auth_lifetime(now));
         let result = established.answer_first_child(ctx, now, head, &parts, &material.ni, &material.nr);

@@ -1,4 +1,4 @@
-//! The protected channel of one IKE SA: keys, message ids, the window of one (RFC 7296 §2.1 to §2.3).
+//! The protected channel of one IKE SA: keys, message ids, both windows (RFC 7296 §2.1 to §2.3).
 //!
 //! Nothing here changes before a message's integrity check has passed. A sealed message is kept and sent
 //! again as it is: no two different messages are ever sealed under one key, message id and direction.
@@ -11,6 +11,7 @@ use sha2::{Digest, Sha256};
 
 use super::message_id_sync::UsedUp;
 use super::retry::{Due, Retry};
+use super::window::{Inbound, Standing};
 use crate::Rng;
 use crate::config::Retransmission;
 use crate::crypto::{IkeKeys, IkeSuite};
@@ -28,12 +29,14 @@ pub(crate) struct Spis {
 pub(crate) enum Received {
     /// A new request, inside the window.
     Request(Opened),
-    /// The answer to our outstanding request.
+    /// The answer to an outstanding request of ours.
     Response(Opened),
     /// A request that was answered already: send these octets again.
     Repeated(Vec<Vec<u8>>),
-    /// The request that is being answered, again: nothing to say yet.
+    /// A request that is being answered, or waits for that, again: nothing to say yet.
     Awaited,
+    /// An authentic request ahead of the window, with this message id.
+    Beyond(u32),
     /// Old, out of the window or incomplete: nothing changed.
     Ignored,
     /// Its SPIs and number are right and its integrity check fails: nothing changed.
@@ -50,13 +53,33 @@ struct Outstanding {
     payloads: Vec<Payload>,
     max_length: Option<usize>,
     retry: Retry,
+    /// Fragments of the answer.
+    answer: Reassembly,
 }
 
-/// The answer to the peer's last request.
-#[derive(Debug)]
-struct Answered {
-    message_id: u32,
-    datagrams: Vec<Vec<u8>>,
+/// A request that was not answered in time.
+pub(crate) struct Overdue {
+    pub(crate) message_id: u32,
+    /// Repetitions, with this one.
+    pub(crate) count: u32,
+    /// What to send again; `None` when there were enough of them.
+    pub(crate) resend: Option<Vec<Vec<u8>>>,
+}
+
+impl std::fmt::Display for Overdue {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.resend {
+            Some(_) => write!(f, "retransmit {} of request with message ID {}", self.count, self.message_id),
+            None => write!(f, "giving up after {} retransmits", self.count),
+        }
+    }
+}
+
+/// A request that goes on under another message id.
+pub(super) struct Renumbered {
+    pub(super) old: u32,
+    pub(super) new: u32,
+    pub(super) datagrams: Vec<Vec<u8>>,
 }
 
 pub(crate) struct Channel {
@@ -74,15 +97,13 @@ pub(crate) struct Channel {
     /// What opened the last request, where the keys are newer than that: it may be repeated.
     earlier: Option<Protection>,
     next_request: u32,
-    expected_request: u32,
-    outstanding: Option<Outstanding>,
-    /// The request that is being answered.
-    processing: Option<(u32, ExchangeType)>,
-    answered: Option<Answered>,
-    /// Digest of the datagram that completed the last request.
-    last_request: [u8; 32],
-    requests: Reassembly,
-    responses: Reassembly,
+    /// In order of their message ids.
+    outstanding: Vec<Outstanding>,
+    /// How many may be out.
+    window: u8,
+    inbound_window: Inbound,
+    /// Requests of which fragments are missing.
+    requests: Vec<Reassembly>,
 }
 
 /// What protects our messages and the peer's.
@@ -121,13 +142,10 @@ impl Channel {
             inbound,
             earlier: None,
             next_request,
-            expected_request,
-            outstanding: None,
-            processing: None,
-            answered: None,
-            last_request: [0; 32],
-            requests: Reassembly::default(),
-            responses: Reassembly::default(),
+            outstanding: Vec::new(),
+            window: 1,
+            inbound_window: Inbound::new(expected_request),
+            requests: Vec::new(),
         })
     }
 
@@ -158,79 +176,115 @@ impl Channel {
 
     fn receive_response(&mut self, protected: Protected) -> Received {
         let header = protected.header;
-        let fits = self
-            .outstanding
-            .as_ref()
-            .is_some_and(|request| request.message_id == header.message_id && request.exchange == header.exchange);
-        if !fits {
-            return Received::Ignored;
-        }
-        match protected.open(&self.inbound, &mut self.responses) {
-            Ok(OpenOutcome::Whole(opened)) => {
-                self.outstanding = None;
+        let fits =
+            |request: &Outstanding| request.message_id == header.message_id && request.exchange == header.exchange;
+        let Some(index) = self.outstanding.iter().position(fits) else { return Received::Ignored };
+        let opened = self.outstanding.get_mut(index).map(|request| protected.open(&self.inbound, &mut request.answer));
+        match opened {
+            Some(Ok(OpenOutcome::Whole(opened))) => {
+                self.outstanding.remove(index);
                 Received::Response(opened)
             }
-            Err(OpenError::Integrity) => Received::Forged,
-            Ok(OpenOutcome::Pending) | Err(OpenError::Wire(_)) => Received::Ignored,
+            Some(Err(OpenError::Integrity)) => Received::Forged,
+            Some(Ok(OpenOutcome::Pending) | Err(OpenError::Wire(_))) | None => Received::Ignored,
         }
     }
 
     fn receive_request(&mut self, protected: Protected, datagram: &[u8]) -> Received {
-        let header = protected.header;
-        if header.message_id == self.expected_request && self.processing.is_none() {
-            let Some(next) = self.expected_request.checked_add(1) else { return Received::Ignored };
-            return match protected.open(&self.inbound, &mut self.requests) {
-                Ok(OpenOutcome::Whole(opened)) => {
-                    self.expected_request = next;
-                    self.processing = Some((opened.header.message_id, opened.header.exchange));
-                    self.answered = None;
-                    self.earlier = None;
-                    self.last_request = Sha256::digest(datagram).into();
-                    Received::Request(opened)
-                }
-                Err(OpenError::Integrity) => Received::Forged,
-                Ok(OpenOutcome::Pending) | Err(OpenError::Wire(_)) => Received::Ignored,
-            };
+        let message_id = protected.header.message_id;
+        match self.inbound_window.standing(message_id) {
+            Standing::New => {}
+            Standing::Beyond => {
+                return match protected.open(&self.inbound, &mut Reassembly::default()) {
+                    Ok(_) => Received::Beyond(message_id),
+                    Err(_) => Received::Ignored,
+                };
+            }
+            Standing::Unanswered | Standing::Answered | Standing::Old => return self.repeated(protected),
         }
-        self.repeated(protected)
+        let begun = self.requests.iter().position(|fragments| fragments.message_id() == Some(message_id));
+        let mut fragments = begun.map(|index| self.requests.swap_remove(index)).unwrap_or_default();
+        let opened = protected.open(&self.inbound, &mut fragments);
+        let forged = matches!(opened, Err(OpenError::Integrity));
+        if let Ok(OpenOutcome::Whole(opened)) = opened {
+            let digest = Sha256::digest(datagram).into();
+            self.inbound_window.received(message_id, opened.header.exchange, digest);
+            self.earlier = None;
+            return Received::Request(opened);
+        }
+        if fragments.message_id().is_some() {
+            self.requests.push(fragments);
+        }
+        if forged { Received::Forged } else { Received::Ignored }
     }
 
-    /// Answers a repetition of the last request, and takes nothing else.
+    /// Answers a repetition of a request in the window, and takes nothing else.
     pub(crate) fn repeated(&self, protected: Protected) -> Received {
         let header = protected.header;
-        if header.response || header.from_initiator == self.initiator {
+        // RFC 7383 §2.6.1: only the first fragment of a repetition counts.
+        if header.response || header.from_initiator == self.initiator || protected.is_later_fragment() {
             return Received::Ignored;
         }
-        // RFC 7296 §2.1: a repeated request is answered with the same octets. RFC 7383 §2.6.1: only its
-        // first fragment counts. A scratch reassembly keeps the repetition from touching a newer message.
-        let is_processed = self.processing.is_some_and(|(message_id, _)| message_id == header.message_id);
-        if is_processed && !protected.is_later_fragment() {
-            return match protected.open(&self.inbound, &mut Reassembly::default()) {
-                Ok(_) => Received::Awaited,
-                Err(_) => Received::Ignored,
-            };
+        let standing = self.inbound_window.standing(header.message_id);
+        let inbound = match standing {
+            Standing::Unanswered => &self.inbound,
+            Standing::Answered => self.earlier.as_ref().unwrap_or(&self.inbound),
+            Standing::New | Standing::Old | Standing::Beyond => return Received::Ignored,
+        };
+        // A scratch reassembly keeps the repetition from touching a newer message.
+        if protected.open(inbound, &mut Reassembly::default()).is_err() {
+            return Received::Ignored;
         }
-        match &self.answered {
-            Some(answered) if answered.message_id == header.message_id && !protected.is_later_fragment() => {
-                let inbound = self.earlier.as_ref().unwrap_or(&self.inbound);
-                match protected.open(inbound, &mut Reassembly::default()) {
-                    Ok(_) => Received::Repeated(answered.datagrams.clone()),
-                    Err(_) => Received::Ignored,
-                }
-            }
-            _ => Received::Ignored,
+        // RFC 7296 §2.1: a repeated request is answered with the same octets.
+        match self.inbound_window.answer_to(header.message_id) {
+            Some(datagrams) => Received::Repeated(datagrams.to_vec()),
+            None => Received::Awaited,
         }
     }
 
     /// Octets of fragments that wait for others, in both directions.
     pub(crate) fn fragment_octets(&self) -> usize {
-        self.requests.octets().saturating_add(self.responses.octets())
+        let answers = self.outstanding.iter().map(|request| &request.answer);
+        self.requests.iter().chain(answers).map(Reassembly::octets).fold(0, usize::saturating_add)
     }
 
     /// Forgets them (RFC 7383 §2.6).
     pub(crate) fn drop_fragments(&mut self) {
         self.requests.clear();
-        self.responses.clear();
+        self.outstanding.iter_mut().for_each(|request| request.answer.clear());
+    }
+
+    /// The peer knows that it may have several requests out.
+    pub(crate) fn open_window(&mut self) {
+        self.inbound_window.widen();
+    }
+
+    /// So many requests of ours may be out; no fewer than before.
+    pub(crate) fn may_ask(&mut self, window: u8) {
+        self.window = self.window.max(window);
+    }
+
+    /// How many requests of ours may be out.
+    pub(crate) fn window(&self) -> usize {
+        self.window.into()
+    }
+
+    /// True when another request may go out (§2.3): the answers to all that is further back than the window are here.
+    pub(crate) fn has_room(&self) -> bool {
+        let oldest = self.outstanding.first().map_or(self.next_request, |request| request.message_id);
+        self.next_request.saturating_sub(oldest) < self.window.into()
+    }
+
+    /// The message id of the request that is being answered.
+    pub(crate) fn answering(&self) -> Option<u32> {
+        self.inbound_window.current().map(|(message_id, _)| message_id)
+    }
+
+    /// Forgets answers that nobody waits for any more.
+    pub(crate) fn forget_old_answers(&mut self) {
+        self.inbound_window.forget_old_answers();
+        self.requests.shrink_to_fit();
+        self.outstanding.shrink_to_fit();
     }
 
     // For RFC 6311, see `message_id_sync`.
@@ -241,7 +295,7 @@ impl Channel {
 
     /// The message id of the peer's next request.
     pub(super) fn expected_request(&self) -> u32 {
-        self.expected_request
+        self.inbound_window.next()
     }
 
     /// The message id of our next request.
@@ -253,8 +307,7 @@ impl Channel {
     /// numbers becomes lower.
     pub(super) fn go_on_with(&mut self, next: u32, expected: u32) {
         self.next_request = self.next_request.max(next);
-        self.expected_request = self.expected_request.max(expected);
-        self.answered = None;
+        self.inbound_window.go_on_with(expected);
         self.drop_fragments();
     }
 
@@ -269,18 +322,23 @@ impl Channel {
         wire::seal(&header, payloads, &self.outbound, None, rng)
     }
 
-    /// Says the outstanding request again, under the next message id.
-    pub(super) fn ask_again(&mut self, retry: Retry, rng: &mut dyn Rng) -> Result<Vec<Vec<u8>>, UsedUp> {
-        let Some(old) = self.outstanding.take() else { return Ok(Vec::new()) };
-        self.request(old.exchange, &old.payloads, old.max_length, retry, rng).ok_or(UsedUp)
-    }
-
     /// True while a request of ours awaits its answer.
     pub(crate) fn is_waiting(&self) -> bool {
-        self.outstanding.is_some()
+        !self.outstanding.is_empty()
     }
 
-    /// Seals a request; `None` when the message ids are used up (§2.2) or one is outstanding.
+    /// Says what is outstanding again, under the next message ids; gives both of each.
+    pub(super) fn ask_again(&mut self, retry: Retry, rng: &mut dyn Rng) -> Result<Vec<Renumbered>, UsedUp> {
+        let mut renumbered = Vec::new();
+        for old in std::mem::take(&mut self.outstanding) {
+            let new = self.next_request;
+            let datagrams = self.request(old.exchange, &old.payloads, old.max_length, retry, rng).ok_or(UsedUp)?;
+            renumbered.push(Renumbered { old: old.message_id, new, datagrams });
+        }
+        Ok(renumbered)
+    }
+
+    /// Seals a request; `None` when the message ids are used up (§2.2) or no more may be out.
     pub(crate) fn request(
         &mut self,
         exchange: ExchangeType,
@@ -289,20 +347,21 @@ impl Channel {
         retry: Retry,
         rng: &mut dyn Rng,
     ) -> Option<Vec<Vec<u8>>> {
-        if self.outstanding.is_some() {
+        if !self.has_room() {
             return None;
         }
         let message_id = self.next_request;
         self.next_request = message_id.checked_add(1)?;
         let header = self.header(exchange, message_id, false);
         let datagrams = wire::seal(&header, payloads, &self.outbound, max_length, rng);
-        self.outstanding = Some(Outstanding {
+        self.outstanding.push(Outstanding {
             message_id,
             exchange,
             datagrams: datagrams.clone(),
             payloads: payloads.to_vec(),
             max_length,
             retry,
+            answer: Reassembly::default(),
         });
         Some(datagrams)
     }
@@ -314,7 +373,7 @@ impl Channel {
 
     /// The same of the answer to the request that is being processed.
     pub(crate) fn response_octets(&self, payloads: &[Payload]) -> Option<Vec<u8>> {
-        let (message_id, exchange) = self.processing?;
+        let (message_id, exchange) = self.inbound_window.current()?;
         wire::plain_octets(&self.header(exchange, message_id, true), payloads)
     }
 
@@ -325,44 +384,55 @@ impl Channel {
         max_length: Option<usize>,
         rng: &mut dyn Rng,
     ) -> Option<Vec<Vec<u8>>> {
-        let (message_id, exchange) = self.processing.take()?;
+        let (message_id, exchange) = self.inbound_window.current()?;
         let header = self.header(exchange, message_id, true);
         let datagrams = wire::seal(&header, payloads, &self.outbound, max_length, rng);
-        self.answered = Some(Answered { message_id, datagrams: datagrams.clone() });
+        self.inbound_window.answer(datagrams.clone());
         Some(datagrams)
     }
 
     /// The last request's digest and our answer to it, to be repeated after the SA is gone.
     pub(crate) fn last_words(&mut self) -> Option<([u8; 32], Vec<Vec<u8>>)> {
-        Some((self.last_request, self.answered.take()?.datagrams))
+        self.inbound_window.last_words()
     }
 
-    /// The octets of the outstanding request.
-    pub(crate) fn outstanding(&self) -> Option<&[Vec<u8>]> {
-        self.outstanding.as_ref().map(|request| request.datagrams.as_slice())
+    /// The octets of what is outstanding, from the oldest.
+    pub(crate) fn outstanding(&self) -> Vec<Vec<u8>> {
+        self.outstanding.iter().flat_map(|request| &request.datagrams).cloned().collect()
     }
 
-    /// When the outstanding request is due for repetition.
+    /// When a request is due for repetition.
     pub(crate) fn next_timeout(&self) -> Option<Instant> {
-        self.outstanding.as_ref().map(|request| request.retry.at)
+        self.outstanding.iter().map(|request| request.retry.at).min()
     }
 
-    /// What is due for the outstanding request; for a repetition its message id and number.
-    pub(crate) fn poll_retry(&mut self, now: Instant, policy: &Retransmission, rng: &mut dyn Rng) -> (Due, u32, u32) {
-        match &mut self.outstanding {
-            Some(request) => {
-                let due = request.retry.poll(now, policy, rng);
-                (due, request.message_id, request.retry.done)
-            }
-            None => (Due::Nothing, 0, 0),
-        }
+    /// What is due for the first of the outstanding requests for which something is; `None` when nothing is.
+    pub(crate) fn poll_retry(&mut self, now: Instant, policy: &Retransmission, rng: &mut dyn Rng) -> Option<Overdue> {
+        self.outstanding.iter_mut().find_map(|request| {
+            let resend = match request.retry.poll(now, policy, rng) {
+                Due::Nothing => return None,
+                Due::Resend => Some(request.datagrams.clone()),
+                Due::GiveUp => None,
+            };
+            Some(Overdue { message_id: request.message_id, count: request.retry.done, resend })
+        })
     }
 
-    /// Starts the outstanding request's timer anew: it was sent again over a new stream (RFC 9329 §6.1).
+    /// Starts the timers anew: what is outstanding was sent again over a new path (RFC 9329 §6.1).
     pub(crate) fn restart_retry(&mut self, retry: Retry) {
-        if let Some(request) = &mut self.outstanding {
-            request.retry = retry;
-        }
+        self.outstanding.iter_mut().for_each(|request| request.retry = retry);
+    }
+
+    /// How many answers are kept for repetitions.
+    #[cfg(test)]
+    pub(crate) fn answers_kept(&self) -> usize {
+        self.inbound_window.answers_kept()
+    }
+
+    /// The peer has a window of one after all.
+    #[cfg(test)]
+    pub(crate) fn forget_window(&mut self) {
+        self.window = 1;
     }
 
     /// A message as the peer would seal it: a request with the id that we expect plus `ahead`, or an answer to what is
@@ -377,11 +447,11 @@ impl Channel {
         max_length: Option<usize>,
         rng: &mut dyn Rng,
     ) -> Vec<Vec<u8>> {
-        let outstanding = self.outstanding.as_ref().filter(|_| response);
+        let outstanding = self.outstanding.first().filter(|_| response);
         let (exchange, message_id) = match outstanding {
             Some(request) if ahead == 0 => (request.exchange, request.message_id),
             Some(request) => (exchange, request.message_id.wrapping_add(u32::from(ahead))),
-            None => (exchange, self.expected_request.wrapping_add(u32::from(ahead))),
+            None => (exchange, self.inbound_window.next().wrapping_add(u32::from(ahead))),
         };
         let header = Header { from_initiator: !self.initiator, ..self.header(exchange, message_id, response) };
         wire::seal(&header, payloads, &self.inbound, max_length, rng)

@@ -15,7 +15,7 @@ use sha2::Sha256;
 
 use super::Established;
 use super::channel::Spis;
-use super::established::{Closed, Task};
+use super::established::Closed;
 use super::parts::Parts;
 use crate::engine::context::Context;
 use crate::engine::{CloseReason, IkeState};
@@ -132,7 +132,7 @@ impl Established {
         if self.state == IkeState::Established
             && let Some(token) = ctx.tokens.payload(self.channel.spis)
         {
-            self.queue.push_back(Task::Inform(vec![token]));
+            self.inform(token);
         }
     }
 

@@ -135,15 +135,17 @@ impl Established {
             None => format!("establishing CHILD_SA {name}{{{}}}", offer.id.0),
         };
         ctx.log("IKE", 0, self.core.tag(), line);
-        self.deleted_early.clear();
+        if !self.is_creating() {
+            self.deleted_early.clear();
+        }
         let (method, payloads) = (offer.method, offer.payloads(None));
-        self.active = Some(Active::Create { offer: Box::new(offer), token, tries });
+        let active = Active::Create { offer: Box::new(offer), token, tries };
         match method {
             Some(method) => {
-                self.begin_key_exchange(ctx, method);
+                self.begin_key_exchange(ctx, active, method);
                 Ok(())
             }
-            None => self.send_request(ctx, now, ExchangeType::CREATE_CHILD_SA, &payloads),
+            None => self.go_on_with(ctx, now, (active, None), ExchangeType::CREATE_CHILD_SA, payloads),
         }
     }
 
@@ -304,7 +306,7 @@ impl Established {
             Ok((child, ready)) => {
                 let job = ctx.install(ready, child.status(now));
                 let replaces = replaces.map(|replaced| replaced.id);
-                self.active = Some(Active::Install { child: Box::new(child), replaces, job, token });
+                self.go_on(Active::Install { child: Box::new(child), replaces, job, token }, None);
             }
             Err(unusable) => {
                 if unusable.exists_there {
@@ -320,13 +322,13 @@ impl Established {
 
     /// True while a Child SA of ours may exist at the peer and not here.
     pub(super) fn is_creating(&self) -> bool {
-        matches!(self.active, Some(Active::Create { .. } | Active::Install { .. }))
+        self.going_on().any(|active| matches!(active, Active::Create { .. } | Active::Install { .. }))
     }
 
     /// Our rekey of a Child SA is over without a successor of ours.
     pub(super) fn rekey_over(&mut self, replaced: Option<Replaced>) {
         let Some(replaced) = replaced else { return };
-        let theirs = self.collision.take().filter(|collision| collision.old == replaced.id);
+        let theirs = self.collision.take_if(|collision| collision.old == replaced.id);
         // The peer's successor counts when it is there, or as good as.
         let by_peer = theirs.is_some_and(|Collision { theirs, .. }| {
             self.children.contains_key(&theirs)
@@ -377,7 +379,7 @@ impl Established {
         }
         // §2.8.1: the SA of the lowest of the four nonces goes, by the hand of who made it. The old one may be gone: our
         // answer was late, and the peer, which won, did not wait.
-        let collision = self.collision.take().filter(|collision| replaces == Some(collision.old));
+        let collision = self.collision.take_if(|collision| replaces == Some(collision.old));
         if let Some(Collision { old, .. }) = collision.as_ref().filter(|theirs| lowest < theirs.lowest_nonce) {
             self.set_rekeyed(ctx, now, *old);
             let task = Task::DeleteChild { id, token: None, reason: CloseReason::Rekeyed };
@@ -449,7 +451,7 @@ impl Established {
         nr: &[u8],
     ) -> Result<(child::ChildPlan, Option<ChildSaId>), Fault> {
         // §2.25.2: not while the IKE SA is rekeyed or closed.
-        let rekeying = matches!(self.active, Some(Active::RekeyIke(_) | Active::DeleteIke { .. }));
+        let rekeying = self.going_on().any(|active| matches!(active, Active::RekeyIke(_) | Active::DeleteIke { .. }));
         if self.state != IkeState::Established || rekeying {
             return Err(Fault::TemporaryFailure);
         }
@@ -487,12 +489,7 @@ impl Established {
         let replaced = Replaced { id: old.id, reqid: old.reqid, spi_in: old.spi_in };
         let configs = [Arc::clone(&old.config)];
         let answer = child::answer(ctx, &self.parent(now), &configs, Some(replaced), parts, (ni, nr), true)?;
-        let ours = match &self.active {
-            Some(Active::Create { offer, .. }) => offer.replaces.map(|replaced| replaced.id),
-            Some(Active::Install { replaces, .. }) => *replaces,
-            _ => None,
-        };
-        if ours == Some(replaced.id) {
+        if self.going_on().any(|active| active.replaces() == Some(replaced.id)) {
             let lowest_nonce = answer.lowest_nonce().to_vec();
             self.collision = Some(Collision { old: replaced.id, theirs: answer.id(), lowest_nonce });
         }

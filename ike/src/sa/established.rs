@@ -1,8 +1,8 @@
 //! An authenticated IKE SA: its tasks, timers and end. Its exchanges are in `created`, `rekey` and
 //! `informational`.
 //!
-//! Invariants: it exists only with a [`PeerIdentity`]; at most one request of ours is out (window of one,
-//! RFC 7296 §2.3) and `active` says which; at most one request of the peer is being answered.
+//! Invariants: it exists only with a [`PeerIdentity`]; `exchanges` says which requests of ours are out, never more than the
+//! peer's window has room for (RFC 7296 §2.3); at most one request of the peer is being answered, others wait in `inbox`.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
@@ -17,14 +17,15 @@ use super::channel::{Channel, Received};
 use super::child::{ChildOffer, ChildSa, Parent, rekey_at};
 use super::configuration;
 use super::crash::TokenTaker;
-use super::fault::Fault;
-use super::followup::{HalfMade, Keying};
+use super::exchanges::Exchange;
+use super::fault::{Fault, notify};
+use super::followup::HalfMade;
 use super::message_id_sync::MessageIdSync;
 use super::mobility::{Errand, Mission, Mobility};
 use super::parts::Parts;
 use super::redirect::Moving;
 use super::rekey::IkeOffer;
-use super::retry::{Due, Retry, after, back_off, random_below, total};
+use super::retry::{Retry, after, back_off, random_below, total};
 use super::succession::Successor;
 use super::transports::Transports;
 use super::{Core, Want};
@@ -34,12 +35,16 @@ use crate::engine::{
     ChildSaId, ChildState, CloseReason, Event, Gateway, IkeSaId, IkeSaStatus, IkeState, JobId, JobOutcome, Judgement,
     NoSuchSa, Path, Transport,
 };
-use crate::wire::{ExchangeType, Opened, Payload, Protected};
+use crate::wire::{ExchangeType, NotifyType, Opened, Payload, Protected};
 
 /// How often a task is tried again with another key exchange method, and a new Child SA after TEMPORARY_FAILURE.
 pub(crate) const MAX_TRIES: u8 = 8;
 /// First wait before a broken stream is opened again.
 pub(super) const RECONNECT_FIRST: Duration = Duration::from_millis(500);
+/// How long answers but the last one are kept for repetitions at least: longer than any peer repeats a request.
+const ANSWERS_KEPT: Duration = Duration::from_secs(600);
+/// The peer is told about message IDs ahead of the window no more often than this.
+const COMPLAINT_INTERVAL: Duration = Duration::from_secs(10);
 /// Longest wait.
 pub(super) const RECONNECT_LONGEST: Duration = Duration::from_secs(16);
 /// How often the TCP Originator asks a cluster whether it lives, where nothing else is configured.
@@ -66,10 +71,14 @@ pub(crate) struct Established {
     pub(super) children: BTreeMap<ChildSaId, ChildSa>,
     pub(super) queue: VecDeque<Task>,
     pub(super) delayed: Vec<(Instant, Task)>,
-    pub(super) active: Option<Active>,
+    pub(super) exchanges: Vec<Exchange>,
     pub(super) passive: Option<Passive>,
-    /// The key exchanges of our CREATE_CHILD_SA; `active` says what for.
-    pub(super) keying: Option<Keying>,
+    /// Requests of the peer that wait for the answer to an earlier one, and the paths that they came along.
+    inbox: Vec<(Path, Opened)>,
+    /// When the peer was told last that a request of its was ahead of our window.
+    complained_at: Option<Instant>,
+    /// Our window is to be said with the next INFORMATIONAL message.
+    pub(super) announces_window: bool,
     /// What the peer's CREATE_CHILD_SA asks for, while key exchanges are missing.
     pub(super) half_made: Option<HalfMade>,
     /// The peer rekeys the Child SA that we are rekeying (RFC 7296 §2.8.1).
@@ -202,11 +211,12 @@ impl Established {
         ctx: &mut Context,
         now: Instant,
         core: Core,
-        channel: Channel,
+        mut channel: Channel,
         connection: Arc<Connection>,
         peer: Arc<PeerIdentity>,
         role: Role,
     ) -> Self {
+        channel.open_window();
         let line = format!(
             "IKE_SA {}[{}] established between {}[{}]...{}[{}]",
             core.name,
@@ -242,6 +252,10 @@ impl Established {
         new.queue = std::mem::take(&mut self.queue);
         new.delayed = std::mem::take(&mut self.delayed);
         new.rekeyed_already(ctx);
+        if self.channel.window() > 1 {
+            // §2.3: the window is one again until that is said anew. To other peers it makes no difference.
+            new.announces_window = true;
+        }
         if !matches!(self.stream, StreamState::Up) {
             new.stream = std::mem::replace(&mut self.stream, StreamState::Lost);
         }
@@ -307,9 +321,11 @@ impl Established {
             children: BTreeMap::new(),
             queue: VecDeque::new(),
             delayed: Vec::new(),
-            active: None,
+            exchanges: Vec::new(),
             passive: None,
-            keying: None,
+            inbox: Vec::new(),
+            complained_at: None,
+            announces_window: false,
             half_made: None,
             collision: None,
             peers_successor: None,
@@ -436,7 +452,7 @@ impl Established {
             rekey_in: in_time(self.rekey_at),
             reauth_in: in_time(self.reauth_at),
             assigned: self.core.assigned.clone(),
-            tasks_active: self.active.iter().map(Active::name).collect(),
+            tasks_active: self.going_on().map(Active::name).collect(),
             children: self.children.values().map(|child| child.status(now)).collect(),
         }
     }
@@ -473,9 +489,9 @@ impl Established {
             }
             Received::Request(opened) => {
                 self.note_fresh(ctx, now, path);
-                self.reply_path = path;
-                self.handle_request(ctx, now, &opened)?;
+                self.inbox.push((path, opened));
             }
+            Received::Beyond(message_id) => self.complain(now, message_id),
             Received::Response(opened) => {
                 self.note_fresh(ctx, now, path);
                 self.note_answer(ctx, path);
@@ -507,19 +523,15 @@ impl Established {
                 return Ok(Some(other));
             }
         };
-        match (self.active.take(), self.passive.take()) {
-            (Some(Active::Install { child, replaces, job: waiting, token }), passive) if waiting == job => {
-                self.passive = passive;
-                self.installed(ctx, now, *child, replaces, token, result)?;
-            }
-            (active, Some(passive)) if passive.job == job => {
-                self.active = active;
-                self.answer_installed(ctx, now, passive, result)?;
-            }
-            (active, passive) => {
-                (self.active, self.passive) = (active, passive);
-                return Ok(Some(JobOutcome::InstallChild(result)));
-            }
+        let ours = self.take_exchange(
+            |exchange| matches!(&exchange.active, Active::Install { job: waiting, .. } if *waiting == job),
+        );
+        if let Some(Exchange { active: Active::Install { child, replaces, token, .. }, .. }) = ours {
+            self.installed(ctx, now, *child, replaces, token, result)?;
+        } else if let Some(passive) = self.passive.take_if(|passive| passive.job == job) {
+            self.answer_installed(ctx, now, passive, result)?;
+        } else {
+            return Ok(Some(JobOutcome::InstallChild(result)));
         }
         if self.mobility.is_settled() {
             // It may have been negotiated before the IKE SA moved.
@@ -533,6 +545,9 @@ impl Established {
         self.retransmit(ctx, now)?;
         self.reopen_timeout(ctx, now)?;
         self.handle_transports_timeout(ctx, now);
+        if self.exchanges.is_empty() && now.saturating_duration_since(self.last_inbound) >= ANSWERS_KEPT {
+            self.channel.forget_old_answers();
+        }
         let due = |at: Option<Instant>| at.is_some_and(|at| at <= now);
         if due(self.expire_at) {
             if self.state == IkeState::Rekeyed {
@@ -751,7 +766,11 @@ impl Established {
             done(ctx, Some(token));
             return Err(self.farewell(ctx, now, CloseReason::Local));
         }
-        if let Some(Active::DeleteIke { tokens, .. }) = &mut self.active {
+        let deleting = self.exchanges.iter_mut().find_map(|exchange| match &mut exchange.active {
+            Active::DeleteIke { tokens, .. } => Some(tokens),
+            _ => None,
+        });
+        if let Some(tokens) = deleting {
             tokens.push(token);
             return Ok(());
         }
@@ -819,17 +838,49 @@ impl Established {
 
     // Tasks.
 
-    /// Starts tasks while no exchange of ours is going on.
+    /// Answers the peer's next request if none is being answered, and starts tasks that may go on now.
     pub(super) fn pump(&mut self, ctx: &mut Context, now: Instant) -> Result<(), Closed> {
-        while self.active.is_none()
-            && !self.channel.is_waiting()
-            && matches!(self.stream, StreamState::Up)
-            && !self.yields_to_rekey()
+        while let Some((path, opened)) = self.next_request() {
+            self.reply_path = path;
+            self.handle_request(ctx, now, &opened)?;
+        }
+        if !matches!(self.stream, StreamState::Up) {
+            return Ok(());
+        }
+        self.send_unsent(ctx, now)?;
+        while !self.yields_to_rekey()
+            && let Some(task) = self.queue.pop_front()
         {
-            let Some(task) = self.queue.pop_front() else { break };
+            if !self.may_begin(&task) {
+                self.queue.push_front(task);
+                break;
+            }
             self.start(ctx, now, task)?;
         }
         Ok(())
+    }
+
+    /// The request that is to be answered now, if it was not begun with.
+    fn next_request(&mut self) -> Option<(Path, Opened)> {
+        let (_, waiting) = self.inbox.first()?;
+        (self.channel.answering() == Some(waiting.header.message_id)).then(|| self.inbox.remove(0))
+    }
+
+    /// A request was ahead of our window (§2.3). It gets no answer; the peer hears of it now and then.
+    fn complain(&mut self, now: Instant, message_id: u32) {
+        let lately = |at: Instant| now.saturating_duration_since(at) < COMPLAINT_INTERVAL;
+        if !self.complained_at.is_some_and(lately) && self.state == IkeState::Established {
+            self.complained_at = Some(now);
+            self.inform(notify(NotifyType::INVALID_MESSAGE_ID, message_id.to_be_bytes().to_vec()));
+        }
+    }
+
+    /// Tells the peer something, with what else it is to be told.
+    pub(super) fn inform(&mut self, payload: Payload) {
+        match self.queue.back_mut() {
+            Some(Task::Inform(payloads)) => payloads.push(payload),
+            _ => self.queue.push_back(Task::Inform(vec![payload])),
+        }
     }
 
     fn start(&mut self, ctx: &mut Context, now: Instant, task: Task) -> Result<(), Closed> {
@@ -858,21 +909,20 @@ impl Established {
             }
             Task::DeleteChild { id, token, reason } => self.start_delete_child(ctx, now, id, token, reason),
             Task::DeleteSpi(spi) => {
-                self.active = Some(Active::DeleteSpi(spi));
                 let payload = Payload::Delete { protocol: Protocol::ESP, spis: vec![spi] };
-                self.send_request(ctx, now, ExchangeType::INFORMATIONAL, &[payload])
+                self.go_on_with(ctx, now, (Active::DeleteSpi(spi), None), ExchangeType::INFORMATIONAL, vec![payload])
             }
             Task::DeleteIke { token, reason } => {
                 self.state = IkeState::Deleting;
                 let line = format!("deleting IKE_SA {}[{}]", self.core.name, self.core.id.0);
                 ctx.log("IKE", 0, self.core.tag(), line);
-                self.active = Some(Active::DeleteIke { tokens: token.into_iter().collect(), reason });
+                let active = Active::DeleteIke { tokens: token.into_iter().collect(), reason };
                 let payload = Payload::Delete { protocol: Protocol::IKE, spis: Vec::new() };
-                self.send_request(ctx, now, ExchangeType::INFORMATIONAL, &[payload])
+                self.go_on_with(ctx, now, (active, None), ExchangeType::INFORMATIONAL, vec![payload])
             }
-            Task::Inform(payloads) => {
-                self.active = Some(Active::Inform);
-                self.send_request(ctx, now, ExchangeType::INFORMATIONAL, &payloads)
+            Task::Inform(mut payloads) => {
+                payloads.extend(self.window_announcement());
+                self.go_on_with(ctx, now, (Active::Inform, None), ExchangeType::INFORMATIONAL, payloads)
             }
             Task::Redirect { gateway, token } if open => self.start_redirect(ctx, now, &gateway, token),
             Task::Redirect { token, .. } => {
@@ -881,9 +931,9 @@ impl Established {
             }
             Task::Liveness => {
                 ctx.log("IKE", 1, self.core.tag(), "sending DPD request".to_owned());
-                self.active = Some(Active::Liveness);
-                let payloads = self.liveness_payloads();
-                self.send_request(ctx, now, ExchangeType::INFORMATIONAL, &payloads)
+                let mut payloads = self.liveness_payloads();
+                payloads.extend(self.window_announcement());
+                self.go_on_with(ctx, now, (Active::Liveness, None), ExchangeType::INFORMATIONAL, payloads)
             }
             Task::Mobility(errand) => self.start_errand(ctx, now, errand),
             Task::ProbeUdp => self.start_udp_probe(ctx, now),
@@ -904,18 +954,22 @@ impl Established {
     }
 
     fn handle_response(&mut self, ctx: &mut Context, now: Instant, opened: &Opened) -> Result<(), Closed> {
-        let Some(active) = self.active.take() else { return Ok(()) };
         let parts = match Parts::of(opened) {
             Ok(parts) => parts,
             Err(fault) => {
                 // Authentic and not understood: the two sides no longer agree on what is there (§2.21.3).
                 ctx.log("ENC", 1, self.core.tag(), format!("response refused: {fault}"));
-                self.active = Some(active);
                 return Err(self.farewell(ctx, now, CloseReason::Failed));
             }
         };
-        if let Some(keying) = self.keying.take() {
-            return self.key_exchange_answered(ctx, now, active, keying, parts);
+        self.note_window(&parts);
+        let message_id = Some(opened.header.message_id);
+        let Some(Exchange { active, keying, .. }) = self.take_exchange(|exchange| exchange.message_id == message_id)
+        else {
+            return Ok(());
+        };
+        if let Some(keying) = keying {
+            return self.key_exchange_answered(ctx, now, active, *keying, parts);
         }
         match active {
             Active::Create { offer, token, tries } => self.created(ctx, now, *offer, token, tries, &parts, &[]),
@@ -953,7 +1007,7 @@ impl Established {
             }
             // Its answer came before; a response cannot be for it.
             install @ Active::Install { .. } => {
-                self.active = Some(install);
+                self.go_on(install, None);
                 Ok(())
             }
         }
@@ -972,6 +1026,7 @@ impl Established {
                 };
             }
         };
+        self.note_window(&parts);
         match opened.header.exchange {
             ExchangeType::CREATE_CHILD_SA => self.create_request(ctx, now, &parts),
             ExchangeType::INFORMATIONAL => self.informational_request(ctx, now, &parts),
@@ -987,23 +1042,25 @@ impl Established {
 
     // Sending.
 
+    /// Sends a request for which there is room; gives its message ID.
     pub(super) fn send_request(
         &mut self,
         ctx: &mut Context,
         now: Instant,
         exchange: ExchangeType,
         payloads: &[Payload],
-    ) -> Result<(), Closed> {
+    ) -> Result<u32, Closed> {
         let over_stream = matches!(self.core.path.transport, Transport::Stream(_));
         let policy = self.mobility.retransmission(&ctx.config.retransmission);
         let retry = Retry::start(now, &policy, over_stream, ctx.rng.as_mut());
         let max_length = ctx.max_length(&self.core.path, self.channel.fragmentation, self.connection.fragmentation);
+        let message_id = self.channel.next_request();
         match self.channel.request(exchange, payloads, max_length, retry, ctx.rng.as_mut()) {
             Some(datagrams) => {
                 self.last_outbound = now;
                 ctx.transmit(self.core.path, datagrams);
                 self.expect_answer_over_udp(ctx, now);
-                Ok(())
+                Ok(message_id)
             }
             // §2.2: message ids are used up; nothing can be said any more.
             None => Err(self.close(ctx, now, CloseReason::Expired)),
@@ -1017,9 +1074,12 @@ impl Established {
         ctx.transmit(self.reply_path, datagrams.unwrap_or_default());
     }
 
-    /// Sends the outstanding request again over the current path; false without one.
+    /// Sends what is outstanding again over the current path; false where nothing is.
     pub(super) fn resend(&mut self, ctx: &mut Context, now: Instant) -> bool {
-        let Some(datagrams) = self.channel.outstanding().map(<[_]>::to_vec) else { return false };
+        let datagrams = self.channel.outstanding();
+        if datagrams.is_empty() {
+            return false;
+        }
         let over_stream = matches!(self.core.path.transport, Transport::Stream(_));
         let retry = Retry::start(now, &ctx.config.retransmission, over_stream, ctx.rng.as_mut());
         self.channel.restart_retry(retry);
@@ -1032,32 +1092,28 @@ impl Established {
             return Ok(());
         }
         let policy = self.mobility.retransmission(&ctx.config.retransmission);
-        let (due, id, count) = self.channel.poll_retry(now, &policy, ctx.rng.as_mut());
-        match due {
-            Due::Nothing => Ok(()),
-            Due::Resend => {
-                let line = format!("retransmit {count} of request with message ID {id}");
-                ctx.log("IKE", 1, self.core.tag(), line);
-                let datagrams = self.channel.outstanding().unwrap_or_default().to_vec();
-                self.last_outbound = now;
-                self.consider_other_paths(ctx, now, count);
-                for path in self.request_paths() {
-                    ctx.transmit(path, datagrams.clone());
-                }
-                Ok(())
-            }
-            Due::GiveUp => {
-                ctx.log("IKE", 1, self.core.tag(), format!("giving up after {count} retransmits"));
-                if self.adopt_peers_successor(ctx, now) {
-                    return Err(self.close(ctx, now, CloseReason::Rekeyed));
-                }
-                let reason = match &self.active {
-                    Some(Active::DeleteIke { reason, .. }) => *reason,
-                    _ => CloseReason::Timeout,
-                };
-                Err(self.close(ctx, now, reason))
+        while let Some(overdue) = self.channel.poll_retry(now, &policy, ctx.rng.as_mut()) {
+            ctx.log("IKE", 1, self.core.tag(), overdue.to_string());
+            let Some(datagrams) = overdue.resend else { return Err(self.give_up(ctx, now)) };
+            self.last_outbound = now;
+            self.consider_other_paths(ctx, now, overdue.count);
+            for path in self.request_paths() {
+                ctx.transmit(path, datagrams.clone());
             }
         }
+        Ok(())
+    }
+
+    /// The peer does not answer.
+    fn give_up(&mut self, ctx: &mut Context, now: Instant) -> Closed {
+        if self.adopt_peers_successor(ctx, now) {
+            return self.close(ctx, now, CloseReason::Rekeyed);
+        }
+        let deleting = self.going_on().find_map(|active| match active {
+            Active::DeleteIke { reason, .. } => Some(*reason),
+            _ => None,
+        });
+        self.close(ctx, now, deleting.unwrap_or(CloseReason::Timeout))
     }
 
     // Paths.
@@ -1127,7 +1183,7 @@ impl Established {
     }
 
     pub(super) fn has_task_or_request(&self) -> bool {
-        self.active.is_some() || !self.queue.is_empty() || self.channel.is_waiting()
+        !self.exchanges.is_empty() || !self.queue.is_empty() || self.channel.is_waiting()
     }
 
     /// The IKE SA is on a path that works.
@@ -1164,7 +1220,7 @@ impl Established {
         }
         let due = after(self.last_inbound, self.liveness_interval()?);
         match self.stream {
-            StreamState::Up => (self.active.is_none() && self.queue.is_empty()).then_some(due),
+            StreamState::Up => (self.exchanges.is_empty() && self.queue.is_empty()).then_some(due),
             // We cannot ask: the peer has as long to come back as our request would have waited.
             StreamState::Lost => Some(after(due, total(&ctx.config.retransmission))),
             StreamState::Reopening { .. } => None,
@@ -1206,7 +1262,7 @@ impl Established {
     /// Says Delete without waiting for the answer, and closes.
     pub(super) fn farewell(&mut self, ctx: &mut Context, now: Instant, reason: CloseReason) -> Closed {
         self.drop_peers_successor(ctx, now, true);
-        if !self.channel.is_waiting() {
+        if self.channel.has_room() {
             let retry = Retry::start(now, &ctx.config.retransmission, true, ctx.rng.as_mut());
             let payloads = [Payload::Delete { protocol: Protocol::IKE, spis: Vec::new() }];
             let exchange = ExchangeType::INFORMATIONAL;
@@ -1228,29 +1284,8 @@ impl Established {
             self.take_down(ctx, now, id, reason);
         }
         self.drop_half_made(ctx, now, false);
-        self.keying = None;
-        match self.active.take() {
-            Some(Active::Create { offer, token, .. }) => {
-                ctx.release_child_spi(offer.spi);
-                self.child_failed(ctx, token, &offer.config.name, "the IKE_SA closed");
-            }
-            // The answer to the job finds nobody and takes the Child SA down.
-            Some(Active::Install { child, token, .. }) => {
-                self.child_failed(ctx, token, &child.config.name, "the IKE_SA closed");
-            }
-            Some(Active::RekeyIke(offer)) => {
-                ctx.release_ike_spi(offer.spi);
-                failed(ctx, offer.token, &self.core.name, None, "the IKE_SA closed");
-            }
-            Some(Active::DeleteChild { token, .. }) => done(ctx, token),
-            Some(Active::DeleteIke { tokens, .. }) => {
-                for token in tokens {
-                    done(ctx, Some(token));
-                }
-            }
-            Some(Active::DeleteSpi(spi)) => ctx.release_child_spi(spi),
-            Some(Active::Redirect { token }) => failed(ctx, Some(token), &self.core.name, None, "the IKE_SA closed"),
-            Some(Active::Inform | Active::Liveness | Active::Mobility(_) | Active::ProbeUdp) | None => {}
+        for exchange in std::mem::take(&mut self.exchanges) {
+            self.drop_active(ctx, exchange.active);
         }
         self.drop_tasks(ctx, "the IKE_SA closed");
         self.drop_peers_successor(ctx, now, false);
@@ -1258,6 +1293,28 @@ impl Established {
         ctx.pools.release(self.core.id);
         ctx.event(Event::IkeDown(Box::new(status), reason));
         Closed
+    }
+
+    /// The IKE SA closes while this goes on.
+    fn drop_active(&self, ctx: &mut Context, active: Active) {
+        let reason = "the IKE_SA closed";
+        match active {
+            Active::Create { offer, token, .. } => {
+                ctx.release_child_spi(offer.spi);
+                self.child_failed(ctx, token, &offer.config.name, reason);
+            }
+            // The answer to the job finds nobody and takes the Child SA down.
+            Active::Install { child, token, .. } => self.child_failed(ctx, token, &child.config.name, reason),
+            Active::RekeyIke(offer) => {
+                ctx.release_ike_spi(offer.spi);
+                failed(ctx, offer.token, &self.core.name, None, reason);
+            }
+            Active::DeleteChild { token, .. } => done(ctx, token),
+            Active::DeleteIke { tokens, .. } => tokens.into_iter().for_each(|token| done(ctx, Some(token))),
+            Active::DeleteSpi(spi) => ctx.release_child_spi(spi),
+            Active::Redirect { token } => failed(ctx, Some(token), &self.core.name, None, reason),
+            Active::Inform | Active::Liveness | Active::Mobility(_) | Active::ProbeUdp => {}
+        }
     }
 
     fn drop_tasks(&mut self, ctx: &mut Context, reason: &str) {

@@ -13,6 +13,7 @@ use ipsec::transform::Ke;
 use super::Established;
 use super::child::ChildPlan;
 use super::established::{Active, Closed, Task, done, failed};
+use super::exchanges::Exchange;
 use super::fault::{Fault, notify};
 use super::parts::Parts;
 use super::rekey::IkePlan;
@@ -105,21 +106,18 @@ impl Established {
     // Ours.
 
     /// Starts the first key exchange of `active`; its request follows.
-    pub(super) fn begin_key_exchange(&mut self, ctx: &mut Context, method: Ke) {
-        let job = ctx.key_work(self.core.id, KeyWork::Generate(method));
-        self.keying = Some(Keying {
-            step: Step::Generating(job),
-            answer: None,
-            secrets: Vec::new(),
-            remaining: VecDeque::new(),
-            link: Vec::new(),
-        });
+    pub(super) fn begin_key_exchange(&mut self, ctx: &mut Context, active: Active, method: Ke) {
+        let step = Step::Generating(ctx.key_work(self.core.id, KeyWork::Generate(method)));
+        let (secrets, remaining, link) = (Vec::new(), VecDeque::new(), Vec::new());
+        self.go_on(active, Some(Keying { step, answer: None, secrets, remaining, link }));
     }
 
     /// True while the shared secret of the last answer to our rekey of the IKE SA is computed: the peer is done.
     pub(super) fn is_making_last_key(&self) -> bool {
         let last = |keying: &Keying| matches!(keying.step, Step::Agreeing(_)) && keying.remaining.is_empty();
-        matches!(self.active, Some(Active::RekeyIke(_))) && self.keying.as_ref().is_some_and(last)
+        self.exchanges.iter().any(|exchange| {
+            matches!(exchange.active, Active::RekeyIke(_)) && exchange.keying.as_deref().is_some_and(last)
+        })
     }
 
     /// A job is done; nothing happens where nobody waits for it any more.
@@ -130,12 +128,13 @@ impl Established {
         job: JobId,
         result: Result<KeyDone, KeyError>,
     ) -> Result<(), Closed> {
-        let ours = self.keying.take_if(|keying| match keying.step {
+        let waits = |keying: &Keying| match keying.step {
             Step::Generating(waiting) | Step::Agreeing(waiting) => waiting == job,
             Step::Asking(_) => false,
-        });
-        if let Some(keying) = ours {
-            let Some(active) = self.active.take() else { return Ok(()) };
+        };
+        let ours = self.take_exchange(|exchange| exchange.keying.as_deref().is_some_and(waits));
+        if let Some(Exchange { active, keying: Some(keying), .. }) = ours {
+            let keying = *keying;
             return match (&keying.step, result) {
                 (Step::Generating(_), Ok(KeyDone::Generated(ke))) => self.ask(ctx, now, active, keying, ke),
                 (Step::Agreeing(_), Ok(KeyDone::Agreed(secret))) => self.agreed(ctx, now, active, keying, secret),
@@ -176,20 +175,18 @@ impl Established {
                 Active::RekeyIke(offer) => offer.payloads(&ke),
                 _ => Vec::new(),
             };
-            self.active = Some(active);
-            self.keying = Some(Keying { step: Step::Asking(ke), ..keying });
-            return self.send_request(ctx, now, ExchangeType::CREATE_CHILD_SA, &payloads);
+            let keying = Keying { step: Step::Asking(ke), ..keying };
+            return self.go_on_with(ctx, now, (active, Some(keying)), ExchangeType::CREATE_CHILD_SA, payloads);
         };
-        self.active = Some(active);
-        self.keying = Some(Keying { step: Step::Asking(ke), ..keying });
-        self.send_request(ctx, now, exchange, &payloads)
+        let keying = Keying { step: Step::Asking(ke), ..keying };
+        self.go_on_with(ctx, now, (active, Some(keying)), exchange, payloads)
     }
 
     /// While our key pair was made the peer may have done what we were about to ask for.
     fn unless_peer_was_quicker(&mut self, ctx: &mut Context, now: Instant, active: Active) -> Option<Active> {
         match active {
             Active::RekeyIke(_) if self.peers_successor.is_some() => {
-                self.active = Some(active);
+                self.go_on(active, None);
                 self.adopt_peers_successor(ctx, now);
                 None
             }
@@ -221,10 +218,8 @@ impl Established {
         mut parts: Parts,
     ) -> Result<(), Closed> {
         let Keying { step, answer, secrets, mut remaining, link: _ } = keying;
-        let Step::Asking(ours) = step else {
-            self.active = Some(active);
-            return Ok(());
-        };
+        // Only one that asks has a request out.
+        let Step::Asking(ours) = step else { return Ok(()) };
         if parts.error().is_some() {
             return self.keyed(ctx, now, active, &parts, &[]);
         }
@@ -251,9 +246,8 @@ impl Established {
         };
         let job = ctx.key_work(self.core.id, KeyWork::Agree { ours, peer });
         let answer = Some(answer.unwrap_or_else(|| Box::new(parts)));
-        self.active = Some(active);
         let link = link.unwrap_or_default();
-        self.keying = Some(Keying { step: Step::Agreeing(job), answer, secrets, remaining, link });
+        self.go_on(active, Some(Keying { step: Step::Agreeing(job), answer, secrets, remaining, link }));
         Ok(())
     }
 
@@ -268,8 +262,7 @@ impl Established {
         keying.secrets.push(secret);
         if let Some(method) = keying.remaining.pop_front() {
             let job = ctx.key_work(self.core.id, KeyWork::Generate(method));
-            self.active = Some(active);
-            self.keying = Some(Keying { step: Step::Generating(job), ..keying });
+            self.go_on(active, Some(Keying { step: Step::Generating(job), ..keying }));
             return Ok(());
         }
         match keying.answer {
@@ -291,7 +284,7 @@ impl Established {
             Active::Create { offer, token, tries } => self.created(ctx, now, *offer, token, tries, parts, secrets),
             Active::RekeyIke(offer) => self.ike_rekeyed(ctx, now, *offer, parts, secrets),
             other => {
-                self.active = Some(other);
+                self.go_on(other, None);
                 Ok(())
             }
         }
@@ -329,7 +322,7 @@ impl Established {
                 Ok(())
             }
             other => {
-                self.active = Some(other);
+                self.go_on(other, None);
                 Ok(())
             }
         }

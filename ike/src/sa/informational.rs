@@ -51,6 +51,7 @@ impl Established {
         }
         let mut answer = self.mobility_request(ctx, now, parts);
         answer.extend(self.answer_configuration(ctx, parts));
+        answer.extend(self.window_announcement());
         if !ours.is_empty() {
             answer.push(Payload::Delete { protocol: Protocol::ESP, spis: ours });
         }
@@ -60,7 +61,7 @@ impl Established {
 
     /// The peer's Delete waited for our own rekey's last key, and that is decided now.
     pub(super) fn delete_waited(&mut self, ctx: &mut Context, now: Instant) -> Result<(), Closed> {
-        if self.delete_waits && self.keying.is_none() {
+        if self.delete_waits && !self.is_making_last_key() {
             return Err(self.peer_closes(ctx, now, false));
         }
         Ok(())
@@ -97,11 +98,11 @@ impl Established {
         match state {
             // §1.4.1: both close it; the answer to our Delete is to come, so this one does not name it.
             ChildState::Deleting => {
-                let why = match &self.active {
-                    Some(Active::DeleteChild { id: ours, reason, .. }) if *ours == id => *reason,
-                    _ => CloseReason::Local,
-                };
-                self.child_deleted(ctx, now, id, why);
+                let why = self.going_on().find_map(|active| match active {
+                    Active::DeleteChild { id: ours, reason, .. } if *ours == id => Some(*reason),
+                    _ => None,
+                });
+                self.child_deleted(ctx, now, id, why.unwrap_or(CloseReason::Local));
                 None
             }
             ChildState::Deleted => None,
@@ -147,9 +148,9 @@ impl Established {
             // Another one sends: this one ends at the peer a while after the Delete arrives there, whenever we hear of it.
             ctx.event(Event::ChildRetired { spi_in });
         }
-        self.active = Some(Active::DeleteChild { id, token, reason });
+        let active = Active::DeleteChild { id, token, reason };
         let payload = Payload::Delete { protocol: Protocol::ESP, spis: vec![spi_in] };
-        self.send_request(ctx, now, ExchangeType::INFORMATIONAL, &[payload])
+        self.go_on_with(ctx, now, (active, None), ExchangeType::INFORMATIONAL, vec![payload])
     }
 
     /// The peer answered our Delete.

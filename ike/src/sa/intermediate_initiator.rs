@@ -17,7 +17,7 @@ use super::fault::notify_name;
 use super::init::begin_over_tcp;
 use super::parts::Parts;
 use super::ppk;
-use super::retry::{Due, Retry, after};
+use super::retry::{Retry, after};
 use super::{Core, IkeSa, InitiatorAuth, Want, fail_wants, local_identity};
 use crate::config::Connection;
 use crate::crypto::{self, IkeSuite, KeyDone, KeyExchange, KeySeed, KeyWork};
@@ -192,25 +192,18 @@ impl InitiatorIntermediate {
         }
         let policy = self.core.retransmission(ctx, &self.connection);
         let Some(channel) = &mut self.channel else { return Some(IkeSa::InitiatorIntermediate(self)) };
-        let (due, id, count) = channel.poll_retry(now, &policy, ctx.rng.as_mut());
-        match due {
-            Due::Nothing => {}
-            Due::Resend if self.core.is_blocked(count) => {
+        if let Some(overdue) = channel.poll_retry(now, &policy, ctx.rng.as_mut()) {
+            if overdue.resend.is_some() && self.core.is_blocked(overdue.count) {
                 begin_over_tcp(ctx, &self.core, &self.connection, std::mem::take(&mut self.wants));
                 self.abandon(ctx, "", CloseReason::Timeout);
                 return None;
             }
-            Due::Resend => {
-                let datagrams = channel.outstanding().unwrap_or_default().to_vec();
-                let line = format!("retransmit {count} of request with message ID {id}");
-                ctx.log("IKE", 1, self.core.tag(), line);
-                ctx.transmit(self.core.path, datagrams);
-            }
-            Due::GiveUp => {
-                ctx.log("IKE", 1, self.core.tag(), format!("giving up after {count} retransmits"));
+            ctx.log("IKE", 1, self.core.tag(), overdue.to_string());
+            let Some(datagrams) = overdue.resend else {
                 self.abandon(ctx, "the peer does not answer", CloseReason::Timeout);
                 return None;
-            }
+            };
+            ctx.transmit(self.core.path, datagrams);
         }
         Some(IkeSa::InitiatorIntermediate(self))
     }

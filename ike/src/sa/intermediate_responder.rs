@@ -213,7 +213,9 @@ impl ResponderIntermediate {
                 ctx.judge(&path, Judgement::Forged);
                 Some(IkeSa::ResponderIntermediate(self))
             }
-            Received::Awaited | Received::Response(_) | Received::Ignored => Some(IkeSa::ResponderIntermediate(self)),
+            Received::Awaited | Received::Response(_) | Received::Beyond(_) | Received::Ignored => {
+                Some(IkeSa::ResponderIntermediate(self))
+            }
         }
     }
 

@@ -7,7 +7,7 @@
 use std::time::Instant;
 
 use super::Established;
-use super::channel::Channel;
+use super::channel::{Channel, Renumbered};
 use super::established::Closed;
 use super::fault::notify;
 use super::parts::Parts;
@@ -140,7 +140,14 @@ impl Established {
         let over_stream = matches!(self.core.path.transport, Transport::Stream(_));
         let retry = Retry::start(now, &ctx.config.retransmission, over_stream, ctx.rng.as_mut());
         match self.channel.ask_again(retry, ctx.rng.as_mut()) {
-            Ok(datagrams) => ctx.transmit(self.core.path, datagrams),
+            Ok(renumbered) => {
+                for Renumbered { old, new, datagrams } in renumbered {
+                    for exchange in self.exchanges.iter_mut().filter(|exchange| exchange.message_id == Some(old)) {
+                        exchange.message_id = Some(new);
+                    }
+                    ctx.transmit(self.core.path, datagrams);
+                }
+            }
             Err(_) => return Err(self.close(ctx, now, crate::engine::CloseReason::Expired)),
         }
         Ok(None)

@@ -58,6 +58,9 @@ pub(crate) struct Mobility {
     verified: Vec<IpAddr>,
     /// The peer has to be asked to follow (`pending_update` of §3.5).
     pending: bool,
+    /// Message ID of the newest request that said where the peer is: with a window of more than one, older ones may come
+    /// later (§3.5).
+    newest: Option<u32>,
     /// Counts changes of the IKE SA's addresses: an answer to what was asked before one says nothing.
     changes: u64,
     /// A path is being looked for: waits are short.
@@ -113,7 +116,14 @@ impl Mobility {
         // The old one still has an exchange or two to finish, perhaps from elsewhere.
         let stays = self.for_the_end();
         let old = std::mem::replace(self, stays);
-        Self { ask_again: old.ask_again || old.asked.is_some(), asked: None, paths: Vec::new(), seen_as: None, ..old }
+        Self {
+            ask_again: old.ask_again || old.asked.is_some(),
+            asked: None,
+            paths: Vec::new(),
+            seen_as: None,
+            newest: None,
+            ..old
+        }
     }
 
     /// What an IKE SA needs that is only to be deleted.
@@ -219,7 +229,7 @@ impl Established {
     /// An ICMP error: anybody can forge one, so the peer is asked whether it lives, and not too often (§3.5).
     pub(crate) fn handle_hint(&mut self, ctx: &mut Context, now: Instant) -> Result<(), Closed> {
         let quiet = now.saturating_duration_since(self.last_inbound) >= HINT_INTERVAL;
-        let free = self.active.is_none() && self.queue.is_empty();
+        let free = self.exchanges.is_empty() && self.queue.is_empty();
         if quiet && free && self.is_current() {
             self.queue.push_back(Task::Liveness);
         }
@@ -330,7 +340,7 @@ impl Established {
             self.mobility.candidates = others;
             self.widen();
             let known = self.core.path;
-            let datagrams = self.channel.outstanding().unwrap_or_default().to_vec();
+            let datagrams = self.channel.outstanding();
             for path in self.mobility.paths.iter().filter(|path| **path != known) {
                 ctx.transmit(*path, datagrams.clone());
             }
@@ -500,7 +510,10 @@ impl Established {
 
     /// Sends what is outstanding along the path of now, with short waits; false where nothing is.
     fn probe(&mut self, ctx: &mut Context, now: Instant) -> bool {
-        let Some(datagrams) = self.channel.outstanding().map(<[_]>::to_vec) else { return false };
+        let datagrams = self.channel.outstanding();
+        if datagrams.is_empty() {
+            return false;
+        }
         let policy = self.mobility.retransmission(&ctx.config.retransmission);
         let over_stream = matches!(self.core.path.transport, Transport::Stream(_));
         self.channel.restart_retry(Retry::start(now, &policy, over_stream, ctx.rng.as_mut()));
@@ -529,8 +542,8 @@ impl Established {
         let cookie = (errand != Errand::Tell).then(|| ctx.random(COOKIE2_LENGTH));
         payloads.extend(cookie.clone().map(|cookie| notify(NotifyType::COOKIE2, cookie)));
         let mission = Mission { errand, cookie, change: self.mobility.changes, told };
-        self.active = Some(Active::Mobility(Box::new(mission)));
-        self.send_request(ctx, now, ExchangeType::INFORMATIONAL, &payloads)
+        let active = Active::Mobility(Box::new(mission));
+        self.go_on_with(ctx, now, (active, None), ExchangeType::INFORMATIONAL, payloads)
     }
 
     fn nat_payloads(&self, path: Path) -> Vec<Payload> {
@@ -734,6 +747,11 @@ impl Established {
         if !update && !list {
             return Ok(());
         }
+        let this = self.channel.answering();
+        if this < self.mobility.newest {
+            return Ok(());
+        }
+        self.mobility.newest = this;
         let path = self.reply_path;
         if contradicts(&path, parts) {
             let line = format!("unexpected NAT detected between {} and {}", path.local, path.remote);

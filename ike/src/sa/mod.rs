@@ -17,6 +17,7 @@ pub(crate) mod configuration;
 pub(crate) mod crash;
 pub(crate) mod created;
 pub(crate) mod established;
+pub(crate) mod exchanges;
 pub(crate) mod fault;
 pub(crate) mod followup;
 pub(crate) mod informational;
@@ -36,6 +37,7 @@ pub(crate) mod retry;
 pub(crate) mod selectors;
 pub(crate) mod succession;
 mod transports;
+pub(crate) mod window;
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;

@@ -222,9 +222,8 @@ impl Established {
         token: u64,
     ) -> Result<(), Closed> {
         ctx.log("IKE", 0, self.core.tag(), format!("redirecting peer to {gateway}"));
-        self.active = Some(Active::Redirect { token });
         let payload = notify(NotifyType::REDIRECT, gateway.encode(&[]));
-        self.send_request(ctx, now, ExchangeType::INFORMATIONAL, &[payload])
+        self.go_on_with(ctx, now, (Active::Redirect { token }, None), ExchangeType::INFORMATIONAL, vec![payload])
     }
 
     /// The peer sends us elsewhere. Nothing changes before the other gateway's address is known.

@@ -102,8 +102,7 @@ impl Established {
         let line = format!("initiating rekeying of IKE_SA {}[{}]", self.core.name, self.core.id.0);
         ctx.log("IKE", 0, self.core.tag(), line);
         self.state = IkeState::Rekeying;
-        self.active = Some(Active::RekeyIke(Box::new(offer)));
-        self.begin_key_exchange(ctx, method);
+        self.begin_key_exchange(ctx, Active::RekeyIke(Box::new(offer)), method);
     }
 
     /// Initiator: the answer came.
@@ -222,20 +221,17 @@ impl Established {
 
     fn answer_rekey(&mut self, ctx: &mut Context, parts: &Parts) -> Result<IkePlan, Fault> {
         // §2.25.2: not while Child SAs are made, rekeyed or closed, nor while we close this one.
-        let busy = match &self.active {
-            None
-            | Some(
-                Active::Liveness | Active::Inform | Active::ProbeUdp | Active::Redirect { .. } | Active::RekeyIke(_),
-            ) => false,
-            Some(
-                Active::Create { .. }
-                | Active::Install { .. }
-                | Active::DeleteChild { .. }
-                | Active::DeleteSpi(_)
-                | Active::Mobility(_)
-                | Active::DeleteIke { .. },
-            ) => true,
-        };
+        let busy = self.going_on().any(|active| match active {
+            Active::Liveness | Active::Inform | Active::ProbeUdp | Active::Redirect { .. } | Active::RekeyIke(_) => {
+                false
+            }
+            Active::Create { .. }
+            | Active::Install { .. }
+            | Active::DeleteChild { .. }
+            | Active::DeleteSpi(_)
+            | Active::Mobility(_)
+            | Active::DeleteIke { .. } => true,
+        });
         let open = matches!(self.state, IkeState::Established | IkeState::Rekeying);
         if busy || self.passive.is_some() || !open || self.peers_successor.is_some() {
             return Err(Fault::TemporaryFailure);

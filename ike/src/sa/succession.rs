@@ -14,6 +14,7 @@ use super::Core;
 use super::Established;
 use super::channel::Channel;
 use super::established::{Active, Task, done};
+use super::exchanges::Exchange;
 use super::retry::{Retry, after, total};
 use crate::engine::context::Context;
 use crate::engine::{CloseReason, IkeSaId, IkeState};
@@ -55,7 +56,7 @@ impl Established {
 
     /// The peer's rekey is finished, and it knows. With one of ours under way the two are compared later.
     pub(super) fn peer_rekeyed(&mut self, ctx: &mut Context, now: Instant, theirs: Successor) {
-        if matches!(self.active, Some(Active::RekeyIke(_))) {
+        if self.rekeys_ike() {
             let line = "detected simultaneous rekeying of the IKE_SA".to_owned();
             ctx.log("IKE", 1, self.core.tag(), line);
             self.peers_successor = Some(Box::new(theirs));
@@ -68,8 +69,8 @@ impl Established {
     /// Our own rekey came to nothing: the peer's successor takes over, if there is one.
     pub(super) fn adopt_peers_successor(&mut self, ctx: &mut Context, now: Instant) -> bool {
         let Some(theirs) = self.peers_successor.take() else { return false };
-        if let Some(Active::RekeyIke(offer)) = self.active.take_if(|active| matches!(active, Active::RekeyIke(_))) {
-            self.keying = None;
+        let ours = self.take_exchange(|exchange| matches!(exchange.active, Active::RekeyIke(_)));
+        if let Some(Exchange { active: Active::RekeyIke(offer), .. }) = ours {
             ctx.release_ike_spi(offer.spi);
             done(ctx, offer.token);
         }

@@ -12,7 +12,7 @@ use ipsec::plane::StreamId;
 use super::established::{Active, Closed, Established, Task};
 use super::init::udp_path;
 use super::mobility::Errand;
-use super::retry::{Due, Retry, after};
+use super::retry::{Retry, after};
 use crate::config::{Retransmission, TcpPolicy};
 use crate::engine::context::Context;
 use crate::engine::{Path, Transport};
@@ -127,10 +127,11 @@ impl Established {
         ctx.log("NET", 1, self.core.tag(), format!("trying UDP to {} again", probe.remote));
         let retry = Retry::start(now, &probing(self.connection.tcp_delay), false, ctx.rng.as_mut());
         let exchange = ExchangeType::INFORMATIONAL;
+        let message_id = self.channel.next_request();
         let Some(datagrams) = self.channel.request(exchange, &[], None, retry, ctx.rng.as_mut()) else {
             return Err(self.close(ctx, now, crate::engine::CloseReason::Expired));
         };
-        self.active = Some(Active::ProbeUdp);
+        self.asked(Active::ProbeUdp, message_id);
         self.transports.probe = Some(probe);
         ctx.transmit(probe, datagrams);
         Ok(())
@@ -140,14 +141,10 @@ impl Established {
     pub(super) fn repeat_udp_probe(&mut self, ctx: &mut Context, now: Instant) -> bool {
         let Some(probe) = self.transports.probe else { return false };
         let policy = probing(self.connection.tcp_delay);
-        let (due, ..) = self.channel.poll_retry(now, &policy, ctx.rng.as_mut());
-        match due {
-            Due::Nothing => {}
-            Due::Resend => {
-                let datagrams = self.channel.outstanding().unwrap_or_default().to_vec();
-                ctx.transmit(probe, datagrams);
-            }
-            Due::GiveUp => {
+        match self.channel.poll_retry(now, &policy, ctx.rng.as_mut()).map(|overdue| overdue.resend) {
+            None => {}
+            Some(Some(datagrams)) => ctx.transmit(probe, datagrams),
+            Some(None) => {
                 self.transports.probe = None;
                 self.resend(ctx, now);
             }
@@ -234,7 +231,7 @@ impl Established {
 
     /// §7.1: no new exchange, but the same message.
     fn go_along(&mut self, ctx: &mut Context, path: Path) {
-        let datagrams = self.channel.outstanding().unwrap_or_default().to_vec();
+        let datagrams = self.channel.outstanding();
         ctx.transmit(path, datagrams);
         self.went_along(path);
     }

@@ -108,7 +108,7 @@ pub enum OpenError {
 }
 
 /// Fragments of one message that is being received (RFC 7383 §2.6); each fragment is authenticated
-/// before it takes memory. One for each direction of an exchange; starting another message ID drops it.
+/// before it takes memory. One for each message of a window; starting another message ID drops it.
 #[derive(Debug, Default)]
 pub struct Reassembly {
     pub(super) pending: Option<Pending>,
@@ -128,6 +128,11 @@ pub(super) struct Pending {
 }
 
 impl Reassembly {
+    /// Of which message fragments are there.
+    pub fn message_id(&self) -> Option<u32> {
+        self.pending.as_ref().map(|pending| pending.header.message_id)
+    }
+
     /// Octets that it takes while fragments are missing, places of those included; 0 when none is there.
     pub fn octets(&self) -> usize {
         let place = size_of::<Option<Vec<u8>>>();

@@ -38,6 +38,7 @@ mod stream;
 mod stream_rules;
 mod transports;
 mod uniqueness;
+mod windows;
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
