@@ -338,7 +338,8 @@ impl ChildOffer {
         if mode != self.config.mode {
             return Err(unusable(true, "the peer chose another mode"));
         }
-        let chosen = Selectors { local: address_selectors(ts_i), remote: address_selectors(ts_r) };
+        let transport = mode == Mode::Transport;
+        let chosen = Proposed::read(parent.core, address_selectors(ts_i), address_selectors(ts_r), transport).selectors;
         if chosen.local.is_empty() || chosen.remote.is_empty() || !self.selectors.contains(&chosen) {
             return Err(unusable(true, "the peer's traffic selectors are not within ours"));
         }
@@ -442,7 +443,7 @@ pub(crate) fn answer(
         return Err(Fault::InvalidSyntax("SA or traffic selectors are missing".to_owned()));
     };
     let wants_transport = parts.has(NotifyType::USE_TRANSPORT_MODE);
-    let theirs = Proposed::read(parent.core, address_selectors(ts_i), address_selectors(ts_r), wants_transport);
+    let theirs = Proposed::read(parent.core, address_selectors(ts_r), address_selectors(ts_i), wants_transport);
     let preferred = parts.ke.as_ref().map(|(group, _)| *group);
     let fitting = candidates(configs, &theirs.selectors, wants_transport, |config| resolve(config, parent.core));
     let fault = if fitting.is_empty() { Fault::TsUnacceptable } else { Fault::NoProposalChosen };
@@ -480,8 +481,15 @@ pub(crate) fn answer(
     if own_exchange {
         payloads.push(Payload::Nonce(nr.to_vec()));
     }
-    payloads.push(Payload::TsInitiator(wire_selectors(&theirs.restore_remote(&remote_ts))));
-    payloads.push(Payload::TsResponder(wire_selectors(&theirs.restore_local(&local_ts))));
+    let (ts_i, ts_r) = match mode {
+        // §2.23.1: with the addresses that we see, which the initiator puts into its own words.
+        Mode::Transport => (wire_selectors(&remote_ts), wire_selectors(&local_ts)),
+        Mode::Tunnel => {
+            (wire_selectors(&theirs.restore_remote(&remote_ts)), wire_selectors(&theirs.restore_local(&local_ts)))
+        }
+    };
+    payloads.push(Payload::TsInitiator(ts_i));
+    payloads.push(Payload::TsResponder(ts_r));
 
     let made = Made {
         id: ctx.next_child(),
@@ -515,7 +523,7 @@ fn resolve(config: &Child, core: &Core) -> Selectors {
     Selectors { local: local.collect(), remote: remote.collect() }
 }
 
-/// What the peer proposed, in our terms. In transport mode through a NAT its selectors name addresses that
+/// What the peer proposed or answered, in our terms. In transport mode through a NAT its selectors name addresses that
 /// only it sees; they stand for those of the IKE SA (§2.23.1).
 struct Proposed {
     selectors: Selectors,
@@ -524,8 +532,7 @@ struct Proposed {
 }
 
 impl Proposed {
-    fn read(core: &Core, ts_i: Vec<TrafficSelector>, ts_r: Vec<TrafficSelector>, transport: bool) -> Self {
-        let (mut local, mut remote) = (ts_r, ts_i);
+    fn read(core: &Core, mut local: Vec<TrafficSelector>, mut remote: Vec<TrafficSelector>, transport: bool) -> Self {
         let mut original_local = None;
         let mut original_remote = None;
         if transport && core.nat.remote {

@@ -86,7 +86,7 @@ fn transport_mode_is_agreed_on() {
     assert_eq!(pair.sides[A].only().children[0].local_ts[0].to_string(), "10.0.0.1/32");
 }
 
-// RFC 7296 §2.23.1: each side has selectors with the addresses that it sees.
+// RFC 7296 §2.23.1: each side has selectors with the addresses that it sees, and the responder answers with them.
 #[test]
 fn transport_mode_works_through_a_nat() {
     let mut pair = Pair::with(45, EngineConfig::default(), transport(A), transport(B));
