@@ -13,11 +13,13 @@ use crate::host::Host;
 /// Whose daemon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// `latchkeyd`.
+    /// `latchkeyd`, ESP in user space.
     Latchkey,
+    /// `latchkeyd` with `plane = kernel` (in the guest only: see [`crate::uml`]).
+    LatchkeyKernel,
     /// `charon-systemd` with kernel-libipsec, ESP in user space.
     Strongswan,
-    /// `charon-systemd` with kernel-netlink alone, ESP in the kernel (in the guest only: see [`crate::uml`]).
+    /// `charon-systemd` with kernel-netlink alone, ESP in the kernel (in the guest only).
     StrongswanKernel,
 }
 
@@ -58,11 +60,11 @@ impl Daemon {
         }
         fs::write(root.join("swanctl/swanctl.conf"), "").unwrap();
         let section = match kind {
-            Kind::Latchkey => "charon",
+            Kind::Latchkey | Kind::LatchkeyKernel => "charon",
             Kind::Strongswan | Kind::StrongswanKernel => "charon-systemd",
         };
         let plugins = match kind {
-            Kind::Latchkey => "",
+            Kind::Latchkey | Kind::LatchkeyKernel => "",
             Kind::Strongswan => {
                 "random nonce openssl pem pkcs1 pkcs8 x509 pubkey constraints revocation curve25519 aes sha1 sha2 hmac \
                  gcm chapoly kdf mgf1 gmp ccm ctr cmac kernel-libipsec kernel-netlink socket-default vici updown"
@@ -73,9 +75,10 @@ impl Daemon {
             }
         };
         let load = match kind {
-            Kind::Latchkey => String::new(),
+            Kind::Latchkey | Kind::LatchkeyKernel => String::new(),
             Kind::Strongswan | Kind::StrongswanKernel => format!("load = {plugins}\njournal {{\ndefault = -1\n}}\n"),
         };
+        let plane = if kind == Kind::LatchkeyKernel { "kernel" } else { "userspace" };
         let swanctl = if crate::uml::inside() { "swanctl {\nload = pem\n}\n" } else { "" };
         let socket = root.join("vici");
         fs::write(
@@ -83,7 +86,7 @@ impl Daemon {
             format!(
                 "{section} {{\n{load}plugins {{\nvici {{\nsocket = unix://{}\n}}\n}}\n\
                  filelog {{\nlog {{\npath = {}\ndefault = 1\nike = 2\nflush_line = yes\n}}\n}}\n{settings}\n}}\n{swanctl}\
-                 latchkeyd {{\nlatch_socket = {}\n}}\n",
+                 latchkeyd {{\nlatch_socket = {}\nplane = {plane}\n}}\n",
                 socket.display(),
                 root.join("log").display(),
                 root.join("latch").display(),
@@ -91,7 +94,7 @@ impl Daemon {
         )
         .unwrap();
         let program = match kind {
-            Kind::Latchkey => program("latchkeyd"),
+            Kind::Latchkey | Kind::LatchkeyKernel => program("latchkeyd"),
             Kind::Strongswan | Kind::StrongswanKernel => PathBuf::from("/usr/sbin/charon-systemd"),
         };
         assert!(

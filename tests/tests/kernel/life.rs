@@ -1,0 +1,119 @@
+//! Beginnings and ends of daemons, and others that use the same kernel.
+
+use std::time::Duration;
+
+use latchkey_tests::daemon::Daemon;
+use latchkey_tests::daemon::Kind::{LatchkeyKernel, StrongswanKernel};
+use latchkey_tests::host::{Host, link, wait_for};
+use latchkey_tests::scene::{INNER_A, Suite, configurations};
+use latchkey_tests::uml::in_guest;
+
+use crate::{is_clean, start, states};
+
+/// Latchkey and strongSwan on one host, each with a peer of its own.
+struct Neighbours {
+    ours: Daemon,
+    theirs: Daemon,
+    _peers: [Daemon; 2],
+    host: Host,
+    _others: [Host; 2],
+    configuration: String,
+}
+
+const BEHIND_OURS: &str = "10.2.0.1";
+const BEHIND_THEIRS: &str = "10.3.0.1";
+
+impl Neighbours {
+    fn start() -> Self {
+        let (host, one, other) = (Host::new(), Host::new(), Host::new());
+        link(&host, "192.0.2.1/24", &one, "192.0.2.2/24");
+        link(&host, "203.0.113.1/24", &other, "203.0.113.2/24");
+        host.add_inner("10.1.0.1/24");
+        host.ip(&["route", "add", "10.2.0.0/24", "via", "192.0.2.2"]);
+        one.add_inner("10.2.0.1/24");
+        other.add_inner("10.3.0.1/24");
+        let [(of_ours, _), (of_one, _)] = configurations(&Suite::default());
+        let elsewhere = |text: &str| text.replace("192.0.2.", "203.0.113.").replace("10.2.0.", "10.3.0.");
+        // strongSwan leaves the usual ports to us.
+        let of_theirs = elsewhere(&of_ours).replace("version = 2\n", "version = 2\nmobike = no\n");
+        let of_other = elsewhere(&of_one).replace("version = 2\n", "version = 2\nmobike = no\n");
+        let peers = [
+            Daemon::start(StrongswanKernel, &one, &of_one, &vec![]),
+            Daemon::start(StrongswanKernel, &other, &of_other, &vec![]),
+        ];
+        let theirs = Daemon::start_empty(StrongswanKernel, &host, "port = 1500\nport_nat_t = 14500\n");
+        theirs.write(&of_theirs, &vec![]);
+        theirs.control(&["--load-all"]);
+        let ours = Daemon::start(LatchkeyKernel, &host, &of_ours, &vec![]);
+        let neighbours =
+            Self { ours, theirs, _peers: peers, host, _others: [one, other], configuration: of_ours.clone() };
+        neighbours.theirs.initiate("net");
+        neighbours.ours.initiate("net");
+        neighbours.passes(BEHIND_OURS);
+        neighbours.passes(BEHIND_THEIRS);
+        assert_eq!(states(&neighbours.host), 4);
+        neighbours
+    }
+
+    fn passes(&self, to: &str) {
+        assert!(self.host.pings(INNER_A, to), "{to}\n{}{}", self.ours.output(), self.theirs.output());
+    }
+}
+
+#[test]
+fn two_daemons_side_by_side() {
+    in_guest(|| {
+        let mut neighbours = Neighbours::start();
+        // Each rekeys beside the other.
+        for daemon in [&neighbours.ours, &neighbours.theirs] {
+            let before = daemon.child_spis("INSTALLED");
+            daemon.control(&["--rekey", "--child", "net"]);
+            wait_for("a new SPI", Duration::from_secs(20), || {
+                let now = daemon.child_spis("INSTALLED");
+                now.len() == 1 && now != before
+            });
+            neighbours.passes(BEHIND_OURS);
+            neighbours.passes(BEHIND_THEIRS);
+        }
+        // We go, and take nothing of theirs along.
+        assert!(neighbours.ours.stop());
+        neighbours.passes(BEHIND_THEIRS);
+        assert!(neighbours.host.check("ip", &["xfrm", "policy"]).contains("10.3.0.0/24"));
+        assert!(!neighbours.host.check("ip", &["xfrm", "policy"]).contains("10.2.0.0/24"));
+        assert!(neighbours.theirs.stop());
+        is_clean(&neighbours.host);
+    });
+}
+
+#[test]
+fn a_successor_removes_what_a_killed_daemon_left() {
+    in_guest(|| {
+        let mut neighbours = Neighbours::start();
+        neighbours.ours.signal("KILL");
+        wait_for("its end", Duration::from_secs(20), || !neighbours.ours.is_running());
+        // What a killed daemon leaves keeps the traffic in.
+        assert_eq!(states(&neighbours.host), 4);
+        let again = Daemon::start(LatchkeyKernel, &neighbours.host, &neighbours.configuration, &vec![]);
+        assert_eq!(states(&neighbours.host), 2, "{}", again.output());
+        assert!(!neighbours.host.check("ip", &["xfrm", "policy"]).contains("10.2.0.0/24"));
+        neighbours.passes(BEHIND_THEIRS);
+        again.initiate("net");
+        neighbours.passes(BEHIND_OURS);
+        neighbours.passes(BEHIND_THEIRS);
+    });
+}
+
+#[test]
+fn a_stopped_daemon_leaves_nothing() {
+    in_guest(|| {
+        for child in ["", "start_action = trap\n"] {
+            let suite = Suite { child, ..Suite::default() };
+            let mut scene = start(LatchkeyKernel, StrongswanKernel, &suite);
+            scene.a.initiate("net");
+            scene.passes();
+            assert!(scene.a.stop(), "{}", scene.a.output());
+            is_clean(&scene.host_a);
+            wait_for("the peer's SA is gone", Duration::from_secs(20), || scene.b.established() == 0);
+        }
+    });
+}

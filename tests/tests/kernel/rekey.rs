@@ -1,0 +1,96 @@
+//! Successors of SAs, while packets flow.
+
+use std::fs;
+use std::process::Stdio;
+use std::thread;
+use std::time::Duration;
+
+use latchkey_tests::daemon::Daemon;
+use latchkey_tests::daemon::Kind::LatchkeyKernel;
+use latchkey_tests::host::wait_for;
+use latchkey_tests::scene::{INNER_A, INNER_B, Scene, Suite};
+use latchkey_tests::uml::in_guest;
+
+use crate::{ROLES, start, states, works};
+
+/// Pings in both directions while something happens; each packet and each answer is counted.
+fn without_loss(scene: &Scene, what: impl FnOnce()) {
+    let pings = [(&scene.host_a, INNER_A, INNER_B), (&scene.host_b, INNER_B, INNER_A)].map(|(host, from, to)| {
+        let mut ping = host.command("ping", &["-q", "-i", "0.01", "-W", "2", "-I", from, to]);
+        ping.stdout(Stdio::piped()).spawn().unwrap()
+    });
+    thread::sleep(Duration::from_millis(300));
+    what();
+    thread::sleep(Duration::from_millis(300));
+    for ping in pings {
+        // It then waits for what is under way, and reports.
+        let stopped = scene.host_a.run("kill", &["-INT", &ping.id().to_string()]);
+        assert!(stopped.status.success());
+        let report = String::from_utf8(ping.wait_with_output().unwrap().stdout).unwrap();
+        let sent = report.split(" packets transmitted, ").next().and_then(|text| text.rsplit('\n').next());
+        assert!(sent.and_then(|sent| sent.parse::<u32>().ok()).is_some_and(|sent| sent > 30), "{report}");
+        let lost = report.split("received, ").nth(1).unwrap_or_default();
+        assert!(lost.starts_with("0% packet loss"), "{report}\n{}{}", scene.a.output(), scene.b.output());
+    }
+}
+
+fn has_a_successor(daemon: &Daemon, before: &[String]) {
+    wait_for("a new SPI, alone", Duration::from_secs(40), || {
+        let now = daemon.child_spis("INSTALLED");
+        now.len() == 1 && now != before && !daemon.sas().contains("state=DELET")
+    });
+}
+
+// RFC 7296 §2.8: the responder's new outbound SA waits for proof that the initiator has the inbound one; nothing is lost.
+#[test]
+fn rekeys_lose_no_packet() {
+    in_guest(|| {
+        for (initiator, responder) in ROLES {
+            let scene = works(initiator, responder, &Suite::default());
+            for daemon in [&scene.a, &scene.b] {
+                without_loss(&scene, || {
+                    for _ in 0..2 {
+                        let before = daemon.child_spis("INSTALLED");
+                        daemon.control(&["--rekey", "--child", "net"]);
+                        has_a_successor(daemon, &before);
+                    }
+                    daemon.control(&["--rekey", "--ike", "site"]);
+                    wait_for("a new IKE SA", Duration::from_secs(20), || daemon.established() == 1);
+                });
+            }
+            // strongSwan keeps an old inbound SA for five seconds.
+            wait_for("old SAs go", Duration::from_secs(20), || {
+                (states(&scene.host_a), states(&scene.host_b)) == (2, 2)
+            });
+        }
+    });
+}
+
+// RFC 4301 §4.4.2.1: lifetimes in octets and packets, counted by the kernel, which says when they are over.
+#[test]
+fn octets_and_packets_bring_a_successor() {
+    in_guest(|| {
+        for ((initiator, responder), limit) in [
+            (ROLES[0], "rekey_bytes = 30000\nlife_bytes = 8000000\nrand_bytes = 0\n"),
+            (ROLES[1], "rekey_packets = 300\nlife_packets = 80000\nrand_packets = 0\n"),
+        ] {
+            let scene = start(initiator, responder, &Suite::default());
+            let ours = if initiator == LatchkeyKernel { &scene.a } else { &scene.b };
+            let configuration = fs::read_to_string(ours.path("swanctl/swanctl.conf")).unwrap();
+            let limited = configuration.replace("esp_proposals", &format!("{limit}esp_proposals"));
+            ours.write(&limited, &vec![]);
+            ours.control(&["--load-all"]);
+            scene.a.initiate("net");
+            let before = ours.child_spis("INSTALLED");
+            without_loss(&scene, || {
+                for _ in 0..2 {
+                    let before = ours.child_spis("INSTALLED");
+                    wait_for("a successor", Duration::from_secs(40), || {
+                        ours.child_spis("INSTALLED").iter().any(|spi| !before.contains(spi))
+                    });
+                }
+            });
+            assert!(!ours.child_spis("INSTALLED").contains(&before[0]));
+        }
+    });
+}
