@@ -37,6 +37,15 @@ pub struct PolicyReport {
     pub remote_ts: Vec<TrafficSelector>,
 }
 
+/// Some of the IKE SAs, by number.
+#[derive(Clone, Debug, Default)]
+pub struct SaPage {
+    /// Those that the filter means.
+    pub reports: Vec<SaReport>,
+    /// There may be more after this one.
+    pub next: Option<IkeSaId>,
+}
+
 /// Which SAs a command means; all given fields must match.
 #[derive(Clone, Debug, Default)]
 pub struct SaFilter {
@@ -48,6 +57,16 @@ pub struct SaFilter {
     pub ike_id: Option<IkeSaId>,
     /// Number of the Child SA: the command means Child SAs.
     pub child_id: Option<ChildSaId>,
+}
+
+impl SaFilter {
+    /// True when it means an IKE SA, or Child SAs of it.
+    pub fn selects(&self, status: &IkeSaStatus) -> bool {
+        self.ike.as_ref().is_none_or(|ike| *ike == status.connection)
+            && self.ike_id.is_none_or(|id| id == status.id)
+            && self.child.as_ref().is_none_or(|name| status.children.iter().any(|child| child.name == *name))
+            && self.child_id.is_none_or(|id| status.children.iter().any(|child| child.id == id))
+    }
 }
 
 /// Which IKE SAs `redirect` means; all given fields must match.
@@ -75,8 +94,17 @@ pub struct Matched {
 /// A command to the core.
 #[derive(Debug)]
 pub enum Command {
-    /// Snapshots of all IKE SAs.
-    ListSas(oneshot::Sender<Vec<SaReport>>),
+    /// Snapshots of some of the IKE SAs that a filter means. A few for each command, since nothing else happens meanwhile.
+    ListSas {
+        /// Which.
+        filter: SaFilter,
+        /// Those with numbers above this one.
+        after: IkeSaId,
+        /// Answer.
+        reply: oneshot::Sender<SaPage>,
+    },
+    /// How many IKE SAs there are, and how many of them are not up yet.
+    CountSas(oneshot::Sender<(usize, usize)>),
     /// Initiate a child (or an IKE SA only); answered when it is up or has failed, with charon's message.
     Initiate {
         /// Connection; may be missing when the child's name is unique.
@@ -168,8 +196,19 @@ impl Control {
     }
 
     /// See [`Command::ListSas`].
-    pub async fn list_sas(&self) -> Vec<SaReport> {
-        self.ask(Command::ListSas).await.unwrap_or_default()
+    pub async fn list_sas(&self, filter: SaFilter, after: IkeSaId) -> SaPage {
+        self.ask(|reply| Command::ListSas { filter, after, reply }).await.unwrap_or_default()
+    }
+
+    /// One IKE SA.
+    pub async fn ike_sa(&self, id: IkeSaId) -> Option<SaReport> {
+        let filter = SaFilter { ike_id: Some(id), ..SaFilter::default() };
+        self.list_sas(filter, IkeSaId(0)).await.reports.into_iter().find(|report| report.status.id == id)
+    }
+
+    /// See [`Command::CountSas`].
+    pub async fn count_sas(&self) -> (usize, usize) {
+        self.ask(Command::CountSas).await.unwrap_or_default()
     }
 
     /// See [`Command::Initiate`].

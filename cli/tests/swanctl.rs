@@ -20,7 +20,7 @@ use ipsec::plane::{Encapsulation, EspSuite, Mode, Usage};
 use ipsec::selector::TrafficSelector;
 use ipsec::transform::{Encr, Integ, Ke, Prf};
 use latchkey::config::ConnectionDefinition;
-use latchkey::control::{Command, Control, Matched, PolicyReport, SaReport};
+use latchkey::control::{Command, Control, Matched, PolicyReport, SaPage, SaReport};
 use latchkey::vici::client::{Client, ClientError};
 use latchkey::vici::store::Configured;
 use latchkey::vici::{ServerHandle, Store, serve};
@@ -553,8 +553,16 @@ fn core(sas: Vec<SaReport>) -> (Control, Core) {
                 told.lock().unwrap().commands.push(format!("{what} {ike} {child}"));
             };
             match command {
-                Command::ListSas(reply) => {
-                    let _ = reply.send(sas.clone());
+                Command::ListSas { filter, after, reply } => {
+                    // One at a time.
+                    let mut meant = sas.iter().filter(|report| report.status.id > after);
+                    let first = meant.next();
+                    let next = first.map(|report| report.status.id).filter(|_| meant.next().is_some());
+                    let reports = first.filter(|report| filter.selects(&report.status)).cloned().into_iter().collect();
+                    let _ = reply.send(SaPage { reports, next });
+                }
+                Command::CountSas(reply) => {
+                    let _ = reply.send((sas.len(), 0));
                 }
                 Command::Initiate { ike, child, reply } => {
                     note("initiate", &ike, &child);

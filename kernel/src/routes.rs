@@ -1,6 +1,6 @@
 //! Routes into the tunnel: one table, one rule for each family that leads all packets but our own to it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 use std::net::IpAddr;
 
@@ -15,12 +15,26 @@ pub(crate) struct Routes {
     link: u32,
     rules: Vec<Rule>,
     enabled: bool,
-    /// For each network those that need it: traps, then pairs, oldest first. The last decides on the source address.
-    networks: BTreeMap<(IpAddr, u8), Vec<User>>,
+    /// Who needs a route to each network, with the source address that it would give the route: traps, then pairs, oldest
+    /// first. The last one decides.
+    users: BTreeMap<(Subnet, Rank, u64), Option<IpAddr>>,
+    /// Each user's number in that order, and its networks.
+    by_owner: HashMap<Owner, (u64, Vec<Subnet>)>,
+    last: u64,
+}
+
+/// An address and a prefix length.
+type Subnet = (IpAddr, u8);
+
+/// Traps come before pairs: a trap does not take the source address from a pair that carries traffic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Rank {
+    Trap,
+    Pair,
 }
 
 /// Who needs a route.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Owner {
     /// The SA pair with this inbound SPI.
     Pair(u32),
@@ -28,10 +42,13 @@ pub(crate) enum Owner {
     Trap(u32),
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct User {
-    owner: Owner,
-    source: Option<IpAddr>,
+impl Owner {
+    fn rank(self) -> Rank {
+        match self {
+            Self::Pair(_) => Rank::Pair,
+            Self::Trap(_) => Rank::Trap,
+        }
+    }
 }
 
 impl Routes {
@@ -53,7 +70,7 @@ impl Routes {
                 }
             }
         }
-        Ok(Self { netlink, table, link, rules, enabled, networks: BTreeMap::new() })
+        Ok(Self { netlink, table, link, rules, enabled, users: BTreeMap::new(), by_owner: HashMap::new(), last: 0 })
     }
 
     /// Adds the routes that a pair or trap needs. All of them, or on error none.
@@ -69,22 +86,17 @@ impl Routes {
         }
         let networks = networks(remote_ts)?;
         let addresses = self.netlink.addresses()?;
+        self.last += 1;
+        let order = self.last;
+        self.by_owner.insert(owner, (order, networks.iter().copied().collect()));
         for network in networks {
             let source = preferred_source(network.0.is_ipv4(), outer, local_ts, &addresses);
-            let users = self.networks.entry(network).or_default();
-            let before = users.last().copied();
-            let user = User { owner, source };
-            match owner {
-                Owner::Pair(_) => users.push(user),
-                Owner::Trap(_) => {
-                    let traps = users.partition_point(|user| matches!(user.owner, Owner::Trap(_)));
-                    users.insert(traps, user);
-                }
-            }
-            // A trap does not take the source address from a pair that carries traffic.
-            let same = users.last().copied().map(|user| user.source) == before.map(|user| user.source);
-            let route = Route { network, gateway: None, link: Some(self.link), source, table: self.table };
-            if !same && let Err(e) = self.netlink.set_route(&route) {
+            let before = self.source(network);
+            self.users.insert((network, owner.rank(), order), source);
+            let now = self.source(network);
+            if now != before
+                && let Err(e) = self.netlink.set_route(&self.route(network, now.flatten()))
+            {
                 self.remove(owner);
                 return Err(e);
             }
@@ -92,16 +104,30 @@ impl Routes {
         Ok(())
     }
 
+    /// The source address of the route to a network; `None` where there is no route.
+    fn source(&self, network: Subnet) -> Option<Option<IpAddr>> {
+        let all = (network, Rank::Trap, 0)..=(network, Rank::Pair, u64::MAX);
+        self.users.range(all).next_back().map(|(_, source)| *source)
+    }
+
+    fn route(&self, network: Subnet, source: Option<IpAddr>) -> Route {
+        Route { network, gateway: None, link: Some(self.link), source, table: self.table }
+    }
+
+    /// All networks with the source addresses of their routes.
+    fn routes(&self) -> BTreeMap<Subnet, Option<IpAddr>> {
+        self.users.iter().map(|((network, ..), source)| (*network, *source)).collect()
+    }
+
     /// Sets all routes again: the system removes those with a preferred source address together with the address.
     pub(crate) fn restore(&mut self) -> io::Result<()> {
-        if !self.enabled || self.networks.is_empty() {
+        if !self.enabled || self.users.is_empty() {
             return Ok(());
         }
         let addresses = self.netlink.addresses()?;
         let mut outcome = Ok(());
-        for (network, users) in &self.networks {
-            let source = users.last().and_then(|user| user.source).filter(|source| addresses.contains(source));
-            let route = Route { network: *network, gateway: None, link: Some(self.link), source, table: self.table };
+        for (network, source) in self.routes() {
+            let route = self.route(network, source.filter(|source| addresses.contains(source)));
             outcome = outcome.and(self.netlink.set_route(&route));
         }
         outcome
@@ -109,21 +135,21 @@ impl Routes {
 
     /// Removes the routes that only this one needed.
     pub(crate) fn remove(&mut self, owner: Owner) {
-        let Self { netlink, networks, table, link, .. } = self;
-        networks.retain(|network, users| {
-            let Some(before) = users.last().copied() else { return false };
-            users.retain(|user| user.owner != owner);
-            let route = |source| Route { network: *network, gateway: None, link: Some(*link), source, table: *table };
-            let changed = match users.last() {
-                None => netlink.delete_route(&route(before.source)),
-                Some(now) if now.source != before.source => netlink.set_route(&route(now.source)),
+        let Some((order, networks)) = self.by_owner.remove(&owner) else { return };
+        for network in networks {
+            let Some(before) = self.source(network) else { continue };
+            if self.users.remove(&(network, owner.rank(), order)).is_none() {
+                continue;
+            }
+            let changed = match self.source(network) {
+                None => self.netlink.delete_route(&self.route(network, before)),
+                Some(now) if now != before => self.netlink.set_route(&self.route(network, now)),
                 Some(_) => Ok(()),
             };
             if let Err(e) = changed {
                 tracing::warn!("{e}");
             }
-            !users.is_empty()
-        });
+        }
     }
 
     /// Gives the device an address that the peer assigned.
@@ -139,11 +165,12 @@ impl Routes {
     /// Removes all routes and the rules. Does all that it can, and gives the first error.
     pub(crate) fn clear(&mut self) -> io::Result<()> {
         let mut result = Ok(());
-        for (network, users) in std::mem::take(&mut self.networks) {
-            let source = users.last().and_then(|user| user.source);
-            let route = Route { network, gateway: None, link: Some(self.link), source, table: self.table };
+        for (network, source) in self.routes() {
+            let route = self.route(network, source);
             result = result.and(self.netlink.delete_route(&route));
         }
+        self.users.clear();
+        self.by_owner.clear();
         for rule in std::mem::take(&mut self.rules) {
             result = result.and(self.netlink.delete_rule(&rule));
         }
@@ -154,7 +181,7 @@ impl Routes {
 
 /// The networks of some selectors. The peer chooses within what policy allows, and one crooked range of addresses takes
 /// hundreds of routes.
-fn networks(remote_ts: &[TrafficSelector]) -> io::Result<BTreeSet<(IpAddr, u8)>> {
+fn networks(remote_ts: &[TrafficSelector]) -> io::Result<BTreeSet<Subnet>> {
     let mut networks = BTreeSet::new();
     for selector in remote_ts {
         networks.extend(selector.networks());

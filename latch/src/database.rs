@@ -27,7 +27,7 @@
 //! The packet path never takes it: it reads one counter, and, if there are latches, one entry of a sharded map.
 //! Holders are told with no lock held; they may call back.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::hash::{Hash, Hasher};
 use std::net::IpAddr;
@@ -161,7 +161,7 @@ impl Database {
     /// A packet that passed the check before may still be on its way, for some tenths of a second at most, to or from the
     /// SA of the latch's own class: never one of the newcomer, whose packets are all checked after this.
     ///
-    /// Looks at every latch: the cost is that of one scan for each SA installed, none for packets.
+    /// Looks at the latches to the addresses that the selectors cover, and at no others.
     pub fn before_install(
         &self,
         class: ClassId,
@@ -179,14 +179,14 @@ impl Database {
     pub fn installed(&self, sa: u64, class: ClassId, local_ts: Vec<TrafficSelector>, remote_ts: Vec<TrafficSelector>) {
         let mut control = self.control();
         let broken = self.break_conflicting(&mut control, class, &local_ts, &remote_ts);
-        control.sas.insert(sa, CoveringSa { class, local_ts, remote_ts });
+        control.insert_sa(sa, CoveringSa { class, local_ts, remote_ts });
         drop(control);
         tell(broken);
     }
 
     /// The SA is gone. Latches stay: their packets are lost until a congruent SA comes (RFC 5660 §2).
     pub fn removed(&self, sa: u64) {
-        self.control().sas.remove(&sa);
+        self.control().remove_sa(sa);
     }
 
     /// CREATE_CONNECTION_LATCH (RFC 5660 §2.3): pins `flow` to the class of the SA that covers it, if its peer
@@ -225,6 +225,7 @@ impl Database {
         control.last_latch += 1;
         let id = LatchId(control.last_latch);
         control.by_flow.insert(flow, id);
+        control.by_remote.insert((flow.remote, id));
         control
             .latches
             .insert(id, Latch { flow, number, class: Arc::clone(&class), broken: false, holder: Arc::from(holder) });
@@ -243,6 +244,7 @@ impl Database {
         let mut control = self.control();
         let Some(gone) = control.latches.remove(&latch) else { return };
         control.by_flow.remove(&gone.flow);
+        control.by_remote.remove(&(gone.flow.remote, latch));
         self.flows.remove(&gone.flow);
         let pin = if gone.broken { Pin::Broken } else { Pin::Class(gone.number) };
         for pair in Pair::all_of(&gone.flow) {
@@ -301,7 +303,12 @@ impl Database {
     ) -> Vec<(Holder, Alert)> {
         let newcomer = self.class(class);
         let mut broken = Vec::new();
-        for (id, latch) in &mut control.latches {
+        let within = |ts: &TrafficSelector| (ts.start, LatchId(0))..=(ts.end, LatchId(u64::MAX));
+        let ranges = remote_ts.iter().filter(|ts| ts.start <= ts.end);
+        let ids: BTreeSet<LatchId> =
+            ranges.flat_map(|ts| control.by_remote.range(within(ts))).map(|(_, id)| *id).collect();
+        for id in ids {
+            let Some(latch) = control.latches.get_mut(&id) else { continue };
             if latch.broken || latch.number == class || !covers(local_ts, remote_ts, &latch.flow) {
                 continue;
             }
@@ -313,7 +320,7 @@ impl Database {
                 pins.add(Pin::Broken);
             }
             let reason = reason(&latch.flow, &latch.class, newcomer.as_deref());
-            broken.push((Arc::clone(&latch.holder), Alert { latch: *id, state: LatchState::Broken, reason }));
+            broken.push((Arc::clone(&latch.holder), Alert { latch: id, state: LatchState::Broken, reason }));
         }
         broken
     }
@@ -400,15 +407,24 @@ struct Classes {
 #[derive(Default)]
 struct Control {
     sas: BTreeMap<u64, CoveringSa>,
+    /// SAs by the smallest network around each of their remote selectors.
+    by_subnet: HashMap<Subnet, BTreeSet<u64>>,
+    /// The sizes of these networks, and how many there are of each.
+    sizes: BTreeMap<(Family, u32), usize>,
     latches: BTreeMap<LatchId, Latch>,
     by_flow: HashMap<Flow, LatchId>,
+    by_remote: BTreeSet<(IpAddr, LatchId)>,
     last_latch: u64,
 }
 
 impl Control {
     fn coverage(&self, flow: &Flow) -> Coverage {
         let mut found = Coverage::None;
-        for sa in self.sas.values().filter(|sa| covers(&sa.local_ts, &sa.remote_ts, flow)) {
+        let (family, address) = number(flow.remote);
+        let sizes = self.sizes.range((family, 0)..=(family, u32::MAX)).map(|((_, host_bits), _)| *host_bits);
+        let subnets = sizes.filter_map(|host_bits| self.by_subnet.get(&Subnet::new(family, host_bits, address)));
+        let sas = subnets.flatten().filter_map(|sa| self.sas.get(sa));
+        for sa in sas.filter(|sa| covers(&sa.local_ts, &sa.remote_ts, flow)) {
             match found {
                 Coverage::None => found = Coverage::One(sa.class),
                 Coverage::One(class) if class == sa.class => {}
@@ -416,6 +432,71 @@ impl Control {
             }
         }
         found
+    }
+
+    fn insert_sa(&mut self, number: u64, sa: CoveringSa) {
+        self.remove_sa(number);
+        for subnet in sa.remote_ts.iter().filter_map(Subnet::around) {
+            let there = self.by_subnet.entry(subnet).or_default();
+            if there.is_empty() {
+                *self.sizes.entry((subnet.family, subnet.host_bits)).or_default() += 1;
+            }
+            there.insert(number);
+        }
+        self.sas.insert(number, sa);
+    }
+
+    fn remove_sa(&mut self, number: u64) {
+        let Some(sa) = self.sas.remove(&number) else { return };
+        for subnet in sa.remote_ts.iter().filter_map(Subnet::around) {
+            let Some(there) = self.by_subnet.get_mut(&subnet) else { continue };
+            there.remove(&number);
+            if !there.is_empty() {
+                continue;
+            }
+            self.by_subnet.remove(&subnet);
+            let size = (subnet.family, subnet.host_bits);
+            match self.sizes.get_mut(&size) {
+                Some(count) if *count > 1 => *count -= 1,
+                _ => {
+                    self.sizes.remove(&size);
+                }
+            }
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+enum Family {
+    V4,
+    V6,
+}
+
+fn number(address: IpAddr) -> (Family, u128) {
+    match address {
+        IpAddr::V4(address) => (Family::V4, u128::from(address.to_bits())),
+        IpAddr::V6(address) => (Family::V6, address.to_bits()),
+    }
+}
+
+/// The addresses that have all but the last bits in common.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Subnet {
+    family: Family,
+    host_bits: u32,
+    first: u128,
+}
+
+impl Subnet {
+    fn new(family: Family, host_bits: u32, address: u128) -> Self {
+        Self { family, host_bits, first: u128::MAX.checked_shl(host_bits).unwrap_or(0) & address }
+    }
+
+    /// The smallest one around a selector's addresses; `None` where it selects none.
+    fn around(selector: &TrafficSelector) -> Option<Self> {
+        let ((family, start), (other, end)) = (number(selector.start), number(selector.end));
+        let host_bits = u128::BITS - (start ^ end).leading_zeros();
+        (family == other && start <= end).then(|| Self::new(family, host_bits, start))
     }
 }
 

@@ -1,6 +1,6 @@
 //! The task that owns the engine.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::net::IpAddr;
 use std::num::NonZero;
 use std::sync::Arc;
@@ -8,19 +8,21 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
 use espintcp::streams::{Complaint, StreamEvent, Streams};
-use ike::config::{Child, DpdAction, StartAction};
+use ike::config::{DpdAction, StartAction};
 use ike::engine::{
-    ChildReady, ChildSaId, ChildSaStatus, ChildState, CloseReason, Engine, Event, IkeState, Initiate, InstallError,
-    Job, JobId, JobOutcome, Judgement, Output, Path, Route, RouteQuery, Target, Transport,
+    ChildReady, ChildSaId, ChildState, CloseReason, Engine, Event, IkeSaId, Initiate, InstallError, Job, JobId,
+    JobOutcome, Judgement, Output, Path, Route, RouteQuery, Target, Transport,
 };
 use ipsec::guard::ClassId;
 use ipsec::plane::{Carrier, DataPlane, Encapsulation, Mode, PlaneError, PlaneEvent, StreamId, Trap, Usage};
-use ipsec::selector::{Flow, TrafficSelector};
+use ipsec::selector::Flow;
 use kernel::network::{Network, NetworkEvent};
 use latch::database::{Class, Database};
 use pad::Credentials;
 use tokio::sync::{Semaphore, broadcast, mpsc, oneshot};
 
+use super::children::{Children, InstalledChild};
+use super::definitions::Definitions;
 use super::filelog::FileLogs;
 use super::idle::Idle;
 use super::redirect;
@@ -30,15 +32,12 @@ use super::settings::Settings;
 use super::traps::{Key, Traps};
 use super::updown::{Scripts, Updown};
 use super::virtual_addresses::VirtualAddresses;
+use crate::config::ConnectionDefinition;
 use crate::config::trap::{Selectors, covers};
-use crate::config::{ConnectionDefinition, TrapActions};
-use crate::control::{Command, Matched, PolicyReport, SaFilter, SaReport};
+use crate::control::{Command, Matched, PolicyReport, RedirectFilter, SaFilter, SaPage, SaReport};
 
 /// How long a graceful stop waits for the peers' answers to our deletes.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(2);
-
-/// How often the data plane is asked for proof of life.
-const TRAFFIC_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Changes of addresses and routes come in bursts: they are looked at so long after the first.
 const ROAM_DELAY: Duration = Duration::from_millis(100);
@@ -48,6 +47,9 @@ const BUDGET: usize = 64;
 
 /// Child SAs that one trap may have: a peer that wants one for each pair of addresses is not asked without end.
 const CHILDREN_OF_A_TRAP: usize = 256;
+
+/// IKE SAs that one answer to `ListSas` looks at: packets wait that long for a front end.
+const PAGE: usize = 128;
 
 /// What the core is made of.
 pub(super) struct Parts {
@@ -64,24 +66,6 @@ pub(super) struct Parts {
     pub(super) events: broadcast::Sender<Arc<Event>>,
 }
 
-/// A Child SA that is in the data plane.
-struct InstalledChild {
-    spi_in: u32,
-    class: ClassId,
-    reqid: u32,
-    /// Packets seen at the last look, for proof of life.
-    packets_in: u64,
-    connection: String,
-    local_ts: Vec<TrafficSelector>,
-    remote_ts: Vec<TrafficSelector>,
-    /// The peer would make others for what it left out of the selectors.
-    additional_ts: bool,
-    idle: Idle,
-    updown: Option<Updown>,
-    /// Its script was told that it, or the Child SA that it replaces, is up.
-    told_up: bool,
-}
-
 /// What comes back from work that was done off the core's task.
 enum Finished {
     Job(JobId, JobOutcome),
@@ -96,12 +80,12 @@ pub(super) struct Core {
     plane: Box<dyn DataPlane>,
     database: Arc<Database>,
     credentials: Arc<Credentials>,
-    connections: Vec<ConnectionDefinition>,
+    connections: Definitions,
     filelogs: FileLogs,
     settings: Settings,
     virtual_addresses: VirtualAddresses,
     scripts: Scripts,
-    children: BTreeMap<ChildSaId, InstalledChild>,
+    children: Children,
     reqids: Reqids,
     traps: Traps,
     next_token: u64,
@@ -116,9 +100,6 @@ pub(super) struct Core {
     from_network: mpsc::Receiver<NetworkEvent>,
     from_streams: mpsc::Receiver<StreamEvent>,
     commands: mpsc::Receiver<Command>,
-    next_traffic_check: Instant,
-    /// Some Child SA had a limit of `inactivity`.
-    watches_idle: bool,
     /// When changes of addresses and routes are looked at.
     roam_at: Option<Instant>,
     stopping: Option<(oneshot::Sender<()>, Instant)>,
@@ -134,12 +115,12 @@ impl Core {
             streams: parts.streams,
             database: parts.database,
             credentials: Arc::new(Credentials::default()),
-            connections: Vec::new(),
+            connections: Definitions::default(),
             filelogs: parts.filelogs,
             settings: parts.settings,
             virtual_addresses: parts.virtual_addresses,
             scripts: Scripts::new(),
-            children: BTreeMap::new(),
+            children: Children::default(),
             reqids: Reqids::default(),
             traps: Traps::default(),
             next_token: 1,
@@ -151,8 +132,6 @@ impl Core {
             from_network: parts.from_network,
             from_streams: parts.from_streams,
             commands: parts.commands,
-            next_traffic_check: Instant::now(),
-            watches_idle: false,
             roam_at: Some(Instant::now()),
             stopping: None,
         }
@@ -202,37 +181,14 @@ impl Core {
         let idle = Instant::now() + Duration::from_secs(3600);
         let engine = self.engine.next_timeout().unwrap_or(idle);
         let stopping = self.stopping.as_ref().map_or(idle, |(_, deadline)| *deadline);
-        let traffic = if self.watches_traffic() { self.next_traffic_check } else { idle };
-        engine.min(stopping).min(traffic).min(self.roam_at.unwrap_or(idle))
-    }
-
-    /// True when some connection wants liveness checks, which inbound ESP makes superfluous.
-    fn watches_traffic(&self) -> bool {
-        !self.children.is_empty()
-            && (self.watches_idle || self.connections.iter().any(|known| !known.connection.dpd_delay.is_zero()))
+        let unused = self.children.idle_at().unwrap_or(idle);
+        engine.min(stopping).min(unused).min(self.roam_at.unwrap_or(idle))
     }
 
     fn handle_time(&mut self) {
         let now = Instant::now();
-        if now >= self.next_traffic_check {
-            self.next_traffic_check = now + TRAFFIC_INTERVAL;
-            if self.watches_traffic() {
-                let mut unused = Vec::new();
-                for (id, child) in &mut self.children {
-                    let Ok(usage) = self.plane.usage(child.spi_in) else { continue };
-                    if usage.packets_in != child.packets_in {
-                        child.packets_in = usage.packets_in;
-                        self.engine.handle_traffic(now, child.spi_in);
-                    }
-                    unused.extend(child.idle.is_over(now, &usage).then_some(*id));
-                }
-                for id in unused {
-                    tracing::info!(child = id.0, "closing a Child SA for inactivity");
-                    let token = self.token();
-                    // It may be on its way out already.
-                    let _ = self.engine.terminate(now, Target::Child(id), false, token);
-                }
-            }
+        while let Some(id) = self.children.next_idle(now) {
+            self.close_if_idle(now, id);
         }
         if self.roam_at.is_some_and(|due| due <= now) {
             self.roam_at = None;
@@ -241,6 +197,24 @@ impl Core {
         if self.engine.next_timeout().is_some_and(|due| due <= now) {
             self.engine.handle_timeout(now);
         }
+    }
+
+    /// `inactivity`.
+    fn close_if_idle(&mut self, now: Instant, id: ChildSaId) {
+        let Some(child) = self.children.get_mut(id) else { return };
+        let over = self.plane.usage(child.spi_in).is_ok_and(|usage| child.idle.is_over(now, &usage));
+        self.children.watch(id);
+        if over {
+            tracing::info!(child = id.0, "closing a Child SA for inactivity");
+            let token = self.token();
+            // It may be on its way out already.
+            let _ = self.engine.terminate(now, Target::Child(id), false, token);
+        }
+    }
+
+    /// How long ago ESP last arrived on one of these Child SAs.
+    fn seen_traffic(&self, spis: &[u32]) -> Option<Duration> {
+        spis.iter().filter_map(|spi| self.plane.usage(*spi).ok()?.idle_in).min()
     }
 
     /// Addresses or routes have changed, or we begin.
@@ -354,6 +328,10 @@ impl Core {
                         let _ = finished.send(Finished::Job(job, outcome));
                     });
                 }
+                Output::Job(job, Job::SeenTraffic(spis)) => {
+                    let idle = self.seen_traffic(&spis);
+                    self.engine.handle_job(Instant::now(), job, JobOutcome::SeenTraffic(idle));
+                }
                 Output::Event(event) => self.handle_event(event),
                 Output::OpenStream { stream, local, remote } => self.streams.open(stream.0, local, remote),
                 Output::CloseStream(stream) => self.streams.close(stream.0),
@@ -427,11 +405,10 @@ impl Core {
         let assigned = self.virtual_addresses.of(ready.ike_sa);
         let updown = Updown::new(&ready, reqid, self.network.tun_name(), assigned);
         let additional_ts = ready.additional_ts
-            || ready.replaces.and_then(|old| self.children.get(&old)).is_some_and(|old| old.additional_ts);
-        let predecessor = ready.replaces.and_then(|old| self.children.get_mut(&old));
+            || ready.replaces.and_then(|old| self.children.get(old)).is_some_and(|old| old.additional_ts);
+        let predecessor = ready.replaces.and_then(|old| self.children.get_mut(old));
         let idle = Idle::new(Instant::now(), ready.config.inactivity, predecessor.map(|old| &mut old.idle));
-        self.watches_idle |= idle.is_limited();
-        let ChildReady { child_sa, connection, mut pair, .. } = ready;
+        let ChildReady { child_sa, connection, config, mut pair, .. } = ready;
         pair.class = class;
         pair.reqid = reqid;
         for alert in self.database.before_install(class, &pair.local_ts, &pair.remote_ts) {
@@ -441,8 +418,8 @@ impl Core {
             spi_in: pair.spi_in,
             class,
             reqid,
-            packets_in: 0,
-            connection,
+            name: config.name.as_str().into(),
+            connection: connection.into(),
             local_ts: pair.local_ts.clone(),
             remote_ts: pair.remote_ts.clone(),
             additional_ts,
@@ -466,7 +443,7 @@ impl Core {
     /// The `reqid` for a Child SA: its predecessor's if the class is the same, the configured one, or one that stands for
     /// what comes with it. Each `reqid` belongs to one class.
     fn reqid(&mut self, class: ClassId, ready: &ChildReady) -> Result<(u32, Option<reqids::Key>), InstallError> {
-        if let Some(old) = ready.replaces.and_then(|old| self.children.get(&old))
+        if let Some(old) = ready.replaces.and_then(|old| self.children.get(old))
             && old.class == class
         {
             return Ok((old.reqid, None));
@@ -489,22 +466,16 @@ impl Core {
 
     /// Puts in force what the connections want: new traps first, so that nothing goes out in clear in between.
     fn update_traps(&mut self) {
-        let wanted = self.traps.wanted(&self.connections);
+        let wanted = self.traps.wanted(self.connections.all());
         for (key, selectors) in &wanted {
-            if self.traps.installed.get(key).is_some_and(|installed| installed.selectors == *selectors) {
+            if self.traps.installed(key).is_some_and(|installed| installed.selectors == *selectors) {
                 continue;
             }
             if let Err(error) = self.install_trap(key.clone(), selectors.clone()) {
                 tracing::error!(connection = key.0, child = key.1, %error, "a trap could not be installed");
             }
         }
-        let mut gone = Vec::new();
-        self.traps.installed.retain(|key, installed| {
-            let stays = wanted.contains_key(key);
-            gone.extend((!stays).then_some(installed.reqid));
-            stays
-        });
-        for reqid in gone {
+        for reqid in self.traps.keep(|key| wanted.contains_key(key)) {
             self.remove_trap(reqid);
         }
     }
@@ -532,15 +503,14 @@ impl Core {
 
     /// The `install` command, and what `close_action` and `dpd_action` do; errors are charon's.
     fn install_trap_of(&mut self, ike: Option<&str>, child: &str) -> Result<(), String> {
-        let Ok((definition, Some(config))) = self.find_configuration(ike, Some(child)) else {
+        let Ok((definition, Some(config))) = self.connections.find(ike, Some(child)) else {
             return Err("configuration name not found".to_owned());
         };
         let key = (definition.connection.name.clone(), config.name.clone());
         let installed =
             Selectors::of(&config, &definition.local_addrs, &definition.remote_addrs).and_then(|selectors| match self
                 .traps
-                .installed
-                .get(&key)
+                .installed(&key)
             {
                 Some(there) if there.selectors == selectors => Ok(()),
                 _ => self.install_trap(key.clone(), selectors).map_err(|error| error.to_string()),
@@ -561,17 +531,17 @@ impl Core {
         let report = |(key, trap): (&Key, &super::traps::Installed)| PolicyReport {
             ike: key.0.clone(),
             child: key.1.clone(),
-            mode: self.configured_child(&key.0, &key.1).map_or(Mode::Tunnel, |child| child.mode),
+            mode: self.connections.child(&key.0, &key.1).map_or(Mode::Tunnel, |child| child.mode),
             local_ts: trap.selectors.local_ts.clone(),
             remote_ts: trap.selectors.remote_ts.clone(),
         };
-        self.traps.installed.iter().map(report).collect()
+        self.traps.all_installed().map(report).collect()
     }
 
     /// A packet fell into a trap.
     fn acquire(&mut self, now: Instant, reqid: u32, flow: &Flow) {
         let Some((connection, child)) = self.traps.due(now, reqid) else { return };
-        if self.stopping.is_some() || self.is_negotiated(now, &connection, &child, flow) {
+        if self.stopping.is_some() || self.is_negotiated(&connection, &child, flow) {
             return;
         }
         tracing::info!(connection, child, %flow, "initiating for a packet");
@@ -581,42 +551,27 @@ impl Core {
     /// True while the connection's IKE SA is on its way (what is asked for later comes after it), when there is an SA for
     /// the packet, and when there is one for the child that the peer narrowed without a word of others
     /// (ADDITIONAL_TS_POSSIBLE, RFC 7296 §2.9): another one would not cover the packet either.
-    fn is_negotiated(&self, now: Instant, connection: &str, child: &str, packet: &Flow) -> bool {
+    fn is_negotiated(&self, connection: &str, child: &str, packet: &Flow) -> bool {
+        if self.engine.is_initiating(connection) {
+            return true;
+        }
+        let live = |id: ChildSaId| match self.engine.child_state(id) {
+            Some(ChildState::Created | ChildState::Installing | ChildState::Installed | ChildState::Rekeying) => true,
+            Some(ChildState::Rekeyed | ChildState::Deleting | ChildState::Deleted) | None => false,
+        };
         let mut made = 0;
-        for sa in self.engine.ike_sas(now).iter().filter(|sa| sa.connection == connection) {
-            if sa.initiator && matches!(sa.state, IkeState::Created | IkeState::Connecting) {
+        for (_, installed) in self.children.of(connection, child).rev().filter(|(id, _)| live(*id)) {
+            made += 1;
+            let covered = covers(&installed.local_ts, &installed.remote_ts, packet);
+            if !installed.additional_ts || covered || made >= CHILDREN_OF_A_TRAP {
                 return true;
             }
-            let live = |one: &&ChildSaStatus| match one.state {
-                ChildState::Created | ChildState::Installing | ChildState::Installed | ChildState::Rekeying => true,
-                ChildState::Rekeyed | ChildState::Deleting | ChildState::Deleted => false,
-            };
-            for one in sa.children.iter().filter(|one| one.name == child).filter(live) {
-                let more = self.children.get(&one.id).is_some_and(|installed| installed.additional_ts);
-                if !more || covers(&one.local_ts, &one.remote_ts, packet) {
-                    return true;
-                }
-                made += 1;
-            }
         }
-        made >= CHILDREN_OF_A_TRAP
-    }
-
-    fn traps_of(&self, connection: &str, child: &str) -> TrapActions {
-        let definition = self.connections.iter().find(|known| known.connection.name == connection);
-        definition.map(|known| known.traps(child)).unwrap_or_default()
-    }
-
-    fn configured_child(&self, connection: &str, child: &str) -> Option<&Arc<Child>> {
-        self.connections
-            .iter()
-            .filter(|known| known.connection.name == connection)
-            .flat_map(|known| &known.connection.children)
-            .find(|known| known.name == child)
+        false
     }
 
     fn remove(&mut self, child: ChildSaId) {
-        let Some(installed) = self.children.remove(&child) else { return };
+        let Some(installed) = self.children.remove(child) else { return };
         if installed.told_up
             && let Some(updown) = installed.updown.clone()
         {
@@ -652,7 +607,7 @@ impl Core {
                 }
             }
             Event::ChildDown { child, reason, .. } => {
-                let connection = self.children.get(&child.id).map(|installed| installed.connection.clone());
+                let connection = self.children.get(child.id).map(|installed| Arc::clone(&installed.connection));
                 let name = child.name.clone();
                 let reason = *reason;
                 // The trap first: nothing goes out in clear in between.
@@ -685,7 +640,7 @@ impl Core {
                 }
             }
             Event::ChildUp(_, id) => {
-                if let Some(child) = self.children.get_mut(id) {
+                if let Some(child) = self.children.get_mut(*id) {
                     child.told_up = true;
                     if let Some(updown) = child.updown.clone() {
                         self.scripts.tell("up", updown);
@@ -695,7 +650,7 @@ impl Core {
             // Neither up nor down: from now on the successor is what will have gone down.
             Event::ChildRekeyed { old, new, .. } => {
                 for (id, told_up) in [(old, false), (new, true)] {
-                    if let Some(child) = self.children.get_mut(id) {
+                    if let Some(child) = self.children.get_mut(*id) {
                         child.told_up = told_up;
                     }
                 }
@@ -714,9 +669,9 @@ impl Core {
 
     /// `close_action` and `dpd_action`, as far as they are traps.
     fn trap_if_configured(&mut self, connection: &str, child: &str, reason: CloseReason) {
-        let Some(config) = self.configured_child(connection, child) else { return };
+        let Some(config) = self.connections.child(connection, child) else { return };
         let wanted = match reason {
-            CloseReason::Peer => self.traps_of(connection, child).close,
+            CloseReason::Peer => self.connections.traps(connection, child).close,
             CloseReason::Timeout => config.dpd_action == DpdAction::Trap,
             CloseReason::Local
             | CloseReason::Rekeyed
@@ -735,7 +690,7 @@ impl Core {
         if self.stopping.is_some() {
             return;
         }
-        let Some(config) = self.configured_child(connection, child) else { return };
+        let Some(config) = self.connections.child(connection, child) else { return };
         let again = match reason {
             CloseReason::Peer => config.close_action == StartAction::Start,
             CloseReason::Timeout => config.dpd_action == DpdAction::Restart,
@@ -751,11 +706,11 @@ impl Core {
     }
 
     fn finish(&mut self, token: u64, outcome: Result<(), String>) {
-        let packet = self.traps.packet_of(token).filter(|_| outcome.is_ok());
-        let well = match packet {
-            Some(packet) => self.children.values().any(|child| covers(&child.local_ts, &child.remote_ts, &packet)),
-            None => outcome.is_ok(),
-        };
+        let well = outcome.is_ok()
+            && self.traps.trap_of(token).is_none_or(|(connection, child, packet)| {
+                let newest = self.children.of(connection, child).rev().take(CHILDREN_OF_A_TRAP);
+                newest.into_iter().any(|(_, child)| covers(&child.local_ts, &child.remote_ts, &packet))
+            });
         self.traps.ended(Instant::now(), token, well);
         if let Some(reply) = self.waiting.remove(&token) {
             // The caller may have given up waiting.
@@ -766,13 +721,16 @@ impl Core {
     fn handle_command(&mut self, command: Command) {
         let now = Instant::now();
         match command {
-            Command::ListSas(reply) => {
-                let _ = reply.send(self.reports(now));
+            Command::ListSas { filter, after, reply } => {
+                let _ = reply.send(self.page(now, &filter, after));
+            }
+            Command::CountSas(reply) => {
+                let _ = reply.send((self.engine.counts().0, self.engine.connecting()));
             }
             Command::Initiate { ike, child, reply } => self.initiate(ike.as_deref(), child.as_deref(), Some(reply)),
             Command::Terminate { filter, force, reply } => self.terminate(now, &filter, force, reply),
             Command::Rekey { filter, reauth, reply } => {
-                let targets = self.targets(now, &filter);
+                let targets = self.targets(&filter);
                 let mut done = 0;
                 for target in &targets {
                     let token = self.token();
@@ -784,7 +742,7 @@ impl Core {
                 let _ = reply.send(Matched { matches: targets.len(), done });
             }
             Command::Redirect { filter, gateway, reply } => {
-                let meant = redirect::meant(&filter, &self.engine.ike_sas(now));
+                let meant = self.redirected(now, &filter);
                 let mut done = 0;
                 for id in &meant {
                     let token = self.token();
@@ -814,7 +772,7 @@ impl Core {
                 self.engine.set_connections(connections.iter().map(|known| Arc::clone(&known.connection)).collect());
                 let children = connections.iter().flat_map(|known| &known.connection.children);
                 self.reqids.configure(children.map(|child| child.reqid).filter(|reqid| *reqid != 0).collect());
-                self.connections = connections;
+                self.connections = Definitions::new(connections);
                 self.update_traps();
                 let _ = reply.send(());
             }
@@ -832,10 +790,11 @@ impl Core {
                 let _ = reply.send(outcome);
             }
             Command::Shutdown(reply) => {
-                for status in self.engine.ike_sas(now) {
+                let all: Vec<IkeSaId> = self.engine.ike_sas_after(None, IkeSaId(0)).collect();
+                for id in all {
                     let token = self.token();
-                    // It exists: the list is from this very moment.
-                    let _ = self.engine.terminate(now, Target::Ike(status.id), false, token);
+                    // One that ended with another does not matter.
+                    let _ = self.engine.terminate(now, Target::Ike(id), false, token);
                 }
                 self.stopping = Some((reply, now + SHUTDOWN_GRACE));
             }
@@ -848,49 +807,72 @@ impl Core {
         token
     }
 
-    fn reports(&self, now: Instant) -> Vec<SaReport> {
-        self.engine
-            .ike_sas(now)
-            .into_iter()
-            .map(|status| {
-                let usage = status.children.iter().map(|child| self.usage(child.id)).collect();
-                SaReport { status, usage }
-            })
-            .collect()
+    /// Snapshots of some of the IKE SAs that a filter means.
+    fn page(&self, now: Instant, filter: &SaFilter, after: IkeSaId) -> SaPage {
+        let one = filter.ike_id.or_else(|| self.engine.owner(filter.child_id?));
+        let mut ids: Vec<IkeSaId> = match one {
+            Some(id) => Vec::from([id]),
+            None if filter.child_id.is_some() => Vec::new(),
+            None => self.engine.ike_sas_after(filter.ike.as_deref(), after).take(PAGE + 1).collect(),
+        };
+        let more = ids.len() > PAGE;
+        ids.truncate(PAGE);
+        let next = ids.last().copied().filter(|_| more);
+        let statuses = ids.into_iter().filter_map(|id| self.engine.ike_sa(id, now));
+        let reports = statuses.filter(|status| filter.selects(status)).map(|status| {
+            let usage = status.children.iter().map(|child| self.usage(child.id)).collect();
+            SaReport { status, usage }
+        });
+        SaPage { reports: reports.collect(), next }
     }
 
     fn usage(&self, child: ChildSaId) -> Option<(Usage, Carrier)> {
-        let installed = self.children.get(&child)?;
+        let installed = self.children.get(child)?;
         Some((self.plane.usage(installed.spi_in).ok()?, self.plane.carrier(installed.spi_in)))
     }
 
     /// SAs that a filter means: Child SAs if it names one, IKE SAs otherwise.
-    fn targets(&self, now: Instant, filter: &SaFilter) -> Vec<Target> {
-        let mut targets = Vec::new();
-        for sa in self.engine.ike_sas(now) {
-            if filter.ike.as_ref().is_some_and(|name| *name != sa.connection)
-                || filter.ike_id.is_some_and(|id| id != sa.id)
-            {
-                continue;
+    fn targets(&self, filter: &SaFilter) -> Vec<Target> {
+        let children: Vec<ChildSaId> = match (filter.child_id, &filter.child) {
+            (Some(id), _) => Vec::from([id]),
+            (None, Some(name)) => self.children.named(name).collect(),
+            (None, None) => {
+                let connection = filter.ike.as_deref();
+                let Some(id) = filter.ike_id else {
+                    return self.engine.ike_sas_after(connection, IkeSaId(0)).map(Target::Ike).collect();
+                };
+                let is_meant = connection.is_none_or(|connection| self.engine.is_of(id, connection));
+                // If there is none of this number, that is found out when it is to be ended.
+                return is_meant.then_some(Target::Ike(id)).into_iter().collect();
             }
-            if filter.child.is_none() && filter.child_id.is_none() {
-                targets.push(Target::Ike(sa.id));
-                continue;
-            }
-            for child in &sa.children {
-                if filter.child.as_ref().is_none_or(|name| *name == child.name)
-                    && filter.child_id.is_none_or(|id| id == child.id)
-                    && !matches!(child.state, ChildState::Rekeyed | ChildState::Deleting | ChildState::Deleted)
-                {
-                    targets.push(Target::Child(child.id));
-                }
+        };
+        let is_meant = |id: &ChildSaId| {
+            let Some(child) = self.children.get(*id) else { return false };
+            let live = !matches!(
+                self.engine.child_state(*id),
+                None | Some(ChildState::Rekeyed | ChildState::Deleting | ChildState::Deleted)
+            );
+            live && filter.child.as_ref().is_none_or(|name| *name == *child.name)
+                && filter.ike.as_ref().is_none_or(|name| *name == *child.connection)
+                && filter.ike_id.is_none_or(|ike_id| self.engine.owner(*id) == Some(ike_id))
+        };
+        children.into_iter().filter(is_meant).map(Target::Child).collect()
+    }
+
+    /// IKE SAs that are up and that a filter means.
+    fn redirected(&self, now: Instant, filter: &RedirectFilter) -> Vec<IkeSaId> {
+        let meant = |id: IkeSaId| self.engine.ike_sa(id, now).filter(|status| redirect::means(filter, status));
+        match filter.ike_id {
+            Some(id) => meant(id).map(|status| status.id).into_iter().collect(),
+            None => {
+                let all = self.engine.ike_sas_after(filter.ike.as_deref(), IkeSaId(0));
+                all.filter_map(meant).map(|status| status.id).collect()
             }
         }
-        targets
     }
 
     fn terminate(&mut self, now: Instant, filter: &SaFilter, force: bool, reply: oneshot::Sender<Matched>) {
-        let targets = self.targets(now, filter);
+        let targets = self.targets(filter);
         let mut answers = Vec::new();
         for target in &targets {
             let token = self.token();
@@ -926,7 +908,7 @@ impl Core {
         if let Some(reply) = reply {
             self.waiting.insert(token, reply);
         }
-        let (definition, child) = match self.find_configuration(ike, child) {
+        let (definition, child) = match self.connections.find(ike, child) {
             Ok(found) => found,
             Err(reason) => return self.finish(token, Err(reason)),
         };
@@ -944,29 +926,6 @@ impl Core {
             });
             let _ = finished.send(Finished::Resolved(token, Box::new(outcome)));
         });
-    }
-
-    fn find_configuration(
-        &self,
-        ike: Option<&str>,
-        child: Option<&str>,
-    ) -> Result<(ConnectionDefinition, Option<Arc<Child>>), String> {
-        let candidates = self.connections.iter().filter(|known| ike.is_none_or(|name| name == known.connection.name));
-        let Some(child) = child else {
-            let name = ike.unwrap_or_default();
-            return candidates
-                .cloned()
-                .map(|definition| (definition, None))
-                .next()
-                .ok_or_else(|| format!("IKE_SA config '{name}' not found"));
-        };
-        candidates
-            .filter_map(|definition| {
-                let config = definition.connection.children.iter().find(|known| known.name == child)?;
-                Some((definition.clone(), Some(Arc::clone(config))))
-            })
-            .next()
-            .ok_or_else(|| format!("CHILD_SA config '{child}' not found"))
     }
 }
 

@@ -23,9 +23,9 @@ impl Idle {
         Self { limit, last_used }
     }
 
-    /// True when there is anything to watch.
-    pub(super) fn is_limited(&self) -> bool {
-        !self.limit.is_zero()
+    /// When the time is over, unless it is used before; `None` when there is nothing to watch.
+    pub(super) fn over_at(&self) -> Option<Instant> {
+        (!self.limit.is_zero()).then(|| self.last_used.checked_add(self.limit)).flatten()
     }
 
     /// True when the time is over; asked again it is over again only after as much time.
@@ -33,7 +33,7 @@ impl Idle {
         let idle = usage.idle_in.into_iter().chain(usage.idle_out).min();
         let used = idle.and_then(|idle| now.checked_sub(idle)).unwrap_or(self.last_used);
         self.last_used = self.last_used.max(used);
-        let over = self.is_limited() && now.saturating_duration_since(self.last_used) >= self.limit;
+        let over = self.over_at().is_some_and(|at| at <= now);
         if over {
             self.last_used = now;
         }
@@ -56,7 +56,7 @@ mod tests {
     fn a_child_is_over_after_its_time_without_traffic_either_way() {
         let start = Instant::now();
         let mut idle = Idle::new(start, 10 * MINUTE, None);
-        assert!(idle.is_limited());
+        assert_eq!(idle.over_at(), Some(start + 10 * MINUTE));
         assert!(!idle.is_over(start + 9 * MINUTE, &used(None, None)));
         assert!(idle.is_over(start + 10 * MINUTE, &used(None, None)), "never used");
         assert!(!idle.is_over(start + 11 * MINUTE, &used(None, None)), "said already");
@@ -65,7 +65,7 @@ mod tests {
         assert!(!idle.is_over(start + 15 * MINUTE, &used(Some(9), None)));
         assert!(idle.is_over(start + 16 * MINUTE, &used(Some(10), Some(11))));
         let mut unlimited = Idle::new(start, Duration::ZERO, None);
-        assert!(!unlimited.is_limited() && !unlimited.is_over(start + 1000 * MINUTE, &used(None, None)));
+        assert!(unlimited.over_at().is_none() && !unlimited.is_over(start + 1000 * MINUTE, &used(None, None)));
     }
 
     #[test]
@@ -73,7 +73,7 @@ mod tests {
         let start = Instant::now();
         let mut old = Idle::new(start, 10 * MINUTE, None);
         let mut new = Idle::new(start + 6 * MINUTE, 10 * MINUTE, Some(&mut old));
-        assert!(!old.is_limited(), "the old one goes by itself");
+        assert_eq!(old.over_at(), None, "the old one goes by itself");
         assert!(new.is_over(start + 10 * MINUTE, &used(None, None)));
     }
 }

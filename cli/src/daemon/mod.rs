@@ -3,7 +3,9 @@
 //! One task owns the engine, the data plane and the latch database's control side ([`core`]); sockets,
 //! streams, VICI and applications talk to it over bounded channels.
 
+mod children;
 mod core;
+mod definitions;
 mod filelog;
 mod idle;
 mod redirect;

@@ -2,21 +2,18 @@
 
 use std::net::IpAddr;
 
-use ike::engine::{Gateway, IkeSaId, IkeSaStatus, IkeState};
+use ike::engine::{Gateway, IkeSaStatus, IkeState};
 use kernel::network::Network;
 
 use crate::control::RedirectFilter;
 
-/// The IKE SAs that a filter means: those that are up.
-pub(super) fn meant(filter: &RedirectFilter, sas: &[IkeSaStatus]) -> Vec<IkeSaId> {
-    let means = |sa: &&IkeSaStatus| {
-        sa.state == IkeState::Established
-            && filter.ike.as_ref().is_none_or(|name| *name == sa.connection)
-            && filter.ike_id.is_none_or(|id| id == sa.id)
-            && filter.peer_ip.is_none_or(|range| range.contains(sa.path.remote.ip()))
-            && filter.peer_id.as_ref().is_none_or(|id| sa.remote_id.as_ref().is_some_and(|remote| id.matches(remote)))
-    };
-    sas.iter().filter(means).map(|sa| sa.id).collect()
+/// True when a filter means an IKE SA, which must be up.
+pub(super) fn means(filter: &RedirectFilter, sa: &IkeSaStatus) -> bool {
+    sa.state == IkeState::Established
+        && filter.ike.as_ref().is_none_or(|name| *name == sa.connection)
+        && filter.ike_id.is_none_or(|id| id == sa.id)
+        && filter.peer_ip.is_none_or(|range| range.contains(sa.path.remote.ip()))
+        && filter.peer_id.as_ref().is_none_or(|id| sa.remote_id.as_ref().is_some_and(|remote| id.matches(remote)))
 }
 
 /// Our address and the gateway's.

@@ -1,7 +1,7 @@
 //! Trap policies (`start_action = trap` and what comes to the same): which are wanted, which are installed, and what a
 //! packet that falls into one may start.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use ipsec::selector::Flow;
@@ -38,10 +38,13 @@ struct Initiation {
 /// The core's traps and initiations.
 #[derive(Default)]
 pub(super) struct Traps {
-    pub(super) installed: BTreeMap<Key, Installed>,
+    installed: BTreeMap<Key, Installed>,
+    by_reqid: BTreeMap<u32, Key>,
     /// Configured ones that were uninstalled by hand; they stay so until their selectors change.
     uninstalled: BTreeMap<Key, Selectors>,
     initiations: BTreeMap<u64, Initiation>,
+    /// Initiations of children.
+    by_child: BTreeMap<Key, BTreeSet<u64>>,
 }
 
 impl Traps {
@@ -66,29 +69,52 @@ impl Traps {
         wanted
     }
 
+    /// A trap that is installed.
+    pub(super) fn installed(&self, key: &Key) -> Option<&Installed> {
+        self.installed.get(key)
+    }
+
+    /// All that are installed.
+    pub(super) fn all_installed(&self) -> impl Iterator<Item = (&Key, &Installed)> {
+        self.installed.iter()
+    }
+
     /// The trap is there again, whatever was done by hand before.
     pub(super) fn insert(&mut self, key: Key, reqid: u32, selectors: Selectors) -> Option<Installed> {
         self.uninstalled.remove(&key);
-        self.installed.insert(key, Installed { reqid, selectors, not_before: None })
+        self.by_reqid.insert(reqid, key.clone());
+        let old = self.installed.insert(key, Installed { reqid, selectors, not_before: None });
+        if let Some(old) = &old {
+            self.by_reqid.remove(&old.reqid);
+        }
+        old
+    }
+
+    /// Takes all others away; gives their `reqid`s.
+    pub(super) fn keep(&mut self, stays: impl Fn(&Key) -> bool) -> Vec<u32> {
+        let gone: Vec<u32> = self.installed.extract_if(.., |key, _| !stays(key)).map(|(_, trap)| trap.reqid).collect();
+        for reqid in &gone {
+            self.by_reqid.remove(reqid);
+        }
+        gone
     }
 
     /// Takes a trap away by hand: the first for this child; gives its `reqid`.
     pub(super) fn uninstall(&mut self, ike: Option<&str>, child: &str) -> Option<u32> {
         let key = self.installed.keys().find(|key| key.1 == child && ike.is_none_or(|ike| ike == key.0)).cloned()?;
         let gone = self.installed.remove(&key)?;
+        self.by_reqid.remove(&gone.reqid);
         self.uninstalled.insert(key, gone.selectors);
         Some(gone.reqid)
     }
 
     /// Whose trap a packet fell into, unless an attempt is under way or failed just now.
     pub(super) fn due(&self, now: Instant, reqid: u32) -> Option<Key> {
-        let (key, trap) = self.installed.iter().find(|(_, trap)| trap.reqid == reqid)?;
-        let waits = trap.not_before.is_some_and(|not_before| now < not_before);
-        let under_way = self.initiations.values().any(|one| {
-            one.connection == key.0
-                && one.child.as_ref() == Some(&key.1)
-                && now.saturating_duration_since(one.since) < INITIATION_LIMIT
-        });
+        let key = self.by_reqid.get(&reqid)?;
+        let waits = self.installed.get(key)?.not_before.is_some_and(|not_before| now < not_before);
+        let lately = |one: &Initiation| now.saturating_duration_since(one.since) < INITIATION_LIMIT;
+        let mut initiations = self.by_child.get(key).into_iter().flatten();
+        let under_way = initiations.any(|token| self.initiations.get(token).is_some_and(lately));
         (!waits && !under_way).then(|| key.clone())
     }
 
@@ -102,6 +128,9 @@ impl Traps {
         packet: Option<Flow>,
     ) {
         let (connection, child) = (connection.to_owned(), child.map(str::to_owned));
+        if let Some(child) = &child {
+            self.by_child.entry((connection.clone(), child.clone())).or_default().insert(token);
+        }
         self.initiations.insert(token, Initiation { connection, child, packet, since: now });
     }
 
@@ -110,10 +139,23 @@ impl Traps {
         self.initiations.get(&token)?.packet
     }
 
+    /// The connection, the child and the packet of an initiation that is for a packet.
+    pub(super) fn trap_of(&self, token: u64) -> Option<(&str, &str, Flow)> {
+        let one = self.initiations.get(&token)?;
+        Some((&one.connection, one.child.as_deref()?, one.packet?))
+    }
+
     /// An initiation is over; it ended well if the packet that it was for has an SA now.
     pub(super) fn ended(&mut self, now: Instant, token: u64, well: bool) {
         let Some(Initiation { connection, child: Some(child), .. }) = self.initiations.remove(&token) else { return };
-        if let Some(trap) = self.installed.get_mut(&(connection, child)) {
+        let key = (connection, child);
+        if let Some(tokens) = self.by_child.get_mut(&key) {
+            tokens.remove(&token);
+            if tokens.is_empty() {
+                self.by_child.remove(&key);
+            }
+        }
+        if let Some(trap) = self.installed.get_mut(&key) {
             trap.not_before = (!well).then(|| now + PAUSE_AFTER_FAILURE);
         }
     }
@@ -152,8 +194,10 @@ mod tests {
         let later = now + Duration::from_secs(5);
         assert_eq!(traps.due(later, 7), Some(key()));
         traps.begun(later, 4, "site", Some("net"), None);
+        assert_eq!(traps.trap_of(4), None, "it is for no packet");
         traps.ended(later, 4, true);
         assert_eq!(traps.due(later, 7), Some(key()), "no pause after success");
+        assert_eq!(traps.by_child.len(), 1, "the other child's");
     }
 
     #[test]
@@ -168,5 +212,10 @@ mod tests {
         assert!(traps.insert(key(), 8, selectors("10.2.0.0")).is_none());
         assert!(traps.uninstalled.is_empty());
         assert_eq!(traps.due(now, 8), Some(key()));
+        assert_eq!(traps.insert(key(), 9, selectors("10.3.0.0")).map(|old| old.reqid), Some(8));
+        assert_eq!((traps.due(now, 8), traps.due(now, 9)), (None, Some(key())));
+        assert!(traps.keep(|_| true).is_empty());
+        assert_eq!(traps.keep(|_| false), [9]);
+        assert!(traps.by_reqid.is_empty() && traps.installed(&key()).is_none());
     }
 }

@@ -1,7 +1,7 @@
 //! What Configuration payloads gave each IKE SA, put in force on this host: our virtual addresses on a device, the name
 //! servers in a resolver's file.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -25,13 +25,15 @@ pub(super) struct VirtualAddresses {
     placement: Placement,
     resolver: Option<Resolver>,
     of: BTreeMap<IkeSaId, Arc<Assigned>>,
+    /// How many IKE SAs gave us each address.
+    givers: BTreeMap<IpAddr, usize>,
     /// Addresses that we put on the device.
-    installed: Vec<IpAddr>,
+    installed: BTreeSet<IpAddr>,
 }
 
 impl VirtualAddresses {
     pub(super) fn new(placement: Placement, resolver: Option<Resolver>) -> Self {
-        Self { placement, resolver, of: BTreeMap::new(), installed: Vec::new() }
+        Self { placement, resolver, of: BTreeMap::new(), givers: BTreeMap::new(), installed: BTreeSet::new() }
     }
 
     /// What this IKE SA was given.
@@ -41,12 +43,17 @@ impl VirtualAddresses {
 
     /// An IKE SA was given something; `peer` is who gave it, or had it given.
     pub(super) fn assigned(&mut self, network: &Network, ike_sa: IkeSaId, assigned: Arc<Assigned>, peer: &str) {
+        for address in &assigned.local {
+            *self.givers.entry(*address).or_default() += 1;
+        }
         for address in assigned.local.iter().filter(|_| self.placement.install) {
             if self.installed.contains(address) {
                 continue;
             }
             match network.add_virtual_address(*address, self.placement.device.as_deref()) {
-                Ok(()) => self.installed.push(*address),
+                Ok(()) => {
+                    self.installed.insert(*address);
+                }
                 // Somebody else's, who will remove it.
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                     tracing::info!(%address, "the virtual address is there already");
@@ -60,7 +67,9 @@ impl VirtualAddresses {
         {
             resolver.add(ike_sa, &assigned.dns, peer);
         }
-        self.of.insert(ike_sa, assigned);
+        if let Some(before) = self.of.insert(ike_sa, assigned) {
+            self.given_back(network, &before);
+        }
     }
 
     /// A successor has what its predecessor had.
@@ -75,20 +84,28 @@ impl VirtualAddresses {
 
     /// An IKE SA is gone, and its Child SAs before it: what no other one has is taken away.
     pub(super) fn ended(&mut self, network: &Network, ike_sa: IkeSaId) {
-        if self.of.remove(&ike_sa).is_none() {
-            return;
-        }
+        let Some(assigned) = self.of.remove(&ike_sa) else { return };
         if let Some(resolver) = &mut self.resolver {
             resolver.remove(ike_sa);
         }
-        let (of, device) = (&self.of, self.placement.device.as_deref());
-        self.installed.retain(|address| {
-            let used = of.values().any(|assigned| assigned.local.contains(address));
-            if !used && let Err(error) = network.remove_virtual_address(*address, device) {
-                tracing::error!(%address, %error, "a virtual address could not be removed");
+        self.given_back(network, &assigned);
+    }
+
+    /// An IKE SA does not give these any more.
+    fn given_back(&mut self, network: &Network, assigned: &Assigned) {
+        for address in &assigned.local {
+            match self.givers.get_mut(address) {
+                Some(givers) if *givers > 1 => *givers -= 1,
+                _ => {
+                    self.givers.remove(address);
+                    if self.installed.remove(address)
+                        && let Err(error) = network.remove_virtual_address(*address, self.placement.device.as_deref())
+                    {
+                        tracing::error!(%address, %error, "a virtual address could not be removed");
+                    }
+                }
             }
-            used
-        });
+        }
     }
 
     /// The daemon stops.

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use ike::engine::{ChildSaId, Event, Gateway, IkeSaId, IkeState};
+use ike::engine::{ChildSaId, Event, Gateway, IkeSaId};
 use ipsec::secret::Secret;
 use pad::{Certificate, CredentialError, IdentityPattern};
 use tokio::sync::broadcast;
@@ -16,7 +16,7 @@ use crate::config::connection::{InlineCertificates, connection};
 use crate::config::credentials::Authority;
 use crate::config::pool::pool;
 use crate::config::values::{self, Address};
-use crate::control::{Matched, RedirectFilter, SaFilter, SaReport};
+use crate::control::{Matched, RedirectFilter, SaFilter};
 use crate::tree::{Node, Section};
 use crate::vici::events;
 use crate::vici::report;
@@ -156,10 +156,9 @@ fn is_set(message: &Section, name: &str) -> Result<bool, Section> {
 }
 
 async fn stats(shared: &Shared) -> Section {
-    let sas = shared.control.list_sas().await;
-    let half_open = |report: &&SaReport| matches!(report.status.state, IkeState::Created | IkeState::Connecting);
+    let (all, half_open) = shared.control.count_sas().await;
     let (started, since) = shared.store.started();
-    report::stats(started.elapsed(), since, sas.len(), sas.iter().filter(half_open).count())
+    report::stats(started.elapsed(), since, all, half_open)
 }
 
 fn counters(shared: &Shared, message: &Section) -> Section {
@@ -299,14 +298,6 @@ fn filter(message: &Section) -> Result<Option<SaFilter>, Section> {
     Ok((!empty).then_some(filter))
 }
 
-fn matches(filter: &SaFilter, report: &SaReport) -> bool {
-    let status = &report.status;
-    filter.ike.as_ref().is_none_or(|ike| *ike == status.connection)
-        && filter.ike_id.is_none_or(|id| id == status.id)
-        && filter.child.as_ref().is_none_or(|name| status.children.iter().any(|child| child.name == *name))
-        && filter.child_id.is_none_or(|id| status.children.iter().any(|child| child.id == id))
-}
-
 async fn terminate(shared: &Shared, sink: &EventSink, message: &Section) -> Section {
     match try_terminate(shared, sink, message).await {
         Ok(answer) | Err(answer) => answer,
@@ -317,10 +308,14 @@ async fn try_terminate(shared: &Shared, sink: &EventSink, message: &Section) -> 
     let filter = filter(message)?.ok_or_else(|| failure("missing terminate selector"))?;
     let (force, wait, level) = (is_set(message, "force")?, waiting(message)?, log_level(message)?);
     let events = shared.control.events();
-    let sas = shared.control.list_sas().await;
-    let meant: Vec<&SaReport> = sas.iter().filter(|report| matches(&filter, report)).collect();
-    let connections = meant.iter().map(|report| report.status.connection.clone()).collect();
-    let estimate = meant.len();
+    let (mut connections, mut estimate) = (BTreeSet::new(), 0);
+    let mut after = Some(IkeSaId(0));
+    while let Some(start) = after {
+        let page = shared.control.list_sas(filter.clone(), start).await;
+        estimate += page.reports.len();
+        connections.extend(page.reports.into_iter().map(|report| report.status.connection));
+        after = page.next;
+    }
     let control = shared.control.clone();
     let work = tokio::spawn(async move { control.terminate(filter, force).await });
     let finished = async { work.await.unwrap_or(Matched { matches: 0, done: 0 }) };
@@ -411,10 +406,13 @@ async fn list_sas(shared: &Shared, sink: &EventSink, message: &Section) -> Secti
         Ok(filter) => filter.unwrap_or_default(),
         Err(answer) => return answer,
     };
-    for report in shared.control.list_sas().await {
-        if matches(&filter, &report) {
-            sink.send("list-sa", report::wrapped(&report.status.connection, report::ike_sa(&report))).await;
+    let mut after = Some(IkeSaId(0));
+    while let Some(start) = after {
+        let page = shared.control.list_sas(filter.clone(), start).await;
+        for report in &page.reports {
+            sink.send("list-sa", report::wrapped(&report.status.connection, report::ike_sa(report))).await;
         }
+        after = page.next;
     }
     report::message()
 }

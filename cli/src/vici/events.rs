@@ -88,29 +88,28 @@ async fn announcement(shared: &Shared, event: &Event, ended: &VecDeque<IkeSaStat
             Some(Announcement { event: "log", message })
         }
         Event::IkeUp(id) => {
-            let sas = shared.control.list_sas().await;
-            Some(ike_updown(find(&sas, ended, *id)?, true))
+            let report = shared.control.ike_sa(*id).await;
+            Some(ike_updown(status(report.as_ref(), ended, *id)?, true))
         }
         // Its successor is up: charon announces the rekeying alone.
         Event::IkeDown(_, CloseReason::Rekeyed) => None,
         Event::IkeDown(status, _) => Some(ike_updown(status, false)),
         Event::ChildUp(id, child) => {
-            let sas = shared.control.list_sas().await;
-            let report = sas.iter().find(|report| report.status.id == *id)?;
-            let section = child_of(report, *child)?;
+            let report = shared.control.ike_sa(*id).await?;
+            let section = child_of(&report, *child)?;
             Some(child_updown(&report.status, section, true))
         }
         Event::ChildDown { ike_sa, child, .. } => {
-            let sas = shared.control.list_sas().await;
-            let status = find(&sas, ended, *ike_sa)?;
+            let report = shared.control.ike_sa(*ike_sa).await;
+            let status = status(report.as_ref(), ended, *ike_sa)?;
             let section = report::wrapped(&report::child_name(child), report::child_sa(child, None));
             Some(child_updown(status, section, false))
         }
         Event::IkeRekeyed { old, new } => {
-            let sas = shared.control.list_sas().await;
-            let new = find(&sas, ended, *new)?;
+            let reports = (shared.control.ike_sa(*old).await, shared.control.ike_sa(*new).await);
+            let new = status(reports.1.as_ref(), ended, *new)?;
             let mut both = report::message();
-            if let Some(old) = find(&sas, ended, *old) {
+            if let Some(old) = status(reports.0.as_ref(), ended, *old) {
                 both.push_section("old", report::ike_sa_without_children(old));
             }
             both.push_section("new", report::ike_sa_without_children(new));
@@ -118,8 +117,7 @@ async fn announcement(shared: &Shared, event: &Event, ended: &VecDeque<IkeSaStat
             Some(Announcement { event: "ike-rekey", message })
         }
         Event::ChildRekeyed { ike_sa, old, new } => {
-            let sas = shared.control.list_sas().await;
-            let report = sas.iter().find(|report| report.status.id == *ike_sa)?;
+            let report = shared.control.ike_sa(*ike_sa).await?;
             let child = |id: &ChildSaId| report.status.children.iter().find(|child| child.id == *id);
             let new = child(new)?;
             let mut both = report::message();
@@ -140,9 +138,9 @@ async fn announcement(shared: &Shared, event: &Event, ended: &VecDeque<IkeSaStat
     }
 }
 
-fn find<'a>(sas: &'a [SaReport], ended: &'a VecDeque<IkeSaStatus>, id: IkeSaId) -> Option<&'a IkeSaStatus> {
-    let living = sas.iter().map(|report| &report.status).find(|status| status.id == id);
-    living.or_else(|| ended.iter().find(|status| status.id == id))
+/// Of an IKE SA that lives, or did just now.
+fn status<'a>(living: Option<&'a SaReport>, ended: &'a VecDeque<IkeSaStatus>, id: IkeSaId) -> Option<&'a IkeSaStatus> {
+    living.map(|report| &report.status).or_else(|| ended.iter().find(|status| status.id == id))
 }
 
 fn child_of(report: &SaReport, id: ChildSaId) -> Option<Section> {

@@ -13,16 +13,17 @@ use super::{
     Output, Path, Transmit,
 };
 use crate::Rng;
-use crate::config::{Connection, Fragmentation};
+use crate::config::Fragmentation;
 use crate::crypto::KeyWork;
 use crate::engine::Transport;
+use crate::engine::connections::Connections;
 use crate::engine::networks::Networks;
+use crate::engine::reauthentication::Reauthentications;
 use crate::engine::triggers::Triggers;
 use crate::pool::Pools;
 use crate::sa::Established;
 use crate::sa::crash::TokenMaker;
 use crate::sa::init::Again;
-use crate::sa::reauthentication::Reauthentication;
 use crate::sa::redirect::Redirected;
 use crate::sa::retry::after;
 
@@ -46,16 +47,25 @@ pub(crate) struct Tombstone {
 
 /// Who is at both ends of an established IKE SA, and the entry that admitted the peer: another entry may ask
 /// for less proof, and what it admits must not touch this one's IKE SAs.
+///
+/// Both identities in their canonical form, each after its length, then the entry's name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct PeerKey {
-    local: Identity,
-    remote: Identity,
-    entry: String,
-}
+pub(crate) struct PeerKey(Arc<[u8]>);
 
 impl PeerKey {
     pub(crate) fn of(peer: &PeerIdentity) -> Self {
-        Self { local: peer.local_id.clone(), remote: peer.id.clone(), entry: peer.entry.clone() }
+        Self([&Self::of_identities(&peer.local_id, &peer.id), peer.entry.as_bytes()].concat().into())
+    }
+
+    /// What the keys of all entries between two identities begin with.
+    fn of_identities(local: &Identity, remote: &Identity) -> Vec<u8> {
+        let (local, remote) = (local.canonical(), remote.canonical());
+        [&local.len().to_be_bytes(), local.as_slice(), &remote.len().to_be_bytes(), &remote].concat()
+    }
+
+    /// True when both are the same one, which is found out faster than whether they are equal.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
     }
 }
 
@@ -65,7 +75,7 @@ pub(crate) struct Context {
     pub(crate) outputs: VecDeque<Output>,
     /// Where only streams get through.
     pub(crate) networks: Networks,
-    pub(crate) connections: Vec<Arc<Connection>>,
+    pub(crate) connections: Connections,
     pub(crate) authorities: Vec<[u8; 20]>,
     /// Post-quantum preshared keys.
     pub(crate) ppks: Vec<Ppk>,
@@ -79,13 +89,13 @@ pub(crate) struct Context {
     /// Child SAs that are up.
     pub(crate) child_owners: BTreeMap<ChildSaId, IkeSaId>,
     /// Established IKE SAs by peer.
-    pub(crate) peers: BTreeMap<PeerKey, BTreeSet<IkeSaId>>,
+    pub(crate) peers: BTreeSet<(PeerKey, IkeSaId)>,
     /// Successors made by rekeying, to be taken into the table.
     pub(crate) spawned: Vec<Established>,
     /// IKE SAs that another one of the same peer replaces.
     pub(crate) superseded: Vec<IkeSaId>,
     /// IKE SAs that are to go when another one is up.
-    pub(crate) reauthentications: Vec<Reauthentication>,
+    pub(crate) reauthentications: Reauthentications,
     /// What to initiate again: an IKE SA that ended is to be replaced.
     pub(crate) reinitiate: Vec<Initiate>,
     /// What is to take the place of an IKE SA before that goes.
@@ -113,7 +123,7 @@ impl Context {
             rng,
             outputs: VecDeque::new(),
             networks: Networks::default(),
-            connections: Vec::new(),
+            connections: Connections::default(),
             authorities: Vec::new(),
             ppks: Vec::new(),
             local_addresses: Vec::new(),
@@ -121,14 +131,14 @@ impl Context {
             ike_spis: BTreeMap::new(),
             child_spis: BTreeMap::new(),
             child_owners: BTreeMap::new(),
-            peers: BTreeMap::new(),
+            peers: BTreeSet::new(),
             spawned: Vec::new(),
             superseded: Vec::new(),
             reinitiate: Vec::new(),
             replacements: Vec::new(),
             redirected: Vec::new(),
             again: Vec::new(),
-            reauthentications: Vec::new(),
+            reauthentications: Reauthentications::default(),
             tokens: TokenMaker::default(),
             tombstones: BTreeMap::new(),
             triggers: Triggers::default(),
@@ -143,7 +153,15 @@ impl Context {
 
     /// True when we have an IKE SA between these identities, whichever entry admitted the peer.
     pub(crate) fn knows_peer(&self, local: &Identity, remote: &Identity) -> bool {
-        self.peers.keys().any(|key| key.local == *local && key.remote == *remote)
+        let prefix = PeerKey::of_identities(local, remote);
+        let from = (PeerKey(prefix.as_slice().into()), IkeSaId(0));
+        self.peers.range(from..).next().is_some_and(|(key, _)| key.0.starts_with(&prefix))
+    }
+
+    /// The established IKE SAs with a peer.
+    pub(crate) fn with_peer(&self, peer: &PeerKey) -> impl DoubleEndedIterator<Item = IkeSaId> {
+        let (from, to) = ((peer.clone(), IkeSaId(0)), (peer.clone(), IkeSaId(u64::MAX)));
+        self.peers.range(from..=to).map(|(_, id)| *id)
     }
 
     pub(crate) fn event(&mut self, event: Event) {

@@ -6,14 +6,16 @@
 //! [`Engine::next_timeout`].
 
 pub(crate) mod assigned;
+pub(crate) mod connections;
 pub(crate) mod context;
 mod cookie;
 mod defence;
+pub(crate) mod members;
 pub(crate) mod networks;
 pub(crate) mod places;
 mod pools;
 mod puzzles;
-mod reauthentication;
+pub(crate) mod reauthentication;
 mod responder;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod storm;
@@ -22,6 +24,7 @@ pub(crate) mod upkeep;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
+use std::ops::Bound;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -43,9 +46,11 @@ use crate::sa::established::Closed;
 pub use crate::sa::redirect::Gateway;
 use crate::sa::{Established, IkeSa, Initiating, Want, retry};
 use crate::wire::{self, ExchangeType, Incoming, Message, NotifyType, Payload, Protected, WireError};
+use connections::Connections;
 use context::{Context, PeerKey};
 use cookie::Cookies;
 use defence::Defence;
+use members::{Member, Members};
 use places::{Place, Places};
 use puzzles::Spent;
 use sha2::{Digest, Sha256};
@@ -242,6 +247,9 @@ pub enum Job {
     FindRoutes(RouteQuery),
     /// Find the address of a gateway, and ours towards it.
     Resolve(Gateway),
+    /// Say how long ago ESP last arrived on one of the Child SAs with these inbound SPIs: proof of life (RFC 7296 §2.4),
+    /// which saves a request. Asked when a liveness check is due only.
+    SeenTraffic(Vec<u32>),
 }
 
 impl std::fmt::Debug for Job {
@@ -254,6 +262,7 @@ impl std::fmt::Debug for Job {
             Self::InstallChild(_) => "InstallChild",
             Self::FindRoutes(_) => "FindRoutes",
             Self::Resolve(_) => "Resolve",
+            Self::SeenTraffic(_) => "SeenTraffic",
         })
     }
 }
@@ -319,6 +328,8 @@ pub enum JobOutcome {
     FindRoutes(Vec<Route>),
     /// To `Resolve`: our address and the gateway's, or why there is none.
     Resolve(Result<(IpAddr, IpAddr), String>),
+    /// To `SeenTraffic`: so long ago; `None` for never.
+    SeenTraffic(Option<Duration>),
 }
 
 /// Why a Child SA was not installed.
@@ -461,7 +472,8 @@ pub struct NoSuchSa;
 /// The engine. See the module documentation for the order of calls.
 pub struct Engine {
     ctx: Context,
-    sas: BTreeMap<IkeSaId, Slot>,
+    sas: BTreeMap<IkeSaId, Box<Slot>>,
+    members: Members,
     timers: BTreeSet<(Instant, IkeSaId)>,
     cookies: Cookies,
     places: Places,
@@ -474,8 +486,9 @@ pub struct Engine {
     spent: Spent,
     /// Who uses a stream, and whether we opened it.
     streams: BTreeMap<StreamId, StreamUse>,
-    /// Streams of the peer that nothing uses any more, and when we close them.
+    /// Streams of the peer that nothing uses any more, and when we close them; by stream and by time.
     lingering: BTreeMap<StreamId, Instant>,
+    lingering_until: BTreeSet<(Instant, StreamId)>,
     now: Instant,
 }
 
@@ -493,6 +506,7 @@ struct Slot {
     init: Option<(u64, SocketAddr)>,
     place: Place,
     held: Held,
+    member: Option<Member>,
 }
 
 #[derive(Default)]
@@ -509,6 +523,7 @@ impl Engine {
         Self {
             ctx: Context::new(config, rng),
             sas: BTreeMap::new(),
+            members: Members::default(),
             timers: BTreeSet::new(),
             cookies,
             places: Places::default(),
@@ -518,6 +533,7 @@ impl Engine {
             spent: Spent::default(),
             streams: BTreeMap::new(),
             lingering: BTreeMap::new(),
+            lingering_until: BTreeSet::new(),
             now,
         }
     }
@@ -532,9 +548,10 @@ impl Engine {
     /// Replaces all connections, in configuration order; a responder tries them in this order. SAs that
     /// are up keep the configuration that they were made with.
     pub fn set_connections(&mut self, connections: Vec<Arc<Connection>>) {
-        self.ctx.connections = connections;
+        self.ctx.connections = Connections::new(connections);
+        self.ctx.reauthentications.note_all();
         let Context { connections, former_addresses, .. } = &mut self.ctx;
-        former_addresses.retain(|name, _| connections.iter().any(|connection| connection.name == *name));
+        former_addresses.retain(|name, _| connections.named(name).next().is_some());
     }
 
     /// Hashes of acceptable CAs for CERTREQ payloads; set with the credentials.
@@ -574,7 +591,7 @@ impl Engine {
     /// A stream ended or could not be opened.
     pub fn handle_stream_closed(&mut self, now: Instant, stream: StreamId, reason: &str) {
         self.now = now;
-        self.lingering.remove(&stream);
+        self.stop_lingering(stream);
         let users = self.stream_users(stream);
         self.streams.remove(&stream);
         for id in users {
@@ -636,16 +653,6 @@ impl Engine {
         self.settle(now);
     }
 
-    /// ESP arrived on this Child SA since the last call: proof of life (§2.4). Called before a liveness
-    /// check is due, not for each packet.
-    pub fn handle_traffic(&mut self, now: Instant, spi_in: u32) {
-        self.now = now;
-        self.with_child_spi(spi_in, |sa, _| {
-            sa.handle_traffic(now);
-            Ok(())
-        });
-    }
-
     /// Timers.
     pub fn handle_timeout(&mut self, now: Instant) {
         self.now = now;
@@ -654,9 +661,8 @@ impl Engine {
             self.with(id, |sa, ctx| sa.handle_timeout(ctx, now));
         }
         self.drop_old_fragments(now);
-        let ended: Vec<StreamId> =
-            self.lingering.iter().filter(|(_, at)| **at <= now).map(|(stream, _)| *stream).collect();
-        for stream in ended {
+        while let Some((at, stream)) = self.lingering_until.first().copied().filter(|(at, _)| *at <= now) {
+            self.lingering_until.remove(&(at, stream));
             self.lingering.remove(&stream);
             self.ctx.outputs.push_back(Output::CloseStream(stream));
         }
@@ -666,7 +672,8 @@ impl Engine {
     /// When to call [`Self::handle_timeout`].
     pub fn next_timeout(&self) -> Option<Instant> {
         let sa = self.timers.first().map(|(at, _)| *at);
-        sa.into_iter().chain(self.upkeep.next_timeout()).chain(self.lingering.values().copied()).min()
+        let stream = self.lingering_until.first().map(|(at, _)| *at);
+        sa.into_iter().chain(self.upkeep.next_timeout()).chain(stream).min()
     }
 
     /// Next output, in order; `None` when drained.
@@ -774,9 +781,49 @@ impl Engine {
         self.sas.get(&id).map(|slot| slot.sa.status(now))
     }
 
+    /// Numbers of the IKE SAs of a connection, or of all, from above this one on.
+    pub fn ike_sas_after<'a>(
+        &'a self,
+        connection: Option<&'a str>,
+        after: IkeSaId,
+    ) -> impl Iterator<Item = IkeSaId> + 'a {
+        let all = self.sas.range((Bound::Excluded(after), Bound::Unbounded)).filter(move |_| connection.is_none());
+        let some = connection.into_iter().flat_map(move |name| self.members.after(name, after));
+        all.map(|(id, _)| *id).chain(some)
+    }
+
+    /// True when there is this IKE SA, and it belongs to that connection.
+    pub fn is_of(&self, id: IkeSaId, connection: &str) -> bool {
+        let member = self.sas.get(&id).and_then(|slot| slot.member.as_ref());
+        member.is_some_and(|member| *member.connection == *connection)
+    }
+
+    /// True while an IKE SA of this connection that we initiate is on its way.
+    pub fn is_initiating(&self, connection: &str) -> bool {
+        self.members.is_initiating(connection)
+    }
+
+    /// The IKE SA that a Child SA, once it has been up, belongs to.
+    pub fn owner(&self, child: ChildSaId) -> Option<IkeSaId> {
+        self.ctx.child_owners.get(&child).copied()
+    }
+
+    /// The state of a Child SA that has been up.
+    pub fn child_state(&self, child: ChildSaId) -> Option<ChildState> {
+        match &self.sas.get(&self.owner(child)?)?.sa {
+            IkeSa::Established(sa) => sa.child_state(child),
+            _ => None,
+        }
+    }
+
     /// IKE SAs in total, and those half-open.
     pub fn counts(&self) -> (usize, usize) {
         (self.sas.len(), self.defence.half_open.total())
+    }
+
+    /// IKE SAs that are not up yet, on either side.
+    pub fn connecting(&self) -> usize {
+        self.defence.half_open.total() + self.members.initiating()
     }
 
     // Routing.
@@ -908,7 +955,7 @@ impl Engine {
     /// What reauthentication starts again, by the connection as it is now; `None` where it or its child is gone.
     fn as_configured_now(&self, request: Initiate) -> Option<Initiate> {
         let name = &request.connection.name;
-        let connection = Arc::clone(self.ctx.connections.iter().find(|connection| connection.name == *name)?);
+        let connection = Arc::clone(self.ctx.connections.named(name).next()?);
         let child = match &request.child {
             Some(old) => Some(Arc::clone(connection.children.iter().find(|child| child.name == old.name)?)),
             None => None,
@@ -921,8 +968,8 @@ impl Engine {
     /// Hands an IKE SA out for a step and takes back what it became.
     fn with(&mut self, id: IkeSaId, step: impl FnOnce(IkeSa, &mut Context) -> Option<IkeSa>) {
         let Some(slot) = self.sas.remove(&id) else { return };
-        let Slot { sa, timer, spi, stream, half_open, peer, init, place, held } = slot;
-        let facts = Facts { timer, spi, stream, half_open, peer, init, place, held };
+        let Slot { sa, timer, spi, stream, half_open, peer, init, place, held, member } = *slot;
+        let facts = Facts { timer, spi, stream, half_open, peer, init, place, held, member };
         match step(sa, &mut self.ctx) {
             Some(sa) => self.put(id, sa, facts),
             None => self.forget(id, facts),
@@ -951,7 +998,8 @@ impl Engine {
             self.inits.insert(key, id);
         }
         let (spi, place, held) = (sa.local_spi(), Place::default(), Held::default());
-        let facts = Facts { timer: None, spi, stream: None, half_open: None, peer: None, init, place, held };
+        let (timer, stream, half_open, peer, member) = (None, None, None, None, None);
+        let facts = Facts { timer, spi, stream, half_open, peer, init, place, held, member };
         self.put(id, sa, facts);
     }
 
@@ -978,7 +1026,7 @@ impl Engine {
                 let entry = self.streams.entry(stream).or_default();
                 entry.users.insert(id);
                 entry.originator = originator;
-                self.lingering.remove(&stream);
+                self.stop_lingering(stream);
             }
             self.leave_stream(id, old.stream);
         }
@@ -990,17 +1038,26 @@ impl Engine {
             }
         }
         let peer = sa.peer_key();
-        if peer != old.peer {
+        let stays = match (&peer, &old.peer) {
+            (Some(peer), Some(old)) => peer.is(old),
+            (None, None) => true,
+            _ => false,
+        };
+        if !stays {
             self.leave_peer(id, old.peer);
             if let Some(key) = &peer {
-                self.ctx.peers.entry(key.clone()).or_default().insert(id);
+                self.ctx.peers.insert((key.clone(), id));
             }
         }
+        self.ctx.reauthentications.note(id);
+        let member = Some(sa.member());
+        self.members.changed(id, old.member.as_ref(), member.as_ref());
         let place = sa.place();
         self.places.moved(id, old.place, place);
         let spi = sa.local_spi();
         let stream = stream.map(|(stream, _)| stream);
-        self.sas.insert(id, Slot { sa, timer, spi, stream, half_open, peer, init: old.init, place, held });
+        let slot = Slot { sa, timer, spi, stream, half_open, peer, init: old.init, place, held, member };
+        self.sas.insert(id, Box::new(slot));
     }
 
     fn forget(&mut self, id: IkeSaId, old: Facts) {
@@ -1012,6 +1069,8 @@ impl Engine {
         self.leave_stream(id, old.stream);
         self.count_half_open(old.half_open, None);
         self.leave_peer(id, old.peer);
+        self.ctx.reauthentications.note(id);
+        self.members.changed(id, old.member.as_ref(), None);
         if let Some(key) = old.init {
             self.inits.remove(&key);
         }
@@ -1028,19 +1087,23 @@ impl Engine {
                 self.ctx.outputs.push_back(Output::CloseStream(stream));
             } else {
                 // The TCP Originator closes; if it does not, we do after a while (RFC 9329 §6.1).
-                self.lingering.insert(stream, retry::after(self.now, STREAM_LINGER));
+                let until = retry::after(self.now, STREAM_LINGER);
+                self.lingering.insert(stream, until);
+                self.lingering_until.insert((until, stream));
             }
             self.streams.remove(&stream);
         }
     }
 
+    fn stop_lingering(&mut self, stream: StreamId) {
+        if let Some(until) = self.lingering.remove(&stream) {
+            self.lingering_until.remove(&(until, stream));
+        }
+    }
+
     fn leave_peer(&mut self, id: IkeSaId, peer: Option<PeerKey>) {
-        let Some(key) = peer else { return };
-        if let Some(ids) = self.ctx.peers.get_mut(&key) {
-            ids.remove(&id);
-            if ids.is_empty() {
-                self.ctx.peers.remove(&key);
-            }
+        if let Some(key) = peer {
+            self.ctx.peers.remove(&(key, id));
         }
     }
 
@@ -1074,14 +1137,14 @@ impl Engine {
             for again in again {
                 let from = again.from_start.from;
                 if let Some(sa) = Initiating::again(&mut self.ctx, now, again) {
-                    self.goes_on_as(from, sa.id());
+                    self.ctx.reauthentications.goes_on_as(from, sa.id());
                     self.insert(sa.id(), IkeSa::Initiating(sa), None);
                 }
             }
             for redirected in redirected {
                 let from = redirected.from;
                 if let Some(sa) = Initiating::elsewhere(&mut self.ctx, now, redirected) {
-                    self.goes_on_as(from, sa.id());
+                    self.ctx.reauthentications.goes_on_as(from, sa.id());
                     self.insert(sa.id(), IkeSa::Initiating(sa), None);
                 }
             }
@@ -1117,6 +1180,7 @@ struct Facts {
     init: Option<(u64, SocketAddr)>,
     place: Place,
     held: Held,
+    member: Option<Member>,
 }
 
 /// State of an IKE SA, in charon's words (CREATED, CONNECTING, …).

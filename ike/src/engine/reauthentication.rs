@@ -1,10 +1,75 @@
 //! Make-before-break: what takes an IKE SA's place, and when the old one may go.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
 use super::{Engine, IkeSaId, Initiate};
 use crate::sa::reauthentication::Reauthentication;
 use crate::sa::{IkeSa, Initiating, Want};
+
+/// IKE SAs that others are being made for, and those of them for which something may have changed.
+#[derive(Default)]
+pub(crate) struct Reauthentications {
+    by_old: BTreeMap<IkeSaId, Reauthentication>,
+    /// The old one of each new one.
+    by_new: BTreeMap<IkeSaId, IkeSaId>,
+    changed: BTreeSet<IkeSaId>,
+}
+
+impl Reauthentications {
+    fn begin(&mut self, old: IkeSaId, entry: Reauthentication) {
+        self.by_new.insert(entry.new, old);
+        self.by_old.insert(old, entry);
+        self.changed.insert(old);
+    }
+
+    fn end(&mut self, old: IkeSaId) -> Option<Reauthentication> {
+        let entry = self.by_old.remove(&old)?;
+        self.by_new.remove(&entry.new);
+        self.changed.remove(&old);
+        Some(entry)
+    }
+
+    /// True while another IKE SA is being made for this one.
+    pub(crate) fn contains(&self, old: IkeSaId) -> bool {
+        self.by_old.contains_key(&old)
+    }
+
+    pub(crate) fn get_mut(&mut self, old: IkeSaId) -> Option<&mut Reauthentication> {
+        self.by_old.get_mut(&old)
+    }
+
+    /// What was one IKE SA goes on as another one, whichever end it is.
+    pub(crate) fn goes_on_as(&mut self, from: IkeSaId, to: IkeSaId) {
+        if let Some(old) = self.by_new.get(&from).copied()
+            && let Some(entry) = self.end(old)
+        {
+            self.begin(old, Reauthentication { new: to, ..entry });
+        }
+        if let Some(entry) = self.end(from) {
+            self.begin(to, entry);
+        }
+    }
+
+    /// An IKE SA did something, or is gone.
+    pub(super) fn note(&mut self, id: IkeSaId) {
+        if self.by_old.contains_key(&id) {
+            self.changed.insert(id);
+        }
+        self.changed.extend(self.by_new.get(&id));
+    }
+
+    /// Something that concerns all of them has changed.
+    pub(super) fn note_all(&mut self) {
+        self.changed.extend(self.by_old.keys());
+    }
+
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(super) fn is_consistent(&self) -> bool {
+        let known = |old: &IkeSaId| self.by_old.contains_key(old);
+        self.by_old.len() == self.by_new.len() && self.by_new.values().all(known) && self.changed.is_empty()
+    }
+}
 
 /// What became of the new IKE SA.
 enum Progress {
@@ -21,7 +86,7 @@ impl Engine {
     pub(super) fn replace(&mut self, now: Instant, old: IkeSaId, requests: Vec<Initiate>) {
         let requests: Vec<Initiate> =
             requests.into_iter().filter_map(|request| self.as_configured_now(request)).collect();
-        if let Some(entry) = self.ctx.reauthentications.iter_mut().find(|entry| entry.old == old) {
+        if let Some(entry) = self.ctx.reauthentications.get_mut(old) {
             entry.waits = false;
             let new = entry.new;
             self.complete(now, new, requests);
@@ -38,7 +103,7 @@ impl Engine {
         };
         wants.for_each(|want| attempt.add_want(want));
         let new = attempt.id();
-        self.ctx.reauthentications.push(Reauthentication { old, new, waits: false, rest: Vec::new() });
+        self.ctx.reauthentications.begin(old, Reauthentication { new, waits: false, rest: Vec::new() });
         self.insert(new, IkeSa::Initiating(attempt), None);
     }
 
@@ -52,30 +117,27 @@ impl Engine {
         });
     }
 
-    /// An attempt goes on under another number: from the start, or at another gateway.
-    pub(super) fn goes_on_as(&mut self, from: IkeSaId, new: IkeSaId) {
-        for entry in self.ctx.reauthentications.iter_mut().filter(|entry| entry.new == from) {
-            entry.new = new;
-        }
-    }
-
     /// Ends what is over; true when there was something.
     pub(super) fn finish_reauthentications(&mut self, now: Instant) -> bool {
         let mut over = Vec::new();
-        for entry in std::mem::take(&mut self.ctx.reauthentications) {
-            let progress = self.progress_of(&entry);
+        for old in std::mem::take(&mut self.ctx.reauthentications.changed) {
+            let Some(entry) = self.ctx.reauthentications.by_old.get(&old) else { continue };
+            let progress = self.progress_of(old, entry);
             match progress {
-                Progress::Under => self.ctx.reauthentications.push(entry),
+                Progress::Under => continue,
                 Progress::Lacks => {
-                    over.push((entry.old, progress));
-                    self.ctx.reauthentications.push(Reauthentication { waits: true, ..entry });
+                    if let Some(entry) = self.ctx.reauthentications.get_mut(old) {
+                        entry.waits = true;
+                    }
                 }
-                Progress::Failed if !self.sas.contains_key(&entry.old) => {
-                    self.ctx.reinitiate.extend(entry.rest);
-                    over.push((entry.old, progress));
+                Progress::Done | Progress::Failed => {
+                    let ended = self.ctx.reauthentications.end(old);
+                    if matches!(progress, Progress::Failed) && !self.sas.contains_key(&old) {
+                        self.ctx.reinitiate.extend(ended.into_iter().flat_map(|entry| entry.rest));
+                    }
                 }
-                Progress::Done | Progress::Failed => over.push((entry.old, progress)),
             }
+            over.push((old, progress));
         }
         for (old, progress) in &over {
             self.finish_reauthentication(now, *old, progress);
@@ -83,13 +145,13 @@ impl Engine {
         !over.is_empty()
     }
 
-    fn progress_of(&self, entry: &Reauthentication) -> Progress {
+    fn progress_of(&self, old: IkeSaId, entry: &Reauthentication) -> Progress {
         let new = match self.sas.get(&entry.new).map(|slot| &slot.sa) {
             None => return Progress::Failed,
             Some(IkeSa::Established(new)) if new.has_all() => new,
             Some(_) => return Progress::Under,
         };
-        let Some(IkeSa::Established(old)) = self.sas.get(&entry.old).map(|slot| &slot.sa) else {
+        let Some(IkeSa::Established(old)) = self.sas.get(&old).map(|slot| &slot.sa) else {
             return Progress::Done;
         };
         let (has, wanted) = (new.working(), old.everything_again());

@@ -1,10 +1,12 @@
 //! IKE_SA_INIT as responder (RFC 7296 §1.2, §2.5, §2.6, §2.7): stateless until the request deserves state.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Instant;
 
 use ipsec::transform::{Ke, Proposal};
 
+use super::connections::Admitting;
 use super::context::Context;
 use super::{Engine, Path, Transport};
 use crate::config::{Connection, Fragmentation};
@@ -68,15 +70,15 @@ impl Engine {
         if !self.deserves_state(now, path, &header, &parts) {
             return;
         }
-        let redirect = self.ctx.connections.iter().find(|connection| connection.admits_addresses(&path));
-        if let Some(redirect) = redirect.and_then(|connection| init_redirect(connection, &parts)) {
+        let fitting = self.ctx.connections.admitting(&path);
+        if let Some(redirect) = fitting.first().and_then(|first| init_redirect(&first.connection, &parts)) {
             // RFC 5685 §3: without state, and so without keys.
             self.ctx.log("IKE", 1, None, format!("redirecting {} in IKE_SA_INIT", path.remote.ip()));
             let header = answer_header(&header, 0);
             self.ctx.transmit(path, [wire::encode(&Message { header, payloads: vec![redirect] })]);
             return;
         }
-        match self.accept_init(now, path, &header, parts, bytes) {
+        match self.accept_init(now, path, &header, parts, fitting, bytes) {
             Ok(sa) => {
                 self.defence.charge(now, path.remote.ip());
                 self.insert(sa.core.id, IkeSa::ResponderIntermediate(Box::new(sa)), Some(key));
@@ -107,6 +109,7 @@ impl Engine {
         path: Path,
         header: &Header,
         parts: Parts,
+        fitting: Vec<Admitting>,
         bytes: &[u8],
     ) -> Result<ResponderIntermediate, Fault> {
         let ctx = &mut self.ctx;
@@ -114,8 +117,6 @@ impl Engine {
         let offered = parts.sa.as_ref().ok_or_else(missing)?;
         let (group, public) = parts.ke.as_ref().ok_or_else(missing)?;
         let ni = parts.nonce.as_ref().ok_or_else(missing)?;
-        let fitting: Vec<Arc<Connection>> =
-            ctx.connections.iter().filter(|connection| connection.admits_addresses(&path)).map(Arc::clone).collect();
         if fitting.is_empty() {
             let line = format!(
                 "no IKE config found for {}...{}, sending NO_PROPOSAL_CHOSEN",
@@ -136,9 +137,9 @@ impl Engine {
         let select = |connection: &Connection, preferred: Option<Ke>| {
             crypto::select_ike(offered, &ours(connection), ours_first, preferred)
         };
-        let choice = fitting.iter().find_map(|connection| select(connection, Some(*group)));
+        let choice = each_once(&fitting).find_map(|connection| select(connection, Some(*group)));
         if choice.is_none() && !fitting.is_empty() {
-            let configured: Vec<Proposal> = fitting.iter().flat_map(|connection| proposals(connection)).collect();
+            let configured: Vec<Proposal> = each_once(&fitting).flat_map(|connection| proposals(connection)).collect();
             let (received, configured) = (names::proposals(offered), names::proposals(&configured));
             let line = format!("received proposals: {received}; configured proposals: {configured}");
             if let Some(line) = self.defence.line(now, line) {
@@ -151,12 +152,16 @@ impl Engine {
         }
         // Those that could have made the same choice; identities decide among them in IKE_AUTH.
         let chosen = [proposal.clone()];
+        let mut same: BTreeMap<usize, bool> = BTreeMap::new();
         let candidates: Vec<Arc<Connection>> = fitting
             .into_iter()
-            .filter(|connection| {
-                let again = crypto::select_ike(&chosen, &ours(connection), ours_first, Some(*group));
-                again.is_some_and(|choice| choice.suite == suite)
+            .filter(|Admitting { connection, proposals }| {
+                *same.entry(*proposals).or_insert_with(|| {
+                    let again = crypto::select_ike(&chosen, &ours(connection), ours_first, Some(*group));
+                    again.is_some_and(|choice| choice.suite == suite)
+                })
             })
+            .map(|admitting| admitting.connection)
             .collect();
         let first = candidates.first().ok_or(Fault::NoProposalChosen)?;
         ctx.log("CFG", 1, None, format!("selected proposal: {}", names::proposals(&chosen)));
@@ -170,7 +175,7 @@ impl Engine {
         // The request was sent before we had an SPI (§2.23).
         let nat = Nat::detect(&parts, spis.initiator, 0, &path, fake);
         let redirects = Redirects::of_responder(&parts);
-        let (name, stream_originator) = (first.name.clone(), false);
+        let (name, stream_originator) = (ctx.connections.name(&first.name), false);
         let (sequence, assigned, falls_back) = (0, None, false);
         let core = Core { id, name, path, nat, stream_originator, redirects, sequence, assigned, falls_back };
         ctx.log("IKE", 0, core.tag(), format!("{} is initiating an IKE_SA", path.remote.ip()));
@@ -203,6 +208,12 @@ impl Engine {
         let header = answer_header(header, 0);
         self.ctx.transmit(path, [wire::encode(&Message { header, payloads: vec![fault.payload()] })]);
     }
+}
+
+/// Of connections that have the same proposals the first.
+fn each_once(fitting: &[Admitting]) -> impl Iterator<Item = &Connection> {
+    let mut seen = BTreeSet::new();
+    fitting.iter().filter(move |one| seen.insert(one.proposals)).map(|one| &*one.connection)
 }
 
 /// Our answer but for the KE payload.

@@ -247,7 +247,7 @@ impl Storm {
                 match octets.or_zero() % 4 {
                     0 => self.sides[side].engine.handle_expire(now, spi, false),
                     1 => self.sides[side].engine.handle_expire(now, spi, true),
-                    2 => self.sides[side].engine.handle_traffic(now, spi),
+                    2 => self.sides[side].engine.handle_unknown_spi(now, address(1 - side)),
                     _ => {
                         let remote = SocketAddr::new(address(1 - side), 4500 + u16::from(octets.or_zero()));
                         self.sides[side].engine.handle_mapping_changed(now, spi, remote);
@@ -335,6 +335,7 @@ impl Storm {
             Job::InstallChild(_) => JobOutcome::InstallChild(Err(InstallError::Failed("no".to_owned()))),
             Job::FindRoutes(_) => JobOutcome::FindRoutes(Vec::new()),
             Job::Resolve(_) => JobOutcome::Resolve(Err("no".to_owned())),
+            Job::SeenTraffic(_) => JobOutcome::SeenTraffic(well.then_some(Duration::from_secs(1))),
         };
         let now = self.now;
         here.engine.handle_job(now, id, outcome);
@@ -473,6 +474,9 @@ impl Storm {
             assert!(engine.ctx.child_owners.len() <= engine.ctx.child_spis.len());
             assert!(engine.inits.len() <= engine.sas.len());
             assert!(engine.timers.len() <= engine.sas.len());
+            assert_eq!(engine.ike_sas_after(None, IkeSaId(0)).count(), engine.sas.len());
+            assert!(engine.ctx.reauthentications.is_consistent());
+            assert_eq!(engine.ike_sas_after(Some("site"), IkeSaId(0)).count(), engine.sas.len());
             assert!(engine.ctx.outputs.is_empty());
         }
     }
@@ -518,6 +522,7 @@ impl Storm {
             assert!(ctx.jobs.is_empty() && side.jobs.is_empty(), "jobs are left");
             assert!(engine.timers.is_empty() && engine.inits.is_empty(), "timers or requests are left");
             assert!(engine.places.is_empty() && engine.upkeep.is_empty(), "places or fragments are left");
+            assert!(engine.members.is_empty(), "connections are left");
             assert_eq!(engine.defence.half_open.total(), 0, "half-open IKE SAs are left in the count");
         }
     }

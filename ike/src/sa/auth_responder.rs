@@ -88,7 +88,7 @@ impl ResponderAuth {
     pub(crate) fn status(&self) -> IkeSaStatus {
         IkeSaStatus {
             id: self.core.id,
-            connection: self.core.name.clone(),
+            connection: self.core.name.to_string(),
             state: IkeState::Connecting,
             path: self.core.path,
             local_id: None,
@@ -256,12 +256,12 @@ impl ResponderAuth {
         takes: impl Fn(&Connection) -> bool,
     ) -> VecDeque<Group> {
         let specificity = |connection: &Connection| connection.remote.remote_id.match_specificity(asserted);
-        let narrowest = ctx.connections.iter().filter_map(|connection| specificity(connection)).max();
+        let narrowest = ctx.connections.narrowest(asserted);
         let asked = parts.id_responder.as_ref().map(|id| Identity::from_wire(id.kind, &id.data));
         let mut groups: VecDeque<Group> = VecDeque::new();
-        for candidate in &self.candidates {
+        for candidate in self.candidates.iter().filter(|candidate| specificity(candidate) >= narrowest) {
             // What was removed or changed since IKE_SA_INIT admits nobody; nor does the peer leave its addresses.
-            let Some(connection) = ctx.connections.iter().find(|connection| {
+            let Some(connection) = ctx.connections.named(&candidate.name).find(|connection| {
                 connection.authenticates_as(candidate) && connection.admits_addresses(&self.core.path)
             }) else {
                 continue;
@@ -272,7 +272,7 @@ impl ResponderAuth {
                 Some(Err(_)) => false,
                 None => true,
             };
-            if !fits || specificity(connection) < narrowest || !takes(connection) {
+            if !fits || !takes(connection) {
                 continue;
             }
             match groups.iter_mut().find(|group| group.local_id == local_id) {
@@ -342,7 +342,7 @@ impl ResponderAuth {
         if let Some(reason) = childless::refusal(connection.childless, claim.parts.sa.is_some()) {
             return self.refuse(ctx, now, &Fault::InvalidSyntax(reason.to_owned()), reason);
         }
-        let known = ctx.peers.contains_key(&PeerKey::of(&peer));
+        let known = ctx.with_peer(&PeerKey::of(&peer)).next().is_some();
         let replaces = claim.parts.has(NotifyType::INITIAL_CONTACT);
         if connection.unique == Unique::Keep && known && !replaces {
             return self.refuse(ctx, now, &Fault::AuthenticationFailed, "an IKE_SA with this peer exists and is kept");
@@ -351,7 +351,7 @@ impl ResponderAuth {
             // RFC 4555 §3.9.
             return self.refuse(ctx, now, &Fault::UnexpectedNat, "there is a NAT that the peer does not allow");
         }
-        self.core.name.clone_from(&connection.name);
+        self.core.name = ctx.connections.name(&connection.name);
         ctx.log("IKE", 1, self.core.tag(), format!("authentication of '{}' successful", peer.id));
         let auth = connection.local_auth.clone();
         let request = self.material.sign_request(&self.channel, peer.local_id.clone(), Some(peer.id.clone()), auth);

@@ -647,7 +647,7 @@ impl Made {
             ike_sa: parent.core.id,
             child_sa: self.id,
             replaces: self.replaces.map(|(id, _)| id),
-            connection: parent.core.name.clone(),
+            connection: parent.core.name.to_string(),
             config: Arc::clone(&self.config),
             peer: Arc::clone(parent.peer),
             additional_ts: self.additional_ts,

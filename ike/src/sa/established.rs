@@ -32,8 +32,8 @@ use super::{Core, Want};
 use crate::config::{Child, Connection, Unique};
 use crate::engine::context::{Context, PeerKey};
 use crate::engine::{
-    ChildSaId, ChildState, CloseReason, Event, Gateway, IkeSaId, IkeSaStatus, IkeState, JobId, JobOutcome, Judgement,
-    NoSuchSa, Path, Transport,
+    ChildSaId, ChildState, CloseReason, Event, Gateway, IkeSaId, IkeSaStatus, IkeState, Job, JobId, JobOutcome,
+    Judgement, NoSuchSa, Path, Transport,
 };
 use crate::wire::{ExchangeType, NotifyType, Opened, Payload, Protected};
 
@@ -66,6 +66,8 @@ pub(crate) struct Established {
     pub(crate) channel: Channel,
     pub(super) connection: Arc<Connection>,
     pub(super) peer: Arc<PeerIdentity>,
+    /// What the tables know the peer by.
+    pub(super) key: PeerKey,
     pub(super) state: IkeState,
     since: Instant,
     pub(super) children: BTreeMap<ChildSaId, ChildSa>,
@@ -90,6 +92,8 @@ pub(crate) struct Established {
     /// SPIs that the peer deleted while our CREATE_CHILD_SA was out: it may have made that very Child SA.
     pub(super) deleted_early: Vec<u32>,
     pub(super) last_inbound: Instant,
+    /// The question for ESP that is out, and how long ago is lately.
+    traffic_asked: Option<(JobId, Duration)>,
     last_outbound: Instant,
     /// Where the request came from that is being answered.
     pub(super) reply_path: Path,
@@ -275,6 +279,7 @@ impl Established {
     pub(super) fn twin(&self, ctx: &mut Context, now: Instant, core: Core, channel: Channel) -> Self {
         let (connection, peer) = (Arc::clone(&self.connection), Arc::clone(&self.peer));
         let mut twin = Self::make(ctx, now, core, channel, connection, peer);
+        twin.key = self.key.clone();
         twin.channel.fragmentation = self.channel.fragmentation;
         twin.mobility = self.mobility.for_the_end();
         twin
@@ -315,6 +320,7 @@ impl Established {
             core,
             channel,
             connection,
+            key: PeerKey::of(&peer),
             peer,
             state: IkeState::Established,
             since: now,
@@ -332,6 +338,7 @@ impl Established {
             delete_waits: false,
             deleted_early: Vec::new(),
             last_inbound: now,
+            traffic_asked: None,
             last_outbound: now,
             rekey_at: rekey,
             reauth_at: reauth,
@@ -361,11 +368,13 @@ impl Established {
             // As charon: where both sides initiate at once, each as initiator would end the other one's.
             Unique::Replace => matches!(role, Role::Responder { .. }),
         };
-        let key = PeerKey::of(&self.peer);
-        let others = ctx.peers.get(&key).filter(|_| go).into_iter().flatten();
+        if !go {
+            return;
+        }
         // One that this replaces goes when this has everything.
-        let later = |id: &IkeSaId| ctx.reauthentications.iter().any(|entry| entry.old == *id);
-        let others: Vec<IkeSaId> = others.copied().filter(|id| *id != self.core.id && !later(id)).collect();
+        let later = |id: IkeSaId| ctx.reauthentications.contains(id);
+        let others = ctx.with_peer(&self.key).filter(|id| *id != self.core.id && !later(*id));
+        let others: Vec<IkeSaId> = others.collect();
         // A peer that initiates while we do says INITIAL_CONTACT without knowing that ours came up: it is told, or it would
         // keep an IKE SA that nobody has. A peer that restarted takes no notice.
         ctx.superseded.extend(others);
@@ -373,9 +382,13 @@ impl Established {
 
     // Getters.
 
+    pub(crate) fn child_state(&self, child: ChildSaId) -> Option<ChildState> {
+        self.children.get(&child).map(|child| child.state)
+    }
+
     pub(crate) fn peer_key(&self) -> Option<PeerKey> {
         match self.state {
-            IkeState::Established | IkeState::Rekeying => Some(PeerKey::of(&self.peer)),
+            IkeState::Established | IkeState::Rekeying => Some(self.key.clone()),
             IkeState::Created | IkeState::Connecting | IkeState::Rekeyed | IkeState::Deleting => None,
         }
     }
@@ -435,7 +448,7 @@ impl Established {
         let in_time = |at: Option<Instant>| at.map(|at| at.saturating_duration_since(now));
         IkeSaStatus {
             id: self.core.id,
-            connection: self.core.name.clone(),
+            connection: self.core.name.to_string(),
             state: self.state,
             path: self.core.path,
             local_id: Some(self.peer.local_id.clone()),
@@ -512,6 +525,7 @@ impl Established {
         let result = match outcome {
             JobOutcome::InstallChild(result) => result,
             JobOutcome::FindRoutes(routes) => return self.handle_routes(ctx, now, job, routes).map(|()| None),
+            JobOutcome::SeenTraffic(idle) => return self.traffic_seen(ctx, now, job, idle).map(|()| None),
             JobOutcome::Resolve(result) => return self.redirect_resolved(ctx, now, job, result).map(|()| None),
             JobOutcome::KeyExchange(result) => {
                 self.key_work_done(ctx, now, job, result)?;
@@ -580,7 +594,9 @@ impl Established {
             if matches!(self.stream, StreamState::Lost) {
                 return Err(self.close(ctx, now, CloseReason::Timeout));
             }
-            self.queue.push_back(Task::Liveness);
+            if let Some(lately) = self.liveness_interval() {
+                self.check_liveness(ctx, lately);
+            }
         }
         if due(self.keepalive_at(ctx)) {
             // RFC 3948 §2.3.
@@ -651,11 +667,36 @@ impl Established {
         self.pump(ctx, now)
     }
 
-    /// ESP arrived: the peer lives.
-    pub(crate) fn handle_traffic(&mut self, now: Instant) {
-        if self.mobility.is_settled() {
-            self.last_inbound = self.last_inbound.max(now);
+    /// Asks the peer whether it lives, unless ESP shows that it did so lately (RFC 7296 §2.4).
+    pub(super) fn check_liveness(&mut self, ctx: &mut Context, lately: Duration) {
+        if self.traffic_asked.is_some() {
+            return;
         }
+        if self.children.is_empty() {
+            self.queue.push_back(Task::Liveness);
+            return;
+        }
+        let spis = self.children.values().map(|child| child.spi_in).collect();
+        self.traffic_asked = Some((ctx.job(self.core.id, Job::SeenTraffic(spis)), lately));
+    }
+
+    /// The answer to [`Job::SeenTraffic`].
+    fn traffic_seen(
+        &mut self,
+        ctx: &mut Context,
+        now: Instant,
+        job: JobId,
+        idle: Option<Duration>,
+    ) -> Result<(), Closed> {
+        let Some((_, lately)) = self.traffic_asked.take_if(|(asked, _)| *asked == job) else { return Ok(()) };
+        if let Some(at) = idle.and_then(|idle| now.checked_sub(idle)).filter(|_| self.mobility.is_settled()) {
+            self.last_inbound = self.last_inbound.max(at);
+        }
+        let quiet = now.saturating_duration_since(self.last_inbound) >= lately;
+        if quiet && self.exchanges.is_empty() && self.queue.is_empty() && self.is_current() {
+            self.queue.push_back(Task::Liveness);
+        }
+        self.pump(ctx, now)
     }
 
     /// Authenticated ESP came from another source (RFC 7296 §2.23).
@@ -1220,7 +1261,10 @@ impl Established {
         }
         let due = after(self.last_inbound, self.liveness_interval()?);
         match self.stream {
-            StreamState::Up => (self.exchanges.is_empty() && self.queue.is_empty()).then_some(due),
+            StreamState::Up => {
+                let idle = self.exchanges.is_empty() && self.queue.is_empty() && self.traffic_asked.is_none();
+                idle.then_some(due)
+            }
             // We cannot ask: the peer has as long to come back as our request would have waited.
             StreamState::Lost => Some(after(due, total(&ctx.config.retransmission))),
             StreamState::Reopening { .. } => None,

@@ -37,6 +37,7 @@ pub(crate) const NONCE_LENGTH: usize = 32;
 /// An IKE SA whose IKE_SA_INIT request is out, or about to be.
 pub(crate) struct Initiating {
     id: IkeSaId,
+    name: Arc<str>,
     connection: Arc<Connection>,
     wants: Vec<Want>,
     local: IpAddr,
@@ -159,7 +160,7 @@ impl Initiating {
     /// Begins again at another gateway, for what is configured now.
     pub(crate) fn elsewhere(ctx: &mut Context, now: Instant, redirected: Redirected) -> Option<Box<Self>> {
         let name = redirected.connection.name.clone();
-        let Some(connection) = ctx.connections.iter().find(|connection| connection.name == name).map(Arc::clone) else {
+        let Some(connection) = ctx.connections.named(&name).next().map(Arc::clone) else {
             fail_wants(ctx, &name, &redirected.wants, "the connection is gone");
             return None;
         };
@@ -187,7 +188,10 @@ impl Initiating {
         let Redirected { from: _, connection, wants, local, remote, redirects } = to;
         let over = if needs_tcp { Over::Tcp } else { Over::first(ctx, now, &connection, local, remote) };
         match Attempt::begin(ctx, now, id, &connection, (local, remote), over, &redirects) {
-            Ok(attempt) => Some(Box::new(Self { id, connection, wants, local, remote, sequence, redirects, attempt })),
+            Ok(attempt) => {
+                let name = ctx.connections.name(&connection.name);
+                Some(Box::new(Self { id, name, connection, wants, local, remote, sequence, redirects, attempt }))
+            }
             Err(reason) => {
                 fail_wants(ctx, &connection.name, &wants, &reason);
                 None
@@ -281,10 +285,15 @@ impl Initiating {
         Some(self.attempt.tcp_at.map_or(at, |tcp| tcp.min(at)))
     }
 
+    /// The connection's name.
+    pub(crate) fn name(&self) -> Arc<str> {
+        Arc::clone(&self.name)
+    }
+
     pub(crate) fn status(&self) -> IkeSaStatus {
         IkeSaStatus {
             id: self.id,
-            connection: self.connection.name.clone(),
+            connection: self.name.to_string(),
             state: IkeState::Connecting,
             path: self.attempt.path,
             local_id: self.connection.local_id.clone(),
@@ -533,11 +542,11 @@ impl Initiating {
         let spis = Spis { initiator: self.attempt.spi, responder: header.responder_spi };
         let fake = self.connection.force_encapsulation;
         let nat = Nat::detect(&parts, spis.initiator, spis.responder, &self.attempt.path, fake);
-        let Self { id, connection, wants, local, remote, sequence, redirects, attempt } = *self;
+        let Self { id, name, connection, wants, local, remote, sequence, redirects, attempt } = *self;
         let (Progress::Sent { request, .. }, OurKe::Ready(ke)) = (attempt.progress, attempt.ke) else { return None };
         let mut core = Core {
             id,
-            name: connection.name.clone(),
+            name,
             path: attempt.path,
             nat,
             stream_originator: true,

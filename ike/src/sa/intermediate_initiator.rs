@@ -112,7 +112,7 @@ impl InitiatorIntermediate {
     pub(crate) fn status(&self) -> IkeSaStatus {
         IkeSaStatus {
             id: self.core.id,
-            connection: self.core.name.clone(),
+            connection: self.core.name.to_string(),
             state: IkeState::Connecting,
             path: self.core.path,
             local_id: Some(local_identity(&self.connection, &self.core.path)),

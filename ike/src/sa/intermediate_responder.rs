@@ -129,7 +129,7 @@ impl ResponderIntermediate {
     pub(crate) fn status(&self) -> IkeSaStatus {
         IkeSaStatus {
             id: self.core.id,
-            connection: self.core.name.clone(),
+            connection: self.core.name.to_string(),
             state: IkeState::Connecting,
             path: self.core.path,
             local_id: None,

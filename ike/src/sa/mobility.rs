@@ -231,7 +231,7 @@ impl Established {
         let quiet = now.saturating_duration_since(self.last_inbound) >= HINT_INTERVAL;
         let free = self.exchanges.is_empty() && self.queue.is_empty();
         if quiet && free && self.is_current() {
-            self.queue.push_back(Task::Liveness);
+            self.check_liveness(ctx, HINT_INTERVAL);
         }
         self.pump(ctx, now)
     }

@@ -56,6 +56,7 @@ pub(crate) use intermediate_responder::ResponderIntermediate;
 use crate::config::{Child, Connection, Retransmission, Unique};
 use crate::engine::assigned::Assigned;
 use crate::engine::context::{Context, PeerKey};
+use crate::engine::members::Member;
 use crate::engine::places::Place;
 use crate::engine::upkeep::Held;
 use crate::engine::{CloseReason, Event, IkeSaId, IkeSaStatus, JobId, JobOutcome, Path, Transport};
@@ -86,7 +87,7 @@ pub(crate) struct Want {
 pub(crate) struct Core {
     pub(crate) id: IkeSaId,
     /// Connection's name.
-    pub(crate) name: String,
+    pub(crate) name: Arc<str>,
     pub(crate) path: Path,
     pub(crate) nat: Nat,
     /// We began the first IKE SA: if there is a stream, we open it, and only we do (RFC 9329 §1.2).
@@ -212,6 +213,19 @@ impl IkeSa {
             Self::Established(_) => return Some(self),
         }
         None
+    }
+
+    /// The connection that it belongs to, and whether it may become an IKE SA that we initiated.
+    pub(crate) fn member(&self) -> Member {
+        let of = |core: &Core, initiating| Member { connection: Arc::clone(&core.name), initiating };
+        match self {
+            Self::Initiating(sa) => Member { connection: sa.name(), initiating: true },
+            Self::InitiatorIntermediate(sa) => of(&sa.core, true),
+            Self::InitiatorAuth(sa) => of(&sa.core, true),
+            Self::ResponderIntermediate(sa) => of(&sa.core, false),
+            Self::ResponderAuth(sa) => of(&sa.core, false),
+            Self::Established(sa) => of(&sa.core, false),
+        }
     }
 
     /// The peer that an established IKE SA has.

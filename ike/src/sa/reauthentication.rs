@@ -15,7 +15,6 @@ use crate::engine::{ChildState, CloseReason, IkeSaId, IkeState, Initiate, Transp
 /// An IKE SA that another one is being made for.
 #[derive(Clone, Debug)]
 pub(crate) struct Reauthentication {
-    pub(crate) old: IkeSaId,
     /// What takes its place: an attempt at first.
     pub(crate) new: IkeSaId,
     /// The new one lacks Child SAs that the peer refuses it; the old one asks again in a while.
@@ -69,7 +68,7 @@ impl Established {
         if self.rekeyless && !self.makes_first {
             self.reauthenticating = true;
         } else if self.rekeyless
-            && let Some(entry) = ctx.reauthentications.iter_mut().find(|entry| entry.old == self.core.id)
+            && let Some(entry) = ctx.reauthentications.get_mut(self.core.id)
         {
             entry.rest = self.everything_again();
         }
@@ -99,13 +98,7 @@ impl Established {
         new.original_initiator = self.original_initiator;
         (new.reauthenticating, new.makes_first) = (self.reauthenticating, self.makes_first);
         new.replacement_tries = self.replacement_tries;
-        for entry in &mut ctx.reauthentications {
-            for end in [&mut entry.old, &mut entry.new] {
-                if *end == self.core.id {
-                    *end = new.core.id;
-                }
-            }
-        }
+        ctx.reauthentications.goes_on_as(self.core.id, new.core.id);
     }
 
     /// The new IKE SA has everything: this one goes.

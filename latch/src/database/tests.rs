@@ -405,6 +405,83 @@ proptest! {
     }
 }
 
+/// Few addresses, so that ranges meet, at both ends of either family.
+fn remote() -> impl Strategy<Value = IpAddr> {
+    prop::sample::select(vec![
+        "0.0.0.1",
+        "10.0.0.1",
+        "10.0.0.2",
+        "10.0.0.7",
+        "10.0.1.1",
+        "223.255.255.254",
+        "::1",
+        "2001:db8::1",
+        "2001:db8::2",
+        "fe80::1",
+    ])
+    .prop_map(|text| text.parse().unwrap())
+}
+
+fn between(start: IpAddr, end: IpAddr) -> TrafficSelector {
+    TrafficSelector { start, end, ..everything()[0] }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1024))]
+
+    // RFC 5660 §2.3: what covers a flow must be found whatever range of addresses it is in.
+    #[test]
+    fn sas_and_latches_are_found_by_any_range_of_addresses(
+        sas in prop::collection::vec((0..6_u64, 0..2_usize, prop::collection::vec((remote(), remote()), 0..3)), 0..10),
+        removed in prop::collection::vec(0..6_u64, 0..4),
+        remotes in prop::collection::btree_set(remote(), 1..6),
+        newcomer in prop::collection::vec((remote(), remote()), 1..3),
+    ) {
+        let (database, classes) = database();
+        let selectors = |ranges: &[(IpAddr, IpAddr)]| -> Vec<TrafficSelector> {
+            ranges.iter().map(|(start, end)| between(*start, *end)).collect()
+        };
+        let local = |remote: &IpAddr| match remote {
+            IpAddr::V4(_) => "10.9.0.1".parse().unwrap(),
+            IpAddr::V6(_) => "2001:db8:9::1".parse().unwrap(),
+        };
+        let flow_to = |remote: &IpAddr| Flow { local: local(remote), remote: *remote, ..flow(1) };
+        let ours = vec![everything()[0], between("::".parse().unwrap(), "ffff::".parse().unwrap())];
+        let mut there = BTreeMap::new();
+        for (sa, class, ranges) in &sas {
+            database.installed(*sa, classes[*class], ours.clone(), selectors(ranges));
+            there.insert(*sa, (*class, selectors(ranges)));
+        }
+        for sa in &removed {
+            database.removed(*sa);
+            there.remove(sa);
+        }
+        let mut latched = Vec::new();
+        for remote in &remotes {
+            let flow = flow_to(remote);
+            let covering: std::collections::BTreeSet<usize> =
+                there.values().filter(|(_, ts)| covers(&ours, ts, &flow)).map(|(class, _)| *class).collect();
+            let peer = database.peer_of(&flow).map(|class| class.peer.id.clone());
+            let expected = covering.first().filter(|_| covering.len() == 1).map(|class| identity(*class));
+            prop_assert_eq!(&peer, &expected);
+            if expected.is_some() {
+                latched.push((database.create(flow, &any(), ignore()).unwrap().0, flow));
+            }
+        }
+        let ts = selectors(&newcomer);
+        let alerts: Vec<LatchId> =
+            database.before_install(classes[2], &ours, &ts).into_iter().map(|alert| alert.latch).collect();
+        let simple: Vec<LatchId> =
+            latched.iter().filter(|(_, flow)| covers(&ours, &ts, flow)).map(|(id, _)| *id).collect();
+        prop_assert_eq!(alerts, simple);
+        for sa in there.keys() {
+            database.removed(*sa);
+        }
+        let control = database.control();
+        prop_assert!(control.by_subnet.is_empty() && control.sizes.is_empty() && control.sas.is_empty());
+    }
+}
+
 const FLOWS: usize = 3;
 
 fn step() -> impl Strategy<Value = Step> {

@@ -157,6 +157,9 @@ fn distinguished_names_compare_without_string_types_and_case() {
         [printable, utf8, organisation, bmp, octets].map(|der| Identity::from_wire(9, &der).unwrap());
     assert_eq!(printable, utf8);
     assert_eq!(printable, bmp);
+    assert_eq!(printable.canonical(), utf8.canonical());
+    assert_eq!(printable.canonical(), bmp.canonical());
+    assert_ne!(printable.canonical(), organisation.canonical());
     assert_ne!(printable, organisation);
     assert_ne!(printable, octets);
     assert_eq!(HashSet::from([printable.clone(), utf8, bmp]).len(), 1);
@@ -173,6 +176,7 @@ fn types_never_compare_equal() {
     for (index, one) in identities.iter().enumerate() {
         for other in &identities[index + 1..] {
             assert_ne!(one, other);
+            assert_ne!(one.canonical(), other.canonical());
             assert_ne!(one.cmp(other), std::cmp::Ordering::Equal);
             assert!(!IdentityPattern::exact(one.clone()).matches(other));
         }

@@ -66,13 +66,35 @@ fn traffic_spares_the_liveness_check() {
     let sent = pair.sides[A].sent.len();
     for _ in 0..30 {
         for side in [A, B] {
-            let spi = pair.sides[side].only().children[0].spi_in;
-            let now = pair.now;
-            pair.sides[side].engine.handle_traffic(now, spi);
+            pair.sides[side].last_packet = Some(pair.now);
         }
         pair.run(seconds(9));
     }
     assert_eq!(pair.sides[A].sent.len(), sent);
+    // The last packet is the last sign of life.
+    pair.run(seconds(12));
+    assert!(pair.sides[A].sent.len() > sent);
+}
+
+// §2.4: a hint, which anybody can forge, costs no request while ESP comes.
+#[test]
+fn traffic_outweighs_hints() {
+    let mut pair = up(77);
+    pair.run(seconds(60));
+    let sent = pair.sides[A].sent.len();
+    for _ in 0..20 {
+        pair.sides[A].last_packet = Some(pair.now);
+        pair.run(seconds(3));
+        let now = pair.now;
+        pair.sides[A].engine.handle_unknown_spi(now, address(B));
+        pair.drain(A);
+    }
+    assert_eq!(pair.sides[A].sent.len(), sent);
+    pair.run(seconds(3));
+    let now = pair.now;
+    pair.sides[A].engine.handle_unknown_spi(now, address(B));
+    pair.drain(A);
+    assert_eq!(pair.sides[A].sent.len(), sent + 1, "the last packet was six seconds ago");
 }
 
 // RFC 7296 §2.1, §2.3: requests inside the window again give the same octets; older ones nothing.

@@ -122,6 +122,8 @@ pub(super) struct Side {
     pub(super) engine: Engine,
     pub(super) credentials: Credentials,
     pub(super) installed: BTreeMap<u32, Installed>,
+    /// When ESP last came.
+    pub(super) last_packet: Option<Instant>,
     pub(super) events: Vec<Event>,
     pub(super) refuse_installs: Option<InstallError>,
     pub(super) sent: Vec<Transmit>,
@@ -298,6 +300,7 @@ impl Pair {
                 engine,
                 credentials: shared_key("correct horse"),
                 installed: BTreeMap::new(),
+                last_packet: None,
                 events: Vec::new(),
                 refuse_installs: None,
                 sent: Vec::new(),
@@ -463,6 +466,12 @@ impl Pair {
                     let now = self.now;
                     let routes = JobOutcome::FindRoutes(self.routes(side, &query));
                     self.sides[side].engine.handle_job(now, id, routes);
+                }
+                Output::Job(id, Job::SeenTraffic(spis)) => {
+                    let now = self.now;
+                    assert!(spis.iter().all(|spi| self.sides[side].installed.contains_key(spi)));
+                    let idle = self.sides[side].last_packet.map(|at| now.saturating_duration_since(at));
+                    self.sides[side].engine.handle_job(now, id, JobOutcome::SeenTraffic(idle));
                 }
                 Output::Job(id, job) => {
                     let wait = self.up_to(self.job_delay);
@@ -647,7 +656,7 @@ impl Side {
             Job::Sign(request) => JobOutcome::Sign(self.credentials.sign(&request)),
             Job::Authenticate(request) => JobOutcome::Authenticate(self.credentials.authenticate(&request, UNIX_TIME)),
             Job::KeyExchange(work) => JobOutcome::KeyExchange(work.run(&mut self.key_rng)),
-            Job::FindRoutes(_) => unreachable!("answered at once"),
+            Job::FindRoutes(_) | Job::SeenTraffic(_) => unreachable!("answered at once"),
             Job::Resolve(gateway) => JobOutcome::Resolve(match gateway {
                 Gateway::Address(address) => Ok((self.address, address)),
                 Gateway::Name(name) => match self.names.get(&name) {
