@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::path::Path as FilePath;
 use std::sync::Arc;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::daemon::Files;
 use ike::Rng;
@@ -86,6 +86,8 @@ pub struct Peer {
     pub done: usize,
     /// Attempts that failed.
     pub failed: usize,
+    /// What key exchanges, signatures and authentication took, by the clock: in the daemon they are not the core's.
+    pub jobs: Duration,
 }
 
 impl Peer {
@@ -95,7 +97,16 @@ impl Peer {
         engine.set_connections(vec![Arc::clone(&setting.connection)]);
         engine.set_authority_hashes(setting.credentials.authority_hashes());
         let unix_time = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
-        Self { engine, setting: setting.clone(), unix_time, noise: Noise::default(), tokens: 0, done: 0, failed: 0 }
+        Self {
+            engine,
+            setting: setting.clone(),
+            unix_time,
+            noise: Noise::default(),
+            tokens: 0,
+            done: 0,
+            failed: 0,
+            jobs: Duration::ZERO,
+        }
     }
 
     /// Begins a handshake; gives what to send.
@@ -120,6 +131,7 @@ impl Peer {
             match output {
                 Output::Transmit(transmit) => sent.push(transmit),
                 Output::Job(id, job) => {
+                    let start = Instant::now();
                     let outcome = match job {
                         Job::Sign(request) => JobOutcome::Sign(self.setting.credentials.sign(&request)),
                         Job::Authenticate(request) => {
@@ -130,6 +142,7 @@ impl Peer {
                         Job::InstallChild(_) => JobOutcome::InstallChild(Ok(1)),
                         other => panic!("{other:?} is not of a plain handshake"),
                     };
+                    self.jobs += start.elapsed();
                     self.engine.handle_job(now, id, outcome);
                 }
                 Output::Event(Event::Done { .. }) => self.done += 1,

@@ -92,7 +92,12 @@ impl Traps {
 
     /// Takes all others away; gives their `reqid`s.
     pub(super) fn keep(&mut self, stays: impl Fn(&Key) -> bool) -> Vec<u32> {
-        let gone: Vec<u32> = self.installed.extract_if(.., |key, _| !stays(key)).map(|(_, trap)| trap.reqid).collect();
+        let mut gone = Vec::new();
+        self.installed.retain(|key, trap| {
+            let stays = stays(key);
+            gone.extend((!stays).then_some(trap.reqid));
+            stays
+        });
         for reqid in &gone {
             self.by_reqid.remove(reqid);
         }

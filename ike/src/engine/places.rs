@@ -24,7 +24,7 @@ const SUSPICION_INTERVAL: Duration = Duration::from_secs(1);
 /// The tables.
 #[derive(Default)]
 pub(super) struct Places {
-    by_remote: BTreeMap<SocketAddr, BTreeSet<IkeSaId>>,
+    by_remote: BTreeSet<(SocketAddr, IkeSaId)>,
     deciding: BTreeSet<IkeSaId>,
     told: BTreeSet<IkeSaId>,
     /// Addresses of peers that a hint was about lately.
@@ -38,16 +38,11 @@ impl Places {
         if old == new {
             return;
         }
-        if let Some(remote) = old.remote.filter(|_| old.remote != new.remote)
-            && let Some(ids) = self.by_remote.get_mut(&remote)
-        {
-            ids.remove(&id);
-            if ids.is_empty() {
-                self.by_remote.remove(&remote);
-            }
+        if let Some(remote) = old.remote.filter(|_| old.remote != new.remote) {
+            self.by_remote.remove(&(remote, id));
         }
         if let Some(remote) = new.remote {
-            self.by_remote.entry(remote).or_default().insert(id);
+            self.by_remote.insert((remote, id));
         }
         for (ids, belongs) in [(&mut self.deciding, new.decides), (&mut self.told, new.told)] {
             if belongs {
@@ -77,12 +72,13 @@ impl Places {
 
     /// IKE SAs with peers at this address, at any port.
     fn at_address(&self, remote: IpAddr) -> Vec<IkeSaId> {
-        let ports = SocketAddr::new(remote, 0)..=SocketAddr::new(remote, u16::MAX);
-        self.by_remote.range(ports).flat_map(|(_, ids)| ids).copied().collect()
+        // In any scope, too: those come after the port.
+        let first = (SocketAddr::new(remote, 0), IkeSaId(0));
+        self.by_remote.range(first..).take_while(|(at, _)| at.ip() == remote).map(|(_, id)| *id).collect()
     }
 
     fn at(&self, remote: SocketAddr) -> Vec<IkeSaId> {
-        self.by_remote.get(&remote).map(|ids| ids.iter().copied().collect()).unwrap_or_default()
+        self.by_remote.range((remote, IkeSaId(0))..=(remote, IkeSaId(u64::MAX))).map(|(_, id)| *id).collect()
     }
 
     #[cfg(any(test, feature = "fuzzing"))]

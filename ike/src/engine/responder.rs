@@ -139,7 +139,7 @@ impl Engine {
         };
         let choice = each_once(&fitting).find_map(|connection| select(connection, Some(*group)));
         if choice.is_none() && !fitting.is_empty() {
-            let configured: Vec<Proposal> = each_once(&fitting).flat_map(|connection| proposals(connection)).collect();
+            let configured: Vec<Proposal> = each_once(&fitting).flat_map(proposals).collect();
             let (received, configured) = (names::proposals(offered), names::proposals(&configured));
             let line = format!("received proposals: {received}; configured proposals: {configured}");
             if let Some(line) = self.defence.line(now, line) {

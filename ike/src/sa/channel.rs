@@ -6,6 +6,7 @@
 use std::time::Instant;
 
 use ipsec::crypto::{CryptoError, Protection};
+use ipsec::plane::EspKeys;
 use ipsec::secret::Secret;
 use sha2::{Digest, Sha256};
 
@@ -92,10 +93,12 @@ pub(crate) struct Channel {
     pub(crate) spis: Spis,
     /// We are the original initiator of this IKE SA.
     pub(crate) initiator: bool,
-    outbound: Protection,
-    inbound: Protection,
+    /// Keys of our messages and of the peer's. They are bound to the cipher for each message: what that makes takes ten times
+    /// as much memory, and nearly all IKE SAs are idle.
+    outbound: EspKeys,
+    inbound: EspKeys,
     /// What opened the last request, where the keys are newer than that: it may be repeated.
-    earlier: Option<Protection>,
+    earlier: Option<Box<EspKeys>>,
     next_request: u32,
     /// In order of their message ids.
     outstanding: Vec<Outstanding>,
@@ -106,16 +109,22 @@ pub(crate) struct Channel {
     requests: Vec<Reassembly>,
 }
 
-/// What protects our messages and the peer's.
-fn bind(suite: &IkeSuite, keys: &IkeKeys, initiator: bool) -> Result<(Protection, Protection), CryptoError> {
-    let bind = |keys| Protection::new(suite.encr, suite.key_bits, suite.integ, keys);
-    let (ours, theirs) =
-        if initiator { (&keys.initiator, &keys.responder) } else { (&keys.responder, &keys.initiator) };
-    Ok((bind(ours)?, bind(theirs)?))
+/// The keys of our messages and of the peer's, if they are good for the suite: then binding them does not fail.
+fn directions(
+    suite: &IkeSuite,
+    (of_initiator, of_responder): (EspKeys, EspKeys),
+    initiator: bool,
+) -> Result<(EspKeys, EspKeys), CryptoError> {
+    let lengths = Protection::key_lengths(suite.encr, suite.key_bits, suite.integ).ok_or(CryptoError::Unsupported)?;
+    let fit = |keys: &EspKeys| (keys.encr.expose().len(), keys.integ.expose().len()) == (lengths.encr, lengths.integ);
+    if !fit(&of_initiator) || !fit(&of_responder) {
+        return Err(CryptoError::KeyLength);
+    }
+    Ok(if initiator { (of_initiator, of_responder) } else { (of_responder, of_initiator) })
 }
 
 impl Channel {
-    /// Binds the keys. `first_request` is the first message id of each direction's requests: the responder of
+    /// Takes the keys. `first_request` is the first message id of each direction's requests: the responder of
     /// a first IKE SA expects 1 because IKE_SA_INIT had 0; a rekeyed one starts at 0 (§2.2).
     pub(crate) fn new(
         suite: IkeSuite,
@@ -124,7 +133,8 @@ impl Channel {
         initiator: bool,
         rekeyed: bool,
     ) -> Result<Self, CryptoError> {
-        let (outbound, inbound) = bind(&suite, &keys, initiator)?;
+        let IkeKeys { d, initiator: of_initiator, responder: of_responder, pi, pr } = keys;
+        let (outbound, inbound) = directions(&suite, (of_initiator, of_responder), initiator)?;
         let (next_request, expected_request) = match (rekeyed, initiator) {
             (true, _) => (0, 0),
             (false, true) => (1, 0),
@@ -132,9 +142,9 @@ impl Channel {
         };
         Ok(Self {
             suite,
-            d: keys.d,
-            pi: keys.pi,
-            pr: keys.pr,
+            d,
+            pi,
+            pr,
             fragmentation: false,
             spis,
             initiator,
@@ -152,11 +162,21 @@ impl Channel {
     /// Goes over to new keys of the same IKE SA (RFC 9242 §3.3.1); message ids go on. What was sealed already
     /// stays as it is, and a repetition of the last request is still known.
     pub(crate) fn renew(&mut self, keys: IkeKeys) -> Result<(), CryptoError> {
-        let (outbound, inbound) = bind(&self.suite, &keys, self.initiator)?;
+        let IkeKeys { d, initiator, responder, pi, pr } = keys;
+        let (outbound, inbound) = directions(&self.suite, (initiator, responder), self.initiator)?;
         self.outbound = outbound;
-        self.earlier = Some(std::mem::replace(&mut self.inbound, inbound));
-        (self.d, self.pi, self.pr) = (keys.d, keys.pi, keys.pr);
+        self.earlier = Some(Box::new(std::mem::replace(&mut self.inbound, inbound)));
+        (self.d, self.pi, self.pr) = (d, pi, pr);
         Ok(())
+    }
+
+    /// Forgets SK_pi and SK_pr: once both sides have proved who they are, nothing needs them any more.
+    pub(crate) fn forget_proof_keys(&mut self) {
+        (self.pi, self.pr) = (Secret::new(Vec::new()), Secret::new(Vec::new()));
+    }
+
+    fn bind(&self, keys: &EspKeys) -> Result<Protection, CryptoError> {
+        Protection::new(self.suite.encr, self.suite.key_bits, self.suite.integ, keys)
     }
 
     /// The SPI that the peer addresses us with.
@@ -179,7 +199,8 @@ impl Channel {
         let fits =
             |request: &Outstanding| request.message_id == header.message_id && request.exchange == header.exchange;
         let Some(index) = self.outstanding.iter().position(fits) else { return Received::Ignored };
-        let opened = self.outstanding.get_mut(index).map(|request| protected.open(&self.inbound, &mut request.answer));
+        let Ok(inbound) = self.bind(&self.inbound) else { return Received::Ignored };
+        let opened = self.outstanding.get_mut(index).map(|request| protected.open(&inbound, &mut request.answer));
         match opened {
             Some(Ok(OpenOutcome::Whole(opened))) => {
                 self.outstanding.remove(index);
@@ -192,10 +213,11 @@ impl Channel {
 
     fn receive_request(&mut self, protected: Protected, datagram: &[u8]) -> Received {
         let message_id = protected.header.message_id;
+        let Ok(inbound) = self.bind(&self.inbound) else { return Received::Ignored };
         match self.inbound_window.standing(message_id) {
             Standing::New => {}
             Standing::Beyond => {
-                return match protected.open(&self.inbound, &mut Reassembly::default()) {
+                return match protected.open(&inbound, &mut Reassembly::default()) {
                     Ok(_) => Received::Beyond(message_id),
                     Err(_) => Received::Ignored,
                 };
@@ -204,7 +226,7 @@ impl Channel {
         }
         let begun = self.requests.iter().position(|fragments| fragments.message_id() == Some(message_id));
         let mut fragments = begun.map(|index| self.requests.swap_remove(index)).unwrap_or_default();
-        let opened = protected.open(&self.inbound, &mut fragments);
+        let opened = protected.open(&inbound, &mut fragments);
         let forged = matches!(opened, Err(OpenError::Integrity));
         if let Ok(OpenOutcome::Whole(opened)) = opened {
             let digest = Sha256::digest(datagram).into();
@@ -228,11 +250,12 @@ impl Channel {
         let standing = self.inbound_window.standing(header.message_id);
         let inbound = match standing {
             Standing::Unanswered => &self.inbound,
-            Standing::Answered => self.earlier.as_ref().unwrap_or(&self.inbound),
+            Standing::Answered => self.earlier.as_deref().unwrap_or(&self.inbound),
             Standing::New | Standing::Old | Standing::Beyond => return Received::Ignored,
         };
         // A scratch reassembly keeps the repetition from touching a newer message.
-        if protected.open(inbound, &mut Reassembly::default()).is_err() {
+        let opened = self.bind(inbound).map(|inbound| protected.open(&inbound, &mut Reassembly::default()));
+        if !matches!(opened, Ok(Ok(_))) {
             return Received::Ignored;
         }
         // RFC 7296 §2.1: a repeated request is answered with the same octets.
@@ -289,8 +312,8 @@ impl Channel {
 
     // For RFC 6311, see `message_id_sync`.
 
-    pub(super) fn inbound(&self) -> &Protection {
-        &self.inbound
+    pub(super) fn inbound(&self) -> Option<Protection> {
+        self.bind(&self.inbound).ok()
     }
 
     /// The message id of the peer's next request.
@@ -319,7 +342,8 @@ impl Channel {
         rng: &mut dyn Rng,
     ) -> Vec<Vec<u8>> {
         let header = self.header(exchange, message_id, response);
-        wire::seal(&header, payloads, &self.outbound, None, rng)
+        let outbound = self.bind(&self.outbound);
+        outbound.map(|outbound| wire::seal(&header, payloads, &outbound, None, rng)).unwrap_or_default()
     }
 
     /// True while a request of ours awaits its answer.
@@ -350,10 +374,11 @@ impl Channel {
         if !self.has_room() {
             return None;
         }
+        let outbound = self.bind(&self.outbound).ok()?;
         let message_id = self.next_request;
         self.next_request = message_id.checked_add(1)?;
         let header = self.header(exchange, message_id, false);
-        let datagrams = wire::seal(&header, payloads, &self.outbound, max_length, rng);
+        let datagrams = wire::seal(&header, payloads, &outbound, max_length, rng);
         self.outstanding.push(Outstanding {
             message_id,
             exchange,
@@ -386,7 +411,8 @@ impl Channel {
     ) -> Option<Vec<Vec<u8>>> {
         let (message_id, exchange) = self.inbound_window.current()?;
         let header = self.header(exchange, message_id, true);
-        let datagrams = wire::seal(&header, payloads, &self.outbound, max_length, rng);
+        let outbound = self.bind(&self.outbound).ok()?;
+        let datagrams = wire::seal(&header, payloads, &outbound, max_length, rng);
         self.inbound_window.answer(datagrams.clone());
         Some(datagrams)
     }
@@ -454,7 +480,8 @@ impl Channel {
             None => (exchange, self.inbound_window.next().wrapping_add(u32::from(ahead))),
         };
         let header = Header { from_initiator: !self.initiator, ..self.header(exchange, message_id, response) };
-        wire::seal(&header, payloads, &self.inbound, max_length, rng)
+        let inbound = self.bind(&self.inbound);
+        inbound.map(|inbound| wire::seal(&header, payloads, &inbound, max_length, rng)).unwrap_or_default()
     }
 
     fn header(&self, exchange: ExchangeType, message_id: u32, response: bool) -> Header {

@@ -120,7 +120,7 @@ impl Established {
             Ok(offer) => {
                 let old = replaces.and_then(|replaced| self.children.get(&replaced.id));
                 let wanted = configuration::request(ctx, &self.connection, &self.core).filter(|_| replaces.is_none());
-                offer.wanted_by(ctx.triggers.of(token)).succeeding(old).asking(wanted)
+                offer.wanted_by(ctx.triggers.of(token)).succeeding(old.map(AsRef::as_ref)).asking(wanted)
             }
             Err(reason) => {
                 self.child_failed(ctx, token, &name, &reason);
@@ -213,7 +213,7 @@ impl Established {
         };
         let next = tries.saturating_add(1);
         if let Some(replaced) = replaced.filter(|_| error.kind != NotifyType::INVALID_SYNTAX)
-            && !self.children.get(&replaced.id).is_some_and(ChildSa::is_live)
+            && !self.children.get(&replaced.id).is_some_and(|child| child.is_live())
         {
             // §2.8.1: the peer replaced or closed it meanwhile, so its refusal is no news.
             self.rekey_overtaken(ctx, replaced.id, token);
@@ -346,7 +346,7 @@ impl Established {
         &mut self,
         ctx: &mut Context,
         now: Instant,
-        mut child: ChildSa,
+        mut child: Box<ChildSa>,
         replaces: Option<ChildSaId>,
         token: Option<u64>,
         result: Result<u32, InstallError>,
@@ -526,7 +526,7 @@ impl Established {
                 reply.extend(payloads);
                 self.respond(ctx, now, &reply);
                 self.log_up(ctx, &child);
-                self.children.insert(id, *child);
+                self.children.insert(id, child);
                 ctx.child_owners.insert(id, self.core.id);
                 if redundant {
                     self.set_rekeyed(ctx, now, id);

@@ -70,7 +70,8 @@ pub(crate) struct Established {
     pub(super) key: PeerKey,
     pub(super) state: IkeState,
     since: Instant,
-    pub(super) children: BTreeMap<ChildSaId, ChildSa>,
+    /// Each in a box: the map has room for several, and most IKE SAs have one.
+    pub(super) children: BTreeMap<ChildSaId, Box<ChildSa>>,
     pub(super) queue: VecDeque<Task>,
     pub(super) delayed: Vec<(Instant, Task)>,
     pub(super) exchanges: Vec<Exchange>,
@@ -304,10 +305,11 @@ impl Established {
         ctx: &mut Context,
         now: Instant,
         core: Core,
-        channel: Channel,
+        mut channel: Channel,
         connection: Arc<Connection>,
         peer: Arc<PeerIdentity>,
     ) -> Self {
+        channel.forget_proof_keys();
         let rekey = rekey_at(now, connection.rekey_time, connection.rand_time, ctx.rng.as_mut());
         let reauth = rekey_at(now, connection.reauth_time, connection.rand_time, ctx.rng.as_mut());
         let longest = connection.rekey_time.max(connection.reauth_time);
@@ -541,7 +543,7 @@ impl Established {
             |exchange| matches!(&exchange.active, Active::Install { job: waiting, .. } if *waiting == job),
         );
         if let Some(Exchange { active: Active::Install { child, replaces, token, .. }, .. }) = ours {
-            self.installed(ctx, now, *child, replaces, token, result)?;
+            self.installed(ctx, now, child, replaces, token, result)?;
         } else if let Some(passive) = self.passive.take_if(|passive| passive.job == job) {
             self.answer_installed(ctx, now, passive, result)?;
         } else {

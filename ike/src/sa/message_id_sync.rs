@@ -165,7 +165,7 @@ impl Channel {
         if !ours || header.from_initiator == self.initiator {
             return None;
         }
-        match protected.clone().open(self.inbound(), &mut Reassembly::default()) {
+        match protected.clone().open(&self.inbound()?, &mut Reassembly::default()) {
             Ok(OpenOutcome::Whole(opened)) => Some(opened),
             Ok(OpenOutcome::Pending) | Err(_) => None,
         }

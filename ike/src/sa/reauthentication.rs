@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::Established;
-use super::child::ChildSa;
 use super::established::{Closed, Task, done};
 use super::retry::{after, back_off};
 use crate::engine::context::Context;
@@ -132,8 +131,8 @@ impl Established {
 
     /// Names of the Child SAs that carry traffic.
     pub(crate) fn working(&self) -> std::collections::BTreeSet<&str> {
-        let works = |child: &&ChildSa| matches!(child.state, ChildState::Installed | ChildState::Rekeying);
-        self.children.values().filter(works).map(|child| child.config.name.as_str()).collect()
+        let works = |state| matches!(state, ChildState::Installed | ChildState::Rekeying);
+        self.children.values().filter(|child| works(child.state)).map(|child| child.config.name.as_str()).collect()
     }
 
     /// True when it makes no Child SAs that were asked for.

@@ -111,7 +111,7 @@ pub enum OpenError {
 /// before it takes memory. One for each message of a window; starting another message ID drops it.
 #[derive(Debug, Default)]
 pub struct Reassembly {
-    pub(super) pending: Option<Pending>,
+    pub(super) pending: Option<Box<Pending>>,
 }
 
 #[derive(Debug)]
@@ -180,7 +180,7 @@ impl Reassembly {
             (Admission::Continues, Some(pending)) => pending,
             _ => {
                 let parts = vec![None; usize::from(fragment.total)];
-                Pending { header, first: NO_NEXT_PAYLOAD, outside, parts, octets: 0 }
+                Box::new(Pending { header, first: NO_NEXT_PAYLOAD, outside, parts, octets: 0 })
             }
         };
         // A peer that sends more than a message can hold has lost what it sent so far.
