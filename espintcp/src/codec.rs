@@ -78,7 +78,8 @@ impl Deframer {
         &mut self.buffer
     }
 
-    /// Consumes the prefix; true once it was whole and right. A wrong prefix is told by its first wrong octet.
+    /// Consumes the prefix; true once it was whole and right. A wrong prefix is told by its first wrong octet; what came
+    /// stays in the buffer, for whom it may be meant for.
     pub fn accept_prefix(&mut self) -> Result<bool, FrameError> {
         match &self.state {
             State::Messages => return Ok(true),
@@ -86,7 +87,8 @@ impl Deframer {
             State::Prefix => {}
         }
         if self.buffer.iter().zip(&PREFIX).any(|(got, expected)| got != expected) {
-            return Err(self.die(FrameError::Prefix));
+            self.state = State::Dead(FrameError::Prefix);
+            return Err(FrameError::Prefix);
         }
         if self.buffer.len() < PREFIX.len() {
             return Ok(false);

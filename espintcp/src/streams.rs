@@ -12,18 +12,23 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
+use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tokio_rustls::TlsStream;
 use tracing::{debug, trace, warn};
 
 use crate::codec::{Deframer, frame_ike};
+use crate::tls::{TlsClient, TlsServer};
+use duplex::Duplex;
 use reader::Reader;
 use standing::Standing;
 use strangers::{StrangerSlot, Strangers};
 use writer::Writer;
 
+mod duplex;
 mod reader;
 mod socket;
 mod standing;
@@ -156,6 +161,7 @@ impl Streams {
             esp,
             events,
             strangers: Arc::new(Mutex::new(strangers)),
+            visitors: Arc::new(Mutex::new(Strangers::new(VISITORS.0, VISITORS.1))),
             table: Mutex::new(Table { shut: false, streams: BTreeMap::new(), listeners: Vec::new() }),
             next_accepted: AtomicU64::new(FIRST_ACCEPTED),
             live: watch::Sender::new(0),
@@ -166,13 +172,22 @@ impl Streams {
 
     /// Listens on an address; gives the real one (port 0 lets the system choose). Must be called on a tokio runtime.
     pub async fn listen(&self, address: SocketAddr) -> io::Result<SocketAddr> {
+        self.listen_as(address, None)
+    }
+
+    /// The same for streams in TLS.
+    pub async fn listen_tls(&self, address: SocketAddr, tls: TlsServer) -> io::Result<SocketAddr> {
+        self.listen_as(address, Some(Arc::new(tls)))
+    }
+
+    fn listen_as(&self, address: SocketAddr, tls: Option<Arc<TlsServer>>) -> io::Result<SocketAddr> {
         let listener = socket::listener(address, self.inner.mark)?;
         let address = listener.local_addr()?;
         let mut table = self.inner.table();
         if table.shut {
             return Err(io::Error::other("shut down"));
         }
-        table.listeners.push(tokio::spawn(accept_loop(self.inner.clone(), listener)));
+        table.listeners.push(tokio::spawn(accept_loop(self.inner.clone(), listener, tls)));
         Ok(address)
     }
 
@@ -180,6 +195,15 @@ impl Streams {
     /// port 0 leaves that to the system. A number in use or not below `1 << 63` is a mistake of the caller:
     /// logged, nothing done. Must be called on a tokio runtime. IKE messages may be queued at once.
     pub fn open(&self, stream: u64, local: SocketAddr, remote: SocketAddr) {
+        self.open_as(stream, local, remote, None);
+    }
+
+    /// The same in TLS.
+    pub fn open_tls(&self, stream: u64, local: SocketAddr, remote: SocketAddr, tls: TlsClient) {
+        self.open_as(stream, local, remote, Some(tls));
+    }
+
+    fn open_as(&self, stream: u64, local: SocketAddr, remote: SocketAddr, tls: Option<TlsClient>) {
         let live = self.inner.live();
         let Some(ends) = (stream < FIRST_ACCEPTED).then(|| self.inner.register(stream, None)).flatten() else {
             warn!(stream, "stream number is in use or not the caller's to choose, or streams are shut down");
@@ -187,7 +211,7 @@ impl Streams {
         };
         let inner = self.inner.clone();
         tokio::spawn(async move {
-            let reason = inner.clone().originate(stream, local, remote, ends).await;
+            let reason = inner.clone().originate(stream, (local, remote), tls, ends).await;
             inner.ended(stream, reason).await;
             drop(live);
         });
@@ -275,6 +299,10 @@ const EVENTS: usize = 1024;
 const FIRST_ACCEPTED: u64 = 1 << 63;
 /// Shortest and longest pause after the system refused to accept, as when descriptors run out.
 const ACCEPT_PAUSE: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
+/// Connections to the web server behind TLS: in all, and of one address.
+const VISITORS: (usize, usize) = (1024, 64);
+/// How long that server may take to accept one.
+const WEB: Duration = Duration::from_secs(5);
 /// Reasons to close for what came in.
 const UNAUTHENTIC: &str = "a message failed its integrity check";
 const EVICTED: &str = "others take the place of a stream that nobody vouched for";
@@ -288,6 +316,8 @@ struct Inner {
     esp: EspHandler,
     events: mpsc::Sender<StreamEvent>,
     strangers: Arc<Mutex<Strangers>>,
+    /// Of the web server behind TLS.
+    visitors: Arc<Mutex<Strangers>>,
     table: Mutex<Table>,
     next_accepted: AtomicU64,
     /// Number of streams that hold a socket.
@@ -340,7 +370,7 @@ struct Ends {
 /// A stream that is ready to carry messages.
 struct Established {
     number: u64,
-    socket: TcpStream,
+    socket: Duplex,
     local: SocketAddr,
     remote: SocketAddr,
     deframer: Deframer,
@@ -380,7 +410,7 @@ impl Inner {
     }
 
     /// Takes a new connection in, or drops it when there are too many strangers.
-    fn admit(self: Arc<Self>, socket: TcpStream, remote: SocketAddr) {
+    fn admit(self: Arc<Self>, socket: TcpStream, remote: SocketAddr, tls: Option<Arc<TlsServer>>) {
         let Some(slot) = StrangerSlot::take(&self.strangers, remote.ip()) else {
             debug!(%remote, "too many streams that nobody vouched for: refused");
             return;
@@ -393,27 +423,50 @@ impl Inner {
                 biased;
                 _ = async { stop.wait_for(|stop| *stop).await.is_ok() } => {}
                 () = evicted.notified() => debug!(%remote, EVICTED),
-                () = self.clone().respond(socket, remote, slot) => {}
+                () = self.clone().respond(socket, remote, slot, tls) => {}
             }
             drop(live);
         });
     }
 
     /// An accepted stream from first to last octet. Until the prefix is whole nobody hears of it.
-    async fn respond(self: Arc<Self>, mut socket: TcpStream, remote: SocketAddr, slot: StrangerSlot) {
+    async fn respond(
+        self: Arc<Self>,
+        socket: TcpStream,
+        remote: SocketAddr,
+        slot: StrangerSlot,
+        tls: Option<Arc<TlsServer>>,
+    ) {
         let accepted = Instant::now();
         let deadline = accepted + self.limits.first_message;
-        let mut deframer = Deframer::expecting_prefix();
-        let prefix = async {
+        let opening = async {
             socket::prepare(&socket, &self.limits)?;
-            reader::read_prefix(&mut socket, &mut deframer).await?;
-            socket.local_addr()
+            let local = socket.local_addr()?;
+            let socket = match &tls {
+                None => Duplex::Plain(socket),
+                Some(tls) => Duplex::Tls(Box::new(TlsStream::from(tls.acceptor.accept(socket).await?))),
+            };
+            Ok::<_, io::Error>((socket, local))
         };
-        let local = match timeout_at(deadline, prefix).await {
-            Ok(Ok(local)) => local,
-            Ok(Err(error)) => return debug!(%remote, %error, "no stream prefix"),
-            Err(_) => return debug!(%remote, "no stream prefix in time"),
+        let (mut socket, local) = match timeout_at(deadline, opening).await {
+            Ok(Ok(opened)) => opened,
+            Ok(Err(error)) => return debug!(%remote, %error, "no stream"),
+            Err(_) => return debug!(%remote, "no TLS in time"),
         };
+        let mut deframer = Deframer::expecting_prefix();
+        let wrong = match timeout_at(deadline, reader::read_prefix(socket.whole(), &mut deframer)).await {
+            Ok(Ok(())) => None,
+            Ok(Err(error)) => Some(error.to_string()),
+            Err(_) => Some("nothing in time".to_owned()),
+        };
+        if let Some(reason) = wrong {
+            debug!(%remote, reason, "no stream prefix");
+            if let Some(web) = tls.and_then(|tls| tls.web) {
+                drop(slot);
+                self.visit(socket, remote, std::mem::take(deframer.buffer()), web).await;
+            }
+            return;
+        }
         let number = self.next_accepted.fetch_add(1, Ordering::Relaxed);
         let evicted = slot.evicted();
         let Some(ends) = self.register(number, Some(slot)) else { return };
@@ -435,15 +488,46 @@ impl Inner {
         });
     }
 
+    /// Whoever speaks no IKE in TLS came for the web server.
+    async fn visit(&self, mut socket: Duplex, remote: SocketAddr, said: BytesMut, web: SocketAddr) {
+        let Some(slot) = StrangerSlot::take(&self.visitors, remote.ip()) else {
+            return debug!(%remote, "too many visitors of the web server");
+        };
+        let evicted = slot.evicted();
+        let passing = async {
+            let mut server = timeout(WEB, TcpStream::connect(web)).await??;
+            server.write_all(&said).await?;
+            drop(said);
+            tokio::io::copy_bidirectional(socket.whole(), &mut server).await
+        };
+        tokio::select! {
+            () = evicted.notified() => debug!(%remote, "others take a visitor's place"),
+            passed = passing => if let Err(error) = passed { debug!(%remote, %web, %error, "web server") },
+        }
+    }
+
     /// A stream that we open, from connect to last octet; gives the reason of its end.
-    async fn originate(self: Arc<Self>, number: u64, local: SocketAddr, remote: SocketAddr, mut ends: Ends) -> String {
+    async fn originate(
+        self: Arc<Self>,
+        number: u64,
+        (local, remote): (SocketAddr, SocketAddr),
+        tls: Option<TlsClient>,
+        mut ends: Ends,
+    ) -> String {
         let connect = async {
-            let socket = timeout(self.limits.connect, socket::connect(local, remote, self.mark))
-                .await
-                .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))?;
+            let socket = socket::connect(local, remote, self.mark).await?;
             socket::prepare(&socket, &self.limits)?;
             let local = socket.local_addr()?;
+            let socket = match tls {
+                None => Duplex::Plain(socket),
+                Some(TlsClient { connector, name }) => {
+                    Duplex::Tls(Box::new(TlsStream::from(connector.connect(name, socket).await?)))
+                }
+            };
             Ok::<_, io::Error>((socket, local))
+        };
+        let connect = async {
+            timeout(self.limits.connect, connect).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
         };
         let connected = tokio::select! {
             biased;
@@ -472,7 +556,7 @@ impl Inner {
         }
         let accepted = accepted.map(|(at, deadline)| (at, deadline.max(Instant::now() + GRACE)));
 
-        let (read_half, write_half) = socket.into_split();
+        let (read_half, write_half) = socket.split();
         let (mut killed, draining) = (ends.phase.clone(), ends.phase.clone());
         let mut halves = JoinSet::new();
         let reader = Reader {
@@ -549,14 +633,14 @@ impl Drop for Live {
     }
 }
 
-async fn accept_loop(inner: Arc<Inner>, listener: TcpListener) {
+async fn accept_loop(inner: Arc<Inner>, listener: TcpListener, tls: Option<Arc<TlsServer>>) {
     let mut pause = ACCEPT_PAUSE.0;
     loop {
         match listener.accept().await {
             Ok((socket, remote)) => {
                 pause = ACCEPT_PAUSE.0;
                 trace!(%remote, "stream accepted");
-                inner.clone().admit(socket, remote);
+                inner.clone().admit(socket, remote, tls.clone());
             }
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
             // Descriptors or memory ran out: the connection stays in the backlog until some are free.
@@ -594,3 +678,5 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tls_tests;

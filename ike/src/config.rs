@@ -73,6 +73,8 @@ pub struct Connection {
     pub tcp_delay: Duration,
     /// `tcp_remote_port`.
     pub tcp_remote_port: u16,
+    /// `tcp` with TLS (RFC 9329 Appendix A): the name that the peer's TLS certificate must have.
+    pub tls: Option<String>,
     /// `tcp_probe_udp`: how often an IKE SA with MOBIKE that `fallback` took to TCP tries UDP again; zero never.
     pub tcp_probe_udp: Duration,
     /// `vips`: virtual addresses to ask for; an unspecified one is any of its family.

@@ -49,6 +49,17 @@ impl Authority {
     }
 }
 
+impl Authority {
+    /// Issues a certificate for a TLS server of this name.
+    pub fn issue_for_tls(&self, name: &str) -> Credential {
+        let mut params = CertificateParams::new(vec![name.to_owned()]).unwrap();
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+        let key = KeyPair::generate().unwrap();
+        let certificate = params.signed_by(&key, &self.issuer).unwrap();
+        Credential { certificate: certificate.pem().into_bytes(), key: key.serialize_pem().into_bytes() }
+    }
+}
+
 fn dn(name: &str) -> DistinguishedName {
     let mut dn = DistinguishedName::new();
     dn.push(DnType::OrganizationName, "Latchkey tests");

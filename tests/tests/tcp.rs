@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use latchkey_tests::daemon::program;
 use latchkey_tests::host::{Host, link, wait_for};
 use latchkey_tests::middlebox::{B, ROUTER, Relay, Road};
+use latchkey_tests::pki::Authority;
 use latchkey_tests::scene::{INNER_A, INNER_B, Suite};
 
 const OVER_TCP: Suite = Suite { connection: "tcp = yes\ndpd_delay = 5s\n", ..Suite::DEFAULT };
@@ -192,6 +193,142 @@ fn messages_are_no_longer_than_over_udp() {
     let streams = road.host_a.check("ss", &["-Htni", "dport", "=", ":4500"]);
     let mss: usize = streams.split("mss:").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
     assert!((1400..=1460).contains(&mss), "{streams}");
+}
+
+// RFC 9329 Appendix A: on port 443, where a probe finds a web site; the certificate is checked before a word is said.
+#[test]
+fn over_tls_beside_a_web_server() {
+    let authority = Authority::new("TLS CA", &rcgen::PKCS_ECDSA_P256_SHA256);
+    let site = authority.issue_for_tls("b.example");
+    let folder = tempfile::tempdir().unwrap();
+    let (cert, key) = (folder.path().join("site.pem"), folder.path().join("site.key"));
+    std::fs::write(&cert, &site.certificate).unwrap();
+    std::fs::write(&key, &site.key).unwrap();
+    let settings = format!(
+        "tcp_ports = no\ntls_ports = 443\ntls_web = 127.0.0.1:8080\ntls_cert = {}\ntls_key = {}\n",
+        cert.display(),
+        key.display()
+    );
+    let suite = Suite { connection: "tcp = fallback-tls\ndpd_delay = 5s\ntcp_probe_udp = 1h\n", ..Suite::DEFAULT };
+    let road = Road::with(&suite, B, &settings);
+    road.drop_forwarded(
+        "meta l4proto udp drop; tcp dport 443 accept; tcp sport 443 accept; meta l4proto { tcp, esp } drop;",
+    );
+    let answer = r#"TCP-LISTEN:8080,bind=127.0.0.1,fork,reuseaddr SYSTEM:"read x; echo HTTP/1.0 200 OK; echo; echo the web site""#;
+    let (listen, system) = answer.split_once(' ').unwrap();
+    let _web = road.host_b.spawn("socat", &[listen, &system.replace('"', "")]);
+    road.host_b.wait_for_listener(8080);
+    let probe = || {
+        let get = format!("printf 'GET / HTTP/1.0\\r\\n\\r\\n' | socat -t5 - OPENSSL:{B}:443,verify=0");
+        road.host_a.check("sh", &["-c", &get])
+    };
+    assert!(probe().contains("the web site"));
+
+    // Without the CA there is no stream.
+    assert!(!road.a.swanctl(&["--initiate", "--child", "net", "--timeout", "4"]).status.success());
+    assert!(road.a.log().contains("there is no CA certificate"), "{}", road.a.output());
+    road.a.control(&["--terminate", "--ike", "site", "--force"]);
+    let other = Authority::new("another CA", &rcgen::PKCS_ECDSA_P256_SHA256);
+    std::fs::write(road.a.path("swanctl/x509ca/ca.pem"), other.certificate()).unwrap();
+    road.a.control(&["--load-creds"]);
+    assert!(!road.a.swanctl(&["--initiate", "--child", "net", "--timeout", "4"]).status.success());
+    assert!(road.a.log().contains("invalid peer certificate"), "{}", road.a.output());
+    let _ = road.a.swanctl(&["--terminate", "--ike", "site", "--force"]);
+
+    std::fs::write(road.a.path("swanctl/x509ca/ca.pem"), authority.certificate()).unwrap();
+    road.a.control(&["--load-creds"]);
+    road.a.initiate("net");
+    assert!(road.is_over_tcp());
+    road.passes();
+    let spis = road.a.child_spis("INSTALLED");
+    road.host_a.check("ss", &["-K", "dport", "=", ":443"]);
+    road.transfer(4 << 20).arrives_whole();
+    assert_eq!(road.a.child_spis("INSTALLED"), spis, "the Child SA is the same");
+    assert!(probe().contains("the web site"));
+}
+
+/// One direction of a stream, cut into messages by nothing but the lengths (RFC 9329 §3).
+fn messages(mut octets: &[u8]) -> Vec<&[u8]> {
+    let mut messages = Vec::new();
+    while let Some((length, rest)) = octets.split_first_chunk::<2>() {
+        let (message, rest) = rest.split_at(usize::from(u16::from_be_bytes(*length)) - 2);
+        messages.push(message);
+        octets = rest;
+    }
+    messages
+}
+
+/// A capture (pcap, raw IPv4) of these messages as they would be over UDP port 4500, where they look the same.
+fn over_udp(messages: &[(bool, &[u8])]) -> Vec<u8> {
+    let mut capture = Vec::new();
+    for word in [0xa1b2_c3d4_u32, 0x0002_0004, 0, 0, 65_535, 101] {
+        capture.extend(word.to_be_bytes());
+    }
+    for (number, (from_a, message)) in messages.iter().enumerate() {
+        let (source, destination) = if *from_a { (1, 2) } else { (2, 1) };
+        let length = u16::try_from(message.len() + 28).unwrap();
+        let mut packet = vec![0x45, 0];
+        packet.extend(length.to_be_bytes());
+        packet.extend([0, 0, 0, 0, 64, 17, 0, 0, 192, 0, 2, source, 192, 0, 2, destination]);
+        packet.extend([4500_u16, 4500, length - 20, 0].iter().flat_map(|field| field.to_be_bytes()));
+        packet.extend_from_slice(message);
+        let length = u32::from(length);
+        for word in [1, u32::try_from(number).unwrap(), length, length] {
+            capture.extend(word.to_be_bytes());
+        }
+        capture.extend(packet);
+    }
+    capture
+}
+
+// A capture of our own stream has nothing that tshark complains of: neither TCP, nor the messages in it. tshark 4 does not
+// know RFC 9329's framing, so it gets the messages as over UDP.
+#[test]
+fn tshark_reads_our_stream() {
+    let road = Road::start(&OVER_TCP, B);
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (wire, udp) = (path("wire.pcap"), path("udp.pcap"));
+    let mut capture = road.host_a.spawn("tshark", &["-q", "-i", &road.device_a, "-f", "tcp port 4500", "-w", &wire]);
+    // It says so on standard error, and has the file then.
+    wait_for("a capture", seconds(20), || std::fs::metadata(&wire).is_ok_and(|file| file.len() > 0));
+    road.a.initiate("net");
+    road.passes();
+    road.a.control(&["--rekey", "--child", "net"]);
+    road.b.control(&["--rekey", "--ike", "site"]);
+    sleep(seconds(1));
+    road.passes();
+    road.a.control(&["--terminate", "--ike", "site"]);
+    sleep(seconds(2));
+    std::process::Command::new("kill").args(["-s", "INT", &capture.0.id().to_string()]).status().unwrap();
+    capture.wait_at_most(seconds(20));
+
+    let complaints = road.host_a.check("tshark", &["-r", &wire, "-Y", "_ws.malformed || tcp.analysis.out_of_order"]);
+    assert_eq!(complaints, "");
+    let follow = road.host_a.check("tshark", &["-r", &wire, "-q", "-z", "follow,tcp,raw,0"]);
+    let mut ends: [Vec<u8>; 2] = Default::default();
+    for line in follow.lines() {
+        let hex = line.trim();
+        if hex.is_empty() || !hex.bytes().all(|octet| octet.is_ascii_hexdigit()) {
+            continue;
+        }
+        let octets =
+            hex.as_bytes().chunks(2).map(|two| u8::from_str_radix(std::str::from_utf8(two).unwrap(), 16).unwrap());
+        ends[usize::from(line.starts_with('\t'))].extend(octets);
+    }
+    // RFC 9329 §4: the prefix once, from the originator alone.
+    let from_a = ends[0].strip_prefix(b"IKETCP").expect("the stream prefix");
+    let (of_a, of_b) = (messages(from_a), messages(&ends[1]));
+    let all: Vec<(bool, &[u8])> =
+        of_a.iter().map(|message| (true, *message)).chain(of_b.iter().map(|message| (false, *message))).collect();
+    std::fs::write(&udp, over_udp(&all)).unwrap();
+    let complaints = road.host_a.check("tshark", &["-r", &udp, "-Y", "_ws.malformed || _ws.expert.severity == error"]);
+    assert_eq!(complaints, "");
+    let count = |what: &str| road.host_a.check("tshark", &["-r", &udp, "-Y", what]).lines().count();
+    let (ike, esp) = (count("isakmp"), count("esp"));
+    assert_eq!(ike + esp, all.len(), "all are IKE or ESP");
+    // IKE_SA_INIT, IKE_AUTH, both rekeys with their Deletes, and the end; pings both ways.
+    assert!(ike >= 12 && esp >= 12, "{ike} {esp}");
 }
 
 /// A host full of hostile clients on the responder's side of the router, with many addresses.

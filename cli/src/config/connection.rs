@@ -148,18 +148,21 @@ fn read_connection(
         ],
     );
     let times = ike_times(&mut options);
-    let tcp = options.choice(
+    let (tcp, in_tls) = options.choice(
         "tcp",
-        TcpPolicy::Fallback,
+        (TcpPolicy::Fallback, false),
         &[
-            (&["fallback"], TcpPolicy::Fallback),
-            (&["no", "false", "disabled", "0"], TcpPolicy::No),
-            (&["yes", "true", "enabled", "1"], TcpPolicy::Yes),
+            (&["fallback"], (TcpPolicy::Fallback, false)),
+            (&["no", "false", "disabled", "0"], (TcpPolicy::No, false)),
+            (&["yes", "true", "enabled", "1"], (TcpPolicy::Yes, false)),
+            (&["tls"], (TcpPolicy::Yes, true)),
+            (&["fallback-tls"], (TcpPolicy::Fallback, true)),
         ],
     );
     let tcp_delay = options.parsed("tcp_delay", values::short_time, "a time such as 2s or 1500ms");
     let tcp_delay = tcp_delay.unwrap_or(DEFAULT_TCP_DELAY);
-    let tcp_remote_port = options.port("tcp_remote_port", 4500);
+    let tcp_remote_port = options.port("tcp_remote_port", if in_tls { 443 } else { 4500 });
+    let tls_name = options.text("tls_server_name").map(str::to_owned);
     let tcp_probe_udp = options.time("tcp_probe_udp").unwrap_or(DEFAULT_TCP_PROBE_UDP);
     let redirect_to = options.parsed("redirect_to", Gateway::parse, "an address or a host name");
     let phases: &[(&[&str], RedirectPhase)] = &[(&["auth"], RedirectPhase::Auth), (&["init"], RedirectPhase::Init)];
@@ -196,6 +199,8 @@ fn read_connection(
     options.finish(&["local", "remote"]);
 
     let (local_id, local_auth) = local?;
+    let remote = remote?;
+    let tls = in_tls.then(|| tls_name.unwrap_or_else(|| tls_server_name(&remote_addrs, &remote)));
     let connection = Connection {
         name: name.to_owned(),
         local_addrs: local_ranges,
@@ -205,7 +210,7 @@ fn read_connection(
         proposals,
         local_id,
         local_auth,
-        remote: remote?,
+        remote,
         children,
         fragmentation,
         force_encapsulation,
@@ -226,12 +231,26 @@ fn read_connection(
         tcp,
         tcp_delay,
         tcp_remote_port,
+        tls,
         tcp_probe_udp,
         vips,
         pools,
         split_dns,
     };
     Some(ConnectionDefinition { connection: Arc::new(connection), local_addrs, remote_addrs, traps })
+}
+
+/// The name that a TLS server must prove, where none is configured: the host name that we go to, what IKE expects it to be,
+/// or its address.
+fn tls_server_name(remote_addrs: &[String], remote: &PadEntry) -> String {
+    let named =
+        |text: &&String| text.parse::<IpAddr>().is_err() && !text.starts_with('%') && !text.contains(['/', '-']);
+    let of_host = remote_addrs.iter().find(named).cloned();
+    let of_identity = || match remote.remote_id.as_exact() {
+        Some(Identity::Fqdn(name)) => Some(name.clone()),
+        _ => None,
+    };
+    of_host.or_else(of_identity).or_else(|| remote_addrs.first().cloned()).unwrap_or_default()
 }
 
 /// `vips`: addresses to ask for.
@@ -1112,6 +1131,26 @@ mod tests {
         );
         assert_eq!((connection.send_cert, connection.send_certreq), (SendCert::IfAsked, true));
         assert_eq!((connection.tcp, connection.tcp_delay), (TcpPolicy::Fallback, DEFAULT_TCP_DELAY));
+        assert_eq!(connection.tls, None);
+        for (text, policy, name) in [
+            ("tcp = tls\n remote { }\n remote_addrs = 192.0.2.1, gw.example", TcpPolicy::Yes, "gw.example"),
+            (
+                "tcp = fallback-tls\n remote { id = id.example }\n remote_addrs = 192.0.2.1",
+                TcpPolicy::Fallback,
+                "id.example",
+            ),
+            ("tcp = tls\n remote { id = a@b.example }\n remote_addrs = 192.0.2.1", TcpPolicy::Yes, "192.0.2.1"),
+            (
+                "tcp = tls\n remote { }\n tls_server_name = web.example\n remote_addrs = gw.example",
+                TcpPolicy::Yes,
+                "web.example",
+            ),
+        ] {
+            // Host names give a warning.
+            let connection = read(text).definition.unwrap().connection;
+            assert_eq!((connection.tcp, connection.tcp_remote_port), (policy, 443), "{text}");
+            assert_eq!(connection.tls.as_deref(), Some(name), "{text}");
+        }
         assert_eq!(connection.remote.remote_id, IdentityPattern::any());
         assert_eq!(connection.remote.class, AuthClass::PublicKey);
         assert!(connection.local_id.is_none() && connection.local_addrs.is_empty());

@@ -3,6 +3,7 @@
 //! Each setting is looked for in the sections `latchkeyd`, `charon-systemd` and `charon`, in this order.
 
 use std::collections::BTreeSet;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -65,6 +66,14 @@ pub struct DaemonConfig {
     pub vici_socket: String,
     /// `tcp_ports`: where TCP-encapsulated IKE is accepted (RFC 9329); `no` or an empty list is nowhere.
     pub tcp_ports: Vec<u16>,
+    /// `tls_ports`: where that is accepted in TLS (RFC 9329 Appendix A).
+    pub tls_ports: Vec<u16>,
+    /// `tls_cert`: PEM of our TLS certificate and its chain.
+    pub tls_cert: Option<PathBuf>,
+    /// `tls_key`: PEM of its key.
+    pub tls_key: Option<PathBuf>,
+    /// `tls_web`: the web server that gets in clear what comes there in TLS and is not ours.
+    pub tls_web: Option<SocketAddr>,
     /// `latch_socket`: where applications ask for latches.
     pub latch_socket: PathBuf,
     /// `install_routes`.
@@ -99,6 +108,10 @@ impl Default for DaemonConfig {
             engine: EngineConfig::default(),
             vici_socket: DEFAULT_URI.to_owned(),
             tcp_ports: vec![4500],
+            tls_ports: Vec::new(),
+            tls_cert: None,
+            tls_key: None,
+            tls_web: None,
             latch_socket: PathBuf::from(DEFAULT_LATCH_SOCKET),
             install_routes: true,
             routing_table: 220,
@@ -242,10 +255,12 @@ pub fn read_settings(root: &Section) -> Loaded {
         let printable = text.len() <= 255 && text.bytes().all(|octet| (0x20..0x7f).contains(&octet));
         printable.then(|| Some(text.to_owned()).filter(|text| !text.is_empty()))
     });
-    reader.set("tcp_ports", &mut config.tcp_ports, |text| match values::boolean(text) {
-        Some(false) => Some(Vec::new()),
-        _ => text.split(',').map(str::trim).filter(|port| !port.is_empty()).map(port).collect(),
-    });
+    reader.set("tcp_ports", &mut config.tcp_ports, ports);
+    reader.set("tls_ports", &mut config.tls_ports, ports);
+    let path = |text: &str| Path::new(text).is_absolute().then(|| Some(PathBuf::from(text)));
+    reader.set("tls_cert", &mut config.tls_cert, path);
+    reader.set("tls_key", &mut config.tls_key, path);
+    reader.set("tls_web", &mut config.tls_web, |text| text.trim().parse().ok().map(Some));
     reader.set("plugins.vici.socket", &mut config.vici_socket, |text| {
         text.parse::<Uri>().is_ok().then(|| text.to_owned())
     });
@@ -254,6 +269,13 @@ pub fn read_settings(root: &Section) -> Loaded {
     config.file_logs = reader.file_logs();
     let reports = reader.finish();
     Loaded { config, reports }
+}
+
+fn ports(text: &str) -> Option<Vec<u16>> {
+    match values::boolean(text) {
+        Some(false) => Some(Vec::new()),
+        _ => text.split(',').map(str::trim).filter(|port| !port.is_empty()).map(port).collect(),
+    }
 }
 
 fn port(text: &str) -> Option<u16> {
@@ -428,6 +450,9 @@ mod tests {
             ("charon { half_open_timeout = 0 }", "charon.half_open_timeout"),
             ("charon { plugins { vici { socket = /run/x } } }", "charon.plugins.vici.socket"),
             ("charon { tcp_ports = 4500, x }", "charon.tcp_ports"),
+            ("charon { tls_ports = 443, x }", "charon.tls_ports"),
+            ("charon { tls_key = key.pem }", "charon.tls_key"),
+            ("charon { tls_web = 127.0.0.1 }", "charon.tls_web"),
             ("charon { filelog { a { ike = 9 } } }", "charon.filelog.a.ike"),
             ("charon { keep_alive { } }", "charon.keep_alive"),
             ("charon { install_virtual_ip_on = a/b }", "charon.install_virtual_ip_on"),
@@ -470,6 +495,9 @@ mod tests {
         assert_eq!(config.engine.retransmission.timeout, Duration::from_millis(2500));
         assert_eq!(config.engine.retransmission.tries, 7);
         assert_eq!(config.tcp_ports, [443, 4500]);
+        let tls = read("charon { tls_ports = 443\n tls_cert = /c.pem\n tls_key = /k.pem\n tls_web = [::1]:80 }").config;
+        assert_eq!((tls.tls_ports, tls.tls_web), (vec![443], Some("[::1]:80".parse().unwrap())));
+        assert_eq!(tls.tls_key, Some(PathBuf::from("/k.pem")));
         assert_eq!((config.vici_socket.as_str(), config.fwmark), ("unix:///run/x", Some(0x42)));
         let log = &config.file_logs[0];
         assert_eq!((log.path.to_str(), log.append, log.flush_line), (Some("/var/log/x"), false, true));

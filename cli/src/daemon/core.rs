@@ -29,6 +29,7 @@ use super::redirect;
 use super::reqids::{self, Reqids};
 use super::run::SystemRng;
 use super::settings::Settings;
+use super::tls::TlsClients;
 use super::traps::{Key, Traps};
 use super::updown::{Scripts, Updown};
 use super::virtual_addresses::VirtualAddresses;
@@ -77,6 +78,7 @@ pub(super) struct Core {
     engine: Engine,
     network: Network,
     streams: Streams,
+    tls: TlsClients,
     plane: Box<dyn DataPlane>,
     database: Arc<Database>,
     credentials: Arc<Credentials>,
@@ -113,6 +115,7 @@ impl Core {
             engine: parts.engine,
             network: parts.network,
             streams: parts.streams,
+            tls: TlsClients::default(),
             database: parts.database,
             credentials: Arc::new(Credentials::default()),
             connections: Definitions::default(),
@@ -333,7 +336,15 @@ impl Core {
                     self.engine.handle_job(Instant::now(), job, JobOutcome::SeenTraffic(idle));
                 }
                 Output::Event(event) => self.handle_event(event),
-                Output::OpenStream { stream, local, remote } => self.streams.open(stream.0, local, remote),
+                Output::OpenStream { stream, local, remote, tls: None } => self.streams.open(stream.0, local, remote),
+                Output::OpenStream { stream, local, remote, tls: Some(peer) } => {
+                    match self.tls.client(&peer, &self.credentials) {
+                        Ok(client) => self.streams.open_tls(stream.0, local, remote, client),
+                        Err(error) => {
+                            self.engine.handle_stream_closed(Instant::now(), stream, &error.to_string());
+                        }
+                    }
+                }
                 Output::CloseStream(stream) => self.streams.close(stream.0),
                 Output::Judgement(stream, judgement) => match judgement {
                     Judgement::Authentic => self.streams.vouch(stream.0),
@@ -780,6 +791,7 @@ impl Core {
                 self.engine.set_authority_hashes(credentials.authority_hashes());
                 self.engine.set_ppks(credentials.ppks());
                 self.credentials = Arc::new(*credentials);
+                self.tls.forget();
                 let _ = reply.send(());
             }
             Command::ReloadSettings(reply) => {

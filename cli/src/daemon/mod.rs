@@ -14,6 +14,7 @@ mod resolver;
 mod run;
 mod settings;
 mod state;
+mod tls;
 mod traps;
 mod updown;
 mod virtual_addresses;

@@ -7,6 +7,7 @@ use std::time::Instant;
 use anyhow::Context as _;
 use bytes::BytesMut;
 use espintcp::streams::{EspWorth, StreamLimits, Streams};
+use espintcp::tls::TlsServer;
 use ike::engine::Engine;
 use ipsec::plane::StreamId;
 use kernel::network::{Network, NetworkConfig};
@@ -18,8 +19,8 @@ use super::core::{Core, Parts};
 use super::filelog::FileLogs;
 use super::resolver::Resolver;
 use super::settings::Settings;
-use super::state;
 use super::virtual_addresses::{Placement, VirtualAddresses};
+use super::{state, tls};
 use crate::config::daemon::{self, DaemonConfig};
 use crate::config::{Report, Severity, load};
 use crate::control::Control;
@@ -82,7 +83,13 @@ pub async fn run(options: DaemonOptions) -> anyhow::Result<()> {
         }),
     );
     for port in &config.tcp_ports {
-        listen(&streams, *port).await?;
+        listen(&streams, *port, None).await?;
+    }
+    if !config.tls_ports.is_empty() {
+        let server = tls::server(&config)?;
+        for port in &config.tls_ports {
+            listen(&streams, *port, Some(&server)).await?;
+        }
     }
 
     let (command_sender, commands) = mpsc::channel(COMMAND_QUEUE);
@@ -210,10 +217,14 @@ fn network_config(config: &DaemonConfig) -> NetworkConfig {
 }
 
 /// Listens on both address families; a machine without IPv6 is fine.
-async fn listen(streams: &Streams, port: u16) -> anyhow::Result<()> {
+async fn listen(streams: &Streams, port: u16, tls: Option<&TlsServer>) -> anyhow::Result<()> {
     for address in ["0.0.0.0", "::"] {
         let address = std::net::SocketAddr::new(address.parse()?, port);
-        match streams.listen(address).await {
+        let listening = match tls {
+            None => streams.listen(address).await,
+            Some(tls) => streams.listen_tls(address, tls.clone()).await,
+        };
+        match listening {
             Ok(_) => {}
             Err(error) if address.is_ipv6() => tracing::info!(%address, %error, "no TCP encapsulation over IPv6"),
             Err(error) => {

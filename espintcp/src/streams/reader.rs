@@ -6,11 +6,10 @@ use std::sync::Arc;
 
 use bytes::BytesMut;
 use tokio::io::{AsyncRead, AsyncReadExt};
-use tokio::net::TcpStream;
-use tokio::net::tcp::OwnedReadHalf;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until};
 
+use super::duplex::ReadHalf;
 use super::standing::Standing;
 use super::{EspHandler, MEANINGLESS, Phase, StreamEvent, StreamLimits, UNAUTHENTIC, closing};
 use crate::codec::{Deframer, Frame};
@@ -25,7 +24,7 @@ pub(super) struct Reader {
     pub(super) number: u64,
     pub(super) local: SocketAddr,
     pub(super) remote: SocketAddr,
-    pub(super) socket: OwnedReadHalf,
+    pub(super) socket: ReadHalf,
     pub(super) deframer: Deframer,
     pub(super) limits: StreamLimits,
     pub(super) esp: EspHandler,
@@ -156,7 +155,10 @@ impl Timers {
 }
 
 /// Reads until the prefix is whole, and maybe more (RFC 9329 §6.1).
-pub(super) async fn read_prefix(socket: &mut TcpStream, deframer: &mut Deframer) -> io::Result<()> {
+pub(super) async fn read_prefix<R: AsyncRead + Unpin + ?Sized>(
+    socket: &mut R,
+    deframer: &mut Deframer,
+) -> io::Result<()> {
     while !deframer.accept_prefix().map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))? {
         let buffer = deframer.buffer();
         buffer.reserve(READ.0);

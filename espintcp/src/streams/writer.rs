@@ -4,11 +4,11 @@ use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
 use tokio::io::AsyncWriteExt;
-use tokio::net::tcp::OwnedWriteHalf;
 use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 use tracing::debug;
 
+use super::duplex::WriteHalf;
 use super::{Phase, closing};
 use crate::codec::{PREFIX, append_esp};
 
@@ -20,7 +20,7 @@ const IDLE: usize = 8 * 1024;
 const PREFIX_WAIT: Duration = Duration::from_millis(10);
 
 pub(super) struct Writer {
-    pub(super) socket: OwnedWriteHalf,
+    pub(super) socket: WriteHalf,
     pub(super) prefix: bool,
     pub(super) ike: mpsc::Receiver<Bytes>,
     pub(super) esp: mpsc::Receiver<Bytes>,
@@ -96,6 +96,12 @@ impl Writer {
                 Ok(Err(error)) => return Err(format!("write: {error}")),
                 Err(_) => return Err("the peer does not read".into()),
             }
+        }
+        // TLS may still hold what it has sealed.
+        match timeout(self.patience, self.socket.flush()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => return Err(format!("write: {error}")),
+            Err(_) => return Err("the peer does not read".into()),
         }
         out.clear();
         if out.capacity() > IDLE && self.ike.is_empty() && self.esp.is_empty() {

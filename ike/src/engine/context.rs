@@ -10,10 +10,10 @@ use pad::{Identity, PeerIdentity, Ppk};
 
 use super::{
     ChildReady, ChildSaId, ChildSaStatus, CloseReason, EngineConfig, Event, IkeSaId, Initiate, Job, JobId, Judgement,
-    Output, Path, Transmit,
+    Output, Path, TlsPeer, Transmit,
 };
 use crate::Rng;
-use crate::config::Fragmentation;
+use crate::config::{Connection, Fragmentation};
 use crate::crypto::KeyWork;
 use crate::engine::Transport;
 use crate::engine::connections::Connections;
@@ -206,10 +206,11 @@ impl Context {
     }
 
     /// Asks for a stream to the peer, from any port of ours (RFC 9329 §2).
-    pub(crate) fn open_stream(&mut self, local: IpAddr, remote: SocketAddr) -> StreamId {
+    pub(crate) fn open_stream(&mut self, connection: &Connection, local: IpAddr, remote: SocketAddr) -> StreamId {
         self.last_stream += 1;
         let stream = StreamId(self.last_stream);
-        self.outputs.push_back(Output::OpenStream { stream, local: SocketAddr::new(local, 0), remote });
+        let tls = connection.tls.clone().map(|name| TlsPeer { name, cacerts: connection.remote.cacerts.clone() });
+        self.outputs.push_back(Output::OpenStream { stream, local: SocketAddr::new(local, 0), remote, tls });
         stream
     }
 

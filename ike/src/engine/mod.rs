@@ -201,11 +201,22 @@ pub enum Output {
         local: SocketAddr,
         /// The peer's address and port.
         remote: SocketAddr,
+        /// In TLS, and how its server proves itself.
+        tls: Option<TlsPeer>,
     },
     /// Close a stream: nothing uses it any more.
     CloseStream(StreamId),
     /// What a message from a stream was worth (RFC 9329 §6.1). Not said of each message.
     Judgement(StreamId, Judgement),
+}
+
+/// The TLS server that a stream goes to (RFC 9329 Appendix A).
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct TlsPeer {
+    /// The name that its certificate must have.
+    pub name: String,
+    /// Its trust anchors, DER; empty: each loaded CA.
+    pub cacerts: Vec<Vec<u8>>,
 }
 
 /// What a message from a stream was worth.

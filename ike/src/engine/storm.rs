@@ -171,6 +171,7 @@ fn connection(side: usize, options: u8) -> Connection {
         redirect_to: None,
         tcp: TcpPolicy::No,
         tcp_delay: Duration::from_secs(6),
+        tls: None,
         tcp_probe_udp: Duration::from_secs(60),
         tcp_remote_port: 4500,
         vips: Vec::new(),

@@ -294,7 +294,7 @@ impl InitiatorAuth {
 
     fn open_stream(&mut self, ctx: &mut Context) {
         let Path { local, remote, .. } = self.core.path;
-        self.core.path.transport = Transport::Stream(ctx.open_stream(local.ip(), remote));
+        self.core.path.transport = Transport::Stream(ctx.open_stream(&self.connection, local.ip(), remote));
     }
 
     /// RFC 9329 §6.1: what is outstanding goes again over the new stream.

@@ -1252,7 +1252,7 @@ impl Established {
             return Err(self.close(ctx, now, CloseReason::Timeout));
         }
         if stream.is_none() && *at <= now {
-            *stream = Some(ctx.open_stream(self.core.path.local.ip(), self.core.path.remote));
+            *stream = Some(ctx.open_stream(&self.connection, self.core.path.local.ip(), self.core.path.remote));
         }
         Ok(())
     }

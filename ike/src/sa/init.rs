@@ -417,7 +417,7 @@ impl Initiating {
         if !self.attempt.is_opening() && self.attempt.restarts > 0 && self.attempt.may_restart() {
             // The peer has told us what it wants to hear, and some close after that.
             ctx.log("NET", 1, self.tag(), format!("the TCP connection was closed: {reason}, opening another"));
-            self.attempt.reopen(ctx, now);
+            self.attempt.reopen(ctx, now, &self.connection);
             return Some(self);
         }
         let reason = format!("the TCP connection failed: {reason}");
@@ -686,7 +686,7 @@ impl Attempt {
         let path = match over {
             Over::Tcp | Over::TcpAsBefore => {
                 let remote = SocketAddr::new(remote, connection.tcp_remote_port);
-                let transport = Transport::Stream(ctx.open_stream(local, remote));
+                let transport = Transport::Stream(ctx.open_stream(connection, local, remote));
                 Path { local: SocketAddr::new(local, 0), remote, transport }
             }
             Over::Udp | Over::UdpThenTcp => udp_path(ctx, connection, local, remote),
@@ -718,9 +718,9 @@ impl Attempt {
     }
 
     /// Goes on with the same attempt over another stream, to say there what the peer has asked for (RFC 9329 §6.3).
-    fn reopen(&mut self, ctx: &mut Context, now: Instant) {
+    fn reopen(&mut self, ctx: &mut Context, now: Instant, connection: &Connection) {
         let total = super::retry::total(&ctx.config.retransmission);
-        self.path.transport = Transport::Stream(ctx.open_stream(self.path.local.ip(), self.path.remote));
+        self.path.transport = Transport::Stream(ctx.open_stream(connection, self.path.local.ip(), self.path.remote));
         self.progress = Progress::Opening { deadline: after(now, total) };
     }
 

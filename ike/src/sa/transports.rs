@@ -222,7 +222,7 @@ impl Established {
                 let remote = SocketAddr::new(remote, self.connection.tcp_remote_port);
                 let line = format!("no answer over UDP, trying TCP port {}", remote.port());
                 ctx.log("NET", 1, self.core.tag(), line);
-                let transport = Transport::Stream(ctx.open_stream(local, remote));
+                let transport = Transport::Stream(ctx.open_stream(&self.connection, local, remote));
                 let path = Path { local: SocketAddr::new(local, 0), remote, transport };
                 self.transports.beside = Some(Beside { path, open: false });
             }

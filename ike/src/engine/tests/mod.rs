@@ -276,6 +276,7 @@ pub(super) fn connection(side: usize) -> Connection {
         tcp: TcpPolicy::No,
         tcp_delay: Duration::from_secs(6),
         tcp_remote_port: 4500,
+        tls: None,
         tcp_probe_udp: Duration::from_secs(60),
         vips: Vec::new(),
         pools: Vec::new(),
@@ -478,7 +479,7 @@ impl Pair {
                     self.schedule(wait, Delivery::Job { side, id, job });
                 }
                 Output::Event(event) => self.sides[side].note(event),
-                Output::OpenStream { stream, local, remote } => self.open(side, stream, local, remote),
+                Output::OpenStream { stream, local, remote, .. } => self.open(side, stream, local, remote),
                 Output::CloseStream(stream) => self.close_stream(side, stream),
                 Output::Judgement(stream, judgement) => self.sides[side].judgements.push((stream, judgement)),
             }
