@@ -249,7 +249,7 @@ impl Core {
             }
             NetworkEvent::Plane(PlaneEvent::UnknownSpi { spi, remote }) => {
                 tracing::debug!(spi = format_args!("{spi:08x}"), %remote, "ESP with an unknown SPI");
-                self.engine.handle_unknown_spi(now, remote.ip());
+                self.engine.handle_unknown_spi(now, remote, spi);
             }
             NetworkEvent::Plane(PlaneEvent::Acquire { reqid, flow }) => {
                 self.acquire(now, reqid, &flow);

@@ -899,11 +899,13 @@ impl Engine {
         }
     }
 
-    /// ESP came from this address with an SPI that nobody knows: its sender may have been restarted, or we. A hint, and
-    /// no more (§2.21.4).
-    pub fn handle_unknown_spi(&mut self, now: Instant, remote: IpAddr) {
+    /// ESP came from here with an SPI that nobody knows: its sender may have been restarted, or we. A hint, and no more: who
+    /// has an IKE SA with us is told there (§1.5, §2.21.4). `remote` has port 0 without encapsulation.
+    pub fn handle_unknown_spi(&mut self, now: Instant, remote: SocketAddr, spi: u32) {
         self.now = now;
-        self.suspect(now, remote);
+        for id in self.places.suspects(now, remote.ip()) {
+            self.with_established(id, |sa, ctx| sa.handle_unknown_spi(ctx, now, remote, spi));
+        }
         self.settle(now);
     }
 

@@ -150,6 +150,7 @@ impl Engine {
         if suite.ke != *group {
             return Err(Fault::InvalidKe(suite.ke));
         }
+        parts.nonce_for(suite.prf)?;
         // Those that could have made the same choice; identities decide among them in IKE_AUTH.
         let chosen = [proposal.clone()];
         let mut same: BTreeMap<usize, bool> = BTreeMap::new();

@@ -248,7 +248,7 @@ impl Storm {
                 match octets.or_zero() % 4 {
                     0 => self.sides[side].engine.handle_expire(now, spi, false),
                     1 => self.sides[side].engine.handle_expire(now, spi, true),
-                    2 => self.sides[side].engine.handle_unknown_spi(now, address(1 - side)),
+                    2 => self.sides[side].engine.handle_unknown_spi(now, SocketAddr::new(address(1 - side), 0), 77),
                     _ => {
                         let remote = SocketAddr::new(address(1 - side), 4500 + u16::from(octets.or_zero()));
                         self.sides[side].engine.handle_mapping_changed(now, spi, remote);

@@ -272,22 +272,27 @@ impl InitiatorAuth {
         Some(IkeSa::InitiatorAuth(self))
     }
 
+    /// From IKE_SA_INIT on, for the same.
+    fn begin_again(&mut self, ctx: &mut Context) {
+        let sequence = self.core.sequence.saturating_add(1);
+        let from_start = Redirected {
+            from: self.core.id,
+            connection: Arc::clone(&self.connection),
+            wants: std::mem::take(&mut self.wants),
+            local: self.core.path.local.ip(),
+            remote: self.core.path.remote.ip(),
+            redirects: self.core.redirects.clone(),
+        };
+        ctx.again.push(Again { from_start, sequence, needs_tcp: false });
+    }
+
     /// A sequence of tries is over: another one from the start, or the end.
     fn give_up(mut self: Box<Self>, ctx: &mut Context, reason: &str) {
         let (tries, sequence) = (self.connection.keyingtries, self.core.sequence);
         if tries == 0 || sequence < tries {
-            let sequence = sequence.saturating_add(1);
-            let line = format!("peer not responding, trying again ({sequence}/{tries})");
+            let line = format!("peer not responding, trying again ({}/{tries})", sequence.saturating_add(1));
             ctx.log("IKE", 1, self.core.tag(), line);
-            let from_start = Redirected {
-                from: self.core.id,
-                connection: Arc::clone(&self.connection),
-                wants: std::mem::take(&mut self.wants),
-                local: self.core.path.local.ip(),
-                remote: self.core.path.remote.ip(),
-                redirects: self.core.redirects.clone(),
-            };
-            ctx.again.push(Again { from_start, sequence, needs_tcp: false });
+            self.begin_again(ctx);
         }
         self.abandon(ctx, reason, CloseReason::Timeout);
     }
@@ -448,6 +453,11 @@ impl InitiatorAuth {
                 None => "the peer did not authenticate".to_owned(),
             };
             ctx.log("IKE", 1, self.core.tag(), line.clone());
+            let translated = parts.has(NotifyType::UNEXPECTED_NAT_DETECTED);
+            if translated && self.core.sequence <= ctx.config.retransmission.tries {
+                // RFC 4555 §3.9: perhaps one packet was tampered with.
+                self.begin_again(ctx);
+            }
             self.abandon(ctx, &line, CloseReason::Failed);
             return None;
         };

@@ -316,6 +316,11 @@ impl Channel {
         self.bind(&self.inbound).ok()
     }
 
+    #[cfg(test)]
+    pub(super) fn outbound(&self) -> Option<Protection> {
+        self.bind(&self.outbound).ok()
+    }
+
     /// The message id of the peer's next request.
     pub(super) fn expected_request(&self) -> u32 {
         self.inbound_window.next()

@@ -50,6 +50,8 @@ pub(crate) struct ChildSa {
     pub(crate) remote_ts: Vec<TrafficSelector>,
     /// The peer took selectors of one pair of addresses only (SINGLE_PAIR_REQUIRED).
     pub(crate) single_pair: bool,
+    /// The peer gives a successor less (RFC 7296 §2.9.2): at its end there is a new one in its place.
+    pub(crate) is_last: bool,
     /// The Child SA that it took the place of.
     pub(crate) replaces: Option<ChildSaId>,
     /// The lower nonce of the exchange that made it (RFC 7296 §2.8.1).
@@ -154,6 +156,8 @@ pub(crate) struct ChildOffer {
     pub(crate) method: Option<Ke>,
     /// In CREATE_CHILD_SA, with a nonce of its own.
     own_exchange: bool,
+    /// Our and the peer's selectors of the Child SA that it replaces, which a successor must have too (§2.9.2).
+    least: Option<(Vec<TrafficSelector>, Vec<TrafficSelector>)>,
     /// What is asked for with it (§2.19).
     pub(crate) configuration: Option<Configuration>,
     /// Our selectors once the addresses are there; the offered ones had to be wider.
@@ -166,6 +170,8 @@ pub(crate) struct Unusable {
     pub(crate) reason: String,
     /// The peer believes that the SA is up and has to be told.
     pub(crate) exists_there: bool,
+    /// It would carry less than the one that it replaces.
+    pub(crate) narrower: bool,
 }
 
 impl ChildOffer {
@@ -219,7 +225,10 @@ impl ChildOffer {
     ) -> Self {
         let spi = ctx.reserve_child_spi(core.id);
         let id = ctx.next_child();
-        let selectors = resolve(&config, core);
+        let mut selectors = resolve(&config, core);
+        if config.mode == Mode::Transport && (core.nat.local || core.nat.remote) {
+            selectors = selectors.of_hosts(core.path.local.ip(), core.path.remote.ip());
+        }
         let proposals = numbered(&proposals, &spi.to_be_bytes());
         Self {
             id,
@@ -232,6 +241,7 @@ impl ChildOffer {
             single_pair: false,
             method,
             own_exchange,
+            least: None,
             configuration: None,
             assigned_ts: None,
         }
@@ -247,6 +257,7 @@ impl ChildOffer {
     /// Offers what a predecessor has, where its peer would refuse more; elsewhere the configuration's selectors, which are
     /// a superset (§2.9.2).
     pub(crate) fn succeeding(mut self, old: Option<&ChildSa>) -> Self {
+        self.least = old.map(|old| (old.local_ts.clone(), old.remote_ts.clone()));
         if let Some(old) = old.filter(|old| old.single_pair) {
             self.selectors = Selectors { local: old.local_ts.clone(), remote: old.remote_ts.clone() };
             self.single_pair = true;
@@ -324,7 +335,8 @@ impl ChildOffer {
         nr: &[u8],
         secrets: &[Secret],
     ) -> Result<(ChildSa, ChildReady), Unusable> {
-        let unusable = |exists_there, reason: &str| Unusable { reason: reason.to_owned(), exists_there };
+        let unusable =
+            |exists_there, reason: &str| Unusable { reason: reason.to_owned(), exists_there, narrower: false };
         let (Some(answer), Some(ts_i), Some(ts_r)) = (&parts.sa, &parts.ts_initiator, &parts.ts_responder) else {
             return Err(unusable(false, "the answer lacks SA or traffic selectors"));
         };
@@ -338,8 +350,11 @@ impl ChildOffer {
         if mode != self.config.mode {
             return Err(unusable(true, "the peer chose another mode"));
         }
-        let transport = mode == Mode::Transport;
-        let chosen = Proposed::read(parent.core, address_selectors(ts_i), address_selectors(ts_r), transport).selectors;
+        let mut chosen = Selectors { local: address_selectors(ts_i), remote: address_selectors(ts_r) };
+        if mode == Mode::Transport {
+            // §2.23.1: the peer names us, and itself, as it sees both.
+            parent.core.substitute(&mut chosen);
+        }
         if chosen.local.is_empty() || chosen.remote.is_empty() || !self.selectors.contains(&chosen) {
             return Err(unusable(true, "the peer's traffic selectors are not within ours"));
         }
@@ -349,6 +364,19 @@ impl ChildOffer {
         };
         if local_ts.is_empty() {
             return Err(unusable(true, "the peer's traffic selectors leave out the virtual IP"));
+        }
+        if let Some((old_local, old_remote)) = &self.least {
+            // What we no longer offer (an address of the IKE SA that has changed) is not missed.
+            let within = |old: &TrafficSelector, list: &[TrafficSelector]| list.iter().any(|one| one.contains(old));
+            let keeps = |old: &[TrafficSelector], new: &[TrafficSelector], offered: &[TrafficSelector]| {
+                old.iter().filter(|old| within(old, offered)).all(|old| within(old, new))
+            };
+            if !keeps(old_local, &local_ts, &self.selectors.local)
+                || !keeps(old_remote, &chosen.remote, &self.selectors.remote)
+            {
+                let reason = "the peer gives the successor less than the CHILD_SA has".to_owned();
+                return Err(Unusable { reason, exists_there: true, narrower: true });
+            }
         }
         let due = if method == Ke::NONE { 0 } else { additional.iter().count().saturating_add(1) };
         if secrets.len() != due {
@@ -443,9 +471,17 @@ pub(crate) fn answer(
         return Err(Fault::InvalidSyntax("SA or traffic selectors are missing".to_owned()));
     };
     let wants_transport = parts.has(NotifyType::USE_TRANSPORT_MODE);
-    let theirs = Proposed::read(parent.core, address_selectors(ts_r), address_selectors(ts_i), wants_transport);
+    let proposed = Selectors { local: address_selectors(ts_r), remote: address_selectors(ts_i) };
     let preferred = parts.ke.as_ref().map(|(group, _)| *group);
-    let fitting = candidates(configs, &theirs.selectors, wants_transport, |config| resolve(config, parent.core));
+    let policies =
+        |of: &Selectors, transport| candidates(configs, of, transport, |config| resolve(config, parent.core));
+    let mut seen = proposed.clone();
+    let substituted = wants_transport && parent.core.substitute(&mut seen);
+    let mut fitting = policies(&seen, wants_transport);
+    if substituted && fitting.first().is_none_or(|candidate| candidate.config.mode == Mode::Tunnel) {
+        // §2.23.1: a tunnel is for the addresses that the peer named.
+        fitting = policies(&proposed, false);
+    }
     let fault = if fitting.is_empty() { Fault::TsUnacceptable } else { Fault::NoProposalChosen };
     let ours_first = ctx.config.prefer_configured_proposals;
     let mut agreed = fitting.into_iter().filter_map(|candidate| {
@@ -481,15 +517,8 @@ pub(crate) fn answer(
     if own_exchange {
         payloads.push(Payload::Nonce(nr.to_vec()));
     }
-    let (ts_i, ts_r) = match mode {
-        // §2.23.1: with the addresses that we see, which the initiator puts into its own words.
-        Mode::Transport => (wire_selectors(&remote_ts), wire_selectors(&local_ts)),
-        Mode::Tunnel => {
-            (wire_selectors(&theirs.restore_remote(&remote_ts)), wire_selectors(&theirs.restore_local(&local_ts)))
-        }
-    };
-    payloads.push(Payload::TsInitiator(ts_i));
-    payloads.push(Payload::TsResponder(ts_r));
+    payloads.push(Payload::TsInitiator(wire_selectors(&remote_ts)));
+    payloads.push(Payload::TsResponder(wire_selectors(&local_ts)));
 
     let made = Made {
         id: ctx.next_child(),
@@ -523,56 +552,26 @@ fn resolve(config: &Child, core: &Core) -> Selectors {
     Selectors { local: local.collect(), remote: remote.collect() }
 }
 
-/// What the peer proposed or answered, in our terms. In transport mode through a NAT its selectors name addresses that
-/// only it sees; they stand for those of the IKE SA (§2.23.1).
-struct Proposed {
-    selectors: Selectors,
-    original_local: Option<IpAddr>,
-    original_remote: Option<IpAddr>,
-}
-
-impl Proposed {
-    fn read(core: &Core, mut local: Vec<TrafficSelector>, mut remote: Vec<TrafficSelector>, transport: bool) -> Self {
-        let mut original_local = None;
-        let mut original_remote = None;
-        if transport && core.nat.remote {
-            original_remote = substitute(&mut remote, core.path.remote.ip());
-        }
-        if transport && core.nat.local {
-            original_local = substitute(&mut local, core.path.local.ip());
-        }
-        Self { selectors: Selectors { local, remote }, original_local, original_remote }
-    }
-
-    fn restore_local(&self, selectors: &[TrafficSelector]) -> Vec<TrafficSelector> {
-        restore(selectors, self.original_local)
-    }
-
-    fn restore_remote(&self, selectors: &[TrafficSelector]) -> Vec<TrafficSelector> {
-        restore(selectors, self.original_remote)
+impl Core {
+    /// Puts the addresses of the IKE SA in the place of those by which the peer knows us and itself, where a NAT is between:
+    /// in transport mode they are the same (§2.23.1). False where nothing changes.
+    fn substitute(&self, selectors: &mut Selectors) -> bool {
+        let local = self.nat.local && substitute(&mut selectors.local, self.path.local.ip());
+        let remote = self.nat.remote && substitute(&mut selectors.remote, self.path.remote.ip());
+        local || remote
     }
 }
 
-/// Puts `address` in place of the one host that all selectors name; gives that host.
-fn substitute(selectors: &mut [TrafficSelector], address: IpAddr) -> Option<IpAddr> {
-    let host = selectors.first()?.start;
+/// Puts `address` in place of the one host that all selectors name; false where they do not.
+fn substitute(selectors: &mut [TrafficSelector], address: IpAddr) -> bool {
+    let Some(host) = selectors.first().map(|first| first.start) else { return false };
     if selectors.iter().any(|selector| selector.start != host || selector.end != host) {
-        return None;
+        return false;
     }
     for selector in selectors {
         (selector.start, selector.end) = (address, address);
     }
-    Some(host)
-}
-
-fn restore(selectors: &[TrafficSelector], original: Option<IpAddr>) -> Vec<TrafficSelector> {
-    let mut selectors = selectors.to_vec();
-    if let Some(address) = original {
-        for selector in &mut selectors {
-            (selector.start, selector.end) = (address, address);
-        }
-    }
-    selectors
+    true
 }
 
 fn wire_selectors(selectors: &[TrafficSelector]) -> Vec<WireSelector> {
@@ -671,6 +670,7 @@ impl Made {
             local_ts: self.local_ts,
             remote_ts: self.remote_ts,
             single_pair: self.single_pair,
+            is_last: false,
             replaces: self.replaces.map(|(id, _)| id),
             lowest_nonce: self.lowest_nonce,
             down_at: None,

@@ -192,12 +192,12 @@ impl Established {
                 self.refuse_child(ctx, &offer, token, reason);
                 return Ok(());
             }
-            match &parts.nonce {
-                Some(nr) => self.accept(ctx, now, offer, token, parts, nr, secrets),
-                None => {
+            match parts.nonce_for(self.channel.suite.prf) {
+                Ok(nr) => self.accept(ctx, now, offer, token, parts, nr, secrets),
+                Err(fault) => {
                     self.queue.push_front(Task::DeleteSpi(offer.spi));
                     self.rekey_over(offer.replaces);
-                    self.child_failed(ctx, token, &offer.config.name, "the answer lacks a nonce");
+                    self.child_failed(ctx, token, &offer.config.name, &fault.to_string());
                 }
             }
             return Ok(());
@@ -315,6 +315,9 @@ impl Established {
                     ctx.release_child_spi(spi);
                 }
                 self.rekey_over(replaces);
+                if let Some(old) = replaces.and_then(|replaced| self.children.get_mut(&replaced.id)) {
+                    old.is_last = unusable.narrower;
+                }
                 self.child_failed(ctx, token, &name, &unusable.reason);
             }
         }
@@ -455,7 +458,7 @@ impl Established {
         if self.state != IkeState::Established || rekeying {
             return Err(Fault::TemporaryFailure);
         }
-        let ni = parts.nonce.as_ref().ok_or_else(|| Fault::InvalidSyntax("a nonce is missing".to_owned()))?;
+        let ni = parts.nonce_for(self.channel.suite.prf)?;
         let limit = if parts.has(NotifyType::REKEY_SA) { MAX_WITH_REPLACED } else { MAX_CHILDREN };
         if self.children.len() >= limit {
             return Err(Fault::NoAdditionalSas);

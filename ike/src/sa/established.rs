@@ -43,7 +43,7 @@ pub(crate) const MAX_TRIES: u8 = 8;
 pub(super) const RECONNECT_FIRST: Duration = Duration::from_millis(500);
 /// How long answers but the last one are kept for repetitions at least: longer than any peer repeats a request.
 const ANSWERS_KEPT: Duration = Duration::from_secs(600);
-/// The peer is told about message IDs ahead of the window no more often than this.
+/// The peer is told about message IDs ahead of the window, and unknown SPIs, no more often than this.
 const COMPLAINT_INTERVAL: Duration = Duration::from_secs(10);
 /// Longest wait.
 pub(super) const RECONNECT_LONGEST: Duration = Duration::from_secs(16);
@@ -78,7 +78,7 @@ pub(crate) struct Established {
     pub(super) passive: Option<Passive>,
     /// Requests of the peer that wait for the answer to an earlier one, and the paths that they came along.
     inbox: Vec<(Path, Opened)>,
-    /// When the peer was told last that a request of its was ahead of our window.
+    /// When the peer was told last that something is wrong with what it sends.
     complained_at: Option<Instant>,
     /// Our window is to be said with the next INFORMATIONAL message.
     pub(super) announces_window: bool,
@@ -629,6 +629,10 @@ impl Established {
                     }
                     ChildState::Deleting | ChildState::Deleted => {}
                     ChildState::Created | ChildState::Installing | ChildState::Installed | ChildState::Rekeying => {
+                        if child.is_last {
+                            let config = Arc::clone(&child.config);
+                            self.queue.push_front(Task::CreateChild { config, token: None, group: None, tries: 0 });
+                        }
                         let task = Task::DeleteChild { id: child.id, token: None, reason: CloseReason::Expired };
                         self.queue.push_front(task);
                     }
@@ -662,6 +666,10 @@ impl Established {
                 return Err(self.expire(ctx, now));
             } else if hard && (child.is_live() || rekeyed) {
                 child.rekey_at = None;
+                if child.is_last {
+                    let config = Arc::clone(&child.config);
+                    self.queue.push_front(Task::CreateChild { config, token: None, group: None, tries: 0 });
+                }
                 let reason = if rekeyed { CloseReason::Rekeyed } else { CloseReason::Expired };
                 self.queue.push_front(Task::DeleteChild { id, token, reason });
             }
@@ -911,11 +919,38 @@ impl Established {
 
     /// A request was ahead of our window (§2.3). It gets no answer; the peer hears of it now and then.
     fn complain(&mut self, now: Instant, message_id: u32) {
-        let lately = |at: Instant| now.saturating_duration_since(at) < COMPLAINT_INTERVAL;
-        if !self.complained_at.is_some_and(lately) && self.state == IkeState::Established {
-            self.complained_at = Some(now);
+        if self.may_complain(now) {
             self.inform(notify(NotifyType::INVALID_MESSAGE_ID, message_id.to_be_bytes().to_vec()));
         }
+    }
+
+    /// ESP with an SPI that nobody knows came from where the peer may be, or from anybody (§1.5). The peer hears of it now and
+    /// then, which shows whether it lives.
+    pub(crate) fn handle_unknown_spi(
+        &mut self,
+        ctx: &mut Context,
+        now: Instant,
+        remote: SocketAddr,
+        spi: u32,
+    ) -> Result<(), Closed> {
+        // Others may be behind the same NAT.
+        let known = self.core.path.remote;
+        let from_peer = remote.ip() == known.ip() && (remote.port() == 0 || remote.port() == known.port());
+        if !from_peer || !self.may_complain(now) {
+            return self.handle_hint(ctx, now);
+        }
+        self.inform(notify(NotifyType::INVALID_SPI, spi.to_be_bytes().to_vec()));
+        self.pump(ctx, now)
+    }
+
+    /// True where the peer may be told of something that is wrong with what it sends: not too often.
+    fn may_complain(&mut self, now: Instant) -> bool {
+        let lately = |at: Instant| now.saturating_duration_since(at) < COMPLAINT_INTERVAL;
+        let may = self.state == IkeState::Established && !self.complained_at.is_some_and(lately);
+        if may {
+            self.complained_at = Some(now);
+        }
+        may
     }
 
     /// Tells the peer something, with what else it is to be told.

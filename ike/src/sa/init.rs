@@ -532,6 +532,9 @@ impl Initiating {
         let Some(suite) = suite else {
             return self.refused(ctx, "the peer chose what we did not offer".to_owned()).map(IkeSa::Initiating);
         };
+        if let Err(fault) = parts.nonce_for(suite.prf) {
+            return self.refused(ctx, fault.to_string()).map(IkeSa::Initiating);
+        }
         let use_ppk = parts.has(NotifyType::USE_PPK) && ppk::of_connection(ctx, &self.connection).is_some();
         if self.connection.ppk_required && !use_ppk {
             // RFC 8784 §3.

@@ -193,6 +193,15 @@ impl Channel {
         Some((opened.header.message_id, wire::parse_payloads(opened.first, &opened.body).ok()?))
     }
 
+    /// Opens what we have sent.
+    pub(crate) fn open_own(&self, datagram: &[u8]) -> Vec<Payload> {
+        let Ok(wire::Incoming::Protected(protected)) = wire::parse(datagram) else { panic!("a protected message") };
+        match protected.open(&self.outbound().unwrap(), &mut Reassembly::default()) {
+            Ok(OpenOutcome::Whole(opened)) => wire::parse_payloads(opened.first, &opened.body).unwrap(),
+            _ => panic!("our own message"),
+        }
+    }
+
     /// What the next requests of both sides have.
     pub(crate) fn message_ids(&self) -> (u32, u32) {
         (self.next_request(), self.expected_request())

@@ -1,11 +1,12 @@
 //! A message's payloads sorted by kind, each at most as often as RFC 7296 allows.
 
 use ipsec::selector::TrafficSelector;
-use ipsec::transform::{Ke, Proposal, Protocol};
+use ipsec::transform::{Ke, Prf, Proposal, Protocol};
 
 use pad::AuthAnnouncement;
 
 use super::fault::{Fault, is_error};
+use crate::crypto;
 use crate::wire::{self, Configuration, Identification, Notify, NotifyType, Opened, Payload, WireSelector};
 
 /// X.509 Certificate - Signature (RFC 7296 §3.6).
@@ -86,6 +87,17 @@ impl Parts {
             }
         }
         Ok(parts)
+    }
+
+    /// The nonce, if it is long enough for this PRF: half its preferred key size (RFC 7296 §2.10).
+    pub(crate) fn nonce_for(&self, prf: Prf) -> Result<&Vec<u8>, Fault> {
+        let nonce = self.nonce.as_ref().ok_or_else(|| Fault::InvalidSyntax("a nonce is missing".to_owned()))?;
+        let least = crypto::prf_len(prf).unwrap_or(0).div_ceil(2);
+        if nonce.len() < least {
+            let line = format!("a nonce of {} octets, where the PRF needs {least}", nonce.len());
+            return Err(Fault::InvalidSyntax(line));
+        }
+        Ok(nonce)
     }
 
     /// The first Notify of this type.

@@ -188,9 +188,10 @@ impl Established {
         parts: &Parts,
         secrets: &[Secret],
     ) -> Result<Successor, String> {
-        let (Some(answer), Some((group, _)), Some(nr)) = (&parts.sa, &parts.ke, &parts.nonce) else {
-            return Err("the answer lacks SA, KE or nonce".to_owned());
+        let (Some(answer), Some((group, _))) = (&parts.sa, &parts.ke) else {
+            return Err("the answer lacks SA or KE".to_owned());
         };
+        let nr = parts.nonce_for(self.channel.suite.prf).map_err(|fault| fault.to_string())?;
         let suite = crypto::accept_ike(answer, &offer.proposals)
             .filter(|suite| suite.ke == *group && *group == offer.method)
             .ok_or_else(|| "the peer chose what we did not offer".to_owned())?;
@@ -236,9 +237,10 @@ impl Established {
         if busy || self.passive.is_some() || !open || self.peers_successor.is_some() {
             return Err(Fault::TemporaryFailure);
         }
-        let (Some(offered), Some((group, public)), Some(ni)) = (&parts.sa, &parts.ke, &parts.nonce) else {
-            return Err(Fault::InvalidSyntax("SA, KE or nonce is missing".to_owned()));
+        let (Some(offered), Some((group, public))) = (&parts.sa, &parts.ke) else {
+            return Err(Fault::InvalidSyntax("SA or KE is missing".to_owned()));
         };
+        let ni = parts.nonce_for(self.channel.suite.prf)?;
         let ours_first = ctx.config.prefer_configured_proposals;
         let choice = crypto::select_ike(offered, &proposals(&self.connection), ours_first, Some(*group));
         let choice = choice.ok_or(Fault::NoProposalChosen)?;

@@ -1,6 +1,7 @@
 //! Traffic selectors of a negotiation (RFC 7296 §2.9): what an initiator offers for a packet, and which of its policies a
 //! responder answers with.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipsec::plane::Mode;
@@ -27,10 +28,7 @@ impl Selectors {
             return self;
         }
         if single_pair {
-            let part = |policy: &[TrafficSelector], host: TrafficSelector| {
-                narrow(&[TrafficSelector::host(host.start)], policy).selectors
-            };
-            return Self { local: part(&self.local, local), remote: part(&self.remote, remote) };
+            return self.of_hosts(local.start, remote.start);
         }
         let first = |packet, mut policy: Vec<TrafficSelector>| {
             // A full payload has no room for it.
@@ -40,6 +38,13 @@ impl Selectors {
             policy
         };
         Self { local: first(local, self.local), remote: first(remote, self.remote) }
+    }
+
+    /// The part of a policy for two hosts; all of it where it has none.
+    pub(crate) fn of_hosts(self, local: IpAddr, remote: IpAddr) -> Self {
+        let part = |policy: &[TrafficSelector], host| narrow(&[TrafficSelector::host(host)], policy).selectors;
+        let part = Self { local: part(&self.local, local), remote: part(&self.remote, remote) };
+        if part.local.is_empty() || part.remote.is_empty() { self } else { part }
     }
 
     /// What both sides allow, and whether that is all of it; `None` when a side has nothing.

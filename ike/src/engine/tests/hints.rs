@@ -23,6 +23,10 @@ fn complain(pair: &mut Pair, kind: NotifyType) {
     pair.drain(A);
 }
 
+fn from(side: usize, port: u16) -> SocketAddr {
+    SocketAddr::new(address(side), port)
+}
+
 const KINDS: [NotifyType; 2] = [NotifyType::INVALID_IKE_SPI, NotifyType::INVALID_SPI];
 
 #[test]
@@ -46,8 +50,8 @@ fn forged_complaints_cost_little() {
     let before = pair.sides[A].sent.len();
     for _ in 0..600 {
         complain(&mut pair, NotifyType::INVALID_IKE_SPI);
-        let (now, remote) = (pair.now, address(B));
-        pair.sides[A].engine.handle_unknown_spi(now, remote);
+        let now = pair.now;
+        pair.sides[A].engine.handle_unknown_spi(now, from(B, 0), 7777);
         pair.drain(A);
         pair.run(Duration::from_millis(100));
     }
@@ -62,10 +66,10 @@ fn an_unknown_spi_asks_the_peer_at_that_address_only() {
     pair.run(seconds(60));
     let before = pair.sides[A].sent.len();
     let now = pair.now;
-    pair.sides[A].engine.handle_unknown_spi(now, "192.0.2.77".parse().unwrap());
+    pair.sides[A].engine.handle_unknown_spi(now, "192.0.2.77:0".parse().unwrap(), 7777);
     pair.drain(A);
     assert_eq!(pair.sides[A].sent.len(), before);
-    pair.sides[A].engine.handle_unknown_spi(now, address(B));
+    pair.sides[A].engine.handle_unknown_spi(now, from(B, 0), 7777);
     pair.drain(A);
     assert_eq!(pair.sides[A].sent.len(), before + 1);
 }
@@ -79,4 +83,47 @@ fn hints_about_one_address_are_followed_up_once_in_a_second() {
     assert_eq!(places.suspects(now, address(B)).len(), 1);
     assert_eq!(places.suspects(now + Duration::from_millis(999), address(B)), []);
     assert_eq!(places.suspects(now + seconds(1), address(B)).len(), 1);
+}
+
+/// What A sends now, opened by B.
+fn said(pair: &mut Pair, from: usize) -> Vec<crate::wire::Payload> {
+    let sent = pair.sides[A].sent[from].clone();
+    let header = super::init::header(&sent.bytes);
+    assert!(header.exchange == ExchangeType::INFORMATIONAL && !header.response);
+    let slot = pair.sides[B].engine.sas.values_mut().next().unwrap();
+    let IkeSa::Established(sa) = &mut slot.sa else { panic!("established") };
+    sa.channel.open_apart(&sent.bytes).unwrap().1
+}
+
+// RFC 7296 §1.5: INVALID_SPI with the SPI, under the IKE SA's protection and not outside it, at a limited rate. Who is told
+// takes note and changes nothing (§2.21.4).
+#[test]
+fn an_unknown_spi_is_told_inside_the_ike_sa() {
+    let mut pair = up(5);
+    let before = pair.sides[A].sent.len();
+    for _ in 0..50 {
+        let now = pair.now;
+        // Encapsulated ESP of somebody else behind the same NAT, and the peer's.
+        pair.sides[A].engine.handle_unknown_spi(now, from(B, 4567), 1);
+        pair.run(seconds(1));
+        let now = pair.now;
+        pair.sides[A].engine.handle_unknown_spi(now, from(B, 500), 0xdead_beef);
+        pair.drain(A);
+        pair.run(Duration::from_millis(100));
+    }
+    let told = pair.sides[A].sent.len() - before;
+    assert!((5..=17).contains(&told), "{told} in 55 seconds");
+    let spi = notify(NotifyType::INVALID_SPI, 0xdead_beef_u32.to_be_bytes().to_vec());
+    let complaints: Vec<usize> = (before..before + told).filter(|at| !said(&mut pair, *at).is_empty()).collect();
+    assert!((5..=6).contains(&complaints.len()));
+    for at in complaints {
+        assert_eq!(said(&mut pair, at), std::slice::from_ref(&spi));
+    }
+    assert!(pair.sides[B].logged("received INVALID_SPI notify error"));
+    pair.assert_same(1, 1);
+    // Nobody who has no IKE SA with us is answered at all.
+    let (now, sent) = (pair.now, pair.sides[A].sent.len());
+    pair.sides[A].engine.handle_unknown_spi(now, "192.0.2.7:4500".parse().unwrap(), 5);
+    pair.drain(A);
+    assert_eq!(pair.sides[A].sent.len(), sent);
 }

@@ -85,14 +85,14 @@ fn traffic_outweighs_hints() {
     for _ in 0..20 {
         pair.sides[A].last_packet = Some(pair.now);
         pair.run(seconds(3));
-        let now = pair.now;
-        pair.sides[A].engine.handle_unknown_spi(now, address(B));
+        let (now, remote) = (pair.now, pair.sides[A].only().path.remote);
+        pair.sides[A].engine.handle_unreachable(now, remote);
         pair.drain(A);
     }
     assert_eq!(pair.sides[A].sent.len(), sent);
     pair.run(seconds(3));
-    let now = pair.now;
-    pair.sides[A].engine.handle_unknown_spi(now, address(B));
+    let (now, remote) = (pair.now, pair.sides[A].only().path.remote);
+    pair.sides[A].engine.handle_unreachable(now, remote);
     pair.drain(A);
     assert_eq!(pair.sides[A].sent.len(), sent + 1, "the last packet was six seconds ago");
 }

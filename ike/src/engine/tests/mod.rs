@@ -31,6 +31,7 @@ mod reauthentication;
 mod redirect;
 mod refusals;
 mod rekey;
+mod rules;
 mod seeds;
 mod selectors;
 mod signatures;

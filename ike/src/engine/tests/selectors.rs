@@ -12,7 +12,7 @@ use crate::wire::{NotifyType, Payload, WireSelector};
 
 const TCP: u8 = 6;
 
-fn flow(local: &str, remote: &str) -> Flow {
+pub(super) fn flow(local: &str, remote: &str) -> Flow {
     let (local, remote) = (local.parse().unwrap(), remote.parse().unwrap());
     Flow { protocol: TCP, local, local_port: 40_000, remote, remote_port: 443 }
 }
@@ -25,7 +25,7 @@ fn one_to_many(networks: &[&str]) -> (Connection, Connection) {
     (a, b)
 }
 
-fn initiate_for(pair: &mut Pair, packet: Flow, token: u64) {
+pub(super) fn initiate_for(pair: &mut Pair, packet: Flow, token: u64) {
     let connection = Arc::clone(&pair.sides[A].engine.ctx.connections[0]);
     let child = connection.children.first().cloned();
     let request = Initiate { connection, child, local: address(A), remote: address(B), token };
@@ -40,18 +40,24 @@ fn remote_of_last(side: &Side) -> String {
 }
 
 /// A's last request, which the network lost; B answers with these payloads, whatever it would have said.
-fn answer_instead(pair: &mut Pair, answer: &[Payload]) -> Parts {
+pub(super) fn answer_instead(pair: &mut Pair, answer: &[Payload]) -> Parts {
+    answer_by(pair, |_| answer.to_vec())
+}
+
+/// The same, with what the request says in mind.
+pub(super) fn answer_by(pair: &mut Pair, answer: impl FnOnce(&Parts) -> Vec<Payload>) -> Parts {
     let request = pair.sides[A].sent.last().unwrap().clone();
     let Ok(Incoming::Protected(protected)) = wire::parse(&request.bytes) else { panic!("a protected request") };
     let slot = pair.sides[B].engine.sas.values_mut().next().unwrap();
     let IkeSa::Established(sa) = &mut slot.sa else { panic!("an established IKE SA") };
     let Received::Request(opened) = sa.channel.receive(protected, &request.bytes) else { panic!("a request") };
-    let sealed = sa.channel.respond(answer, None, &mut TestRng(9)).unwrap();
+    let parts = Parts::of(&opened).unwrap();
+    let sealed = sa.channel.respond(&answer(&parts), None, &mut TestRng(9)).unwrap();
     let path = Path { local: request.path.local, remote: request.path.remote, transport: request.path.transport };
     let now = pair.now;
     pair.sides[A].engine.handle_message(now, path, &sealed[0]);
     pair.drain(A);
-    Parts::of(&opened).unwrap()
+    parts
 }
 
 fn selectors(payload: Option<&Vec<WireSelector>>) -> Vec<String> {
