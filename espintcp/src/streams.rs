@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -76,6 +77,9 @@ impl Default for StreamLimits {
         }
     }
 }
+
+/// What is done to each socket before it is used.
+pub type Prepare = Arc<dyn Fn(BorrowedFd<'_>) -> io::Result<()> + Send + Sync>;
 
 /// What happens on streams. Numbers are the caller's for streams that we open, ours (from `1 << 63`) for
 /// accepted ones.
@@ -151,13 +155,13 @@ pub struct Streams {
 
 impl Streams {
     /// Starts with no listener. Events go to the returned bounded channel; a full channel holds readers back.
-    /// `mark` is set on each socket (SO_MARK), so that streams do not go through the tunnel they carry.
-    pub fn new(limits: StreamLimits, mark: Option<u32>, esp: EspHandler) -> (Self, mpsc::Receiver<StreamEvent>) {
+    /// `prepare` is called for each new socket, so that streams do not go through the tunnel they carry.
+    pub fn new(limits: StreamLimits, prepare: Option<Prepare>, esp: EspHandler) -> (Self, mpsc::Receiver<StreamEvent>) {
         let (events, receiver) = mpsc::channel(EVENTS);
         let strangers = Strangers::new(limits.max_unauthenticated, limits.max_unauthenticated_per_address);
         let inner = Inner {
             limits,
-            mark,
+            prepare,
             esp,
             events,
             strangers: Arc::new(Mutex::new(strangers)),
@@ -181,7 +185,7 @@ impl Streams {
     }
 
     fn listen_as(&self, address: SocketAddr, tls: Option<Arc<TlsServer>>) -> io::Result<SocketAddr> {
-        let listener = socket::listener(address, self.inner.mark)?;
+        let listener = socket::listener(address, self.inner.prepare.as_ref())?;
         let address = listener.local_addr()?;
         let mut table = self.inner.table();
         if table.shut {
@@ -312,7 +316,7 @@ const GRACE: Duration = Duration::from_secs(1);
 
 struct Inner {
     limits: StreamLimits,
-    mark: Option<u32>,
+    prepare: Option<Prepare>,
     esp: EspHandler,
     events: mpsc::Sender<StreamEvent>,
     strangers: Arc<Mutex<Strangers>>,
@@ -515,7 +519,7 @@ impl Inner {
         mut ends: Ends,
     ) -> String {
         let connect = async {
-            let socket = socket::connect(local, remote, self.mark).await?;
+            let socket = socket::connect(local, remote, self.prepare.as_ref()).await?;
             socket::prepare(&socket, &self.limits)?;
             let local = socket.local_addr()?;
             let socket = match tls {

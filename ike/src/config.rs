@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ipsec::plane::{Lifetime, Mode, TfcPadding};
+use ipsec::plane::{KernelOptions, Lifetime, Mode, TfcPadding};
 use ipsec::selector::TrafficSelector;
 use ipsec::transform::Proposal;
 use pad::{Identity, IdentityPattern, LocalAuth, PadEntry};
@@ -220,6 +220,8 @@ pub struct Child {
     pub tfc_padding: TfcPadding,
     /// `inactivity`: closed after this long without traffic; zero is never.
     pub inactivity: Duration,
+    /// Marks, interfaces and what else only the kernel's plane knows.
+    pub options: KernelOptions,
     /// `updown` script.
     pub updown: Option<String>,
 }

@@ -86,6 +86,7 @@ fn pair(n: u32) -> SaPair {
         copy_ecn: true,
         await_peer: false,
         tfc: TfcPadding::None,
+        options: latchkey_ipsec::plane::KernelOptions::default(),
     }
 }
 

@@ -128,6 +128,90 @@ pub struct SaPair {
     pub await_peer: bool,
     /// Padding of what is sent.
     pub tfc: TfcPadding,
+    /// What only the kernel's plane knows.
+    pub options: KernelOptions,
+}
+
+/// A mark on packets inside one host, and which of its bits count.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Mark {
+    /// The bits' values.
+    pub value: u32,
+    /// Which bits count; none is no mark at all.
+    pub mask: u32,
+}
+
+/// Which way the DSCP goes between inner and outer header (RFC 4301 §5.1.2).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum CopyDscp {
+    /// From the inner to the outer one.
+    #[default]
+    Out,
+    /// From the outer to the inner one.
+    In,
+    /// Both.
+    Both,
+    /// Neither.
+    No,
+}
+
+/// What network devices do of ESP.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Offload {
+    /// Nothing.
+    #[default]
+    No,
+    /// Encryption.
+    Crypto,
+    /// All of it, policies included.
+    Packet,
+    /// As much as the device can.
+    Auto,
+}
+
+/// What only the kernel's plane can do with a pair or a trap. The options are `swanctl.conf`'s.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct KernelOptions {
+    /// `mark_in`: of the packets that inbound policies are about.
+    pub mark_in: Mark,
+    /// `mark_out`: of the packets that the outbound policy and SA are about.
+    pub mark_out: Mark,
+    /// `mark_in_sa`: ESP needs `mark_in` as well.
+    pub mark_in_sa: bool,
+    /// `set_mark_in`: put on what comes out of the inbound SA.
+    pub set_mark_in: Mark,
+    /// `set_mark_out`: put on the ESP packets of the outbound SA.
+    pub set_mark_out: Mark,
+    /// `if_id_in`: XFRM interface of the inbound SA and policies.
+    pub if_id_in: u32,
+    /// `if_id_out`: XFRM interface of the outbound SA and policy.
+    pub if_id_out: u32,
+    /// `priority` of the policies; 0 is by their selectors.
+    pub priority: u32,
+    /// `interface`: the policies are about packets on this one only.
+    pub interface: Option<String>,
+    /// `hw_offload`.
+    pub offload: Offload,
+    /// `copy_dscp`.
+    pub copy_dscp: CopyDscp,
+}
+
+impl KernelOptions {
+    /// The first option that another plane cannot leave out without changing what is protected.
+    pub fn demanded(&self) -> Option<&'static str> {
+        let none = Mark::default();
+        let demands = [
+            ("mark_in", self.mark_in != none),
+            ("mark_out", self.mark_out != none),
+            ("set_mark_in", self.set_mark_in != none),
+            ("set_mark_out", self.set_mark_out != none),
+            ("if_id_in", self.if_id_in != 0),
+            ("if_id_out", self.if_id_out != 0),
+            ("interface", self.interface.is_some()),
+            ("hw_offload", matches!(self.offload, Offload::Crypto | Offload::Packet)),
+        ];
+        demands.into_iter().find(|(_, demanded)| *demanded).map(|(name, _)| name)
+    }
 }
 
 /// Traffic flow confidentiality (RFC 4303 §2.7): up to which length packets are padded, so that theirs tells less. In tunnel
@@ -153,6 +237,8 @@ pub struct Trap {
     pub local_ts: Vec<TrafficSelector>,
     /// The peer side's selectors.
     pub remote_ts: Vec<TrafficSelector>,
+    /// What only the kernel's plane knows.
+    pub options: KernelOptions,
 }
 
 /// Limits by volume; time limits are the key manager's.

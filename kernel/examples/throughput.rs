@@ -120,5 +120,6 @@ fn pair(here: u8, there: u8, encapsulation: Encapsulation) -> SaPair {
         copy_ecn: true,
         await_peer: false,
         tfc: TfcPadding::None,
+        options: ipsec::plane::KernelOptions::default(),
     }
 }

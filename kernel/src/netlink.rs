@@ -239,6 +239,33 @@ impl Netlink {
         })
     }
 
+    /// Over which gateway and interface packets with `mark` to `remote` would go. `None` where they cannot.
+    pub(crate) fn way(&mut self, remote: IpAddr, mark: u32) -> Option<(Option<IpAddr>, u32)> {
+        let mut message = RouteMessage::default();
+        message.header.address_family = family(remote);
+        message.header.destination_prefix_length = if remote.is_ipv4() { 32 } else { 128 };
+        message.attributes.push(RouteAttribute::Destination(remote.into()));
+        message.attributes.push(RouteAttribute::Mark(mark));
+        // An error says that there is no route.
+        let answers = self.request(RouteNetlinkMessage::GetRoute(message), NLM_F_ACK).ok()?;
+        answers.iter().find_map(|answer| {
+            let RouteNetlinkMessage::NewRoute(route) = answer else { return None };
+            if route.header.kind != RouteType::Unicast {
+                return None;
+            }
+            let gateway = route.attributes.iter().find_map(|attribute| match attribute {
+                RouteAttribute::Gateway(RouteAddress::Inet(address)) => Some(IpAddr::V4(*address)),
+                RouteAttribute::Gateway(RouteAddress::Inet6(address)) => Some(IpAddr::V6(*address)),
+                _ => None,
+            });
+            let link = route.attributes.iter().find_map(|attribute| match attribute {
+                RouteAttribute::Oif(link) => Some(*link),
+                _ => None,
+            });
+            Some((gateway, link?))
+        })
+    }
+
     /// Adds a route, or replaces the one to the same network in the same table.
     pub(crate) fn set_route(&mut self, route: &Route) -> io::Result<()> {
         self.request(RouteNetlinkMessage::NewRoute(route.message()), NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE)

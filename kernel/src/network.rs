@@ -9,7 +9,7 @@
 //!
 //! Routes into the tunnel stand in a table of their own, before the main one. A rule keeps packets with our mark out
 //! of it, so that the tunnel never carries its own outer packets; every socket that carries IKE or ESP needs that
-//! mark ([`Network::mark`]).
+//! mark ([`Network::prepare`]).
 
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
@@ -30,7 +30,7 @@ use crate::interfaces::{self, AddressPair, InterfaceFilter};
 use crate::netlink::{Netlink, context};
 use crate::planes::Planes;
 use crate::routes::{Routes, host_prefix};
-use crate::socket::{Header, OuterSocket};
+use crate::socket::{Header, OuterSocket, pass_by_policies};
 use crate::threads;
 use crate::tun::{Tun, TunWriter};
 use crate::watch::{self, Own};
@@ -223,6 +223,9 @@ impl Network {
         let mut netlink = Netlink::open()?;
         let tun = Arc::new(Tun::new(&config.tun_name, config.tun_mtu, &mut netlink)?);
         let tun_name = tun.name().to_owned();
+        if xfrm.is_some() {
+            tun.pass_by_policies();
+        }
         let route_numbers = (config.route_table, config.route_priority, mark);
         let routes = Routes::new(Netlink::open()?, tun.index(), route_numbers, config.install_routes)?;
         warn_of_strict_reverse_paths();
@@ -331,10 +334,16 @@ impl Network {
         }
     }
 
-    /// Marks a socket as ours: its packets stay out of the tunnel even where a tunnel covers their destination. For
-    /// TCP sockets that carry IKE and ESP; those that a marked listener accepts are marked as well.
-    pub fn mark(&self, socket: &impl AsFd) -> io::Result<()> {
-        socket2::SockRef::from(socket).set_mark(self.inner.mark).map_err(|e| context(e, "mark a socket"))
+    /// Makes a socket ours: its packets stay out of the tunnel even where a tunnel covers their destination. For
+    /// TCP sockets that carry IKE and ESP; those that a prepared listener accepts are ours as well.
+    pub fn prepare(&self, socket: &impl AsFd) -> io::Result<()> {
+        let socket = socket2::SockRef::from(socket);
+        socket.set_mark(self.inner.mark).map_err(|e| context(e, "mark a socket"))?;
+        if self.inner.xfrm.is_some() {
+            let ipv6 = socket.domain()? == socket2::Domain::IPV6;
+            pass_by_policies(&socket, ipv6).map_err(|e| context(e, "keep IPsec policies away from a socket"))?;
+        }
+        Ok(())
     }
 
     /// Gives the TUN device, or the device of this name, an address that the peer assigned (a virtual IP). One that is
@@ -418,6 +427,17 @@ impl Network {
 }
 
 impl Inner {
+    /// The index of a link.
+    pub(crate) fn link_index(&self, name: &str) -> io::Result<u32> {
+        lock(&self.netlink).link_index(name)
+    }
+
+    /// The index of the link that has an address.
+    pub(crate) fn link_of(&self, address: IpAddr) -> io::Result<Option<u32>> {
+        let interfaces = lock(&self.netlink).interfaces()?;
+        Ok(interfaces.iter().find(|interface| interface.addresses.contains(&address)).map(|interface| interface.index))
+    }
+
     /// Stops the threads and removes device, routes and rules; a second call does nothing.
     pub(crate) fn stop(&self) -> io::Result<()> {
         rustix::io::write(&self.shared.stop, &1_u64.to_ne_bytes())?;

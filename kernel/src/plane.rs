@@ -6,10 +6,10 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::time::Instant;
 
-use ipsec::plane::{Carrier, DataPlane, Encapsulation, PlaneError, SaPair, Trap, Usage};
+use ipsec::plane::{Carrier, DataPlane, Encapsulation, KernelOptions, PlaneError, SaPair, Trap, Usage};
 
 use crate::network::{Inner, lock};
-use crate::routes::Owner;
+use crate::routes::{Owner, Via};
 
 /// The data plane over a running network.
 pub(crate) struct UserSpacePlane {
@@ -30,18 +30,19 @@ impl UserSpacePlane {
 
 impl DataPlane for UserSpacePlane {
     fn carrier(&self, _: u32) -> Carrier {
-        Carrier { name: "user-space", reason: self.reason }
+        Carrier { name: NAME, reason: self.reason }
     }
 
     fn install(&mut self, pair: SaPair) -> Result<(), PlaneError> {
         let spi_in = pair.spi_in;
+        refuse_kernel_options(&pair.options)?;
         if self.installed.contains(&spi_in) {
             return Err(PlaneError::SpiInUse(spi_in));
         }
         // Routes come first, since they can be undone exactly. Until the SAs are there, the engine drops what
         // the routes bring: nothing goes out in clear.
         lock(&self.network.routes)
-            .add(Owner::Pair(spi_in), pair.encapsulation.local(), &pair.local_ts, &pair.remote_ts)
+            .add(Owner::Pair(spi_in), Via::Tunnel, pair.encapsulation.local(), &pair.local_ts, &pair.remote_ts)
             .map_err(|e| system(format!("install the routes of SA {spi_in:08x}"), e))?;
         if let Err(e) = self.network.shared.datapath.install(pair) {
             lock(&self.network.routes).remove(Owner::Pair(spi_in));
@@ -68,13 +69,14 @@ impl DataPlane for UserSpacePlane {
 
     fn install_trap(&mut self, trap: Trap) -> Result<(), PlaneError> {
         let reqid = trap.reqid;
+        refuse_kernel_options(&trap.options)?;
         if self.traps.contains(&reqid) {
             return Err(PlaneError::TrapInUse(reqid));
         }
         // Which outer address an SA will have is not known yet.
         let outer = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
         lock(&self.network.routes)
-            .add(Owner::Trap(reqid), outer, &trap.local_ts, &trap.remote_ts)
+            .add(Owner::Trap(reqid), Via::Tunnel, outer, &trap.local_ts, &trap.remote_ts)
             .map_err(|e| system(format!("install the routes of trap {reqid}"), e))?;
         if let Err(e) = self.network.shared.datapath.install_trap(trap) {
             lock(&self.network.routes).remove(Owner::Trap(reqid));
@@ -107,6 +109,20 @@ impl DataPlane for UserSpacePlane {
         Ok(())
     }
 }
+
+/// Without them other packets would be protected than was meant. Priorities and DSCP are left out.
+fn refuse_kernel_options(options: &KernelOptions) -> Result<(), PlaneError> {
+    match options.demanded() {
+        None => Ok(()),
+        Some(option) => {
+            let what = format!("{option}: it needs plane = kernel");
+            Err(PlaneError::Unsupported { plane: NAME, what })
+        }
+    }
+}
+
+/// Of this plane.
+const NAME: &str = "user-space";
 
 fn system(action: String, source: io::Error) -> PlaneError {
     PlaneError::System { action, source }

@@ -1,9 +1,9 @@
 //! The data plane that the daemon sees: each pair in the plane that can carry it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use ipsec::plane::{Carrier, DataPlane, Encapsulation, PlaneError, SaPair, Trap, Usage};
+use ipsec::plane::{Carrier, DataPlane, Encapsulation, PlaneError, PlaneEvent, SaPair, Trap, Usage};
 
 use crate::network::Inner;
 use crate::plane::UserSpacePlane;
@@ -11,6 +11,7 @@ use crate::xfrm::KernelPlane;
 
 /// Both planes, or user space alone.
 pub(crate) struct Planes {
+    network: Arc<Inner>,
     user: UserSpacePlane,
     kernel: Option<Kernel>,
 }
@@ -19,16 +20,20 @@ struct Kernel {
     plane: KernelPlane,
     /// Inbound SPIs of the pairs that it carries.
     pairs: BTreeSet<u32>,
+    /// Inbound SPIs and `reqid`s of those that user space carries.
+    others: BTreeMap<u32, u32>,
 }
 
 impl Planes {
     pub(crate) fn new(network: &Arc<Inner>) -> Self {
         let reason = if network.xfrm.is_some() { IN_STREAMS } else { network.plane_reason };
         Self {
+            network: Arc::clone(network),
             user: UserSpacePlane::new(Arc::clone(network), reason),
             kernel: network.xfrm.as_ref().map(|xfrm| Kernel {
-                plane: KernelPlane::new(Arc::clone(xfrm), network.plane_reason),
+                plane: KernelPlane::new(network, xfrm),
                 pairs: BTreeSet::new(),
+                others: BTreeMap::new(),
             }),
         }
     }
@@ -70,7 +75,14 @@ impl DataPlane for Planes {
                 kernel.plane.install(pair)?;
                 kernel.pairs.insert(spi_in);
             }
-            _ => self.user.install(pair)?,
+            Some(kernel) => {
+                let reqid = pair.reqid;
+                self.user.install(pair)?;
+                // The routes into the device are there: what a predecessor's policies would take goes in now.
+                kernel.plane.step_aside(reqid, true);
+                kernel.others.insert(spi_in, reqid);
+            }
+            None => self.user.install(pair)?,
         }
         let Carrier { name, reason } = self.carrier(spi_in);
         tracing::debug!(spi_in = format_args!("{spi_in:08x}"), plane = name, reason, "SA pair installed");
@@ -78,7 +90,20 @@ impl DataPlane for Planes {
     }
 
     fn migrate(&mut self, spi_in: u32, to: Encapsulation) -> Result<(), PlaneError> {
-        self.of_mut(spi_in).migrate(spi_in, to)
+        let in_stream = matches!(to, Encapsulation::Stream { .. });
+        match &self.kernel {
+            // Keys must not be used by two that count sequence numbers each for himself: a successor with keys of its own
+            // comes into the other plane, and until then nothing goes out.
+            Some(kernel) if in_stream == kernel.pairs.contains(&spi_in) => {
+                tracing::info!(
+                    spi_in = format_args!("{spi_in:08x}"),
+                    "rekeying, since the other plane carries ESP there"
+                );
+                self.network.shared.events.plane(PlaneEvent::Expire { spi_in, hard: false });
+                Ok(())
+            }
+            _ => self.of_mut(spi_in).migrate(spi_in, to),
+        }
     }
 
     fn retire(&mut self, spi_in: u32) -> Result<(), PlaneError> {
@@ -86,6 +111,13 @@ impl DataPlane for Planes {
     }
 
     fn delete(&mut self, spi_in: u32) -> Result<(), PlaneError> {
+        if let Some(kernel) = &mut self.kernel
+            && let Some(reqid) = kernel.others.remove(&spi_in)
+            && !kernel.others.values().any(|other| *other == reqid)
+        {
+            // Before the routes go: what is left of the `reqid` is the kernel's again.
+            kernel.plane.step_aside(reqid, false);
+        }
         self.of_mut(spi_in).delete(spi_in)?;
         if let Some(kernel) = &mut self.kernel {
             kernel.pairs.remove(&spi_in);

@@ -1,4 +1,8 @@
-//! Routes into the tunnel: one table, one rule for each family that leads all packets but our own to it.
+//! Routes for what SAs and traps protect: one table, one rule for each family that leads all packets but our own to it.
+//!
+//! Where ESP is done in user space they lead into the tunnel's device. Where the kernel does it, its policies select
+//! packets wherever they go, and a route is only there to give them the source address that the policies want: it leads
+//! where the peer's packets go anyway.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
@@ -12,12 +16,14 @@ use crate::netlink::{Netlink, Route, Rule, RuleSelector};
 pub(crate) struct Routes {
     netlink: Netlink,
     table: u32,
+    mark: u32,
     link: u32,
     rules: Vec<Rule>,
     enabled: bool,
-    /// Who needs a route to each network, with the source address that it would give the route: traps, then pairs, oldest
-    /// first. The last one decides.
-    users: BTreeMap<(Subnet, Rank, u64), Option<IpAddr>>,
+    /// Who needs which route to each network: traps, then pairs, oldest first. The last one decides.
+    users: BTreeMap<(Subnet, Rank, u64), Need>,
+    /// What is in the table.
+    set: BTreeMap<Subnet, Route>,
     /// Each user's number in that order, and its networks.
     by_owner: HashMap<Owner, (u64, Vec<Subnet>)>,
     last: u64,
@@ -25,6 +31,23 @@ pub(crate) struct Routes {
 
 /// An address and a prefix length.
 type Subnet = (IpAddr, u8);
+
+/// Where a route leads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Via {
+    /// Into the tunnel's device.
+    Tunnel,
+    /// Where packets to this address go.
+    Towards(IpAddr),
+    /// Where packets to the network itself go.
+    Itself,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Need {
+    source: Option<IpAddr>,
+    via: Via,
+}
 
 /// Traps come before pairs: a trap does not take the source address from a pair that carries traffic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -70,13 +93,25 @@ impl Routes {
                 }
             }
         }
-        Ok(Self { netlink, table, link, rules, enabled, users: BTreeMap::new(), by_owner: HashMap::new(), last: 0 })
+        Ok(Self {
+            netlink,
+            table,
+            mark,
+            link,
+            rules,
+            enabled,
+            users: BTreeMap::new(),
+            set: BTreeMap::new(),
+            by_owner: HashMap::new(),
+            last: 0,
+        })
     }
 
     /// Adds the routes that a pair or trap needs. All of them, or on error none.
     pub(crate) fn add(
         &mut self,
         owner: Owner,
+        via: Via,
         outer: IpAddr,
         local_ts: &[TrafficSelector],
         remote_ts: &[TrafficSelector],
@@ -91,12 +126,8 @@ impl Routes {
         self.by_owner.insert(owner, (order, networks.iter().copied().collect()));
         for network in networks {
             let source = preferred_source(network.0.is_ipv4(), outer, local_ts, &addresses);
-            let before = self.source(network);
-            self.users.insert((network, owner.rank(), order), source);
-            let now = self.source(network);
-            if now != before
-                && let Err(e) = self.netlink.set_route(&self.route(network, now.flatten()))
-            {
+            self.users.insert((network, owner.rank(), order), Need { source, via });
+            if let Err(e) = self.settle(network, None) {
                 self.remove(owner);
                 return Err(e);
             }
@@ -104,31 +135,28 @@ impl Routes {
         Ok(())
     }
 
-    /// The source address of the route to a network; `None` where there is no route.
-    fn source(&self, network: Subnet) -> Option<Option<IpAddr>> {
-        let all = (network, Rank::Trap, 0)..=(network, Rank::Pair, u64::MAX);
-        self.users.range(all).next_back().map(|(_, source)| *source)
+    /// The routes of a pair lead elsewhere from now on.
+    pub(crate) fn redirect(&mut self, owner: Owner, via: Via) {
+        let Some((order, networks)) = self.by_owner.get(&owner).cloned() else { return };
+        for network in networks {
+            if let Some(need) = self.users.get_mut(&(network, owner.rank(), order)) {
+                need.via = via;
+            }
+            self.settle_or_warn(network);
+        }
     }
 
-    fn route(&self, network: Subnet, source: Option<IpAddr>) -> Route {
-        Route { network, gateway: None, link: Some(self.link), source, table: self.table }
-    }
-
-    /// All networks with the source addresses of their routes.
-    fn routes(&self) -> BTreeMap<Subnet, Option<IpAddr>> {
-        self.users.iter().map(|((network, ..), source)| (*network, *source)).collect()
-    }
-
-    /// Sets all routes again: the system removes those with a preferred source address together with the address.
+    /// Sets all routes again: the system removes those with a preferred source address together with the address, and
+    /// the way to a peer may be another.
     pub(crate) fn restore(&mut self) -> io::Result<()> {
         if !self.enabled || self.users.is_empty() {
             return Ok(());
         }
         let addresses = self.netlink.addresses()?;
+        let networks: BTreeSet<Subnet> = self.users.keys().map(|(network, ..)| *network).collect();
         let mut outcome = Ok(());
-        for (network, source) in self.routes() {
-            let route = self.route(network, source.filter(|source| addresses.contains(source)));
-            outcome = outcome.and(self.netlink.set_route(&route));
+        for network in networks {
+            outcome = outcome.and(self.settle(network, Some(&addresses)));
         }
         outcome
     }
@@ -137,19 +165,53 @@ impl Routes {
     pub(crate) fn remove(&mut self, owner: Owner) {
         let Some((order, networks)) = self.by_owner.remove(&owner) else { return };
         for network in networks {
-            let Some(before) = self.source(network) else { continue };
-            if self.users.remove(&(network, owner.rank(), order)).is_none() {
-                continue;
-            }
-            let changed = match self.source(network) {
-                None => self.netlink.delete_route(&self.route(network, before)),
-                Some(now) if now != before => self.netlink.set_route(&self.route(network, now)),
-                Some(_) => Ok(()),
-            };
-            if let Err(e) = changed {
-                tracing::warn!("{e}");
+            if self.users.remove(&(network, owner.rank(), order)).is_some() {
+                self.settle_or_warn(network);
             }
         }
+    }
+
+    fn settle_or_warn(&mut self, network: Subnet) {
+        if let Err(e) = self.settle(network, None) {
+            tracing::warn!("{e}");
+        }
+    }
+
+    /// Makes the table's route to a network what the last of those who need one needs; given all addresses of this host,
+    /// also if it seems to be that already.
+    fn settle(&mut self, network: Subnet, addresses: Option<&[IpAddr]>) -> io::Result<()> {
+        let all = (network, Rank::Trap, 0)..=(network, Rank::Pair, u64::MAX);
+        let wanted = self.users.range(all).next_back().map(|(_, need)| *need).and_then(|mut need| {
+            need.source = need.source.filter(|source| addresses.is_none_or(|all| all.contains(source)));
+            self.route(network, need)
+        });
+        let outcome = match (&wanted, self.set.get(&network)) {
+            (Some(wanted), set) if addresses.is_some() || set != Some(wanted) => self.netlink.set_route(wanted),
+            (None, Some(set)) => self.netlink.delete_route(set),
+            _ => Ok(()),
+        };
+        if outcome.is_ok() {
+            match wanted {
+                Some(route) => self.set.insert(network, route),
+                None => self.set.remove(&network),
+            };
+        }
+        outcome
+    }
+
+    /// The route that somebody needs; `None` where the system's own do.
+    fn route(&mut self, network: Subnet, need: Need) -> Option<Route> {
+        let (gateway, link) = match need.via {
+            Via::Tunnel => (None, self.link),
+            Via::Towards(_) | Via::Itself if need.source.is_none() => return None,
+            Via::Towards(remote) => {
+                let (gateway, link) = self.netlink.way(remote, self.mark)?;
+                // A gateway of the other family is none for these packets, which never get there as they are.
+                (gateway.filter(|gateway| gateway.is_ipv4() == network.0.is_ipv4()), link)
+            }
+            Via::Itself => self.netlink.way(network.0, self.mark)?,
+        };
+        Some(Route { network, gateway, link: Some(link), source: need.source, table: self.table })
     }
 
     /// Gives the device an address that the peer assigned.
@@ -165,9 +227,8 @@ impl Routes {
     /// Removes all routes and the rules. Does all that it can, and gives the first error.
     pub(crate) fn clear(&mut self) -> io::Result<()> {
         let mut result = Ok(());
-        for (network, source) in self.routes() {
-            let route = self.route(network, source);
-            result = result.and(self.netlink.delete_route(&route));
+        for route in std::mem::take(&mut self.set).values() {
+            result = result.and(self.netlink.delete_route(route));
         }
         self.users.clear();
         self.by_owner.clear();

@@ -154,13 +154,8 @@ impl OuterSocket {
 
     /// Keeps the kernel's IPsec policies away from this socket's packets: IKE is to get through whatever they say.
     pub(crate) fn pass_by_policies(&self) -> io::Result<()> {
-        let ipv6 = self.local.is_ipv6();
-        let (level, option) = if ipv6 { (libc::SOL_IPV6, IPV6_XFRM_POLICY) } else { (libc::SOL_IP, IP_XFRM_POLICY) };
-        for inbound in [true, false] {
-            set_option(&self.socket, level, option, &bypass(ipv6, inbound))
-                .map_err(|e| context(e, format!("keep IPsec policies away from port {}", self.port())))?;
-        }
-        Ok(())
+        pass_by_policies(&self.socket, self.local.is_ipv6())
+            .map_err(|e| context(e, format!("keep IPsec policies away from port {}", self.port())))
     }
 
     /// Has the kernel take what is ESP out of this socket's packets (RFC 3948); IKE still comes.
@@ -420,6 +415,12 @@ fn errno(error: &io::Error) -> Option<Errno> {
 
 fn any(ipv6: bool, port: u16) -> SocketAddr {
     if ipv6 { (Ipv6Addr::UNSPECIFIED, port).into() } else { (Ipv4Addr::UNSPECIFIED, port).into() }
+}
+
+/// Gives a socket policies of its own that let everything pass in clear.
+pub(crate) fn pass_by_policies(socket: &Socket, ipv6: bool) -> io::Result<()> {
+    let (level, option) = if ipv6 { (libc::SOL_IPV6, IPV6_XFRM_POLICY) } else { (libc::SOL_IP, IP_XFRM_POLICY) };
+    [true, false].into_iter().try_for_each(|inbound| set_option(socket, level, option, &bypass(ipv6, inbound)))
 }
 
 /// Sets a socket option that no crate has a safe call for.

@@ -16,6 +16,18 @@ pub(crate) struct Tun {
 }
 
 impl Tun {
+    /// Keeps the kernel's IPsec policies away from what goes through the device: user space does ESP for it. IPv6 has no
+    /// such switch for what goes in; there [`crate::planes`] takes away the policies that would be in the way.
+    pub(crate) fn pass_by_policies(&self) {
+        for switch in ["ipv4/conf/{}/disable_policy", "ipv4/conf/{}/disable_xfrm", "ipv6/conf/{}/disable_policy"] {
+            let path = format!("/proc/sys/net/{}", switch.replace("{}", self.name()));
+            match std::fs::write(&path, "1") {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => tracing::warn!("write 1 to {path}: {e}"),
+                _ => {}
+            }
+        }
+    }
+
     /// Makes the device in the calling thread's network namespace and brings it up.
     pub(crate) fn new(name: &str, mtu: u16, netlink: &mut Netlink) -> io::Result<Self> {
         let build = |offload| DeviceBuilder::new().name(name).mtu(mtu).offload(offload).build_sync();

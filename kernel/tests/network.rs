@@ -181,6 +181,7 @@ fn sa_pair(here: &Host, there: &Host, spi: u32, encapsulation: Encapsulation) ->
         copy_ecn: true,
         await_peer: false,
         tfc: TfcPadding::None,
+        options: ipsec::plane::KernelOptions::default(),
     }
 }
 
@@ -496,7 +497,7 @@ fn marked_sockets_stay_out_of_the_tunnel() {
     let (client, server) = (a.socket(a.outer()), b.socket(b.outer()));
     client.send_to(b"x", server.local_addr().unwrap()).unwrap();
     assert!(is_silent(&server), "into the tunnel, which does not carry it");
-    a.network.mark(&client).unwrap();
+    a.network.prepare(&client).unwrap();
     client.send_to(b"x", server.local_addr().unwrap()).unwrap();
     assert_eq!(server.recv(&mut [0; 8]).unwrap(), 1);
 }
@@ -544,7 +545,7 @@ fn a_trap_keeps_its_routes_and_asks_for_an_sa_once_a_second() {
     let (mut a, b) = pair();
     let mut plane = a.network.plane();
     let SaPair { local_ts, remote_ts, .. } = sa_pair(&a, &b, 0x1000, udp(&a, &b));
-    let trap = Trap { reqid: 9, local_ts, remote_ts };
+    let trap = Trap { reqid: 9, local_ts, remote_ts, options: Default::default() };
     let both = [(b.inner(), 32), (b.inner6(), 128)];
     plane.install(sa_pair(&a, &b, 0x1000, udp(&a, &b))).unwrap();
     plane.install_trap(trap.clone()).unwrap();

@@ -16,7 +16,7 @@ use ike::config::{
 };
 use ike::crypto::parse_proposals;
 use ike::engine::Gateway;
-use ipsec::plane::{Lifetime, Mode, TfcPadding};
+use ipsec::plane::{CopyDscp, KernelOptions, Lifetime, Mode, Offload, TfcPadding};
 use ipsec::transform::{Proposal, Protocol};
 use pad::{AuthClass, Identity, IdentityPattern, LocalAuth, PadEntry, SignatureConstraints};
 
@@ -478,33 +478,67 @@ fn child(name: &str, mut options: Options<'_, '_>) -> (Arc<Child>, TrapActions) 
         copy_ecn: options.boolean("copy_ecn", true),
         tfc_padding: options.parsed("tfc_padding", tfc_padding, "mtu or a number of octets").unwrap_or_default(),
         inactivity: options.time("inactivity").unwrap_or_default(),
+        options: kernel_options(&mut options),
         updown: options.text("updown").filter(|text| !text.is_empty()).map(str::to_owned),
     };
 
     options.refuse_unless("ah_proposals", &[], "AH is not served; use 'esp_proposals'");
     options.refuse_unless("sha256_96", NO, "the truncation to 96 bits is not served");
     options.refuse_unless("policies", YES, "SAs without policies are not served yet");
-    options.refuse_unless("interface", &[], "policies for one interface are not served yet");
     options.refuse_unless("label", &[], "security labels are not served yet");
-    options.refuse_unless("hw_offload", &["no", "auto"], "hardware offload is not served yet; write 'no'");
-    for mark in ["mark_in", "mark_out", "set_mark_in", "set_mark_out"] {
-        options.refuse_unless(mark, &["0", "0/0", "0/0x0", "0/0x00000000", "0x0"], "marks are not served yet");
-    }
-    options.refuse_unless("mark_in_sa", NO, "marks are not served yet");
-    for id in ["if_id_in", "if_id_out"] {
-        options.refuse_unless(id, ZERO, "XFRM interfaces are not served yet");
-    }
     options.warn_unless("hostaccess", NO);
     options.warn_unless("policies_fwd_out", NO);
     options.warn_unless("ipcomp", NO);
-    options.warn_unless("priority", ZERO);
     options.warn_unless("label_mode", &["system"]);
-    options.warn_unless("copy_dscp", &["out"]);
     options.warn_unless("per_cpu_sas", NO);
     options.warn_unless("icmp", NO);
     options.finish(&[]);
     (Arc::new(read), TrapActions { start: trap_at_start, close: trap_at_close })
 }
+
+/// What is for the kernel's plane alone. Which plane there will be is not known here: the other one refuses what it lacks.
+fn kernel_options(options: &mut Options<'_, '_>) -> KernelOptions {
+    let mut mark = |option| options.parsed(option, values::mark, MARK).unwrap_or_default();
+    let (mark_in, mark_out) = (mark("mark_in"), mark("mark_out"));
+    let (set_mark_in, set_mark_out) = (mark("set_mark_in"), mark("set_mark_out"));
+    let mut number = |option| options.number(option, u32::MAX.into()).map_or(0, narrow_u32);
+    KernelOptions {
+        mark_in,
+        mark_out,
+        set_mark_in,
+        set_mark_out,
+        if_id_in: number("if_id_in"),
+        if_id_out: number("if_id_out"),
+        priority: number("priority"),
+        mark_in_sa: options.boolean("mark_in_sa", false),
+        // IFNAMSIZ is 16 with the final NUL.
+        interface: options
+            .parsed("interface", |name| Some(name.to_owned()).filter(|name| name.len() < 16), "a name")
+            .filter(|name| !name.is_empty()),
+        offload: options.choice(
+            "hw_offload",
+            Offload::No,
+            &[
+                (&["no", "0", "false"], Offload::No),
+                (&["crypto", "yes", "1", "true"], Offload::Crypto),
+                (&["packet"], Offload::Packet),
+                (&["auto"], Offload::Auto),
+            ],
+        ),
+        copy_dscp: options.choice(
+            "copy_dscp",
+            CopyDscp::Out,
+            &[
+                (&["out"], CopyDscp::Out),
+                (&["in"], CopyDscp::In),
+                (&["yes", "1", "true"], CopyDscp::Both),
+                (&["no", "0", "false"], CopyDscp::No),
+            ],
+        ),
+    }
+}
+
+const MARK: &str = "a mark (value or value/mask; the same for each Child SA, %unique and %same are not served)";
 
 /// `tfc_padding`.
 fn tfc_padding(text: &str) -> Option<TfcPadding> {
@@ -836,6 +870,8 @@ impl<'s, 'r> Options<'s, 'r> {
 mod tests {
     use proptest::prelude::*;
 
+    use ipsec::plane::Mark;
+
     use super::*;
     use crate::config::settings;
 
@@ -968,20 +1004,50 @@ mod tests {
             "ah_proposals = sha256",
             "sha256_96 = yes",
             "policies = no",
-            "interface = eth0",
+            "interface = more-than-15-octets",
             "label = x",
-            "hw_offload = packet",
-            "hw_offload = yes",
-            "mark_in = 42",
+            "hw_offload = some",
+            "mark_in = %unique",
+            "mark_out = 3/1",
             "set_mark_out = %same",
-            "mark_in_sa = yes",
+            "mark_in_sa = perhaps",
             "if_id_out = %unique",
+            "copy_dscp = up",
             "start_action = trap|none",
         ] {
             let message = refusal(&format!("remote {{ }}\nchildren {{ c {{ {option} }} }}"));
             let name = option.split(' ').next().unwrap();
             assert!(message.contains(&format!("invalid value for: {name}, config discarded")), "{option}: {message}");
         }
+    }
+
+    #[test]
+    fn what_is_for_the_kernel_s_plane_is_read() {
+        let connection = read_good(
+            "remote { }\nchildren { c { mark_in = 42\n mark_out = 0x10/0xf0\n mark_in_sa = yes\n set_mark_in = 1/3
+             set_mark_out = 0\n if_id_in = 5\n if_id_out = 0x6\n priority = 7\n interface = eth0\n hw_offload = yes
+             copy_dscp = yes } }",
+        );
+        let mark = |value, mask| Mark { value, mask };
+        let expected = KernelOptions {
+            mark_in: mark(42, u32::MAX),
+            mark_out: mark(0x10, 0xf0),
+            mark_in_sa: true,
+            set_mark_in: mark(1, 3),
+            set_mark_out: Mark::default(),
+            if_id_in: 5,
+            if_id_out: 6,
+            priority: 7,
+            interface: Some("eth0".to_owned()),
+            offload: Offload::Crypto,
+            copy_dscp: CopyDscp::Both,
+        };
+        assert_eq!(connection.children[0].options, expected);
+        assert_eq!(expected.demanded(), Some("mark_in"));
+        let only = |options: &str| read_good(&format!("remote {{ }}\nchildren {{ c {{ {options} }} }}"));
+        let bearable = only("priority = 7\n copy_dscp = no\n hw_offload = auto");
+        assert_eq!(bearable.children[0].options.demanded(), None);
+        assert_eq!(only("interface = eth0").children[0].options.demanded(), Some("interface"));
     }
 
     // RFC 4301 §4.4.1: a policy without an SA has selectors of its own.

@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 
 use ike::config::{Child, ConfiguredSelector};
+use ipsec::plane::KernelOptions;
 use ipsec::selector::{Flow, TrafficSelector};
 
 /// What a trap selects.
@@ -12,6 +13,8 @@ pub struct Selectors {
     pub local_ts: Vec<TrafficSelector>,
     /// The peer side's selectors.
     pub remote_ts: Vec<TrafficSelector>,
+    /// What only the kernel's plane knows.
+    pub options: KernelOptions,
 }
 
 impl Selectors {
@@ -20,6 +23,7 @@ impl Selectors {
         Ok(Self {
             local_ts: fixed(&child.local_ts, local_addrs, "local")?,
             remote_ts: fixed(&child.remote_ts, remote_addrs, "remote")?,
+            options: child.options.clone(),
         })
     }
 }

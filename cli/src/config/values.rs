@@ -4,6 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
 use ike::config::{AddressRange, ConfiguredSelector};
+use ipsec::plane::Mark;
 use ipsec::selector::TrafficSelector;
 
 /// Times beyond this are refused, so that adding them to a clock never overflows.
@@ -304,6 +305,20 @@ pub fn protocol_name(protocol: u8) -> String {
         .skip(2)
         .find(|(_, number)| *number == protocol)
         .map_or_else(|| protocol.to_string(), |(name, _)| (*name).to_owned())
+}
+
+/// A mark: `42`, `0x2a/0xff`. Bits outside of the mask would never fit a packet.
+pub fn mark(text: &str) -> Option<Mark> {
+    let number = |text: &str| number(text.trim()).and_then(|number| u32::try_from(number).ok());
+    let mark = match text.split_once('/') {
+        None => Mark { value: number(text)?, mask: u32::MAX },
+        Some((value, mask)) => Mark { value: number(value)?, mask: number(mask)? },
+    };
+    // 0 alone is none, as with charon.
+    if mark.value == 0 && !text.contains('/') {
+        return Some(Mark::default());
+    }
+    (mark.value & !mark.mask == 0).then_some(mark)
 }
 
 #[cfg(test)]

@@ -52,6 +52,10 @@ const CHILDREN_OF_A_TRAP: usize = 256;
 /// IKE SAs that one answer to `ListSas` looks at: packets wait that long for a front end.
 const PAGE: usize = 128;
 
+/// With the kernel's plane `reqid`s that were not configured are greater than this: strongSwan's begin with 1, and SAs with
+/// the same `reqid` between the same addresses would stand for each other.
+const KERNEL_REQIDS: u32 = 0x4c00_0000;
+
 /// What the core is made of.
 pub(super) struct Parts {
     pub(super) engine: Engine,
@@ -110,6 +114,8 @@ pub(super) struct Core {
 impl Core {
     pub(super) fn new(parts: Parts) -> Self {
         let (finished, from_finished) = mpsc::unbounded_channel();
+        let reqids =
+            if parts.network.leaves_esp_to_the_kernel() { Reqids::after(KERNEL_REQIDS) } else { Reqids::default() };
         Self {
             plane: parts.network.plane(),
             engine: parts.engine,
@@ -124,7 +130,7 @@ impl Core {
             virtual_addresses: parts.virtual_addresses,
             scripts: Scripts::new(),
             children: Children::default(),
-            reqids: Reqids::default(),
+            reqids,
             traps: Traps::default(),
             next_token: 1,
             waiting: HashMap::new(),
@@ -494,8 +500,8 @@ impl Core {
     /// Installs a trap in place of the child's earlier one, which on error stays.
     fn install_trap(&mut self, key: Key, selectors: Selectors) -> Result<(), PlaneError> {
         let reqid = self.reqids.fresh();
-        let Selectors { local_ts, remote_ts } = selectors.clone();
-        self.plane.install_trap(Trap { reqid, local_ts, remote_ts })?;
+        let Selectors { local_ts, remote_ts, options } = selectors.clone();
+        self.plane.install_trap(Trap { reqid, local_ts, remote_ts, options })?;
         self.reqids.trap(reqid, true);
         tracing::info!(connection = key.0, child = key.1, reqid, "trap installed");
         if let Some(old) = self.traps.insert(key, reqid, selectors) {

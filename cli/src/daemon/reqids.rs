@@ -31,6 +31,11 @@ pub(super) struct Reqids {
 }
 
 impl Reqids {
+    /// Numbers after this one, so that they differ from another key manager's on the same kernel.
+    pub(super) fn after(last: u32) -> Self {
+        Self { last, ..Self::default() }
+    }
+
     /// The class of the Child SAs that have it.
     pub(super) fn class_of(&self, reqid: u32) -> Option<ClassId> {
         self.users.get(&reqid).map(|users| users.class)

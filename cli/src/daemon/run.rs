@@ -72,10 +72,10 @@ pub async fn run(options: DaemonOptions) -> anyhow::Result<()> {
     let database = Arc::new(Database::new());
     let (network, from_network) =
         Network::start(network_config(&config), Arc::clone(&database) as _).await.context("opening the network")?;
-    let into_plane = network.clone();
+    let (into_plane, into_streams) = (network.clone(), network.clone());
     let (streams, from_streams) = Streams::new(
         StreamLimits::default(),
-        Some(network_config(&config).mark),
+        Some(Arc::new(move |socket| into_streams.prepare(&socket))),
         Arc::new(move |stream, local, remote, packets: &mut [BytesMut]| {
             let packets = packets.iter_mut().map(AsMut::as_mut);
             let worth = into_plane.esp_batch_from_stream(StreamId(stream), local, remote, packets);

@@ -180,7 +180,8 @@ mod tests {
 
     fn selectors(remote: &str) -> Selectors {
         let network = |text: &str| TrafficSelector::network(text.parse().unwrap(), 24).unwrap();
-        Selectors { local_ts: vec![network("10.1.0.0")], remote_ts: vec![network(remote)] }
+        let options = Default::default();
+        Selectors { local_ts: vec![network("10.1.0.0")], remote_ts: vec![network(remote)], options }
     }
 
     #[test]

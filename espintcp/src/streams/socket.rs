@@ -2,12 +2,13 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::AsFd as _;
 use std::time::Duration;
 
 use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 
-use super::StreamLimits;
+use super::{Prepare, StreamLimits};
 
 /// Connections that wait for `accept`.
 const BACKLOG: i32 = 1024;
@@ -17,9 +18,9 @@ const UNSENT: u32 = 128 * 1024;
 const KEEPALIVE: TcpKeepalive =
     TcpKeepalive::new().with_time(Duration::from_secs(60)).with_interval(Duration::from_secs(15)).with_retries(4);
 
-/// A listening socket. Accepted ones inherit its mark.
-pub(super) fn listener(address: SocketAddr, mark: Option<u32>) -> io::Result<TcpListener> {
-    let socket = socket(address, mark)?;
+/// A listening socket. Accepted ones inherit what `prepare` did.
+pub(super) fn listener(address: SocketAddr, prepare: Option<&Prepare>) -> io::Result<TcpListener> {
+    let socket = socket(address, prepare)?;
     if address.is_ipv6() {
         socket.set_only_v6(true)?;
     }
@@ -29,9 +30,9 @@ pub(super) fn listener(address: SocketAddr, mark: Option<u32>) -> io::Result<Tcp
     TcpListener::from_std(socket.into())
 }
 
-/// Connects; the mark is set before the first packet.
-pub(super) async fn connect(local: SocketAddr, remote: SocketAddr, mark: Option<u32>) -> io::Result<TcpStream> {
-    let socket = socket(remote, mark)?;
+/// Connects; `prepare` comes before the first packet.
+pub(super) async fn connect(local: SocketAddr, remote: SocketAddr, prepare: Option<&Prepare>) -> io::Result<TcpStream> {
+    let socket = socket(remote, prepare)?;
     if local.port() != 0 || !local.ip().is_unspecified() {
         if local.is_ipv4() != remote.is_ipv4() {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "local and remote address differ in family"));
@@ -52,11 +53,11 @@ pub(super) fn prepare(socket: &TcpStream, limits: &StreamLimits) -> io::Result<(
     socket.set_tcp_notsent_lowat(UNSENT)
 }
 
-fn socket(address: SocketAddr, mark: Option<u32>) -> io::Result<Socket> {
+fn socket(address: SocketAddr, prepare: Option<&Prepare>) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_nonblocking(true)?;
-    if let Some(mark) = mark {
-        socket.set_mark(mark)?;
+    if let Some(prepare) = prepare {
+        prepare(socket.as_fd())?;
     }
     Ok(socket)
 }
@@ -65,17 +66,21 @@ fn socket(address: SocketAddr, mark: Option<u32>) -> io::Result<Socket> {
 mod tests {
     use super::*;
 
+    fn mark(mark: u32) -> Prepare {
+        std::sync::Arc::new(move |socket| SockRef::from(&socket).set_mark(mark))
+    }
+
     // The mark must be there before the SYN: a policy could otherwise send the stream into the tunnel it carries.
     #[tokio::test]
     async fn marks_are_set_on_listeners_inherited_and_set_before_connecting() {
-        let listener = match listener("127.0.0.1:0".parse().unwrap(), Some(7)) {
+        let listener = match listener("127.0.0.1:0".parse().unwrap(), Some(&mark(7))) {
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
                 return eprintln!("skipped: no right to set marks");
             }
             listener => listener.unwrap(),
         };
         let address = listener.local_addr().unwrap();
-        let opened = connect("0.0.0.0:0".parse().unwrap(), address, Some(9)).await.unwrap();
+        let opened = connect("0.0.0.0:0".parse().unwrap(), address, Some(&mark(9))).await.unwrap();
         let (accepted, _) = listener.accept().await.unwrap();
         assert_eq!(SockRef::from(&opened).mark().unwrap(), 9);
         assert_eq!(SockRef::from(&accepted).mark().unwrap(), 7);

@@ -129,6 +129,7 @@ fn connection(side: usize, options: u8) -> Connection {
         copy_ecn: true,
         tfc_padding: ipsec::plane::TfcPadding::None,
         inactivity: Duration::ZERO,
+        options: Default::default(),
         updown: None,
     };
     Connection {

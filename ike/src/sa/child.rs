@@ -641,6 +641,7 @@ impl Made {
             copy_ecn: self.config.copy_ecn,
             await_peer: false,
             tfc: self.tfc,
+            options: self.config.options.clone(),
         };
         let ready = ChildReady {
             ike_sa: parent.core.id,

@@ -1255,6 +1255,7 @@ fn sa_pairs(setup: &Setup) -> (SaPair, SaPair) {
         copy_ecn: setup.copy_ecn,
         await_peer: false,
         tfc: setup.tfc,
+        options: crate::plane::KernelOptions::default(),
     };
     (
         pair((LEFT_SPI, RIGHT_SPI), (1, 2), (LEFT, RIGHT), (&setup.left_ts, &setup.right_ts)),
@@ -1282,7 +1283,7 @@ fn spi_for(plane: &DataPath, destination: &str) -> Option<u32> {
 }
 
 fn trap(reqid: u32, remote: &str) -> Trap {
-    Trap { reqid, local_ts: vec![net("10.1.0.0/16")], remote_ts: vec![net(remote)] }
+    Trap { reqid, local_ts: vec![net("10.1.0.0/16")], remote_ts: vec![net(remote)], options: Default::default() }
 }
 
 /// What becomes of a packet to this address.

@@ -51,6 +51,7 @@ fn entry(order: u64, ts: (Vec<TrafficSelector>, Vec<TrafficSelector>), reqid: u3
         copy_ecn: true,
         await_peer: false,
         tfc: TfcPadding::None,
+        options: crate::plane::KernelOptions::default(),
     };
     let (encapsulation, sa) = Sa::new(pair).unwrap();
     Arc::new(Entry { order, encapsulation, sa: Arc::new(sa) })
@@ -176,7 +177,10 @@ fn net(text: &str) -> TrafficSelector {
 }
 
 fn trap(reqid: u32, remote_ts: Vec<TrafficSelector>) -> Arc<TrapState> {
-    Arc::new(TrapState::new(Trap { reqid, local_ts: vec![net("10.1.0.0/16")], remote_ts }, u64::from(reqid)))
+    Arc::new(TrapState::new(
+        Trap { reqid, local_ts: vec![net("10.1.0.0/16")], remote_ts, options: Default::default() },
+        u64::from(reqid),
+    ))
 }
 
 fn what_takes(tables: &Tables, remote: &str) -> String {

@@ -3,9 +3,10 @@
 //! Only what this crate sends and reads. Keys go from their owner straight into a buffer that wipes itself, and are
 //! skipped where the kernel sends them back: no value here holds one.
 
+use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use ipsec::plane::{Lifetime, Mode};
+use ipsec::plane::{Lifetime, Mark, Mode};
 use zeroize::Zeroizing;
 
 /// `nlmsg_type`s.
@@ -33,6 +34,7 @@ mod attribute {
     pub(super) const ALG_CRYPT: u16 = 2;
     pub(super) const ENCAP: u16 = 4;
     pub(super) const TEMPLATE: u16 = 5;
+    pub(super) const POLICY: u16 = 7;
     pub(super) const LIFETIME_CURRENT: u16 = 9;
     pub(super) const LAST_USED: u16 = 15;
     pub(super) const ALG_AEAD: u16 = 18;
@@ -40,7 +42,9 @@ mod attribute {
     pub(super) const MARK: u16 = 21;
     pub(super) const TFC_PADDING: u16 = 22;
     pub(super) const REPLAY_ESN: u16 = 23;
+    pub(super) const EXTRA_FLAGS: u16 = 24;
     pub(super) const PADDING: u16 = 27;
+    pub(super) const OFFLOAD_DEVICE: u16 = 28;
     pub(super) const SET_MARK: u16 = 29;
     pub(super) const SET_MARK_MASK: u16 = 30;
     pub(super) const IF_ID: u16 = 31;
@@ -49,9 +53,22 @@ mod attribute {
 /// Flags of a state (`XFRM_STATE_…`).
 pub(super) mod flag {
     pub(in crate::xfrm) const NO_ECN: u8 = 1;
+    pub(in crate::xfrm) const DECAPSULATE_DSCP: u8 = 2;
     pub(in crate::xfrm) const NO_PMTU_DISCOVERY: u8 = 4;
     pub(in crate::xfrm) const ANY_FAMILY: u8 = 32;
     pub(in crate::xfrm) const ESN: u8 = 128;
+}
+
+/// More flags of a state (`XFRM_SA_XFLAG_…`).
+pub(super) mod extra_flag {
+    pub(in crate::xfrm) const NO_DSCP_OUTSIDE: u32 = 1;
+}
+
+/// What a device does for a state (`XFRM_OFFLOAD_…`).
+pub(super) mod offload {
+    pub(in crate::xfrm) const IPV6: u8 = 1;
+    pub(in crate::xfrm) const INBOUND: u8 = 2;
+    pub(in crate::xfrm) const PACKET: u8 = 4;
 }
 
 /// What a policy is about (`XFRM_POLICY_…`).
@@ -60,13 +77,6 @@ pub(super) enum Direction {
     In = 0,
     Out = 1,
     Forward = 2,
-}
-
-/// A mark and which of its bits count.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(super) struct Mark {
-    pub(super) value: u32,
-    pub(super) mask: u32,
 }
 
 /// A port and which of its bits count.
@@ -84,6 +94,8 @@ pub(super) struct Selector {
     pub(super) protocol: u8,
     pub(super) source_port: Port,
     pub(super) destination_port: Port,
+    /// Index of the interface that they go over; 0 is any.
+    pub(super) interface: u32,
 }
 
 impl Selector {
@@ -157,6 +169,9 @@ pub(super) struct State {
     /// UDP ports of source and destination (RFC 3948).
     pub(super) encapsulation: Option<(u16, u16)>,
     pub(super) flags: u8,
+    pub(super) extra_flags: u32,
+    /// The device that does a part, and which.
+    pub(super) offload: Option<(u32, u8)>,
     pub(super) tfc_padding: u32,
     /// Mark put on what comes out of it.
     pub(super) set_mark: Mark,
@@ -206,6 +221,27 @@ pub(super) struct PolicyId {
     pub(super) if_id: u32,
 }
 
+impl fmt::Display for PolicyId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let direction = match self.direction {
+            Direction::In => "in",
+            Direction::Out => "out",
+            Direction::Forward => "fwd",
+        };
+        let Selector { source, destination, protocol, source_port, destination_port, .. } = self.selector;
+        write!(f, "{direction} {}/{} to {}/{}", source.0, source.1, destination.0, destination.1)?;
+        if protocol != 0 {
+            write!(f, " protocol {protocol}")?;
+        }
+        for (name, port) in [("source", source_port), ("destination", destination_port)] {
+            if port.mask != 0 {
+                write!(f, " {name} port {}/{:#x}", port.port, port.mask)?;
+            }
+        }
+        Ok(())
+    }
+}
+
 /// What a policy does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Action {
@@ -246,8 +282,10 @@ pub(super) enum Event {
     StateRemoved(StateId),
     /// All states were removed.
     StatesFlushed,
-    /// One or all policies were removed or changed.
+    /// Policies of ours were removed or changed.
     PoliciesChanged,
+    /// Somebody installed or changed a policy.
+    Policy(PolicyReport),
 }
 
 /// Stands in the `user` field of the selectors of all states and policies that are ours ("LtKy"). The kernel keeps it and
@@ -347,6 +385,10 @@ impl Message {
 
     /// `struct xfrm_selector`, ours.
     fn selector(&mut self, selector: Option<&Selector>) {
+        self.selector_of(OWNER, selector);
+    }
+
+    fn selector_of(&mut self, user: u32, selector: Option<&Selector>) {
         match selector {
             None => self.zeros(52),
             Some(selector) => {
@@ -360,11 +402,11 @@ impl Message {
                 self.u8(selector.destination.1);
                 self.u8(selector.source.1);
                 self.u8(selector.protocol);
-                // Padding, and the index of an interface.
-                self.zeros(3 + 4);
+                self.zeros(3);
+                self.u32(selector.interface);
             }
         }
-        self.u32(OWNER);
+        self.u32(user);
     }
 
     /// `struct xfrm_id`.
@@ -460,6 +502,16 @@ pub(super) fn put_state(flags: u16, state: &State, algorithms: &[(Algorithm, &[u
     }
     if state.tfc_padding != 0 {
         message.attribute(attribute::TFC_PADDING, |message| message.u32(state.tfc_padding));
+    }
+    if state.extra_flags != 0 {
+        message.attribute(attribute::EXTRA_FLAGS, |message| message.u32(state.extra_flags));
+    }
+    if let Some((device, what)) = state.offload {
+        message.attribute(attribute::OFFLOAD_DEVICE, |message| {
+            message.u32(device);
+            message.u8(what);
+            message.zeros(3);
+        });
     }
     if state.set_mark != Mark::default() {
         message.attribute(attribute::SET_MARK, |message| message.u32(state.set_mark.value));
@@ -564,10 +616,10 @@ fn put_template(message: &mut Message, policy: &Policy, template: &Template) {
     }
 }
 
-/// `DELETE_POLICY` or `GET_POLICY` of one policy.
-pub(super) fn name_policy(kind: u16, flags: u16, id: &PolicyId) -> Message {
+/// `DELETE_POLICY` or `GET_POLICY` of one policy: ours ([`OWNER`]) or what others have by the same name (0).
+pub(super) fn name_policy(kind: u16, flags: u16, id: &PolicyId, user: u32) -> Message {
     let mut message = Message::new(kind, flags);
-    message.selector(Some(&id.selector));
+    message.selector_of(user, Some(&id.selector));
     message.u32(0);
     message.u8(id.direction as u8);
     message.zeros(3);
@@ -587,6 +639,7 @@ pub(crate) fn bypass(ipv6: bool, inbound: bool) -> Vec<u8> {
         protocol: 0,
         source_port: nothing,
         destination_port: nothing,
+        interface: 0,
     };
     let direction = if inbound { Direction::In } else { Direction::Out };
     let id = PolicyId { direction, selector, mark: Mark::default(), if_id: 0 };
@@ -647,7 +700,8 @@ impl<'a> Reader<'a> {
         let source_port = Port { port: self.u16_be()?, mask: self.u16_be()? };
         let family = self.u16()?;
         let (destination_length, source_length, protocol) = (self.u8()?, self.u8()?, self.u8()?);
-        self.take(3 + 4)?;
+        self.take(3)?;
+        let interface = self.u32()?;
         let user = self.u32()?;
         let selector = ip(destination, family).zip(ip(source, family)).map(|(destination, source)| Selector {
             source: (source, source_length),
@@ -655,6 +709,7 @@ impl<'a> Reader<'a> {
             protocol,
             source_port,
             destination_port,
+            interface,
         });
         Some((selector, user))
     }
@@ -801,7 +856,7 @@ fn state_info(reader: &mut Reader<'_>) -> Option<StateReport> {
 /// Reads a `NEW_POLICY` message. `None` also for those of sockets.
 pub(super) fn policy(payload: &[u8]) -> Option<PolicyReport> {
     let mut reader = Reader { rest: payload };
-    let (mut report, _) = policy_report(&mut reader)?;
+    let mut report = policy_report(&mut reader)?;
     while let Some((kind, mut value)) = reader.attribute() {
         match kind {
             attribute::TEMPLATE => report.reqids = template_reqids(value),
@@ -813,11 +868,13 @@ pub(super) fn policy(payload: &[u8]) -> Option<PolicyReport> {
     Some(report)
 }
 
-/// `struct xfrm_userpolicy_info`, and the index.
-fn policy_report(reader: &mut Reader<'_>) -> Option<(PolicyReport, u32)> {
+/// `struct xfrm_userpolicy_info`.
+fn policy_report(reader: &mut Reader<'_>) -> Option<PolicyReport> {
     let (selector, user) = reader.selector()?;
     reader.take(64 + 32)?;
-    let (priority, index) = (reader.u32()?, reader.u32()?);
+    let priority = reader.u32()?;
+    // The index.
+    reader.take(4)?;
     let (direction, action) = (reader.u8()?, reader.u8()?);
     reader.take(1 + 1 + 4)?;
     let direction = match direction {
@@ -829,7 +886,7 @@ fn policy_report(reader: &mut Reader<'_>) -> Option<(PolicyReport, u32)> {
     // A policy for either family at once has none: it is not ours, and nothing is compared with it.
     let selector = selector?;
     let id = PolicyId { direction, selector, mark: Mark::default(), if_id: 0 };
-    Some((PolicyReport { id, ours: user == OWNER, priority, blocks: action == 1, reqids: Vec::new() }, index))
+    Some(PolicyReport { id, ours: user == OWNER, priority, blocks: action == 1, reqids: Vec::new() })
 }
 
 fn template_reqids(mut templates: Reader<'_>) -> Vec<u32> {
@@ -874,7 +931,22 @@ pub(super) fn event(kind: u16, payload: &[u8]) -> Option<Event> {
         }
         kind::DELETE_SA => state_id(&mut reader).map(Event::StateRemoved),
         kind::FLUSH_SA => Some(Event::StatesFlushed),
-        kind::DELETE_POLICY | kind::UPDATE_POLICY | kind::FLUSH_POLICY => Some(Event::PoliciesChanged),
+        kind::FLUSH_POLICY => Some(Event::PoliciesChanged),
+        kind::DELETE_POLICY => {
+            // `struct xfrm_userpolicy_id` says which by its index or by its selector; an attribute says all.
+            reader.take(64)?;
+            let mut removed = None;
+            while let Some((kind, mut value)) = reader.attribute() {
+                if kind == attribute::POLICY {
+                    removed = policy_report(&mut value);
+                }
+            }
+            removed?.ours.then_some(Event::PoliciesChanged)
+        }
+        kind::NEW_POLICY | kind::UPDATE_POLICY => match policy(payload)? {
+            report if report.ours => Some(Event::PoliciesChanged),
+            report => Some(Event::Policy(report)),
+        },
         _ => None,
     }
 }

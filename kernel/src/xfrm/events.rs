@@ -28,7 +28,11 @@ fn listen(shared: &Shared, xfrm: &Xfrm, socket: &Socket) {
     let mut buffer = Vec::with_capacity(1 << 16);
     loop {
         let mut descriptors = [PollFd::new(&shared.stop, PollFlags::IN), PollFd::new(socket, PollFlags::IN)];
-        let patience = if lock(&xfrm.tables).is_waiting() { &OFTEN } else { &SELDOM };
+        let patience = match lock(&xfrm.tables) {
+            tables if tables.is_waiting() => &OFTEN,
+            tables if tables.is_suspect() => &SOON,
+            _ => &SELDOM,
+        };
         match poll(&mut descriptors, Some(patience)) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(e) => {
@@ -44,19 +48,33 @@ fn listen(shared: &Shared, xfrm: &Xfrm, socket: &Socket) {
                 Ok((_, from)) if from.port_number() == 0 => hear(shared, xfrm, &buffer),
                 Ok(_) => {}
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+                Err(e) if e.raw_os_error() == Some(NO_BUFFERS) => {
+                    tracing::warn!("events of the kernel's IPsec were lost: {e}; its databases are looked through");
+                    lock(&xfrm.tables).suspect();
+                }
                 Err(e) => {
-                    tracing::warn!("events of the kernel's IPsec were lost: {e}");
-                    break;
+                    tracing::error!("{e}; the kernel's IPsec events are no longer heard");
+                    return;
                 }
             }
             buffer.as_mut_slice().zeroize();
             buffer.clear();
         }
-        lock(&xfrm.tables).look_after_waiting();
+        let mut tables = lock(&xfrm.tables);
+        tables.look_after_waiting();
+        let events = tables.put_right().unwrap_or_else(|e| {
+            tracing::error!("compare the kernel's databases with what should be in them: {e}");
+            Vec::new()
+        });
+        drop(tables);
+        for event in events {
+            shared.events.plane(event);
+        }
     }
 }
 
 fn hear(shared: &Shared, xfrm: &Xfrm, datagram: &[u8]) {
+    // What we asked for ourselves is no news.
     for received in codec::messages(datagram).filter(|received| received.port != xfrm.port) {
         let event = codec::event(received.kind, received.payload);
         let event = event.and_then(|event| lock(&xfrm.tables).translate(&event));
@@ -66,6 +84,9 @@ fn hear(shared: &Shared, xfrm: &Xfrm, datagram: &[u8]) {
     }
 }
 
+const NO_BUFFERS: i32 = rustix::io::Errno::NOBUFS.raw_os_error();
 /// While a peer's first packet is waited for.
 const OFTEN: Timespec = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
+/// While something is amiss that may go by itself.
+const SOON: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 const SELDOM: Timespec = Timespec { tv_sec: 3600, tv_nsec: 0 };

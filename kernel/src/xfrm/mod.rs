@@ -13,11 +13,12 @@ mod socket;
 mod suite;
 mod tables;
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Read as _, Seek as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::{Arc, Mutex};
 
-use ipsec::plane::{EspKeys, EspSuite, Lifetime, Mode};
+use ipsec::plane::{EspKeys, EspSuite, Lifetime, Mark, Mode};
 use ipsec::secret::Secret;
 use ipsec::transform::{Encr, Integ};
 
@@ -35,6 +36,8 @@ pub(crate) struct Xfrm {
     tables: Mutex<Tables>,
     /// As whom the kernel's news name us.
     port: u32,
+    /// `net.core.xfrm_acq_expires` and what it was.
+    acquire_expires: Option<(File, String)>,
 }
 
 impl Xfrm {
@@ -49,8 +52,39 @@ impl Xfrm {
         if (states, policies) != (0, 0) {
             tracing::info!(states, policies, "removed what an earlier daemon left in the kernel");
         }
-        Ok(Arc::new(Self { tables: Mutex::new(tables), port }))
+        let acquire_expires = shorten_acquires();
+        Ok(Arc::new(Self { tables: Mutex::new(tables), port, acquire_expires }))
     }
+}
+
+impl Drop for Xfrm {
+    fn drop(&mut self) {
+        if let Some((file, before)) = &mut self.acquire_expires
+            && let Err(e) = write_anew(file, before)
+        {
+            tracing::warn!("set net.core.xfrm_acq_expires to {before} again: {e}");
+        }
+    }
+}
+
+/// After an acquire the kernel keeps silent about its policy, whatever the packet, for 30 s: too long for what follows a
+/// failure, or for a trap that brings up SAs for many pairs of addresses.
+fn shorten_acquires() -> Option<(File, String)> {
+    let path = "/proc/sys/net/core/xfrm_acq_expires";
+    let shortened = (|| {
+        let mut file = File::options().read(true).write(true).open(path)?;
+        let mut before = String::new();
+        file.read_to_string(&mut before)?;
+        write_anew(&mut file, ACQUIRE_EXPIRES)?;
+        io::Result::Ok((file, before.trim().to_owned()))
+    })();
+    shortened.inspect_err(|e| tracing::info!("{path} stays as it is ({e}): traps wait so long after a failure")).ok()
+}
+
+/// A setting is written from its beginning.
+fn write_anew(file: &mut File, setting: &str) -> io::Result<()> {
+    file.rewind()?;
+    file.write_all(setting.as_bytes())
 }
 
 /// Installs an ESP state that nobody can use, and removes it: what a kernel has cannot be read anywhere. It is marked as
@@ -71,9 +105,11 @@ fn probe(socket: &mut XfrmSocket) -> io::Result<()> {
         esn: false,
         encapsulation: None,
         flags: codec::flag::ANY_FAMILY,
+        extra_flags: 0,
+        offload: None,
         tfc_padding: 0,
-        set_mark: codec::Mark::default(),
-        mark: codec::Mark::default(),
+        set_mark: Mark::default(),
+        mark: Mark::default(),
         if_id: 0,
     };
     match socket.add_state(&state, &algorithms) {
@@ -82,9 +118,14 @@ fn probe(socket: &mut XfrmSocket) -> io::Result<()> {
         Err(e) if socket::errno(&e) == Some(rustix::io::Errno::EXIST) => {}
         Err(e) => return Err(context(e, "try whether this kernel has ESP (modules esp4, esp6)")),
     }
-    socket.delete_state(state.id, codec::Mark::default()).map_err(|e| context(e, "remove the state of the try"))?;
+    socket.delete_state(state.id, Mark::default()).map_err(|e| context(e, "remove the state of the try"))?;
     Ok(())
 }
 
+/// Seconds.
+const ACQUIRE_EXPIRES: &str = "2";
 /// Of no SA: a peer's SPIs and ours are random, and this one is for the loopback address.
 const PROBE_SPI: u32 = 0x100;
+
+#[cfg(test)]
+mod tests;

@@ -1,62 +1,122 @@
 //! The data plane over the kernel's databases.
 
-use std::sync::Arc;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::{Arc, MutexGuard};
 
-use ipsec::plane::{Carrier, DataPlane, Encapsulation, PlaneError, SaPair, Trap, Usage};
+use ipsec::plane::{Carrier, DataPlane, Encapsulation, KernelOptions, Mode, Offload, PlaneError, SaPair, Trap, Usage};
 
 use super::Xfrm;
-use crate::network::lock;
+use super::tables::{Links, Tables};
+use crate::network::{Inner, lock};
+use crate::routes::{Owner, Routes, Via};
 
 /// The kernel's data plane.
 pub(crate) struct KernelPlane {
+    network: Arc<Inner>,
     xfrm: Arc<Xfrm>,
-    /// Why it is this one.
-    reason: &'static str,
 }
 
 impl KernelPlane {
-    pub(crate) fn new(xfrm: Arc<Xfrm>, reason: &'static str) -> Self {
-        Self { xfrm, reason }
+    pub(crate) fn new(network: &Arc<Inner>, xfrm: &Arc<Xfrm>) -> Self {
+        Self { network: Arc::clone(network), xfrm: Arc::clone(xfrm) }
+    }
+
+    fn tables(&self) -> MutexGuard<'_, Tables> {
+        lock(&self.xfrm.tables)
+    }
+
+    /// Looks the links up that options name: by a name, or by having the outer address.
+    fn links(&self, options: &KernelOptions, local: Option<IpAddr>) -> Result<Links, PlaneError> {
+        let interface = match &options.interface {
+            None => 0,
+            Some(name) => (self.network.link_index(name))
+                .map_err(|e| system(format!("find the interface {name} that a policy is for"), e))?,
+        };
+        let device = match (options.offload, local) {
+            (Offload::No, _) | (_, None) => None,
+            (_, Some(local)) => (self.network.link_of(local))
+                .map_err(|e| system(format!("find the device that has {local}, for hw_offload"), e))?,
+        };
+        Ok(Links { interface, device })
+    }
+
+    /// Withdraws the policies of a `reqid`'s pairs, or brings them back: another plane has a successor of theirs.
+    pub(crate) fn step_aside(&self, reqid: u32, aside: bool) {
+        self.tables().step_aside(reqid, aside);
+    }
+
+    fn routes(&self) -> MutexGuard<'_, Routes> {
+        lock(&self.network.routes)
     }
 }
 
 impl DataPlane for KernelPlane {
     fn carrier(&self, _: u32) -> Carrier {
-        Carrier { name: super::NAME, reason: self.reason }
+        Carrier { name: super::NAME, reason: self.network.plane_reason }
     }
 
     fn install(&mut self, pair: SaPair) -> Result<(), PlaneError> {
-        lock(&self.xfrm.tables).install(pair)
+        let owner = Owner::Pair(pair.spi_in);
+        let links = self.links(&pair.options, Some(pair.encapsulation.local()))?;
+        // In transport mode packets have the outer addresses already.
+        let selectors = (pair.mode == Mode::Tunnel).then(|| (pair.local_ts.clone(), pair.remote_ts.clone()));
+        let (spi_in, encapsulation) = (pair.spi_in, pair.encapsulation);
+        // Before the routes: one of them may take the place of a route into the tunnel's device.
+        self.tables().install(pair, &links)?;
+        let Some((local_ts, remote_ts)) = selectors else { return Ok(()) };
+        let via = Via::Towards(encapsulation.remote());
+        self.routes().add(owner, via, encapsulation.local(), &local_ts, &remote_ts).map_err(|e| {
+            // It was there a moment ago.
+            let _ = self.tables().delete(spi_in);
+            system(format!("install the routes of SA {spi_in:08x}"), e)
+        })
     }
 
     fn migrate(&mut self, spi_in: u32, to: Encapsulation) -> Result<(), PlaneError> {
-        lock(&self.xfrm.tables).migrate(spi_in, &to)
+        self.tables().migrate(spi_in, &to)?;
+        self.routes().redirect(Owner::Pair(spi_in), Via::Towards(to.remote()));
+        Ok(())
     }
 
     fn retire(&mut self, spi_in: u32) -> Result<(), PlaneError> {
-        lock(&self.xfrm.tables).retire(spi_in)
+        self.tables().retire(spi_in)
     }
 
     fn delete(&mut self, spi_in: u32) -> Result<(), PlaneError> {
-        lock(&self.xfrm.tables).delete(spi_in)
+        self.tables().delete(spi_in)?;
+        self.routes().remove(Owner::Pair(spi_in));
+        Ok(())
     }
 
     fn install_trap(&mut self, trap: Trap) -> Result<(), PlaneError> {
-        lock(&self.xfrm.tables).install_trap(&trap)
+        let links = self.links(&trap.options, None)?;
+        self.tables().install_trap(&trap, &links)?;
+        // Packets get the source address that falls into the trap; where a peer is that they will go to is not known.
+        let outer = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+        let owner = Owner::Trap(trap.reqid);
+        self.routes().add(owner, Via::Itself, outer, &trap.local_ts, &trap.remote_ts).map_err(|e| {
+            // It was there a moment ago.
+            let _ = self.tables().remove_trap(trap.reqid);
+            system(format!("install the routes of trap {}", trap.reqid), e)
+        })
     }
 
     fn remove_trap(&mut self, reqid: u32) -> Result<(), PlaneError> {
-        lock(&self.xfrm.tables).remove_trap(reqid)
+        self.routes().remove(Owner::Trap(reqid));
+        self.tables().remove_trap(reqid)
     }
 
     fn usage(&self, spi_in: u32) -> Result<Usage, PlaneError> {
-        lock(&self.xfrm.tables).usage(spi_in)
+        self.tables().usage(spi_in)
     }
 
     fn shutdown(&mut self) -> Result<(), PlaneError> {
-        lock(&self.xfrm.tables).clear().map_err(|source| PlaneError::System {
-            action: "remove the kernel's states and policies".to_owned(),
-            source,
-        })
+        // The network removes its routes by itself.
+        self.tables().clear().map_err(|e| system("remove the kernel's states and policies".to_owned(), e))
     }
+}
+
+fn system(action: String, source: io::Error) -> PlaneError {
+    PlaneError::System { action, source }
 }

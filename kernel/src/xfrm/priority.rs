@@ -14,12 +14,15 @@ pub(super) enum Purpose {
 
 /// The kernel's priority of a policy: less goes first, and the narrower selector has less.
 pub(super) fn of(selector: &Selector, purpose: Purpose) -> u32 {
-    let Selector { source, destination, protocol, source_port, destination_port } = selector;
+    let Selector { source, destination, protocol, source_port, destination_port, interface } = selector;
     let addresses = u32::from(source.1) + u32::from(destination.1);
     let ports = source_port.mask.count_ones() + destination_port.mask.count_ones();
     let mut priority = BASE - addresses * 512 - ports * 4;
     if *protocol != 0 {
         priority -= 256;
+    }
+    if *interface != 0 {
+        priority -= 2;
     }
     match purpose {
         Purpose::Sa => priority - 1,
@@ -44,6 +47,7 @@ mod tests {
             protocol: 0,
             source_port: none,
             destination_port: none,
+            interface: 0,
         }
     }
 

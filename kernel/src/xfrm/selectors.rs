@@ -11,6 +11,7 @@ use super::codec::{Port, Selector};
 pub(super) fn outbound(
     local_ts: &[TrafficSelector],
     remote_ts: &[TrafficSelector],
+    interface: u32,
 ) -> Result<Vec<Selector>, PlaneError> {
     let mut selectors = BTreeSet::new();
     for local in local_ts {
@@ -26,7 +27,14 @@ pub(super) fn outbound(
                         if source.0.is_ipv4() != destination.0.is_ipv4() {
                             continue;
                         }
-                        selectors.insert(Selector { source, destination, protocol, source_port, destination_port });
+                        selectors.insert(Selector {
+                            source,
+                            destination,
+                            protocol,
+                            source_port,
+                            destination_port,
+                            interface,
+                        });
                         if selectors.len() > MOST {
                             return Err(unsupported(format!("selectors that take more than {MOST} policies")));
                         }

@@ -2,13 +2,14 @@
 
 use std::io;
 
+use ipsec::plane::Mark;
 use netlink_sys::protocols::NETLINK_XFRM;
 use netlink_sys::{Socket, SocketAddr};
 use rustix::io::Errno;
 use zeroize::{Zeroize as _, Zeroizing};
 
 use super::codec::{
-    self, Algorithm, Ends, Mark, Message, Policy, PolicyId, PolicyReport, State, StateId, StateReport, kind,
+    self, Algorithm, Ends, Message, OWNER, Policy, PolicyId, PolicyReport, State, StateId, StateReport, kind,
 };
 use crate::netlink::context;
 
@@ -114,7 +115,18 @@ impl XfrmSocket {
 
     /// Removes a policy; false when it was gone already.
     pub(super) fn delete_policy(&mut self, id: &PolicyId) -> io::Result<bool> {
-        found(self.request(codec::name_policy(kind::DELETE_POLICY, REQUEST | ACK, id), |_, _| {}))
+        found(self.request(codec::name_policy(kind::DELETE_POLICY, REQUEST | ACK, id, OWNER), |_, _| {}))
+    }
+
+    /// The policy that somebody else has for the same packets; `None` when there is none.
+    pub(super) fn foreign_policy(&mut self, id: &PolicyId) -> io::Result<Option<PolicyReport>> {
+        let mut report = None;
+        let asked = self.request(codec::name_policy(kind::GET_POLICY, REQUEST | ACK, id, 0), |kind, payload| {
+            if kind == kind::NEW_POLICY {
+                report = codec::policy(payload);
+            }
+        });
+        Ok(found(asked)?.then_some(report).flatten())
     }
 
     /// All policies but those of sockets.

@@ -1,18 +1,20 @@
 //! What is installed, and the kernel's databases kept like it.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use ipsec::plane::{
-    Encapsulation, EspKeys, EspSuite, Lifetime, Mode, PlaneError, PlaneEvent, SaPair, TfcPadding, Trap, Usage,
+    CopyDscp, Encapsulation, EspKeys, EspSuite, KernelOptions, Lifetime, Mark, Mode, Offload, PlaneError, PlaneEvent,
+    SaPair, TfcPadding, Trap, Usage,
 };
 use ipsec::selector::Flow;
 use rustix::io::Errno;
 
 use super::codec::{
-    Action, Direction, Ends, Event, Mark, Policy, PolicyId, Selector, State, StateId, StateReport, Template, flag,
+    Action, Direction, Ends, Event, Policy, PolicyId, Selector, State, StateId, StateReport, Template, extra_flag,
+    flag, offload,
 };
 use super::priority::{self, Purpose};
 use super::socket::{XfrmSocket, errno};
@@ -33,6 +35,8 @@ pub(super) struct Tables {
     policies: HashMap<PolicyId, Vec<Wish>>,
     /// Inbound SPIs of pairs whose peer is not ready.
     waiting: Vec<u32>,
+    /// Something went wrong, or somebody else was at the databases: they may be otherwise than they should.
+    suspect: bool,
 }
 
 /// An installed pair.
@@ -40,9 +44,15 @@ struct Pair {
     reqid: u32,
     inbound: StateId,
     outbound: StateId,
+    /// Marks that are part of the names of both states.
+    marks: (Mark, Mark),
     sending: Sending,
     policies: Vec<PolicyId>,
+    /// Those policies while they are withdrawn.
+    withdrawn: Vec<Policy>,
     counters: [Counter; 2],
+    /// The kernel has lost one of its states, and the key manager knows.
+    lost: bool,
 }
 
 /// What the outbound SA does.
@@ -58,6 +68,7 @@ enum Sending {
 /// An outbound SA that is not installed.
 struct Outbound {
     state: State,
+    may_do_without: bool,
     suite: EspSuite,
     keys: EspKeys,
 }
@@ -99,6 +110,7 @@ impl Tables {
             traps: BTreeMap::new(),
             policies: HashMap::new(),
             waiting: Vec::new(),
+            suspect: false,
         }
     }
 
@@ -117,25 +129,29 @@ impl Tables {
     }
 
     /// Installs states and policies of a pair, or nothing.
-    pub(super) fn install(&mut self, pair: SaPair) -> Result<(), PlaneError> {
+    pub(super) fn install(&mut self, pair: SaPair, links: &Links) -> Result<(), PlaneError> {
         let spi_in = pair.spi_in;
         if self.pairs.contains_key(&spi_in) {
             return Err(PlaneError::SpiInUse(spi_in));
         }
-        let selectors = selectors::outbound(&pair.local_ts, &pair.remote_ts)?;
+        let selectors = selectors::outbound(&pair.local_ts, &pair.remote_ts, links.interface)?;
         let ends = ends(&pair.encapsulation)?;
         let hull = hull(pair.mode, &selectors)?;
-        let (incoming, outgoing) = (inbound(&pair, &ends, hull), outbound(&pair, &ends, hull, self.mark));
+        let (incoming, outgoing) = (inbound(&pair, &ends, hull, links), outbound(&pair, &ends, hull, links, self.mark));
         let policies = policies(&pair, &ends, &selectors);
 
-        self.add_state(&incoming, &pair.suite, &pair.keys_in)?;
+        let may_do_without = pair.options.offload == Offload::Auto;
+        self.add_offloaded(&incoming, &pair.suite, &pair.keys_in, may_do_without)?;
         let mut installed = Pair {
             reqid: pair.reqid,
             inbound: incoming.id,
             outbound: outgoing.id,
+            marks: (incoming.mark, outgoing.mark),
             sending: Sending::Retired,
             policies: policies.iter().map(|policy| policy.id).collect(),
+            withdrawn: Vec::new(),
             counters: Default::default(),
+            lost: false,
         };
         let has_predecessor = self.reqids.get(&pair.reqid).is_some_and(|pairs| {
             pairs
@@ -143,19 +159,23 @@ impl Tables {
                 .any(|spi| !matches!(self.pairs.get(spi).map(|pair| &pair.sending), None | Some(Sending::Retired)))
         });
         let outcome = if pair.await_peer && has_predecessor {
-            installed.sending =
-                Sending::Waits(Box::new(Outbound { state: outgoing, suite: pair.suite, keys: pair.keys_out }));
+            installed.sending = Sending::Waits(Box::new(Outbound {
+                state: outgoing,
+                may_do_without,
+                suite: pair.suite,
+                keys: pair.keys_out,
+            }));
             Ok(())
         } else {
             installed.sending = Sending::Yes;
-            self.add_state(&outgoing, &pair.suite, &pair.keys_out)
+            self.add_offloaded(&outgoing, &pair.suite, &pair.keys_out, may_do_without)
         };
         let wanted = outcome.and_then(|()| self.wish(Owner::Pair(spi_in), &policies));
         if let Err(e) = wanted {
             if matches!(installed.sending, Sending::Yes) {
-                self.remove_state(installed.outbound);
+                self.remove_state(installed.outbound, installed.marks.1);
             }
-            self.remove_state(installed.inbound);
+            self.remove_state(installed.inbound, installed.marks.0);
             return Err(e);
         }
         if matches!(installed.sending, Sending::Waits(_)) {
@@ -166,6 +186,23 @@ impl Tables {
         self.reqids.entry(pair.reqid).or_default().push(spi_in);
         self.pairs.insert(spi_in, installed);
         Ok(())
+    }
+
+    /// Installs a state, if need be without the help of a device.
+    fn add_offloaded(
+        &mut self,
+        state: &State,
+        suite: &EspSuite,
+        keys: &EspKeys,
+        may_do_without: bool,
+    ) -> Result<(), PlaneError> {
+        match self.add_state(state, suite, keys) {
+            Err(error) if may_do_without && state.offload.is_some() && !matches!(error, PlaneError::SpiInUse(_)) => {
+                tracing::info!(%error, "no hardware offload");
+                self.add_state(&State { offload: None, ..state.clone() }, suite, keys)
+            }
+            outcome => outcome,
+        }
     }
 
     /// Installs a state and makes sure that the kernel understood it as it was meant.
@@ -192,16 +229,17 @@ impl Tables {
         match complaint {
             None => Ok(()),
             Some(complaint) => {
-                self.remove_state(state.id);
+                self.remove_state(state.id, state.mark);
                 let e = io::Error::new(io::ErrorKind::InvalidData, complaint);
                 Err(system(format!("read the state of {name} back"), e))
             }
         }
     }
 
-    fn remove_state(&mut self, id: StateId) {
-        if let Err(e) = self.socket.delete_state(id, Mark::default()) {
-            tracing::error!("remove the state of {}: {e}", describe(id));
+    fn remove_state(&mut self, id: StateId, mark: Mark) {
+        if let Err(e) = self.socket.delete_state(id, mark) {
+            tracing::error!("remove the state of {}: {e}; it is tried again", describe(id));
+            self.suspect = true;
         }
     }
 
@@ -212,9 +250,7 @@ impl Tables {
                 for policy in policies.iter().take(done) {
                     self.forget(owner, &policy.id);
                 }
-                let Selector { source, destination, .. } = policy.id.selector;
-                let name = format!("{}/{} to {}/{}", source.0, source.1, destination.0, destination.1);
-                return Err(system(format!("install the {:?} policy from {name}", policy.id.direction), e));
+                return Err(system(format!("install the policy {}", policy.id), e));
             }
         }
         Ok(())
@@ -226,7 +262,7 @@ impl Tables {
         wishes.push(wish);
         let after = best(wishes).copied();
         let outcome = match (before, after) {
-            (None, Some(policy)) => self.socket.add_policy(&policy),
+            (None, Some(policy)) => add_policy(&mut self.socket, &policy),
             (Some(before), Some(after)) if before != after => self.socket.set_policy(&after),
             _ => Ok(()),
         };
@@ -253,7 +289,8 @@ impl Tables {
             Some(after) => self.socket.set_policy(&after),
         };
         if let Err(e) = outcome {
-            tracing::error!("change or remove a policy: {e}");
+            tracing::error!("change or remove a policy: {e}; it is tried again");
+            self.suspect = true;
         }
     }
 
@@ -262,7 +299,7 @@ impl Tables {
     pub(super) fn migrate(&mut self, spi_in: u32, to: &Encapsulation) -> Result<(), PlaneError> {
         let to = ends(to)?;
         let pair = self.pairs.get_mut(&spi_in).ok_or(PlaneError::NoSuchSa(spi_in))?;
-        let (inbound, outbound) = (pair.inbound, pair.outbound);
+        let (inbound, outbound, marks) = (pair.inbound, pair.outbound, pair.marks);
         let sends = match &mut pair.sending {
             Sending::Yes => true,
             Sending::Waits(waiting) => {
@@ -279,8 +316,8 @@ impl Tables {
         self.states.remove(&outbound);
         self.states.insert(pair.inbound, spi_in);
         self.states.insert(pair.outbound, spi_in);
-        let received = self.socket.move_state(inbound, Mark::default(), &to.reversed());
-        let sent = if sends { self.socket.move_state(outbound, Mark::default(), &to) } else { Ok(()) };
+        let received = self.socket.move_state(inbound, marks.0, &to.reversed());
+        let sent = if sends { self.socket.move_state(outbound, marks.1, &to) } else { Ok(()) };
         let led = policies.iter().try_for_each(|id| self.lead(Owner::Pair(spi_in), id, &to));
         let moved = received.and(sent).and(led);
         moved.map_err(|e| system(format!("move {} to {}", describe(inbound), to.destination), e))
@@ -303,15 +340,39 @@ impl Tables {
         }
     }
 
+    /// Withdraws the policies of a `reqid`'s pairs, or brings them back.
+    pub(super) fn step_aside(&mut self, reqid: u32, aside: bool) {
+        for spi_in in self.reqids.get(&reqid).cloned().unwrap_or_default() {
+            let owner = Owner::Pair(spi_in);
+            let Some(pair) = self.pairs.get_mut(&spi_in) else { continue };
+            if !aside {
+                let withdrawn = std::mem::take(&mut pair.withdrawn);
+                if let Err(error) = self.wish(owner, &withdrawn) {
+                    tracing::error!(%error, "policies could not be brought back");
+                }
+            } else if pair.withdrawn.is_empty() {
+                let policies = pair.policies.clone();
+                let wishes = policies.iter().filter_map(|id| self.policies.get(id)).flatten();
+                let withdrawn = wishes.filter(|wish| wish.owner == owner).map(|wish| wish.policy).collect();
+                for id in &policies {
+                    self.forget(owner, id);
+                }
+                if let Some(pair) = self.pairs.get_mut(&spi_in) {
+                    pair.withdrawn = withdrawn;
+                }
+            }
+        }
+    }
+
     /// Stops sending under a pair; receiving goes on.
     pub(super) fn retire(&mut self, spi_in: u32) -> Result<(), PlaneError> {
         let pair = self.pairs.get(&spi_in).ok_or(PlaneError::NoSuchSa(spi_in))?;
-        let (reqid, outbound) = (pair.reqid, pair.outbound);
+        let (reqid, outbound, mark) = (pair.reqid, pair.outbound, pair.marks.1);
         self.release_waiting(reqid, spi_in);
         let _ = self.read(spi_in, Direction::Out);
         let pair = self.pairs.get_mut(&spi_in).ok_or(PlaneError::NoSuchSa(spi_in))?;
         if matches!(std::mem::replace(&mut pair.sending, Sending::Retired), Sending::Yes) {
-            self.remove_state(outbound);
+            self.remove_state(outbound, mark);
         }
         self.waiting.retain(|waiting| *waiting != spi_in);
         Ok(())
@@ -332,9 +393,9 @@ impl Tables {
             }
         }
         if matches!(pair.sending, Sending::Yes) {
-            self.remove_state(pair.outbound);
+            self.remove_state(pair.outbound, pair.marks.1);
         }
-        self.remove_state(pair.inbound);
+        self.remove_state(pair.inbound, pair.marks.0);
         // The policies last: what they select is dropped rather than sent in clear.
         for id in &pair.policies {
             self.forget(Owner::Pair(spi_in), id);
@@ -359,12 +420,77 @@ impl Tables {
         }
         let Sending::Waits(outbound) = std::mem::replace(&mut pair.sending, Sending::Yes) else { return };
         self.waiting.retain(|waiting| *waiting != spi_in);
-        if let Err(error) = self.add_state(&outbound.state, &outbound.suite, &outbound.keys) {
+        if let Err(error) =
+            self.add_offloaded(&outbound.state, &outbound.suite, &outbound.keys, outbound.may_do_without)
+        {
             tracing::error!(%error, "the outbound SA of a successor could not be installed");
             if let Some(pair) = self.pairs.get_mut(&spi_in) {
                 pair.sending = Sending::Retired;
             }
         }
+    }
+
+    /// Says that the databases may be otherwise than they should.
+    pub(super) fn suspect(&mut self) {
+        self.suspect = true;
+    }
+
+    pub(super) fn is_suspect(&self) -> bool {
+        self.suspect
+    }
+
+    /// Compares the kernel's databases with the tables, if there is a reason to. Policies are put right. A state that is
+    /// gone cannot be: its keys are nowhere else. The pair is reported as expired; until the key manager has removed it,
+    /// its policies drop what it was for.
+    pub(super) fn put_right(&mut self) -> io::Result<Vec<PlaneEvent>> {
+        if !std::mem::take(&mut self.suspect) {
+            return Ok(Vec::new());
+        }
+        let outcome = self.compare();
+        self.suspect |= outcome.is_err();
+        outcome
+    }
+
+    fn compare(&mut self) -> io::Result<Vec<PlaneEvent>> {
+        let (states, policies) = self.remove_leftovers()?;
+        if (states, policies) != (0, 0) {
+            tracing::warn!(states, policies, "removed what should not have been in the kernel any more");
+        }
+        let there: HashMap<PolicyId, (u32, Vec<u32>)> = (self.socket.policies()?.into_iter())
+            .filter(|policy| policy.ours)
+            .map(|policy| (policy.id, (policy.priority, policy.reqids)))
+            .collect();
+        for wishes in self.policies.values() {
+            let Some(policy) = best(wishes) else { continue };
+            let Action::Protect(Template { reqid, .. }) = policy.action;
+            let outcome = match there.get(&policy.id) {
+                None => self.socket.add_policy(policy),
+                Some((priority, reqids)) if (*priority, reqids.as_slice()) != (policy.priority, &[reqid]) => {
+                    self.socket.set_policy(policy)
+                }
+                Some(_) => continue,
+            };
+            outcome?;
+            tracing::warn!(policy = %policy.id, "somebody removed or changed a policy of ours; it is put right");
+        }
+        let there: HashSet<StateId> =
+            (self.socket.states()?.into_iter()).filter(|state| state.ours).map(|state| state.id).collect();
+        let mut events = Vec::new();
+        for (spi_in, pair) in &mut self.pairs {
+            let sends = matches!(pair.sending, Sending::Yes);
+            let whole = there.contains(&pair.inbound) && (!sends || there.contains(&pair.outbound));
+            if !whole && !pair.lost {
+                if events.len() >= LOST_AT_ONCE {
+                    // The way up to the daemon has room for so many: the rest comes with the next look.
+                    self.suspect = true;
+                    break;
+                }
+                pair.lost = true;
+                tracing::warn!("{}: the kernel has lost it; it counts as expired", describe(pair.inbound));
+                events.push(PlaneEvent::Expire { spi_in: *spi_in, hard: true });
+            }
+        }
+        Ok(events)
     }
 
     /// True while some peer's first packet is waited for.
@@ -381,18 +507,18 @@ impl Tables {
         }
     }
 
-    pub(super) fn install_trap(&mut self, trap: &Trap) -> Result<(), PlaneError> {
+    pub(super) fn install_trap(&mut self, trap: &Trap, links: &Links) -> Result<(), PlaneError> {
         if self.traps.contains_key(&trap.reqid) {
             return Err(PlaneError::TrapInUse(trap.reqid));
         }
-        let policies: Vec<Policy> = selectors::outbound(&trap.local_ts, &trap.remote_ts)?
+        let policies: Vec<Policy> = selectors::outbound(&trap.local_ts, &trap.remote_ts, links.interface)?
             .into_iter()
             .map(|selector| {
                 // Where an SA will end is not known yet.
                 let nowhere = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
                 let template =
                     Template { reqid: trap.reqid, mode: Mode::Tunnel, source: nowhere, destination: nowhere };
-                policy(Direction::Out, selector, Purpose::Trap, template)
+                policy(Direction::Out, selector, Purpose::Trap, template, &trap.options)
             })
             .collect();
         self.wish(Owner::Trap(trap.reqid), &policies)?;
@@ -427,12 +553,12 @@ impl Tables {
     fn read(&mut self, spi_in: u32, direction: Direction) -> Result<Counter, PlaneError> {
         let pair = self.pairs.get_mut(&spi_in).ok_or(PlaneError::NoSuchSa(spi_in))?;
         let [received, sent] = &mut pair.counters;
-        let (id, counter, installed) = match direction {
-            Direction::Out => (pair.outbound, sent, matches!(pair.sending, Sending::Yes)),
-            Direction::In | Direction::Forward => (pair.inbound, received, true),
+        let (id, mark, counter, installed) = match direction {
+            Direction::Out => (pair.outbound, pair.marks.1, sent, matches!(pair.sending, Sending::Yes)),
+            Direction::In | Direction::Forward => (pair.inbound, pair.marks.0, received, true),
         };
         if installed {
-            let report = self.socket.state(id, Mark::default());
+            let report = self.socket.state(id, mark);
             let report = report.map_err(|e| system(format!("read the counters of {}", describe(id)), e))?;
             if let Some(report) = report {
                 if report.packets != counter.packets {
@@ -445,7 +571,7 @@ impl Tables {
     }
 
     /// What the kernel says, in the daemon's words.
-    pub(super) fn translate(&self, event: &Event) -> Option<PlaneEvent> {
+    pub(super) fn translate(&mut self, event: &Event) -> Option<PlaneEvent> {
         match event {
             Event::Acquire { reqid, packet } => {
                 // An SA's policy without an SA is the key manager's business already.
@@ -457,7 +583,24 @@ impl Tables {
             Event::Mapping { id, remote } => {
                 self.states.get(id).map(|spi_in| PlaneEvent::MappingChanged { spi_in: *spi_in, remote: *remote })
             }
-            Event::StateRemoved(_) | Event::StatesFlushed | Event::PoliciesChanged => None,
+            Event::StateRemoved(id) => {
+                self.suspect |= self.states.contains_key(id);
+                None
+            }
+            Event::StatesFlushed | Event::PoliciesChanged => {
+                self.suspect = true;
+                None
+            }
+            Event::Policy(other) => {
+                let ours = self.policies.get(&other.id).and_then(|wishes| best(wishes));
+                if ours.is_some_and(|ours| other.priority <= ours.priority) {
+                    tracing::error!(
+                        policy = %other.id,
+                        "another key manager has installed a policy for the same packets as ours"
+                    );
+                }
+                None
+            }
         }
     }
 
@@ -466,9 +609,9 @@ impl Tables {
         let mut outcome = Ok(());
         for (_, pair) in std::mem::take(&mut self.pairs) {
             if matches!(pair.sending, Sending::Yes) {
-                outcome = outcome.and(self.socket.delete_state(pair.outbound, Mark::default()).map(|_| ()));
+                outcome = outcome.and(self.socket.delete_state(pair.outbound, pair.marks.1).map(|_| ()));
             }
-            outcome = outcome.and(self.socket.delete_state(pair.inbound, Mark::default()).map(|_| ()));
+            outcome = outcome.and(self.socket.delete_state(pair.inbound, pair.marks.0).map(|_| ()));
         }
         for (id, _) in std::mem::take(&mut self.policies) {
             outcome = outcome.and(self.socket.delete_policy(&id).map(|_| ()));
@@ -478,6 +621,23 @@ impl Tables {
         self.traps.clear();
         self.waiting.clear();
         outcome
+    }
+}
+
+/// Installs a policy that is not there, unless somebody else's for the same packets would go before it.
+fn add_policy(socket: &mut XfrmSocket, policy: &Policy) -> io::Result<()> {
+    if let Some(other) = socket.foreign_policy(&policy.id)?
+        && other.priority <= policy.priority
+    {
+        return Err(io::Error::new(
+            io::ErrorKind::AlreadyExists,
+            format!("another key manager has one for the same packets (priority {})", other.priority),
+        ));
+    }
+    match socket.add_policy(policy) {
+        // One of ours that could not be removed.
+        Err(e) if errno(&e) == Some(Errno::EXIST) => socket.set_policy(policy),
+        outcome => outcome,
     }
 }
 
@@ -494,7 +654,22 @@ fn ends(encapsulation: &Encapsulation) -> Result<Ends, PlaneError> {
     }
 }
 
-fn inbound(pair: &SaPair, ends: &Ends, selector: Option<Selector>) -> State {
+/// Indices of the links that options name.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Links {
+    /// That policies are for; 0 is any.
+    pub(super) interface: u32,
+    /// That does a part of ESP.
+    pub(super) device: Option<u32>,
+}
+
+fn inbound(pair: &SaPair, ends: &Ends, selector: Option<Selector>, links: &Links) -> State {
+    let options = &pair.options;
+    let outbound = outbound(pair, ends, selector, links, 0);
+    let mut flags = outbound.flags;
+    if matches!(options.copy_dscp, CopyDscp::In | CopyDscp::Both) {
+        flags |= flag::DECAPSULATE_DSCP;
+    }
     State {
         id: StateId { destination: ends.source, spi: pair.spi_in },
         source: ends.destination,
@@ -502,12 +677,18 @@ fn inbound(pair: &SaPair, ends: &Ends, selector: Option<Selector>) -> State {
         replay_window: pair.replay_window,
         encapsulation: ends.reversed().ports,
         tfc_padding: 0,
-        set_mark: Mark::default(),
-        ..outbound(pair, ends, selector, 0)
+        flags,
+        extra_flags: 0,
+        offload: outbound.offload.map(|(device, what)| (device, what | offload::INBOUND)),
+        set_mark: options.set_mark_in,
+        mark: if options.mark_in_sa { options.mark_in } else { Mark::default() },
+        if_id: options.if_id_in,
+        ..outbound
     }
 }
 
-fn outbound(pair: &SaPair, ends: &Ends, selector: Option<Selector>, mark: u32) -> State {
+fn outbound(pair: &SaPair, ends: &Ends, selector: Option<Selector>, links: &Links, mark: u32) -> State {
+    let options = &pair.options;
     let mut flags = if selector.is_none() { flag::ANY_FAMILY } else { 0 };
     if !pair.copy_df {
         flags |= flag::NO_PMTU_DISCOVERY;
@@ -534,14 +715,26 @@ fn outbound(pair: &SaPair, ends: &Ends, selector: Option<Selector>, mark: u32) -
         esn: pair.suite.esn,
         encapsulation: ends.ports,
         flags,
+        extra_flags: match options.copy_dscp {
+            CopyDscp::Out | CopyDscp::Both => 0,
+            CopyDscp::In | CopyDscp::No => extra_flag::NO_DSCP_OUTSIDE,
+        },
+        offload: links.device.map(|device| {
+            let family = if ends.destination.is_ipv6() { offload::IPV6 } else { 0 };
+            (device, if options.offload == Offload::Packet { family | offload::PACKET } else { family })
+        }),
         tfc_padding: match pair.tfc {
             TfcPadding::None => 0,
             TfcPadding::Mtu => u32::MAX,
             TfcPadding::To(length) => length.into(),
         },
-        set_mark: Mark { value: mark, mask: if mark == 0 { 0 } else { u32::MAX } },
-        mark: Mark::default(),
-        if_id: 0,
+        // Ours has its packets pass by the table of our routes.
+        set_mark: match options.set_mark_out {
+            configured if configured != Mark::default() => configured,
+            _ => Mark { value: mark, mask: u32::MAX },
+        },
+        mark: options.mark_out,
+        if_id: options.if_id_out,
     }
 }
 
@@ -568,15 +761,16 @@ fn hull(mode: Mode, selectors: &[Selector]) -> Result<Option<Selector>, PlaneErr
 }
 
 fn policies(pair: &SaPair, ends: &Ends, selectors: &[Selector]) -> Vec<Policy> {
+    let options = &pair.options;
     let (to_peer, to_us) = (template(pair, ends), template(pair, &ends.reversed()));
     let mut policies = Vec::new();
     for selector in selectors {
         // Inbound first: nothing that the peer may send already is dropped.
-        policies.push(policy(Direction::In, selector.reversed(), Purpose::Sa, to_us));
+        policies.push(policy(Direction::In, selector.reversed(), Purpose::Sa, to_us, options));
         if pair.mode == Mode::Tunnel {
-            policies.push(policy(Direction::Forward, selector.reversed(), Purpose::Sa, to_us));
+            policies.push(policy(Direction::Forward, selector.reversed(), Purpose::Sa, to_us, options));
         }
-        policies.push(policy(Direction::Out, *selector, Purpose::Sa, to_peer));
+        policies.push(policy(Direction::Out, *selector, Purpose::Sa, to_peer, options));
     }
     policies
 }
@@ -591,9 +785,19 @@ fn template(pair: &SaPair, ends: &Ends) -> Template {
     Template { reqid: pair.reqid, mode: pair.mode, source, destination }
 }
 
-fn policy(direction: Direction, selector: Selector, purpose: Purpose, template: Template) -> Policy {
-    let id = PolicyId { direction, selector, mark: Mark::default(), if_id: 0 };
-    Policy { id, priority: priority::of(&selector, purpose), action: Action::Protect(template) }
+fn policy(
+    direction: Direction,
+    selector: Selector,
+    purpose: Purpose,
+    template: Template,
+    options: &KernelOptions,
+) -> Policy {
+    let (mark, if_id) = match direction {
+        Direction::Out => (options.mark_out, options.if_id_out),
+        Direction::In | Direction::Forward => (options.mark_in, options.if_id_in),
+    };
+    let priority = if options.priority == 0 { priority::of(&selector, purpose) } else { options.priority };
+    Policy { id: PolicyId { direction, selector, mark, if_id }, priority, action: Action::Protect(template) }
 }
 
 /// What the kernel understood otherwise than it was meant.
@@ -614,6 +818,9 @@ fn difference(meant: &State, report: &StateReport) -> Option<String> {
     }
     if !report.ours || meant.selector.is_some() && report.selector != meant.selector {
         return Some(format!("its selector is {:?}", report.selector));
+    }
+    if (report.mark, report.if_id, report.set_mark) != (meant.mark, meant.if_id, meant.set_mark) {
+        return Some(format!("its marks are {:?}, {:?}, its if_id is {}", report.mark, report.set_mark, report.if_id));
     }
     let limits = |lifetime: &Lifetime| (lifetime.hard_bytes, lifetime.hard_packets);
     if limits(&report.lifetime) != limits(&meant.lifetime) {
@@ -658,5 +865,6 @@ fn system(action: String, source: io::Error) -> PlaneError {
 
 const ICMP: u8 = 1;
 const ICMPV6: u8 = 58;
+const LOST_AT_ONCE: usize = 256;
 /// From here on a successor is due.
 const LAST_SEQUENCE_NUMBERS: u64 = 0xf000_0000;

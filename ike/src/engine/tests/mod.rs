@@ -227,6 +227,7 @@ pub(super) fn child(name: &str, local: &str, remote: &str) -> Child {
         copy_ecn: true,
         tfc_padding: ipsec::plane::TfcPadding::None,
         inactivity: Duration::ZERO,
+        options: Default::default(),
         updown: None,
     }
 }
