@@ -43,6 +43,10 @@ impl KeyType {
         } else if oid == EC_PUBLIC_KEY {
             let curve = info.algorithm.parameters?.decode_as::<ObjectIdentifier>().ok()?;
             let curves = [(P_256, Self::EcdsaP256), (P_384, Self::EcdsaP384), (P_521, Self::EcdsaP521)];
+            // RFC 5480 §2.2: uncompressed or compressed, never hybrid.
+            if !matches!(key.first(), Some(2..=4)) {
+                return None;
+            }
             curves.into_iter().find(|(known, _)| *known == curve)?.1
         } else if oid == ED25519 && info.algorithm.parameters.is_none() {
             Self::Ed25519

@@ -1,3 +1,5 @@
+mod faults;
+
 use std::sync::{Arc, OnceLock};
 
 use ipsec::secret::Secret;
