@@ -346,6 +346,18 @@ pub enum TcpPolicy {
     Yes,
 }
 
+/// Whose address as identity must be the one that its messages come from (RFC 4945 §3.1.1, `check_address_identities`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CheckAddressIdentities {
+    /// Nobody's.
+    Never,
+    /// That of who proves it with a certificate, as the RFC has it.
+    #[default]
+    WithCertificates,
+    /// That of who has a shared key too.
+    Always,
+}
+
 /// Puzzles of RFC 8019: when we set them, and which we solve. All options are ours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PuzzlePolicy {

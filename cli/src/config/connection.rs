@@ -14,7 +14,7 @@ use ike::config::{
     AddressRange, Child, Childless, ConfiguredSelector, Connection, DpdAction, Fragmentation, RedirectPhase, SendCert,
     SplitDns, StartAction, TcpPolicy, Unique, domain_name,
 };
-use ike::crypto::parse_proposals;
+use ike::crypto::{has_short_keys, parse_proposals};
 use ike::engine::Gateway;
 use ipsec::plane::{CopyDscp, KernelOptions, Lifetime, Mode, Offload, TfcPadding};
 use ipsec::transform::{Proposal, Protocol};
@@ -193,6 +193,11 @@ fn read_connection(
             let message = format!("the trap of '{}' cannot be installed: {reason}", child.name);
             options.warning("children", &message);
         }
+    }
+    let of_children = || children.iter().map(|(child, _)| &child.esp_proposals);
+    if ppk_id.is_some() && (has_short_keys(&proposals) || of_children().any(|proposals| has_short_keys(proposals))) {
+        options
+            .warning("ppk_id", "proposals with keys below 256 bits are no match for a quantum computer (RFC 8784 §6)");
     }
     let traps = children.iter().map(|(child, traps)| (child.name.clone(), *traps)).collect();
     let children = children.into_iter().map(|(child, _)| child).collect();
@@ -898,6 +903,20 @@ mod tests {
         let outcome = read(text);
         assert!(outcome.definition.is_none(), "{text}");
         outcome.reports.iter().find(|report| report.severity == Severity::Error).unwrap().to_string()
+    }
+
+    // RFC 8784 §6
+    #[test]
+    fn a_ppk_beside_short_keys_is_warned_of() {
+        let warned = |text: &str| read(text).reports.iter().any(|report| report.message.contains("RFC 8784 §6"));
+        let children = "children { a { esp_proposals = aes256gcm16 } }";
+        let strong = "remote { }\n proposals = aes256gcm16-prfsha384-ecp384\n";
+        assert!(!warned(&format!("{strong} {children}\n ppk_id = moon")));
+        assert!(warned(&format!("{strong} children {{ a {{ esp_proposals = aes128gcm16 }} }}\n ppk_id = moon")));
+        assert!(warned(&format!(
+            "remote {{ }}\n proposals = aes128gcm16-prfsha256-x25519\n {children}\n ppk_id = moon"
+        )));
+        assert!(!warned("remote { }"));
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use ike::config::CheckAddressIdentities;
 use ike::crypto::puzzle::{MAX_DIFFICULTY, MIN_DIFFICULTY};
 use ike::engine::EngineConfig;
 use kernel::interfaces::InterfaceFilter;
@@ -222,7 +223,10 @@ pub fn read_settings(root: &Section) -> Loaded {
     reader.set("quick_crash_detection", &mut config.quick_crash_detection, values::boolean);
     reader.set("state_dir", &mut config.state_dir, |text| Some(PathBuf::from(text)).filter(|path| path.is_absolute()));
     let engine = &mut config.engine;
-    reader.set("check_address_identities", &mut engine.check_address_identities, values::boolean);
+    reader.set("check_address_identities", &mut engine.check_address_identities, |text| {
+        let check = |yes| if yes { CheckAddressIdentities::Always } else { CheckAddressIdentities::Never };
+        values::boolean(text).map(check)
+    });
     reader.set("follow_redirects", &mut engine.follow_redirects, values::boolean);
     reader.set("signature_authentication", &mut engine.signature_authentication, values::boolean);
     reader.set("signature_authentication_constraints", &mut engine.signatures.constraints_for_auth, values::boolean);

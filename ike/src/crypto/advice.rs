@@ -16,6 +16,21 @@ pub fn warnings(proposals: &[Proposal]) -> Vec<&'static str> {
     warnings
 }
 
+/// True where a proposal has less than 128 bits of security against a quantum computer, which a post-quantum preshared
+/// key does not mend: keys below 256 bits (RFC 8784 §6).
+pub fn has_short_keys(proposals: &[Proposal]) -> bool {
+    proposals.iter().flat_map(|proposal| &proposal.transforms).any(|transform| match transform.kind {
+        TransformType::ENCR => match Encr(transform.id) {
+            Encr::CHACHA20_POLY1305 => false,
+            Encr::NULL => true,
+            _ => transform.key_bits.is_none_or(|bits| bits < 256),
+        },
+        TransformType::PRF => matches!(Prf(transform.id), Prf::HMAC_SHA1 | Prf::AES128_CMAC),
+        TransformType::INTEG => matches!(Integ(transform.id), Integ::HMAC_SHA1_96 | Integ::AES_CMAC_96),
+        _ => false,
+    })
+}
+
 fn warning(protocol: Protocol, transform: &Transform) -> Option<&'static str> {
     match transform.kind {
         TransformType::ENCR => match Encr(transform.id) {

@@ -38,7 +38,7 @@ use pad::{
 
 pub use self::assigned::{Assigned, Domain};
 use crate::Rng;
-use crate::config::{Child, Connection, PuzzlePolicy, Retransmission};
+use crate::config::{CheckAddressIdentities, Child, Connection, PuzzlePolicy, Retransmission};
 use crate::crypto::puzzle::Puzzle;
 use crate::crypto::{AdditionalKe, IkeSuite, KeyDone, KeyError, KeyWork};
 use crate::sa::crash::TokenMaker;
@@ -143,7 +143,7 @@ pub struct EngineConfig {
     pub keep_alive: Duration,
     /// `check_address_identities`: an address as identity is the one that the peer's messages come from (RFC 4945
     /// §3.1.1).
-    pub check_address_identities: bool,
+    pub check_address_identities: CheckAddressIdentities,
     /// `charon.follow_redirects` (RFC 5685).
     pub follow_redirects: bool,
     /// `charon.signature_authentication`: announce and use RFC 7427's method.
@@ -175,7 +175,7 @@ impl Default for EngineConfig {
             delete_rekeyed_delay: Duration::from_secs(5),
             prefer_configured_proposals: true,
             keep_alive: Duration::from_secs(20),
-            check_address_identities: false,
+            check_address_identities: CheckAddressIdentities::default(),
             follow_redirects: true,
             signature_authentication: true,
             signatures: SignatureSettings::default(),

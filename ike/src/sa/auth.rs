@@ -6,14 +6,14 @@ use std::sync::Arc;
 use ipsec::secret::Secret;
 use ipsec::transform::Prf;
 use pad::{
-    AuthAnnouncement, AuthMethod, Identity, LocalAuth, PadEntry, SharedKeyMac, SignRequest, SignatureSettings,
-    SignedAuth,
+    AuthAnnouncement, AuthClass, AuthMethod, Identity, LocalAuth, PadEntry, SharedKeyMac, SignRequest,
+    SignatureSettings, SignedAuth,
 };
 
 use super::channel::Channel;
 use super::fault::notify;
 use super::parts::Parts;
-use crate::config::{Connection, SendCert};
+use crate::config::{CheckAddressIdentities, Connection, SendCert};
 use crate::crypto::{self, KeyError};
 use crate::engine::Path;
 use crate::engine::context::Context;
@@ -182,14 +182,19 @@ pub(crate) fn cert_request(connection: &Connection, authorities: &[[u8; 20]]) ->
         .then(|| Payload::CertReq { encoding: X509_SIGNATURE, authorities: authorities.concat() })
 }
 
-/// RFC 4945 §3.1.1: says whether an address as identity is that of the peer, where this is asked for.
-pub(crate) fn is_where_it_says(ctx: &Context, path: &Path, asserted: &Identity) -> bool {
+/// RFC 4945 §3.1.1: says whether an address as identity is that of the peer, where this counts.
+pub(crate) fn is_where_it_says(ctx: &Context, path: &Path, asserted: &Identity, method: AuthMethod) -> bool {
     let address = match asserted {
         Identity::Ipv4(address) => IpAddr::V4(*address),
         Identity::Ipv6(address) => IpAddr::V6(*address),
         _ => return true,
     };
-    !ctx.config.check_address_identities || address == path.remote.ip()
+    let counts = match ctx.config.check_address_identities {
+        CheckAddressIdentities::Never => false,
+        CheckAddressIdentities::WithCertificates => method.class() == Some(AuthClass::PublicKey),
+        CheckAddressIdentities::Always => true,
+    };
+    !counts || address == path.remote.ip()
 }
 
 /// SUPPORTED_AUTH_METHODS for what these connections accept of a peer (RFC 9593 §3.1).

@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pad::{Identity, PeerIdentity, Ppk, SignError, SignedAuth};
+use pad::{AuthMethod, Identity, PeerIdentity, Ppk, SignError, SignedAuth};
 
 use ipsec::plane::StreamId;
 use ipsec::transform::Protocol;
@@ -474,8 +474,9 @@ impl InitiatorAuth {
             if let Some(unmixed) = ours.unmixed.take() {
                 self.channel.unmix(unmixed);
             }
+            ctx.log("IKE", 1, self.core.tag(), ppk::UNUSED.to_owned());
         }
-        if !is_where_it_says(ctx, &self.core.path, &asserted) {
+        if !is_where_it_says(ctx, &self.core.path, &asserted, AuthMethod(auth.0)) {
             return self.reject(ctx, now, &format!("'{asserted}' is not where its messages come from"));
         }
         let request = self.material.authenticate_request(

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
-use pad::{AuthError, Identity, IdentityPattern, PeerIdentity, SignError, SignedAuth};
+use pad::{AuthError, AuthMethod, Identity, IdentityPattern, PeerIdentity, SignError, SignedAuth};
 
 use super::auth::{InitMaterial, identification, is_where_it_says, proof_payloads};
 use super::channel::{Channel, Received};
@@ -193,14 +193,14 @@ impl ResponderAuth {
         let Some(id) = parts.id_initiator.clone() else {
             return self.refuse(ctx, now, &Fault::InvalidSyntax(String::new()), "IKE_AUTH without IDi");
         };
-        if parts.auth.is_none() {
+        let Some((method, _)) = parts.auth else {
             return self.refuse(ctx, now, &Fault::AuthenticationFailed, "the peer wants EAP, which we lack");
-        }
+        };
         let asserted = match Identity::from_wire(id.kind, &id.data) {
             Ok(asserted) => asserted,
             Err(error) => return self.refuse(ctx, now, &Fault::AuthenticationFailed, &error.to_string()),
         };
-        if !is_where_it_says(ctx, &self.core.path, &asserted) {
+        if !is_where_it_says(ctx, &self.core.path, &asserted, AuthMethod(method)) {
             let reason = format!("'{asserted}' is not where its messages come from");
             return self.refuse(ctx, now, &Fault::AuthenticationFailed, &reason);
         }
@@ -353,6 +353,9 @@ impl ResponderAuth {
         }
         self.core.name = ctx.connections.name(&connection.name);
         ctx.log("IKE", 1, self.core.tag(), format!("authentication of '{}' successful", peer.id));
+        if connection.ppk_id.is_some() && !self.uses_ppk {
+            ctx.log("IKE", 1, self.core.tag(), ppk::UNUSED.to_owned());
+        }
         let auth = connection.local_auth.clone();
         let request = self.material.sign_request(&self.channel, peer.local_id.clone(), Some(peer.id.clone()), auth);
         let Ok(request) = request else {

@@ -541,6 +541,9 @@ impl Initiating {
             let reason = "the peer does not use a PPK, which is required";
             return self.refused(ctx, reason.to_owned()).map(IkeSa::Initiating);
         }
+        if !use_ppk && self.connection.ppk_id.is_some() {
+            ctx.log("IKE", 1, self.tag(), ppk::UNUSED.to_owned());
+        }
         ctx.log("CFG", 1, self.tag(), format!("selected proposal: {}", crypto::names::proposals(answer)));
         let spis = Spis { initiator: self.attempt.spi, responder: header.responder_spi };
         let fake = self.connection.force_encapsulation;

@@ -15,6 +15,9 @@ use crate::wire::{NotifyType, Payload};
 /// PPK_ID_FIXED (§5.1): the rest is a configured value.
 const FIXED: u8 = 2;
 
+/// What the log says of a PPK that is configured and was not used (§6).
+pub(super) const UNUSED: &str = "the peer does without the configured PPK";
+
 /// SK_d, SK_pi and SK_pr without a PPK.
 pub(crate) struct Unmixed {
     d: Secret,

@@ -524,6 +524,24 @@ fn weak_algorithms_are_served_when_named_and_warned_of() {
     assert_eq!(warnings(&esp("aes128gcm16-mlkem768")), [""; 0]);
 }
 
+// RFC 8784 §6
+#[test]
+fn keys_below_256_bits_are_short_for_a_ppk() {
+    for text in ["aes256gcm16-prfsha384-ecp384", "aes256-sha512-modp4096", "chacha20poly1305-prfsha256-x25519"] {
+        assert!(!has_short_keys(&ike(text)), "{text}");
+    }
+    for text in [
+        "aes128gcm16-prfsha384-x25519",
+        "aes256-aes192-sha256-x25519",
+        "aes256-sha1-modp2048",
+        "aes256gcm16-prfaescmac-x25519",
+    ] {
+        assert!(has_short_keys(&ike(text)), "{text}");
+    }
+    assert!(!has_short_keys(&esp("aes256gcm16-x25519")) && has_short_keys(&esp("aes256gcm16,aes128gcm16")));
+    assert!(has_short_keys(&esp("null-sha256")) && has_short_keys(&esp("aes256-aescmac")));
+}
+
 // RFC 8247 §2.1, RFC 4543 §3: not even if both sides name them.
 #[test]
 fn an_ike_sa_is_never_without_encryption() {

@@ -1,6 +1,8 @@
 //! AUTH_LIFETIME (RFC 4478) and reauthentication on demand.
 
 use super::*;
+use crate::sa::fault::notify;
+use crate::wire::NotifyType;
 
 /// A pair of which the responder wants to see the initiator again after `reauth`.
 fn with_reauth(seed: u64, of_a: u64, of_b: u64) -> Pair {
@@ -52,6 +54,27 @@ fn a_lifetime_of_nothing_is_bounded() {
     pair.run(seconds(300));
     let ups = pair.sides[A].events.iter().filter(|event| matches!(event, Event::IkeUp(_))).count();
     assert!((5..=40).contains(&ups), "{ups}");
+}
+
+// RFC 4478 §3: the time may change later, which comes in INFORMATIONAL; an initiator's word counts for nothing.
+#[test]
+fn a_lifetime_in_informational_counts_for_the_initiator_only() {
+    for (side, data, counts) in [(A, &[0, 0, 0, 100][..], true), (A, &[0, 0, 100], false), (B, &[0, 0, 0, 100], false)]
+    {
+        let mut pair = with_reauth(646, 0, 1000);
+        let before = pair.sides[side].only().reauth_in;
+        let IkeSa::Established(sa) = &pair.sides[side].engine.sas.values().next().unwrap().sa else { panic!("up") };
+        let payloads = [notify(NotifyType::AUTH_LIFETIME, data.to_vec())];
+        let sealed = sa.channel.forge(ExchangeType::INFORMATIONAL, false, 0, &payloads, None, &mut TestRng(9));
+        let (path, now) = (sa.core.path, pair.now);
+        pair.sides[side].engine.handle_message(now, path, &sealed[0]);
+        pair.drain(side);
+        assert_eq!(pair.sides[side].logged("received invalid AUTH_LIFETIME"), !counts);
+        let after = pair.sides[side].only().reauth_in;
+        let close = |a: Option<Duration>, b: Option<Duration>| a.unwrap().abs_diff(b.unwrap()) < seconds(5);
+        assert_eq!(close(after, Some(seconds(90))), counts, "{after:?}");
+        assert_eq!(close(after, before), !counts, "{before:?} {after:?}");
+    }
 }
 
 // swanctl --rekey --reauth.

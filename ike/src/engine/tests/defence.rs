@@ -44,10 +44,15 @@ fn give(pair: &mut Pair, path: Path, bytes: &[u8]) -> Vec<Transmit> {
 
 /// Half-open IKE SAs of other addresses at B, so that load is what the test wants.
 fn crowd(pair: &mut Pair, request: &Transmit, count: u32) {
+    crowd_from(pair, request, 0, count);
+}
+
+/// The same, with addresses from that number on.
+fn crowd_from(pair: &mut Pair, request: &Transmit, first: u32, count: u32) {
     let enough = pair.sides[B].engine.counts().1 + count as usize;
     let before = pair.sides[B].engine.ctx.config.puzzles.threshold;
     pair.sides[B].engine.ctx.config.puzzles.threshold = 0;
-    for n in 0..count {
+    for n in first..first + count {
         let remote = SocketAddr::new(Ipv4Addr::from_bits(0x0b00_0000 + n).into(), 500);
         let path = Path { local: request.path.remote, remote, transport: Transport::Udp };
         give(pair, path, &request.bytes);
@@ -183,6 +188,127 @@ fn a_solution_counts_once_and_for_its_cookie() {
     assert_eq!(pair.sides[B].engine.counts().1, half_open + 1);
     // The same from another port, and after the half-open IKE SA is gone.
     give(&mut pair, from(&first, "10.0.0.1:501"), &with(&cookie.data, &solution));
+    assert_eq!(pair.sides[B].engine.counts().1, half_open + 1);
+}
+
+/// Cookie and puzzle that B asks for.
+fn asked(sent: &[Transmit]) -> (Vec<u8>, Option<u8>) {
+    let payloads = payloads(&sent[0].bytes);
+    let of = |kind| {
+        payloads.iter().find_map(|payload| match payload {
+            Payload::Notify(notify) if notify.kind == kind => Some(notify.data.clone()),
+            _ => None,
+        })
+    };
+    (of(NotifyType::COOKIE).unwrap(), of(NotifyType::PUZZLE).map(|puzzle| puzzle[2]))
+}
+
+/// A's request once more, with these payloads in front.
+fn with(first: &Transmit, cookie: &[u8], solution: Option<&[u8]>) -> Vec<u8> {
+    let crate::wire::Incoming::Plain(message) = crate::wire::parse(&first.bytes).unwrap() else { panic!() };
+    let mut all = vec![notify(NotifyType::COOKIE, cookie.to_vec())];
+    all.extend(solution.map(|solution| Payload::PuzzleSolution(solution.to_vec())));
+    all.extend(message.payloads);
+    wire::encode(&Message { header: message.header, payloads: all })
+}
+
+fn solve(cookie: &[u8], difficulty: u8) -> (Vec<u8>, u32) {
+    let prf = ipsec::transform::Prf::HMAC_SHA2_256;
+    let puzzle = crate::crypto::puzzle::Puzzle { prf, difficulty, input: cookie.to_vec() };
+    let solution = puzzle.solve().unwrap();
+    let bits = puzzle.verify(&solution).unwrap();
+    (solution, bits)
+}
+
+// RFC 8019 §7.1.1.1: the difficulty follows the volume of the attack.
+#[test]
+fn the_difficulty_follows_the_load() {
+    let mut config = puzzling();
+    config.cookie_threshold = usize::MAX;
+    config.puzzles.threshold = 4;
+    let mut pair = Pair::with(411, config, connection(A), connection(B));
+    pair.cut = true;
+    let first = request(&mut pair);
+    let path = from(&first, "10.0.0.1:500");
+    for (half_open, difficulty) in [(4, 9), (7, 9), (8, 11), (15, 11), (16, 13), (64, 13)] {
+        let there = u32::try_from(pair.sides[B].engine.counts().1).unwrap();
+        crowd_from(&mut pair, &first, there, half_open - there);
+        assert_eq!(asked(&give(&mut pair, path, &first.bytes)).1, Some(difficulty), "{half_open}");
+    }
+}
+
+// RFC 8019 §7.1.1.2: "If … no PRF … in common", NO_PROPOSAL_CHOSEN; there would be no IKE SA anyway.
+#[test]
+fn without_a_common_prf_there_is_no_puzzle() {
+    let mut pair = Pair::with(412, puzzling(), connection(A), connection(B));
+    pair.cut = true;
+    let first = request(&mut pair);
+    crowd(&mut pair, &first, 1);
+    let crate::wire::Incoming::Plain(mut message) = crate::wire::parse(&first.bytes).unwrap() else { panic!() };
+    for payload in &mut message.payloads {
+        if let Payload::Sa(proposals) = payload {
+            let prfs = proposals.iter_mut().flat_map(|proposal| &mut proposal.transforms);
+            prfs.filter(|transform| transform.kind == ipsec::transform::TransformType::PRF)
+                .for_each(|transform| transform.id = 1);
+        }
+    }
+    let sent = give(&mut pair, from(&first, "10.0.0.1:500"), &wire::encode(&message));
+    let answer = payloads(&sent[0].bytes);
+    assert!(matches!(&answer[..], [Payload::Notify(n)] if n.kind == NotifyType::NO_PROPOSAL_CHOSEN));
+    assert_eq!(pair.sides[B].engine.counts().1, 1);
+}
+
+// RFC 8019 §7.1.4: a solution where no puzzle was set counts for nothing.
+#[test]
+fn a_solution_of_no_puzzle_counts_for_nothing() {
+    let mut config = puzzling();
+    // A cookie is demanded; when it comes back, puzzles are, and nobody is lucky.
+    config.cookie_threshold = 0;
+    config.puzzles.threshold = 2047;
+    let mut pair = Pair::with(413, config, connection(A), connection(B));
+    pair.cut = true;
+    let first = request(&mut pair);
+    let path = from(&first, "10.0.0.1:500");
+    let (cookie, puzzle) = asked(&give(&mut pair, path, &first.bytes));
+    assert_eq!(puzzle, None);
+    // With the cookie alone in force it is no harm, and no help.
+    let (solution, _) = solve(&cookie, 12);
+    let elsewhere = from(&first, "10.0.0.2:500");
+    assert_eq!(asked(&give(&mut pair, elsewhere, &with(&first, &cookie, Some(&solution)))).1, None);
+    pair.sides[B].engine.ctx.config.cookie_threshold = usize::MAX;
+    // Until cookies are out of force.
+    pair.run(seconds(30));
+    crowd(&mut pair, &first, 2048);
+    let half_open = pair.sides[B].engine.counts().1;
+    let sent = give(&mut pair, path, &with(&first, &cookie, Some(&solution)));
+    assert_eq!(asked(&sent).1, Some(9));
+    assert_eq!(pair.sides[B].engine.counts().1, half_open);
+}
+
+// RFC 8019 §7.1.5: solved, but too little by now: another puzzle; who has solved two is served.
+#[test]
+fn a_solution_that_is_too_little_gets_another_puzzle() {
+    let mut config = puzzling();
+    config.cookie_threshold = usize::MAX;
+    config.puzzles.threshold = 2047;
+    let mut pair = Pair::with(414, config, connection(A), connection(B));
+    pair.cut = true;
+    let first = request(&mut pair);
+    crowd(&mut pair, &first, 2048);
+    let path = from(&first, "10.0.0.1:500");
+    let half_open = pair.sides[B].engine.counts().1;
+    let (cookie, difficulty) = asked(&give(&mut pair, path, &first.bytes));
+    assert_eq!(difficulty, Some(9));
+    let (solution, bits) = solve(&cookie, 9);
+    pair.sides[B].engine.ctx.config.puzzles.difficulty = u8::try_from(bits + 1).unwrap();
+    let sent = give(&mut pair, path, &with(&first, &cookie, Some(&solution)));
+    assert_eq!(pair.sides[B].engine.counts().1, half_open);
+    let (cookie, difficulty) = asked(&sent);
+    assert_eq!(difficulty, Some(u8::try_from(bits + 1).unwrap()));
+    // Harder still meanwhile.
+    let (solution, bits) = solve(&cookie, difficulty.unwrap());
+    pair.sides[B].engine.ctx.config.puzzles.difficulty = u8::try_from(bits + 1).unwrap();
+    give(&mut pair, path, &with(&first, &cookie, Some(&solution)));
     assert_eq!(pair.sides[B].engine.counts().1, half_open + 1);
 }
 

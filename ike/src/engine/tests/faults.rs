@@ -1,8 +1,11 @@
 //! Faults that other IKE daemons had: each with the number under which it was published, and what we do instead.
 
+use super::intermediate::{Script, script};
 use super::*;
 use crate::sa::fault::notify;
+use crate::sa::parts::Parts;
 use crate::wire::{Header, Identification, NotifyType, Payload};
+use ipsec::transform::{Proposal, Transform, TransformType};
 
 /// Messages that claim to be of A's IKE SA at B, of any exchange, with and without protection, while A has not
 /// authenticated: none changes anything.
@@ -209,5 +212,210 @@ fn failed_attempts_leave_nothing_behind() {
         assert!(ctx.ike_spis.is_empty() && ctx.child_spis.is_empty() && ctx.jobs.is_empty() && ctx.peers.is_empty());
         assert!(engine.inits.is_empty() && engine.timers.is_empty() && engine.upkeep.is_empty());
         assert!(ctx.tombstones.len() <= 1024);
+    }
+}
+
+const PLAIN: &str = "aes128gcm16-prfsha256-x25519";
+
+impl Pair {
+    /// A asks in IKE_AUTH, and somebody who has B's keys answers with these payloads.
+    pub(super) fn answer_ike_auth(&mut self, payloads: &[Payload]) {
+        self.initiate(A, 1);
+        self.answer_next_ike_auth(payloads);
+        self.run(seconds(10));
+    }
+
+    /// The same for what A has initiated already.
+    pub(super) fn answer_next_ike_auth(&mut self, payloads: &[Payload]) {
+        self.cut = false;
+        // A first request may be lost still.
+        for _ in 0..8000 {
+            let sealed = self.sides[A].engine.sas.values().next().and_then(|slot| match &slot.sa {
+                IkeSa::InitiatorAuth(sa) if sa.channel.is_waiting() => {
+                    let exchange = ExchangeType::IKE_AUTH;
+                    Some((sa.core.path, sa.channel.forge(exchange, true, 0, payloads, None, &mut TestRng(9))))
+                }
+                _ => None,
+            });
+            if let Some((path, sealed)) = sealed {
+                self.cut = true;
+                self.deliveries.clear();
+                let now = self.now;
+                self.sides[A].engine.handle_message(now, path, &sealed[0]);
+                self.drain(A);
+                return;
+            }
+            self.run(Duration::from_millis(1));
+        }
+        panic!("A does not come to IKE_AUTH");
+    }
+}
+
+fn id_b() -> Payload {
+    Payload::IdResponder(Identification { kind: 2, data: b"b".to_vec() })
+}
+
+// CVE-2021-45079: EAP-Success out of turn took the place of a proof. We have no EAP; whoever speaks it, or says
+// something else in place of a proof, is nobody. CVE-2026-78126 and others are of EAP methods.
+#[test]
+fn eap_in_place_of_a_proof_authenticates_nobody() {
+    let eap = |octets: &[u8]| Payload::Eap(octets.to_vec());
+    let (success, request) = (eap(&[3, 1, 0, 4]), eap(&[1, 1, 0, 5, 1]));
+    let auth = |method, length| Payload::Auth { method, data: vec![0; length] };
+    for said in [
+        vec![success.clone()],
+        vec![request],
+        vec![eap(&[])],
+        vec![eap(&[3, 1, 0, 0])],
+        vec![success.clone(), success.clone()],
+        vec![auth(2, 0)],
+        vec![auth(2, 32)],
+        vec![auth(13, 32), success.clone()],
+        vec![auth(0, 0)],
+        vec![],
+    ] {
+        let mut pair = Pair::new(608);
+        pair.answer_ike_auth(&[vec![id_b()], said.clone()].concat());
+        assert!(pair.sides[A].failed(1).is_some(), "{said:?}");
+        assert!(pair.sides[A].up().is_empty() && pair.sides[A].installed.is_empty());
+        assert_eq!(pair.sides[A].engine.counts(), (0, 0));
+
+        let (mut pair, mut script) = script(609, PLAIN);
+        let id = Payload::IdInitiator(Identification { kind: 2, data: b"a".to_vec() });
+        let request = [vec![id], said.clone()].concat();
+        let answer = script.ask(&mut pair, ExchangeType::IKE_AUTH, &request).expect("an answer");
+        assert!(answer.has(NotifyType::AUTHENTICATION_FAILED), "{said:?}");
+        assert!(pair.sides[B].up().is_empty() && pair.sides[B].installed.is_empty());
+        assert_eq!(pair.sides[B].engine.counts(), (0, 0));
+    }
+}
+
+// CVE-2026-78123, CVE-2026-78130 to 78132, CVE-2022-40617: PKCS#7, attribute certificates, CRLs, raw keys, and places to
+// fetch things from (RFC 7296 §3.6: "hash and URL") are not even kept; nor are more certificates than a chain has.
+#[test]
+fn certificates_of_other_encodings_or_beyond_a_chain_are_not_kept() {
+    let certificate = |encoding, octet| Payload::Cert { encoding, data: vec![octet; 20] };
+    let others: Vec<Payload> =
+        (0..=255).filter(|encoding| *encoding != 4).map(|encoding| certificate(encoding, 0x30)).collect();
+    assert!(Parts::collect(others).unwrap().certificates.is_empty());
+    let many = Parts::collect((0..60).map(|octet| certificate(4, octet)).collect()).unwrap();
+    assert_eq!(many.certificates, (0..16).map(|octet| vec![octet; 20]).collect::<Vec<_>>());
+    let request = |encoding, count: usize| Payload::CertReq { encoding, authorities: vec![7; count * 20] };
+    let none = Parts::collect((0..=255).filter(|encoding| *encoding != 4).map(|n| request(n, 3)).collect()).unwrap();
+    assert!(!none.cert_requested && none.cert_requests.is_empty());
+    assert_eq!(Parts::collect(vec![request(4, 400), request(4, 400)]).unwrap().cert_requests.len(), 512);
+}
+
+// RFC 7296 §3.6: HTTP_CERT_LOOKUP_SUPPORTED asks for nothing, and what is named by hash and URL is not missed.
+#[test]
+fn hash_and_url_is_ignored_safely() {
+    let (mut pair, mut script) = script(610, PLAIN);
+    let url = [&[7; 20][..], b"http://10.0.0.1:1/certificate"].concat();
+    let says = vec![
+        notify(NotifyType::HTTP_CERT_LOOKUP_SUPPORTED, Vec::new()),
+        Payload::Cert { encoding: 12, data: url.clone() },
+        Payload::Cert { encoding: 13, data: url },
+    ];
+    let answer = script.authenticate_and_say(&mut pair, says);
+    assert!(answer.error().is_none() && answer.auth.is_some());
+    assert!(!answer.has(NotifyType::HTTP_CERT_LOOKUP_SUPPORTED));
+    assert_eq!(pair.sides[B].up().len(), 1);
+}
+
+/// B is given A's IKE_SA_INIT request with another offer; what it chose, and how long that took.
+fn offer(proposals: Vec<Proposal>) -> (Proposal, Duration) {
+    let mut pair = Pair::new(611);
+    pair.initiate(A, 1);
+    pair.run(Duration::ZERO);
+    let request = pair.sides[A].sent[0].clone();
+    let Ok(Incoming::Plain(mut message)) = wire::parse(&request.bytes) else { panic!("IKE_SA_INIT") };
+    let sa = message.payloads.iter_mut().find(|payload| matches!(payload, Payload::Sa(_))).unwrap();
+    *sa = Payload::Sa(proposals);
+    let bytes = wire::encode(&message);
+    assert!(bytes.len() > 60_000);
+    let path = Path { local: request.path.remote, remote: request.path.local, transport: Transport::Udp };
+    let (now, started) = (pair.now, Instant::now());
+    pair.sides[B].engine.handle_message(now, path, &bytes);
+    let took = started.elapsed();
+    pair.drain(B);
+    pair.run(Duration::ZERO);
+    let Ok(Incoming::Plain(answer)) = wire::parse(&pair.sides[B].sent[0].bytes) else { panic!("an answer") };
+    let chosen = Parts::collect(answer.payloads).unwrap().sa.expect("a choice");
+    (chosen[0].clone(), took)
+}
+
+// Numbers of proposals and transforms: the largest offers that fit into a message cost little.
+#[test]
+fn the_largest_offer_costs_little() {
+    let right = parse_proposals(PLAIN, Protocol::IKE).unwrap().remove(0);
+    for (proposals, transforms) in [(255, 29), (31, 255)] {
+        // Nearly right, as often as it goes.
+        let nearly = |number: u8| {
+            let mut proposal = Proposal { number, ..right.clone() };
+            proposal.transforms.retain(|transform| transform.kind != TransformType::PRF);
+            let more = (0..).map(|id| Transform::new(TransformType::PRF, 0x400 + id));
+            let missing = transforms - proposal.transforms.len();
+            proposal.transforms.extend(more.take(missing));
+            proposal
+        };
+        let mut all: Vec<Proposal> = (1..proposals).map(nearly).collect();
+        all.push(Proposal { number: proposals, ..right.clone() });
+        let (chosen, took) = offer(all);
+        assert_eq!(chosen.number, proposals);
+        assert!(took < seconds(2), "{took:?}");
+    }
+}
+
+// Numbers of Delete payloads and of SPIs in them: an authentic peer that deletes what there is not.
+#[test]
+fn deletes_without_end_cost_little() {
+    let mut pair = up(612);
+    let IkeSa::Established(sa) = &pair.sides[B].engine.sas.values().next().unwrap().sa else { panic!("up") };
+    let payloads: Vec<Payload> = (0..60)
+        .map(|n| Payload::Delete { protocol: Protocol::ESP, spis: (n * 250..(n + 1) * 250).collect() })
+        .collect();
+    let sealed = sa.channel.forge(ExchangeType::INFORMATIONAL, false, 0, &payloads, None, &mut TestRng(9));
+    let (path, now, before) = (sa.core.path, pair.now, pair.sides[B].sent.len());
+    assert!(sealed[0].len() > 60_000);
+    let started = Instant::now();
+    pair.sides[B].engine.handle_message(now, path, &sealed[0]);
+    pair.drain(B);
+    assert!(started.elapsed() < seconds(2));
+    let answers: Vec<usize> = pair.sides[B].sent[before..].iter().map(|sent| sent.bytes.len()).collect();
+    assert!(matches!(answers[..], [length] if length < 100), "{answers:?}");
+    assert_eq!(pair.sides[B].installed.len(), 1);
+}
+
+// RFC 4555 §4.2.1: data in MOBIKE_SUPPORTED are ignored.
+#[test]
+fn data_in_mobike_supported_are_ignored() {
+    let b = Connection { mobike: true, ..connection(B) };
+    let mut pair = Pair::with(613, EngineConfig::default(), connection(A), b);
+    let mut script = Script::new(&pair.sides[A].engine.ctx.connections[0].proposals, false);
+    script.init(&mut pair);
+    let says = vec![notify(NotifyType::MOBIKE_SUPPORTED, vec![9; 300])];
+    let answer = script.authenticate_and_say(&mut pair, says);
+    assert!(answer.notify(NotifyType::MOBIKE_SUPPORTED).is_some_and(|notify| notify.data.is_empty()));
+    assert_eq!(pair.sides[B].up().len(), 1);
+}
+
+// strongSwan #2477 and #3024: a rekey that is refused, alone or while the other side rekeys too, leaves one Child SA.
+#[test]
+fn a_refused_rekey_leaves_one_child() {
+    for (seed, both) in [(614, false), (615, true)] {
+        for error in [InstallError::Refused("policy".to_owned()), InstallError::Failed("no room".to_owned())] {
+            let mut pair = Pair::by_hand(seed).with_traffic();
+            pair.rekey_child(A, 0x40);
+            if both {
+                pair.rekey_child(B, 0x80);
+            }
+            pair.sides[B].refuse_installs = Some(error.clone());
+            pair.pass(A);
+            pair.sides[B].refuse_installs = None;
+            // What is under way is lost, and sent again.
+            pair.let_go();
+            pair.run(seconds(300));
+            pair.assert_same(1, 1);
+        }
     }
 }

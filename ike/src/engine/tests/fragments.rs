@@ -108,3 +108,21 @@ fn waiting_fragments_of_all_have_a_limit() {
     }
     assert!(upkeep.is_empty() && upkeep.next_timeout().is_none());
 }
+
+// RFC 7383 §2.3: "MUST NOT … unless both peers have announced".
+#[test]
+fn who_does_not_announce_fragmentation_gets_none() {
+    for without in [A, B] {
+        let of = |side| {
+            let fragmentation = if side == without { Fragmentation::No } else { Fragmentation::Yes };
+            Connection { fragmentation, ..connection(side) }
+        };
+        let mut pair = Pair::with(504, small(), of(A), of(B));
+        pair.initiate(A, 1);
+        pair.run(seconds(3));
+        assert!(pair.sides[A].done(1));
+        let sent = pair.sides.iter().flat_map(|side| &side.sent);
+        assert!(sent.clone().all(|sent| sent.bytes[16] != 53));
+        assert!(sent.clone().any(|sent| sent.bytes[18] == 35 && sent.bytes.len() > 200));
+    }
+}

@@ -327,6 +327,12 @@ impl Script {
 
     /// IKE_AUTH with the shared key, without a Child SA.
     pub(super) fn authenticate(&mut self, pair: &mut Pair) -> Result<(), NotifyType> {
+        let answer = self.authenticate_and_say(pair, Vec::new());
+        answer.error().map_or(Ok(()), |error| Err(error.kind))
+    }
+
+    /// The same with more payloads, and what came back.
+    pub(super) fn authenticate_and_say(&mut self, pair: &mut Pair, more: Vec<Payload>) -> Parts {
         let channel = self.channel.as_ref().unwrap();
         let id = Identification { kind: 2, data: b"a".to_vec() };
         let maced = prf(channel.pi.expose(), &[&id.body()]);
@@ -337,9 +343,8 @@ impl Script {
         };
         let octets = [self.request.clone(), self.nr.clone(), maced, int].concat();
         let data = prf(&prf(b"correct horse", &[b"Key Pad for IKEv2"]), &[&octets]);
-        let payloads = [Payload::IdInitiator(id), Payload::Auth { method: 2, data }];
-        let answer = self.ask(pair, ExchangeType::IKE_AUTH, &payloads).expect("an answer");
-        answer.error().map_or(Ok(()), |error| Err(error.kind))
+        let payloads = [vec![Payload::IdInitiator(id), Payload::Auth { method: 2, data }], more].concat();
+        self.ask(pair, ExchangeType::IKE_AUTH, &payloads).expect("an answer")
     }
 }
 

@@ -665,6 +665,32 @@ fn a_nat_is_refused_where_there_is_no_nat_traversal() {
     assert_eq!(pair.sides[B].only().path, path);
 }
 
+// RFC 4555 §3.9: the same in IKE_AUTH, from who knows MOBIKE; nothing comes up where there is a translator.
+#[test]
+fn no_nats_allowed_in_ike_auth_is_compared_with_the_header() {
+    use super::intermediate::Script;
+    let data = |from: [u8; 4], port: u16| {
+        let ports = [port.to_be_bytes(), 500_u16.to_be_bytes()].concat();
+        [&from[..], &[10, 0, 0, 2], &ports].concat()
+    };
+    for (mobike, data, comes_up) in [
+        (true, data([10, 0, 0, 1], 500), true),
+        (true, data([10, 0, 0, 7], 500), false),
+        (true, data([10, 0, 0, 1], 501), false),
+        (true, Vec::new(), false),
+        (false, data([10, 0, 0, 7], 500), true),
+    ] {
+        let mut pair = mobile_pair(431);
+        let mut script = Script::new(&pair.sides[A].engine.ctx.connections[0].proposals, false);
+        script.init(&mut pair);
+        let mut says = vec![notify(NotifyType::NO_NATS_ALLOWED, data)];
+        says.extend(mobike.then(|| notify(NotifyType::MOBIKE_SUPPORTED, Vec::new())));
+        let answer = script.authenticate_and_say(&mut pair, says);
+        assert_eq!(answer.has(NotifyType::UNEXPECTED_NAT_DETECTED), !comes_up);
+        assert_eq!(pair.sides[B].up().len(), usize::from(comes_up));
+    }
+}
+
 // RFC 4555 §3.9: the initiator says it, and tries again where it was contradicted, but not for ever.
 #[test]
 fn an_initiator_without_nat_traversal_says_so_and_retries() {

@@ -147,6 +147,68 @@ fn nothing_goes_without_a_required_ppk_that_was_unloaded() {
     assert!(pair.sides[A].sent.iter().all(|sent| header(&sent.bytes).exchange.0 == 34), "no IKE_AUTH");
 }
 
+// §3, table 1: USE_PPK, and then no PPK_IDENTITY.
+#[test]
+fn a_request_without_ppk_identity_is_refused() {
+    let mut pair = Pair::with(762, EngineConfig::default(), with_ppk(A, Some("ppk1"), false), with_ppk(B, None, false));
+    load(&mut pair, A, &[KEY]);
+    load(&mut pair, B, &[KEY]);
+    pair.job_delay = Duration::ZERO;
+    pair.held = Some(Vec::new());
+    pair.initiate(A, 1);
+    pair.run(Duration::ZERO);
+    pair.pass(A);
+    pair.key_delay = seconds(1);
+    pair.pass(B);
+    pair.let_go();
+    // A has said USE_PPK, and has none any more.
+    pair.sides[A].engine.set_ppks(Vec::new());
+    pair.run(seconds(10));
+    assert!(pair.sides[B].logged("the peer names no PPK after USE_PPK"));
+    assert!(pair.sides[A].failed(1).unwrap().contains("AUTHENTICATION_FAILED"));
+    assert!(pair.sides[B].up().is_empty());
+}
+
+// §3: an answer without PPK_IDENTITY is one without the PPK, and that is not enough where it is required.
+#[test]
+fn an_answer_without_the_required_ppk_is_refused() {
+    for required in [true, false] {
+        let mut pair =
+            Pair::with(763, EngineConfig::default(), with_ppk(A, Some("ppk1"), required), with_ppk(B, None, false));
+        load(&mut pair, A, &[KEY]);
+        load(&mut pair, B, &[KEY]);
+        let id = crate::wire::Identification { kind: 2, data: b"b".to_vec() };
+        pair.answer_ike_auth(&[Payload::IdResponder(id), Payload::Auth { method: 2, data: vec![1; 32] }]);
+        assert!(pair.sides[A].up().is_empty());
+        assert_eq!(pair.sides[A].failed(1).unwrap().contains("does without the PPK, which is required"), required);
+        let told = pair.sides[A].sent.last().unwrap();
+        assert_eq!(
+            header(&told.bytes).exchange,
+            ExchangeType::INFORMATIONAL,
+            "AUTHENTICATION_FAILED (RFC 7296 §2.21.2)"
+        );
+    }
+}
+
+// §6: where a PPK is configured and was not used, the log says so, on both sides.
+#[test]
+fn a_ppk_that_was_not_used_is_logged() {
+    let unused = |pair: &Pair, side: usize| pair.sides[side].logged("without the configured PPK");
+    let optional = |side| with_ppk(side, Some("ppk1"), false);
+    let none: [(&str, &str); 0] = [];
+    // B has none: neither announced nor used.
+    let pair = attempt(764, optional(A), with_ppk(B, None, false), &[KEY], &none);
+    assert!(pair.sides[A].done(1) && unused(&pair, A) && !unused(&pair, B));
+    // B has another one.
+    let pair = attempt(765, optional(A), with_ppk(B, None, false), &[KEY], &[("ppk2", "of somebody else")]);
+    assert!(pair.sides[A].done(1) && unused(&pair, A));
+    // A has none.
+    let pair = attempt(766, connection(A), optional(B), &none, &[KEY]);
+    assert!(pair.sides[A].done(1) && unused(&pair, B) && !unused(&pair, A));
+    let pair = attempt(767, optional(A), optional(B), &[KEY], &[KEY]);
+    assert!(pair.sides[A].done(1) && !unused(&pair, A) && !unused(&pair, B));
+}
+
 // §3: a PPK that is not for the peer's connection is not known.
 #[test]
 fn a_ppk_of_another_connection_is_not_used() {

@@ -31,7 +31,10 @@ fn holder(
     for kind in kinds {
         let key = KeyPair::generate_for(kind).unwrap();
         let mut params = params(name);
-        params.subject_alt_names = vec![SanType::DnsName(name.try_into().unwrap())];
+        params.subject_alt_names = match name.parse() {
+            Ok(address) => vec![SanType::IpAddress(address)],
+            Err(_) => vec![SanType::DnsName(name.try_into().unwrap())],
+        };
         let certificate = params.signed_by(&key, issuer).unwrap();
         credentials.add_certificate(certificate.der()).unwrap();
         credentials.add_private_key(key.serialize_pem().as_bytes(), None).unwrap();
@@ -114,4 +117,28 @@ fn signature_authentication_can_be_turned_off() {
     let pair = established(certified(905, config, "pubkey", "pubkey"));
     assert_eq!(proof_of_peer(&pair.sides[A]), (AuthMethod::ECDSA_256, KeyType::EcdsaP256));
     assert_eq!(proof_of_peer(&pair.sides[B]), (AuthMethod::ECDSA_256, KeyType::EcdsaP256));
+}
+
+// RFC 4945 §3.1.1: "implementations MUST perform this verification by default", and it can be skipped.
+#[test]
+fn with_certificates_an_address_is_where_the_peer_is() {
+    use crate::config::CheckAddressIdentities as Check;
+    for (address, check, comes_in) in
+        [("10.0.0.1", Check::default(), true), ("10.9.9.9", Check::default(), false), ("10.9.9.9", Check::Never, true)]
+    {
+        let config = EngineConfig { check_address_identities: check, ..EngineConfig::default() };
+        let mut pair = certified(680, config, "pubkey", "pubkey");
+        let issuer = authority();
+        for (side, name) in [(A, address), (B, "b")] {
+            pair.sides[side].credentials = holder(name, &issuer, &[&rcgen::PKCS_ED25519]);
+            let mut connection = (*pair.sides[side].engine.ctx.connections[0]).clone();
+            connection.local_id = Some(Identity::parse(name).unwrap());
+            connection.remote.remote_id = IdentityPattern::any();
+            pair.sides[side].engine.set_connections(vec![Arc::new(connection)]);
+        }
+        pair.initiate(A, 1);
+        pair.run(seconds(5));
+        assert_eq!(pair.sides[A].done(1), comes_in, "{address} {check:?}");
+        assert_eq!(pair.sides[B].logged("is not where its messages come from"), !comes_in);
+    }
 }

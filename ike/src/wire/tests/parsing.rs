@@ -332,6 +332,22 @@ fn too_many_payloads_are_refused() {
     assert!(matches!(vendors(MAX_PAYLOADS + 1), Err(WireError::Malformed { .. })));
 }
 
+// Notifies, Deletes, certificates, Vendor IDs and all others: none without end.
+#[test]
+fn no_kind_of_payload_comes_without_end() {
+    for payload in every_payload() {
+        let many = |count| plain(&encode(&message(vec![payload.clone(); count])));
+        assert!(many(MAX_PAYLOADS).is_ok(), "{payload:?}");
+        assert!(matches!(many(MAX_PAYLOADS + 1), Err(WireError::Malformed { .. })), "{payload:?}");
+    }
+    let proposal = |number| Proposal { number, protocol: Protocol::IKE, spi: Vec::new(), transforms: Vec::new() };
+    let proposals =
+        |numbers: Vec<u8>| plain(&encode(&message(vec![Payload::Sa(numbers.into_iter().map(proposal).collect())])));
+    assert!(proposals((1..=255).collect()).is_ok());
+    assert!(proposals((1..=255).chain([0]).collect()).is_err());
+    assert!(proposals((1..=255).chain([255]).collect()).is_err());
+}
+
 // RFC 7296 §3.14, RFC 7383 §2.5
 #[test]
 fn an_encrypted_payload_is_the_only_one() {

@@ -424,3 +424,28 @@ fn messages_of_an_independent_implementation_open() {
         }
     }
 }
+
+// RFC 9242 §3.3.2: reserved bits outside the encryption are authenticated as they came.
+#[test]
+fn reserved_bits_are_authenticated_as_received() {
+    for suite in SUITES {
+        let protection = keyed(suite, 3);
+        let payloads = [Payload::Nonce(vec![1; 32])];
+        let mut sealed = seal(&header(), &payloads, &protection, None, &mut Counting(1)).remove(0);
+        let unchanged = plain_octets(&header(), &payloads).unwrap();
+        // Opened by hand, changed, and sealed again.
+        let (aad, rest) = sealed.split_at_mut(HEADER + GENERIC_HEADER);
+        let (iv, rest) = rest.split_at_mut(protection.iv_len());
+        let (text, icv) = rest.split_at_mut(rest.len() - protection.icv_len());
+        protection.open(aad, &[], iv, text, icv).unwrap();
+        aad[HEADER + 1] = 0x7f;
+        aad[19] |= 0xc7;
+        protection.seal(aad, &[], iv, text, icv).unwrap();
+        let opened = whole(open(&sealed, &protection, &mut Reassembly::default()));
+        let octets = opened.plain_octets().unwrap();
+        assert_eq!((octets[HEADER + 1], octets[19]), (0x7f, unchanged[19] | 0xc7));
+        let mut back = octets;
+        (back[HEADER + 1], back[19]) = (0, unchanged[19]);
+        assert_eq!(back, unchanged);
+    }
+}
