@@ -366,11 +366,13 @@ fn decrypt(der: &[u8], passphrase: Option<&[u8]>) -> Result<Option<SecretDocumen
         return Err(CredentialError::Encrypted("only PBES2 is supported"));
     };
     let bounded = match &parameters.kdf {
-        Kdf::Pbkdf2(parameters) => parameters.iteration_count <= MAX_ITERATIONS,
+        Kdf::Pbkdf2(parameters) => (1..=MAX_ITERATIONS).contains(&parameters.iteration_count),
         Kdf::Scrypt(parameters) => {
-            parameters.cost_parameter <= MAX_SCRYPT_COST
-                && parameters.block_size <= 32
-                && parameters.parallelization <= 16
+            // RFC 7914 §2: a power of 2 larger than 1.
+            parameters.cost_parameter.is_power_of_two()
+                && (2..=MAX_SCRYPT_COST).contains(&parameters.cost_parameter)
+                && (1..=32).contains(&parameters.block_size)
+                && (1..=16).contains(&parameters.parallelization)
         }
         _ => false,
     };

@@ -129,6 +129,21 @@ fn rsa_keys_and_signatures_that_are_none_are_refused() {
     }
 }
 
+// RFC 8247 §4.1.1: a genuine signature with a key of 1024 bits is none that we take.
+#[test]
+fn short_rsa_keys_of_peers_are_refused() {
+    let mut lines = include_str!("../testdata/rsa1024-signature.txt").lines();
+    let mut octets = || data_encoding::HEXLOWER.decode(lines.next().unwrap().as_bytes()).unwrap();
+    let (modulus, signature) = (octets(), octets());
+    let authority = Authority::new("CA");
+    let key = rsa_public_key(&[&[0], modulus.as_slice()].concat(), &[1, 0, 1]);
+    let certificate = certified(&authority, &RawKey { algorithm: &rcgen::PKCS_RSA_SHA256, octets: key });
+    assert_eq!(Certificate::parse(&certificate).unwrap().key_bits(), 1024);
+    for auth in rsa_auth(&signature) {
+        assert!(refused(&trusting(&authority), &certificate, auth));
+    }
+}
+
 // CVE-2018-16151, CVE-2018-16152: whoever reads a PKCS#1 v1.5 signature leniently takes forged ones. All of these were
 // made with the private key from octets that are not quite right; the first from the right ones.
 #[test]
@@ -280,12 +295,7 @@ fn certificates_signed_with_odd_pss_parameters_are_refused() {
     for parameters in parameters {
         let oid = [6, 9, 0x2a, 0x86, 0x48, 0x86, 0xf7, 13, 1, 1, 10];
         let algorithm = element(0x30, &[&oid, parameters.as_slice()].concat());
-        // The algorithm stands in the certificate twice; the outer lengths change with it.
-        let fields = elements_of(&good.certificates[0]);
-        let inner = elements_of(&fields[0]);
-        let replaced = |field: &Vec<u8>| if field[..] == ecdsa_sha256 { algorithm.clone() } else { field.clone() };
-        let inner = element(0x30, &inner.iter().map(replaced).collect::<Vec<_>>().concat());
-        let certificate = element(0x30, &[&inner, &algorithm, &fields[2]].map(Vec::as_slice).concat());
+        let certificate = replaced(&good.certificates[0], &ecdsa_sha256, &algorithm);
         assert!(certificate.windows(oid.len()).filter(|window| *window == oid).count() == 2);
         assert!(refused(&credentials, &certificate, (good.method, good.auth.clone())));
     }
@@ -307,6 +317,56 @@ fn elements_of(der: &[u8]) -> Vec<Vec<u8>> {
         rest = after;
     }
     elements
+}
+
+/// A DER element with another one in each place of `from`.
+fn replaced(der: &[u8], from: &[u8], to: &[u8]) -> Vec<u8> {
+    if der == from {
+        return to.to_vec();
+    }
+    match der[0] {
+        // Constructed.
+        tag if tag & 0x20 != 0 => {
+            let inner: Vec<Vec<u8>> = elements_of(der).iter().map(|inner| replaced(inner, from, to)).collect();
+            element(tag, &inner.concat())
+        }
+        _ => der.to_vec(),
+    }
+}
+
+// CVE-2026-78129: a file with a private key says how much work its decryption is.
+#[test]
+fn an_encrypted_key_does_not_choose_our_work() {
+    let der = super::store::private_key_der(RSA_ENCRYPTED).unwrap();
+    let load =
+        |der: &[u8]| Credentials::new().add_private_key(der, Some(b"mountain")).map_err(|error| error.to_string());
+    assert!(load(&der).is_ok());
+    let iterations = [2, 2, 8, 0];
+    let huge: [&[u8]; 5] = [
+        &[2, 4, 0x7f, 0xff, 0xff, 0xff],
+        &[2, 5, 0, 0xff, 0xff, 0xff, 0xff],
+        &[2, 9, 0, 255, 255, 255, 255, 255, 255, 255, 255],
+        &[2, 1, 0xff],
+        &[2, 0],
+    ];
+    let pbkdf2 = elements_of(&elements_of(&elements_of(&der)[0])[1])[0].clone();
+    let scrypt = |cost: &[u8], block: &[u8], parallel: &[u8]| {
+        let parameters = [element(4, &[7; 8]), element(2, cost), element(2, block), element(2, parallel)].concat();
+        element(0x30, &[element(6, &[0x2b, 6, 1, 4, 1, 0xda, 0x47, 4, 11]), element(0x30, &parameters)].concat())
+    };
+    let scrypts = [
+        scrypt(&[1, 0, 0, 0, 0, 0], &[8], &[1]),
+        scrypt(&[0x40, 0], &[0x40, 0], &[1]),
+        scrypt(&[0x40, 0], &[8], &[0x40, 0, 0]),
+        scrypt(&[0], &[0], &[0]),
+    ];
+    let changed = huge.iter().map(|to| replaced(&der, &iterations, to));
+    let changed: Vec<_> = changed.chain(scrypts.iter().map(|to| replaced(&der, &pbkdf2, to))).collect();
+    let started = Instant::now();
+    for key in changed {
+        assert!(load(&key).is_err());
+    }
+    assert!(started.elapsed() < Duration::from_secs(20), "{:?}", started.elapsed());
 }
 
 fn subtree(text: &str) -> GeneralSubtree {
