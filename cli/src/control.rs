@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use ike::config::AddressRange;
+use ike::counters::{Counter, Counters};
 use ike::engine::{ChildSaId, Event, Gateway, IkeSaId, IkeSaStatus};
 use ike::pool::{PoolConfig, PoolError, PoolStatus};
 use ipsec::plane::{Carrier, Mode, Usage};
@@ -44,6 +45,50 @@ pub struct SaPage {
     pub reports: Vec<SaReport>,
     /// There may be more after this one.
     pub next: Option<IkeSaId>,
+}
+
+/// Counts of messages and rekeys.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CounterReport {
+    /// Of this connection; `None` is all together.
+    pub connection: Option<String>,
+    /// In charon's order.
+    pub counts: Vec<(Counter, u64)>,
+}
+
+/// Whose counts a command means.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Counted {
+    /// All together.
+    Total,
+    /// Those of one connection.
+    Connection(String),
+    /// All together, and each connection's.
+    Each,
+}
+
+impl Counted {
+    /// Nothing where nothing was counted for the connection.
+    pub fn read(&self, counters: &Counters) -> Vec<CounterReport> {
+        let report = |connection: Option<&str>| {
+            let counts = counters.read(connection)?;
+            Some(CounterReport { connection: connection.map(str::to_owned), counts })
+        };
+        match self {
+            Self::Total => report(None).into_iter().collect(),
+            Self::Connection(name) => report(Some(name)).into_iter().collect(),
+            Self::Each => std::iter::once(None).chain(counters.names().map(Some)).filter_map(report).collect(),
+        }
+    }
+
+    /// Begins to count anew.
+    pub fn reset(&self, counters: &Counters) {
+        match self {
+            Self::Total => counters.reset(None),
+            Self::Connection(name) => counters.reset(Some(name)),
+            Self::Each => counters.reset_all(),
+        }
+    }
 }
 
 /// Which SAs a command means; all given fields must match.
@@ -167,6 +212,10 @@ pub enum Command {
     UnloadPool(String, oneshot::Sender<Result<(), PoolError>>),
     /// All address pools with their leases.
     ListPools(oneshot::Sender<Vec<PoolStatus>>),
+    /// Counts of messages and rekeys; none where nothing was counted for the connection.
+    Counters(Counted, oneshot::Sender<Vec<CounterReport>>),
+    /// Begin to count anew.
+    ResetCounters(Counted, oneshot::Sender<()>),
     /// Replace all connections (whole or not at all; they are validated already).
     SetConnections(Vec<ConnectionDefinition>, oneshot::Sender<()>),
     /// Replace the credentials.
@@ -292,6 +341,16 @@ impl Control {
     /// See [`Command::ListPools`].
     pub async fn list_pools(&self) -> Vec<PoolStatus> {
         self.ask(Command::ListPools).await.unwrap_or_default()
+    }
+
+    /// See [`Command::Counters`].
+    pub async fn counters(&self, of: Counted) -> Vec<CounterReport> {
+        self.ask(|reply| Command::Counters(of, reply)).await.unwrap_or_default()
+    }
+
+    /// See [`Command::ResetCounters`].
+    pub async fn reset_counters(&self, of: Counted) {
+        self.ask(|reply| Command::ResetCounters(of, reply)).await;
     }
 
     async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Option<T> {

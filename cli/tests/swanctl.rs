@@ -4,6 +4,9 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "helpers of tests")]
 
+#[path = "swanctl/odd_requests.rs"]
+mod odd_requests;
+
 use std::io::{BufRead as _, BufReader};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -11,6 +14,7 @@ use std::process::{Command as Process, Output, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use ike::counters::Counter;
 use ike::crypto::{AdditionalKe, IkeSuite};
 use ike::engine::{
     Assigned, ChildSaId, ChildSaStatus, ChildState, CloseReason, Engine, EngineConfig, Event, IkeSaId, IkeSaStatus,
@@ -20,7 +24,7 @@ use ipsec::plane::{Encapsulation, EspSuite, Mode, Usage};
 use ipsec::selector::TrafficSelector;
 use ipsec::transform::{Encr, Integ, Ke, Prf};
 use latchkey::config::ConnectionDefinition;
-use latchkey::control::{Command, Control, Matched, PolicyReport, SaPage, SaReport};
+use latchkey::control::{Command, Control, Counted, CounterReport, Matched, PolicyReport, SaPage, SaReport};
 use latchkey::vici::client::{Client, ClientError};
 use latchkey::vici::store::Configured;
 use latchkey::vici::{ServerHandle, Store, serve};
@@ -239,9 +243,37 @@ async fn version_statistics_algorithms_pools_and_counters_are_answered() {
     let algorithms = daemon.out(&["--list-algs"]).await;
     assert!(algorithms.contains("AES_GCM_16[aws-lc]") && algorithms.contains("CURVE_25519"), "{algorithms}");
     assert_eq!(daemon.out(&["--list-pools"]).await, "");
-    assert!(daemon.out(&["--counters"]).await.contains("child-rekey"));
     assert_eq!(daemon.raw(&["--flush-certs"]).await, "flush-certs reply {success=yes}\n");
     assert_eq!(daemon.raw(&["--reload-settings"]).await, "reload-settings reply {success=yes}\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn counters_are_those_of_charon() {
+    const COUNTS: &str = "ike-rekey-init=1 ike-rekey-resp=2 child-rekey=3 invalid=4 invalid-spi=5 ike-init-in-req=6 \
+                          ike-init-in-resp=7 ike-init-out-req=8 ike-init-out-resp=9 ike-auth-in-req=10 \
+                          ike-auth-in-resp=11 ike-auth-out-req=12 ike-auth-out-resp=13 create-child-in-req=14 \
+                          create-child-in-resp=15 create-child-out-req=16 create-child-out-resp=17 info-in-req=18 \
+                          info-in-resp=19 info-out-req=20 info-out-resp=21";
+    let daemon = Daemon::start(Vec::new()).await;
+    for (arguments, name) in
+        [(&["--counters"][..], ""), (&["--counters", "--name", "gw"], "gw"), (&["--counters", "--all"], "(unnamed)")]
+    {
+        let reply = format!("counters reply {{counters {{{name} {{{COUNTS}}}}} success=yes}}\n");
+        assert_eq!(daemon.raw(arguments).await, reply);
+    }
+    let printed = daemon.out(&["--counters", "--name", "gw"]).await;
+    assert!(printed.contains("create-child-out-req") && printed.contains("gw"), "{printed}");
+    let unknown = daemon.swanctl(&["--counters", "--name", "other"]).await;
+    assert!(!unknown.status.success() && text(&unknown).contains("no counters found for this connection"));
+    for (arguments, told) in [
+        (&["--counters", "--reset"][..], "reset Total"),
+        (&["--counters", "--reset", "--name", "gw"], "reset Connection(\"gw\")"),
+        (&["--counters", "--reset", "--all"], "reset Each"),
+    ] {
+        daemon.out(arguments).await;
+        daemon.wait_for(&[told]).await;
+        daemon.told.lock().unwrap().commands.clear();
+    }
 }
 
 // ---- loading
@@ -617,6 +649,23 @@ fn core(sas: Vec<SaReport>) -> (Control, Core) {
                 Command::Uninstall { child, reply, .. } => {
                     let known = child == "net";
                     let _ = reply.send(known.then_some(()).ok_or_else(|| format!("policy '{child}' not found")));
+                }
+                Command::Counters(of, reply) => {
+                    let counts = Counter::ALL.into_iter().zip(1..).collect();
+                    let connection = match of {
+                        Counted::Total => None,
+                        Counted::Connection(name) if name == "gw" => Some(name),
+                        Counted::Connection(_) => {
+                            let _ = reply.send(Vec::new());
+                            continue;
+                        }
+                        Counted::Each => Some("(unnamed)".to_owned()),
+                    };
+                    let _ = reply.send(vec![CounterReport { connection, counts }]);
+                }
+                Command::ResetCounters(of, reply) => {
+                    told.lock().unwrap().commands.push(format!("reset {of:?}"));
+                    let _ = reply.send(());
                 }
                 Command::LoadPool(pool, reply) => {
                     let _ = reply.send(pools.load_pool(*pool));

@@ -782,6 +782,13 @@ impl Core {
             Command::UnloadPool(name, reply) => {
                 let _ = reply.send(self.engine.unload_pool(&name));
             }
+            Command::Counters(of, reply) => {
+                let _ = reply.send(of.read(self.engine.counters()));
+            }
+            Command::ResetCounters(of, reply) => {
+                of.reset(self.engine.counters());
+                let _ = reply.send(());
+            }
             Command::ListPools(reply) => {
                 let _ = reply.send(self.engine.pools());
             }

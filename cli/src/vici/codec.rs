@@ -97,6 +97,12 @@ impl Packet {
         }
     }
 
+    /// True for a CMD_REQUEST whose command can be read, whatever its arguments are.
+    pub fn is_named_request(bytes: &[u8]) -> bool {
+        let mut reader = Reader(bytes);
+        reader.octet() == Ok(0) && reader.name().is_ok()
+    }
+
     /// Reads a packet without length prefix.
     ///
     /// # Errors

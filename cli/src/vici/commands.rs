@@ -1,7 +1,6 @@
 //! What VICI's commands do. Answers and refusals have charon's names, order and words: scripts depend on them.
 
 use std::collections::BTreeSet;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use ike::engine::{ChildSaId, Event, Gateway, IkeSaId};
@@ -16,14 +15,76 @@ use crate::config::connection::{InlineCertificates, connection};
 use crate::config::credentials::Authority;
 use crate::config::pool::pool;
 use crate::config::values::{self, Address};
-use crate::control::{Matched, RedirectFilter, SaFilter};
+use crate::control::{Counted, Matched, RedirectFilter, SaFilter};
 use crate::tree::{Node, Section};
 use crate::vici::events;
 use crate::vici::report;
 use crate::vici::server::{EventSink, Shared};
 
+/// Longest reason for a refusal, in octets: longer ones (they may quote arguments) would not fit into the answer.
+const MAX_REASON: usize = 1024;
+
+/// What an argument has to be.
+#[derive(Clone, Copy)]
+enum Kind {
+    Text,
+    Octets,
+    List,
+}
+
+/// The arguments that a command reads by name. Others are ignored, as in charon.
+fn arguments(command: &str) -> &'static [(&'static str, Kind)] {
+    use Kind::{List, Octets, Text};
+    match command {
+        "initiate" => &[("child", Text), ("ike", Text), ("timeout", Text), ("loglevel", Text)],
+        "terminate" => &[
+            ("child", Text),
+            ("ike", Text),
+            ("child-id", Text),
+            ("ike-id", Text),
+            ("force", Text),
+            ("timeout", Text),
+            ("loglevel", Text),
+        ],
+        "rekey" => &[("child", Text), ("ike", Text), ("child-id", Text), ("ike-id", Text), ("reauth", Text)],
+        "redirect" => &[("ike", Text), ("ike-id", Text), ("peer-ip", Text), ("peer-id", Text), ("gateway", Text)],
+        "install" | "uninstall" | "list-policies" => &[("child", Text), ("ike", Text)],
+        "list-sas" => &[("child", Text), ("ike", Text), ("child-id", Text), ("ike-id", Text)],
+        "list-conns" => &[("ike", Text)],
+        "list-certs" => &[("type", Text), ("flag", Text), ("subject", Text)],
+        "load-cert" => &[("type", Text), ("flag", Text), ("data", Octets)],
+        "load-key" => &[("type", Text), ("data", Octets)],
+        "load-shared" => &[("id", Text), ("type", Text), ("data", Octets), ("owners", List)],
+        "unload-key" | "unload-shared" => &[("id", Text)],
+        "unload-conn" | "unload-authority" | "unload-pool" | "list-authorities" => &[("name", Text)],
+        "get-pools" => &[("leases", Text), ("name", Text)],
+        "get-counters" | "reset-counters" => &[("all", Text), ("name", Text)],
+        _ => &[],
+    }
+}
+
+/// Refuses an argument of another kind. Were it taken as missing, a command would mean more than was asked for.
+fn check_arguments(command: &str, message: &Section) -> Result<(), Section> {
+    let known = arguments(command);
+    for (name, node) in &message.entries {
+        let Some((_, kind)) = known.iter().find(|(argument, _)| argument == name) else { continue };
+        let fits = match (kind, node) {
+            (Kind::Text, Node::Value(value)) => value.text().is_some(),
+            (Kind::Octets, Node::Value(_)) | (Kind::List, Node::List(..) | Node::Value(_)) => true,
+            (Kind::Text | Kind::Octets | Kind::List, _) => false,
+        };
+        if !fits {
+            return Err(failure(format!("invalid value for: {name}")));
+        }
+    }
+    Ok(())
+}
+
 /// Runs a command; `None` if there is none of this name.
 pub(super) async fn run(shared: &Shared, sink: &EventSink, name: &str, message: &Section) -> Option<Section> {
+    if let Err(answer) = check_arguments(name, message) {
+        return Some(answer);
+    }
     Some(match name {
         "version" => report::version(),
         "stats" => stats(shared).await,
@@ -88,12 +149,17 @@ pub(super) async fn run(shared: &Shared, sink: &EventSink, name: &str, message: 
             None => failure("missing pool name to unload"),
         },
         "get-algorithms" => report::algorithms(),
-        "get-counters" => counters(shared, message),
-        "reset-counters" => {
-            shared.counters.ike_rekey.store(0, Ordering::Relaxed);
-            shared.counters.child_rekey.store(0, Ordering::Relaxed);
-            success()
-        }
+        "get-counters" => match counted(message) {
+            Ok(of) => report::counters(&shared.control.counters(of).await),
+            Err(answer) => answer,
+        },
+        "reset-counters" => match counted(message) {
+            Ok(of) => {
+                shared.control.reset_counters(of).await;
+                success()
+            }
+            Err(answer) => answer,
+        },
         "redirect" => redirect(shared, message).await,
         "install" => match owned(message, "child") {
             Some(child) => outcome(shared.control.install(owned(message, "ike"), child).await),
@@ -114,10 +180,19 @@ fn success() -> Section {
     answer
 }
 
-fn failure(reason: impl Into<String>) -> Section {
+pub(super) fn failure(reason: impl Into<String>) -> Section {
+    let mut reason = reason.into();
+    if reason.len() > MAX_REASON {
+        let mut end = MAX_REASON;
+        while !reason.is_char_boundary(end) {
+            end -= 1;
+        }
+        reason.truncate(end);
+        reason.push('…');
+    }
     let mut answer = report::message();
     answer.push_value("success", "no");
-    answer.push_value("errmsg", reason.into());
+    answer.push_value("errmsg", reason);
     answer
 }
 
@@ -161,16 +236,13 @@ async fn stats(shared: &Shared) -> Section {
     report::stats(started.elapsed(), since, all, half_open)
 }
 
-fn counters(shared: &Shared, message: &Section) -> Section {
-    if owned(message, "name").is_some() {
-        return failure("no counters found for this connection");
-    }
-    let mut global = report::message();
-    global.push_value("ike-rekey", shared.counters.ike_rekey.load(Ordering::Relaxed).to_string());
-    global.push_value("child-rekey", shared.counters.child_rekey.load(Ordering::Relaxed).to_string());
-    let mut answer = report::wrapped("counters", report::wrapped("", global));
-    answer.push_value("success", "yes");
-    answer
+/// Whose counters are meant: `all`, one connection's by `name`, or those of all together.
+fn counted(message: &Section) -> Result<Counted, Section> {
+    Ok(match (is_set(message, "all")?, owned(message, "name")) {
+        (true, _) => Counted::Each,
+        (false, Some(name)) => Counted::Connection(name),
+        (false, None) => Counted::Total,
+    })
 }
 
 /// `control-log` for the SAs of some connections.

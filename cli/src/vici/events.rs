@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 use ike::engine::{ChildSaId, CloseReason, Event, IkeSaId, IkeSaStatus};
 use tokio::sync::broadcast;
@@ -20,13 +20,6 @@ const MAX_ENDED: usize = 64;
 pub(super) struct Announcement {
     pub(super) event: &'static str,
     pub(super) message: Section,
-}
-
-/// What `get-counters` shows. Only what the core tells us is counted.
-#[derive(Debug, Default)]
-pub(super) struct Counters {
-    pub(super) ike_rekey: AtomicU64,
-    pub(super) child_rekey: AtomicU64,
 }
 
 const ANNOUNCED: [&str; 7] = ["log", "ike-updown", "ike-rekey", "ike-update", "child-updown", "child-rekey", "alert"];
@@ -49,7 +42,6 @@ pub(super) async fn translate(shared: Arc<Shared>) {
     loop {
         match events.recv().await {
             Ok(event) => {
-                count(&shared.counters, &event);
                 if let Event::IkeDown(status, _) = event.as_ref() {
                     if ended.len() == MAX_ENDED {
                         ended.pop_front();
@@ -70,14 +62,6 @@ pub(super) async fn translate(shared: Arc<Shared>) {
             Err(broadcast::error::RecvError::Closed) => return std::future::pending().await,
         }
     }
-}
-
-fn count(counters: &Counters, event: &Event) {
-    match event {
-        Event::IkeRekeyed { .. } => counters.ike_rekey.fetch_add(1, Ordering::Relaxed),
-        Event::ChildRekeyed { .. } => counters.child_rekey.fetch_add(1, Ordering::Relaxed),
-        _ => 0,
-    };
 }
 
 async fn announcement(shared: &Shared, event: &Event, ended: &VecDeque<IkeSaStatus>) -> Option<Announcement> {

@@ -16,7 +16,7 @@ use pad::{AuthClass, Identity};
 use crate::config::certificate::{is_authority, subject};
 use crate::config::values::protocol_name;
 use crate::config::{ConnectionDefinition, TrapActions};
-use crate::control::{PolicyReport, SaReport};
+use crate::control::{CounterReport, PolicyReport, SaReport};
 use crate::tree::{Origin, Section};
 
 /// An empty message.
@@ -520,6 +520,25 @@ pub fn algorithms() -> Section {
     all.push_section("rng", section(vec!["RNG_STRONG".to_owned()]));
     all.push_section("nonce-gen", section(vec!["NONCE_GEN".to_owned()]));
     all
+}
+
+/// `get-counters`: a section for each connection, that of all together without a name.
+pub fn counters(reports: &[CounterReport]) -> Section {
+    let mut all = message();
+    for report in reports {
+        let mut section = message();
+        for (counter, count) in &report.counts {
+            section.push_value(counter.name(), count.to_string());
+        }
+        all.push_section(report.connection.as_deref().unwrap_or_default(), section);
+    }
+    let found = !reports.is_empty();
+    let mut answer = wrapped("counters", all);
+    answer.push_value("success", if found { "yes" } else { "no" });
+    if !found {
+        answer.push_value("errmsg", "no counters found for this connection");
+    }
+    answer
 }
 
 #[cfg(test)]

@@ -18,7 +18,7 @@ use tokio::task::JoinHandle;
 
 use crate::control::Control;
 use crate::tree::Section;
-use crate::vici::codec::{MAX_PACKET, Packet};
+use crate::vici::codec::{CodecError, MAX_PACKET, Packet};
 use crate::vici::events::{self, Announcement};
 use crate::vici::{Store, Uri, commands};
 
@@ -26,7 +26,7 @@ use crate::vici::{Store, Uri, commands};
 const MAX_CLIENTS: usize = 256;
 /// Packets queued for one client.
 const MAX_QUEUED: usize = 1024;
-/// Requests that a client may send ahead.
+/// Requests of a client that are read ahead; the others wait in its socket.
 const MAX_PENDING: usize = 16;
 /// How long a client may take to read a packet.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
@@ -38,7 +38,6 @@ pub(super) struct Shared {
     pub(super) announcements: broadcast::Sender<Arc<Announcement>>,
     /// Clients that are registered for announcements: without any, none are made.
     pub(super) listeners: AtomicUsize,
-    pub(super) counters: events::Counters,
 }
 
 /// A running server. Dropping it stops the server and removes its socket.
@@ -84,13 +83,7 @@ impl Drop for ServerHandle {
 pub async fn serve(uri: &str, control: Control, store: Arc<Store>) -> io::Result<ServerHandle> {
     let invalid = |reason: String| io::Error::new(io::ErrorKind::InvalidInput, reason);
     let (announcements, _) = broadcast::channel(1024);
-    let shared = Arc::new(Shared {
-        control,
-        store,
-        announcements,
-        listeners: AtomicUsize::new(0),
-        counters: events::Counters::default(),
-    });
+    let shared = Arc::new(Shared { control, store, announcements, listeners: AtomicUsize::new(0) });
     let (stop, stopping) = watch::channel(false);
     let mut handle = ServerHandle { stop, tasks: Vec::new(), socket: None, local: uri.to_owned() };
     let translator = tokio::spawn(until_stopped(stopping.clone(), events::translate(Arc::clone(&shared))));
@@ -224,7 +217,10 @@ async fn client(stream: impl AsyncRead + AsyncWrite + Send + 'static, shared: Ar
     }
 }
 
-async fn read_packets(mut reader: impl AsyncRead + Unpin, packets: mpsc::Sender<Packet>) {
+/// A packet; or why a request is none, whose sender can be told.
+type Read = Result<Packet, CodecError>;
+
+async fn read_packets(mut reader: impl AsyncRead + Unpin, packets: mpsc::Sender<Read>) {
     loop {
         let Ok(length) = reader.read_u32().await else { return };
         let Some(length) = usize::try_from(length).ok().filter(|length| *length <= MAX_PACKET) else {
@@ -238,7 +234,8 @@ async fn read_packets(mut reader: impl AsyncRead + Unpin, packets: mpsc::Sender<
             return;
         }
         let packet = match Packet::decode(&bytes) {
-            Ok(packet) => packet,
+            Err(error) if Packet::is_named_request(&bytes) => Err(error),
+            Ok(packet) => Ok(packet),
             Err(error) => {
                 tracing::warn!(%error, "VICI client sends nonsense; closing");
                 return;
@@ -284,29 +281,24 @@ impl Drop for Listening<'_> {
 
 type Command = std::pin::Pin<Box<dyn Future<Output = Packet> + Send>>;
 
-async fn session(shared: Arc<Shared>, packets: mpsc::Sender<Packet>, mut from_client: mpsc::Receiver<Packet>) {
+async fn session(shared: Arc<Shared>, packets: mpsc::Sender<Packet>, mut from_client: mpsc::Receiver<Read>) {
     let mut announcements = shared.announcements.subscribe();
     let mut sink = EventSink { packets, registered: BTreeSet::new() };
     let mut listening = None;
-    let mut pending: VecDeque<(String, Section)> = VecDeque::new();
+    let mut pending: VecDeque<Result<(String, Section), CodecError>> = VecDeque::new();
     let mut running: Option<Command> = None;
     loop {
         if running.is_none()
-            && let Some((name, message)) = pending.pop_front()
+            && let Some(request) = pending.pop_front()
         {
-            running = Some(start(&shared, &sink, name, message));
+            running = Some(start(&shared, &sink, request));
         }
         tokio::select! {
-            packet = from_client.recv() => match packet {
+            packet = from_client.recv(), if pending.len() < MAX_PENDING => match packet {
                 None => return,
-                Some(Packet::Request { name, message }) => {
-                    if pending.len() >= MAX_PENDING {
-                        tracing::warn!("VICI client sends too many requests ahead; closing");
-                        return;
-                    }
-                    pending.push_back((name, message));
-                }
-                Some(Packet::Register(event)) => {
+                Some(Ok(Packet::Request { name, message })) => pending.push_back(Ok((name, message))),
+                Some(Err(error)) => pending.push_back(Err(error)),
+                Some(Ok(Packet::Register(event))) => {
                     let known = events::is_event(&event);
                     if known {
                         sink.registered.insert(event);
@@ -317,7 +309,7 @@ async fn session(shared: Arc<Shared>, packets: mpsc::Sender<Packet>, mut from_cl
                     }
                     confirm(&sink, known).await;
                 }
-                Some(Packet::Unregister(event)) => {
+                Some(Ok(Packet::Unregister(event))) => {
                     let known = sink.registered.remove(&event);
                     if !sink.registered.iter().any(|event| events::is_announced(event)) {
                         listening = None;
@@ -325,7 +317,7 @@ async fn session(shared: Arc<Shared>, packets: mpsc::Sender<Packet>, mut from_cl
                     confirm(&sink, known).await;
                 }
                 // charon ignores what a client must not send.
-                Some(_) => {}
+                Some(Ok(_)) => {}
             },
             answer = async {
                 match running.as_mut() {
@@ -349,9 +341,13 @@ async fn session(shared: Arc<Shared>, packets: mpsc::Sender<Packet>, mut from_cl
     }
 }
 
-fn start(shared: &Arc<Shared>, sink: &EventSink, name: String, message: Section) -> Command {
+fn start(shared: &Arc<Shared>, sink: &EventSink, request: Result<(String, Section), CodecError>) -> Command {
     let (shared, sink) = (Arc::clone(shared), sink.clone());
     Box::pin(async move {
+        let (name, message) = match request {
+            Ok(request) => request,
+            Err(error) => return Packet::Response(commands::failure(error.to_string())),
+        };
         match commands::run(&shared, &sink, &name, &message).await {
             Some(answer) => Packet::Response(answer),
             None => Packet::CommandUnknown,

@@ -14,6 +14,7 @@ use super::{
 };
 use crate::Rng;
 use crate::config::{Connection, Fragmentation};
+use crate::counters::Counters;
 use crate::crypto::KeyWork;
 use crate::engine::Transport;
 use crate::engine::connections::Connections;
@@ -108,6 +109,7 @@ pub(crate) struct Context {
     pub(crate) tombstones: BTreeMap<u64, Tombstone>,
     pub(crate) triggers: Triggers,
     pub(crate) pools: Pools,
+    pub(crate) counters: Counters,
     /// The virtual addresses that we last had, by connection.
     pub(crate) former_addresses: BTreeMap<String, Vec<IpAddr>>,
     last_job: u64,
@@ -143,6 +145,7 @@ impl Context {
             tombstones: BTreeMap::new(),
             triggers: Triggers::default(),
             pools: Pools::default(),
+            counters: Counters::default(),
             former_addresses: BTreeMap::new(),
             last_job: 0,
             last_ike: 0,

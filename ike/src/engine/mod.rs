@@ -39,6 +39,7 @@ use pad::{
 pub use self::assigned::{Assigned, Domain};
 use crate::Rng;
 use crate::config::{CheckAddressIdentities, Child, Connection, PuzzlePolicy, Retransmission};
+use crate::counters::{Counter, Counters};
 use crate::crypto::puzzle::Puzzle;
 use crate::crypto::{AdditionalKe, IkeSuite, KeyDone, KeyError, KeyWork};
 use crate::sa::crash::TokenMaker;
@@ -561,8 +562,10 @@ impl Engine {
     pub fn set_connections(&mut self, connections: Vec<Arc<Connection>>) {
         self.ctx.connections = Connections::new(connections);
         self.ctx.reauthentications.note_all();
-        let Context { connections, former_addresses, .. } = &mut self.ctx;
-        former_addresses.retain(|name, _| connections.named(name).next().is_some());
+        let Context { connections, former_addresses, counters, .. } = &mut self.ctx;
+        let is_configured = |name: &str| connections.named(name).next().is_some();
+        former_addresses.retain(|name, _| is_configured(name));
+        counters.retain(is_configured);
     }
 
     /// Hashes of acceptable CAs for CERTREQ payloads; set with the credentials.
@@ -584,6 +587,7 @@ impl Engine {
             Err(WireError::MajorVersion(version)) => self.answer_version(now, path, bytes, version),
             Err(error) => {
                 tracing::trace!(%error, "not an IKE message");
+                self.ctx.counters.count(Counter::Invalid);
                 self.ctx.judge(&path, Judgement::Unparsable);
             }
         }
@@ -837,6 +841,11 @@ impl Engine {
         self.defence.half_open.total() + self.members.initiating()
     }
 
+    /// Messages and rekeys since the start or the last reset.
+    pub fn counters(&self) -> &Counters {
+        &self.ctx.counters
+    }
+
     // Routing.
 
     fn handle_plain(&mut self, now: Instant, path: Path, message: Message, bytes: &[u8]) {
@@ -885,6 +894,7 @@ impl Engine {
                 self.ctx.transmit(path, answer);
             }
         } else {
+            self.ctx.counters.count(Counter::InvalidSpi);
             // RFC 6290 §9.2: whichever of the two SPIs is ours, an IKE SA with it lives.
             let known = |spi| self.ctx.ike_spis.contains_key(&spi) || self.ctx.tombstones.contains_key(&spi);
             if known(header.initiator_spi) || known(header.responder_spi) {

@@ -70,6 +70,7 @@ impl Engine {
         if !self.deserves_state(now, path, &header, &parts) {
             return;
         }
+        self.ctx.counters.unnamed().message(ExchangeType::IKE_SA_INIT, true, false);
         let fitting = self.ctx.connections.admitting(&path);
         if let Some(redirect) = fitting.first().and_then(|first| init_redirect(&first.connection, &parts)) {
             // RFC 5685 §3: without state, and so without keys.
@@ -207,6 +208,7 @@ impl Engine {
     pub(super) fn refuse_init(&mut self, now: Instant, path: Path, header: &Header, fault: &Fault) {
         self.log_stranger(now, "IKE", format!("IKE_SA_INIT from {} refused: {fault}", path.remote.ip()));
         let header = answer_header(header, 0);
+        self.ctx.counters.unnamed().message(ExchangeType::IKE_SA_INIT, false, true);
         self.ctx.transmit(path, [wire::encode(&Message { header, payloads: vec![fault.payload()] })]);
     }
 }

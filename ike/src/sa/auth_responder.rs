@@ -352,6 +352,7 @@ impl ResponderAuth {
             return self.refuse(ctx, now, &Fault::UnexpectedNat, "there is a NAT that the peer does not allow");
         }
         self.core.name = ctx.connections.name(&connection.name);
+        self.channel.tally = Some(ctx.counters.of(&connection.name));
         ctx.log("IKE", 1, self.core.tag(), format!("authentication of '{}' successful", peer.id));
         if connection.ppk_id.is_some() && !self.uses_ppk {
             ctx.log("IKE", 1, self.core.tag(), ppk::UNUSED.to_owned());

@@ -15,6 +15,7 @@ use super::retry::{Due, Retry};
 use super::window::{Inbound, Standing};
 use crate::Rng;
 use crate::config::Retransmission;
+use crate::counters::{Counter, Tally};
 use crate::crypto::{IkeKeys, IkeSuite};
 use crate::wire::{self, ExchangeType, Header, OpenError, OpenOutcome, Opened, Payload, Protected, Reassembly};
 
@@ -107,6 +108,8 @@ pub(crate) struct Channel {
     inbound_window: Inbound,
     /// Requests of which fragments are missing.
     requests: Vec<Reassembly>,
+    /// Where its messages are counted.
+    pub(crate) tally: Option<Tally>,
 }
 
 /// The keys of our messages and of the peer's, if they are good for the suite: then binding them does not fail.
@@ -156,7 +159,27 @@ impl Channel {
             window: 1,
             inbound_window: Inbound::new(expected_request),
             requests: Vec::new(),
+            tally: None,
         })
+    }
+
+    /// Its messages count here from now on.
+    pub(crate) fn counted(mut self, tally: Option<Tally>) -> Self {
+        self.tally = tally;
+        self
+    }
+
+    /// Counts something else.
+    pub(crate) fn count(&self, counter: Counter) {
+        if let Some(tally) = &self.tally {
+            tally.count(counter);
+        }
+    }
+
+    fn count_message(&self, exchange: ExchangeType, incoming: bool, response: bool) {
+        if let Some(tally) = &self.tally {
+            tally.message(exchange, incoming, response);
+        }
     }
 
     /// Goes over to new keys of the same IKE SA (RFC 9242 §3.3.1); message ids go on. What was sealed already
@@ -191,7 +214,15 @@ impl Channel {
         if !ours || header.from_initiator == self.initiator {
             return Received::Ignored;
         }
-        if header.response { self.receive_response(protected) } else { self.receive_request(protected, datagram) }
+        let received =
+            if header.response { self.receive_response(protected) } else { self.receive_request(protected, datagram) };
+        match &received {
+            Received::Request(_) => self.count_message(header.exchange, true, false),
+            Received::Response(_) => self.count_message(header.exchange, true, true),
+            Received::Forged => self.count(Counter::Invalid),
+            Received::Repeated(_) | Received::Awaited | Received::Beyond(_) | Received::Ignored => {}
+        }
+        received
     }
 
     fn receive_response(&mut self, protected: Protected) -> Received {
@@ -384,6 +415,7 @@ impl Channel {
         self.next_request = message_id.checked_add(1)?;
         let header = self.header(exchange, message_id, false);
         let datagrams = wire::seal(&header, payloads, &outbound, max_length, rng);
+        self.count_message(exchange, false, false);
         self.outstanding.push(Outstanding {
             message_id,
             exchange,
@@ -418,6 +450,7 @@ impl Channel {
         let header = self.header(exchange, message_id, true);
         let outbound = self.bind(&self.outbound).ok()?;
         let datagrams = wire::seal(&header, payloads, &outbound, max_length, rng);
+        self.count_message(exchange, false, true);
         self.inbound_window.answer(datagrams.clone());
         Some(datagrams)
     }

@@ -17,6 +17,7 @@ use super::init::NONCE_LENGTH;
 use super::parts::Parts;
 use super::retry::{after, total};
 use crate::config::Child;
+use crate::counters::Counter;
 use crate::engine::context::Context;
 use crate::engine::{ChildSaId, ChildState, CloseReason, Event, IkeState, InstallError};
 use crate::pool::Shares;
@@ -402,6 +403,7 @@ impl Established {
         match replaces.filter(|old| self.children.contains_key(old)) {
             Some(old) => {
                 self.set_rekeyed(ctx, now, old);
+                self.channel.count(Counter::ChildRekey);
                 ctx.event(Event::ChildRekeyed { ike_sa: self.core.id, old, new: id });
                 let task = Task::DeleteChild { id: old, token: None, reason: CloseReason::Rekeyed };
                 self.queue.push_front(task);
@@ -542,6 +544,7 @@ impl Established {
                         if !collides {
                             self.set_rekeyed(ctx, now, old);
                         }
+                        self.channel.count(Counter::ChildRekey);
                         ctx.event(Event::ChildRekeyed { ike_sa: self.core.id, old, new: id });
                     }
                     None => ctx.event(Event::ChildUp(self.core.id, id)),

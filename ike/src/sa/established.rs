@@ -30,6 +30,7 @@ use super::succession::Successor;
 use super::transports::Transports;
 use super::{Core, Want};
 use crate::config::{Child, Connection, Unique};
+use crate::counters::Counter;
 use crate::engine::context::{Context, PeerKey};
 use crate::engine::{
     ChildSaId, ChildState, CloseReason, Event, Gateway, IkeSaId, IkeSaStatus, IkeState, Job, JobId, JobOutcome,
@@ -269,6 +270,8 @@ impl Established {
             ctx.child_spis.insert(child.spi_in, id);
         }
         ctx.pools.inherit(self.core.id, id);
+        let by_us = new.channel.initiator;
+        new.channel.count(if by_us { Counter::IkeRekeyInit } else { Counter::IkeRekeyResp });
         self.become_rekeyed();
         let line = format!("IKE_SA {}[{}] rekeyed, successor is [{}]", self.core.name, self.core.id.0, id.0);
         ctx.log("IKE", 0, self.core.tag(), line);

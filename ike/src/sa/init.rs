@@ -20,6 +20,7 @@ use super::redirect::{Redirected, Redirects};
 use super::retry::{Due, Retry, after};
 use super::{Core, IkeSa, InitiatorIntermediate, Want, fail_wants};
 use crate::config::{Childless, Connection, Fragmentation, Retransmission, TcpPolicy};
+use crate::counters::Counter;
 use crate::crypto::{self, KeyDone, KeyExchange, KeyWork};
 use crate::engine::context::Context;
 use crate::engine::{CloseReason, Event, IkeSaId, IkeSaStatus, IkeState, Job, JobId, JobOutcome, Path, Transport};
@@ -479,9 +480,11 @@ impl Initiating {
             Ok(parts) => parts,
             Err(fault) => {
                 ctx.log("ENC", 1, self.tag(), format!("IKE_SA_INIT response ignored: {fault}"));
+                ctx.counters.of(&self.connection.name).count(Counter::Invalid);
                 return Some(IkeSa::Initiating(self));
             }
         };
+        ctx.counters.of(&self.connection.name).message(ExchangeType::IKE_SA_INIT, true, true);
         if let Some(cookie) = parts.notify(NotifyType::COOKIE).filter(|_| parts.sa.is_none()) {
             // RFC 7296 §2.6: 1 to 64 octets. One puzzle at a time.
             let idle = self.attempt.solving.is_none();
@@ -790,6 +793,7 @@ impl Attempt {
         let retry = Retry::start(now, &policy, over_stream, ctx.rng.as_mut());
         let line = format!("sending IKE_SA_INIT request to {}", self.path.remote);
         ctx.log("NET", 2, Some((id, &connection.name)), line);
+        ctx.counters.of(&connection.name).message(ExchangeType::IKE_SA_INIT, false, false);
         ctx.transmit(self.path, [request.clone()]);
         self.progress = Progress::Sent { request, retry };
     }

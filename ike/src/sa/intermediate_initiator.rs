@@ -143,7 +143,7 @@ impl InitiatorIntermediate {
     ) -> Option<IkeSa> {
         match (std::mem::replace(&mut self.phase, Phase::Moving), outcome) {
             (Phase::Agreeing(waiting), JobOutcome::KeyExchange(result)) if waiting == job => match result {
-                Ok(KeyDone::Agreed(secret)) => match self.take_secret(&secret) {
+                Ok(KeyDone::Agreed(secret)) => match self.take_secret(ctx, &secret) {
                     Ok(()) => self.go_on(ctx, now),
                     Err(reason) => self.fail(ctx, &reason),
                 },
@@ -235,7 +235,7 @@ impl InitiatorIntermediate {
     }
 
     /// Makes the first keys of the secret, or the next ones.
-    fn take_secret(&mut self, secret: &Secret) -> Result<(), String> {
+    fn take_secret(&mut self, ctx: &mut Context, secret: &Secret) -> Result<(), String> {
         let Agreed { suite, spis, fragmentation, .. } = self.agreed;
         let (ni, nr) = (self.material.ni.as_slice(), self.material.nr.as_slice());
         let seed = KeySeed { ni, nr, spi_i: spis.initiator, spi_r: spis.responder };
@@ -246,7 +246,8 @@ impl InitiatorIntermediate {
             }
             None => {
                 let keys = crypto::ike_keys(&suite, secret, seed).map_err(|error| error.to_string())?;
-                let mut channel = Channel::new(suite, keys, spis, true, false).map_err(|error| error.to_string())?;
+                let channel = Channel::new(suite, keys, spis, true, false).map_err(|error| error.to_string())?;
+                let mut channel = channel.counted(Some(ctx.counters.of(&self.core.name)));
                 channel.fragmentation = fragmentation;
                 self.channel = Some(channel);
                 Ok(())

@@ -163,7 +163,7 @@ impl ResponderIntermediate {
                 self.answer(ctx, answer, result)
             }
             (Phase::Agreeing { job: waiting, early }, JobOutcome::KeyExchange(result)) if waiting == job => {
-                match self.first_keys(result) {
+                match self.first_keys(ctx, result) {
                     Ok(()) => self.replay(ctx, now, early),
                     Err(reason) => self.fail(ctx, &reason),
                 }
@@ -261,6 +261,7 @@ impl ResponderIntermediate {
         // The customary place, behind the SA payload.
         answer.payloads.insert(1.min(answer.payloads.len()), Payload::Ke { group: self.suite.ke, data: public });
         self.material.ours = wire::encode(&answer);
+        ctx.counters.unnamed().message(ExchangeType::IKE_SA_INIT, false, true);
         ctx.transmit(self.core.path, [self.material.ours.clone()]);
         self.phase = Phase::Answered(pending);
         Some(IkeSa::ResponderIntermediate(self))
@@ -290,13 +291,14 @@ impl ResponderIntermediate {
         };
     }
 
-    fn first_keys(&mut self, result: Result<KeyDone, KeyError>) -> Result<(), String> {
+    fn first_keys(&mut self, ctx: &mut Context, result: Result<KeyDone, KeyError>) -> Result<(), String> {
         let Ok(KeyDone::Agreed(secret)) = result else {
             return Err(result.err().map_or("the key exchange failed".to_owned(), |error| error.to_string()));
         };
         let keys = crypto::ike_keys(&self.suite, &secret, self.seed()).map_err(|error| error.to_string())?;
         let channel = Channel::new(self.suite, keys, self.spis, false, false);
-        let mut channel = channel.map_err(|error| error.to_string())?;
+        let channel = channel.map_err(|error| error.to_string())?;
+        let mut channel = channel.counted(Some(ctx.counters.unnamed()));
         channel.fragmentation = self.fragmentation;
         self.channel = Some(channel);
         Ok(())

@@ -75,6 +75,7 @@ impl IkePlan {
         let seed = KeySeed { ni: &ni, nr: &nr, spi_i: spis.initiator, spi_r: spis.responder };
         let keys = crypto::rekeyed_ike_keys(old.suite.prf, &old.d, &suite, secret, additional, seed)?;
         let channel = Channel::new(suite, keys, spis, false, true).map_err(|_| Fault::NoProposalChosen)?;
+        let channel = channel.counted(old.tally.clone());
         Ok(Successor { id, channel, lowest_nonce: ni.min(nr) })
     }
 }
@@ -204,6 +205,7 @@ impl Established {
         let keys = crypto::rekeyed_ike_keys(prf, d, &suite, secret, additional, seed);
         let keys = keys.map_err(|error| error.to_string())?;
         let channel = Channel::new(suite, keys, spis, true, true).map_err(|error| error.to_string())?;
+        let channel = channel.counted(self.channel.tally.clone());
         let id = ctx.next_ike();
         ctx.ike_spis.insert(offer.spi, id);
         Ok(Successor { id, channel, lowest_nonce: offer.nonce.min(nr.clone()) })

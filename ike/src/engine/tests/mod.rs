@@ -14,6 +14,7 @@ mod child_sa;
 mod childless;
 mod collisions;
 mod configuration;
+mod counters;
 mod defence;
 mod faults;
 mod followup;
