@@ -212,7 +212,7 @@ async fn list_sas_prints_what_charon_prints() {
          rekey-time=13041 child-sas {net-4 {name=net uniqueid=4 reqid=1 state=INSTALLED mode=TUNNEL protocol=ESP \
          encap=yes spi-in=8906bf9c spi-out=4ef02b7a encr-alg=AES_GCM_16 encr-keysize=256 dh-group=CURVE_25519 \
          bytes-in=84 packets-in=1 use-in=0 bytes-out=84 packets-out=1 use-out=0 rekey-time=3252 life-time=3960 \
-         install-time=0 local-ts=[10.1.0.0/16] remote-ts=[10.2.0.0/16]}}}}\nlist-sas reply {}\n"
+         install-time=0 local-ts=[10.1.0.0/16] remote-ts=[10.2.0.0/16] plane=user-space plane-reason=configured}}}}\nlist-sas reply {}\n"
     );
     assert_eq!(
         daemon.out(&["--list-sas"]).await,
