@@ -825,6 +825,23 @@ fn in_a_stream_only_the_frame_size_limits() {
 
 // ---- outer header
 
+// RFC 6040 §4.1, §4.3: compatibility mode where the SA is configured so; the other direction's SA says nothing about it.
+#[test]
+fn without_copy_ecn_the_field_stays_inside() {
+    let pair = Pair::new(&Setup { copy_ecn: false, ..Setup::default() });
+    for ecn in [0b00, 0b01, 0b10, 0b11] {
+        let mut packet = request(b"x");
+        ip::set_tos(&mut packet, 0xb8 | ecn);
+        let mut out = Vec::new();
+        let sent = pair.left.outbound(pair.now, &packet, &mut out);
+        assert!(matches!(sent, Outbound::Send { tos: 0xb8, .. }), "{sent:?}");
+        let mut inner = Vec::new();
+        let from = Kind::Bare.outer(RIGHT, LEFT);
+        assert_eq!(pair.right.inbound(pair.now, from, 0b11, &mut out, &mut inner), Inbound::Deliver { event: None });
+        assert_eq!(inner, packet);
+    }
+}
+
 // RFC 6040 §4
 #[test]
 fn ecn_and_dscp_go_out_and_congestion_comes_in() {
