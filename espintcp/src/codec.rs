@@ -185,14 +185,16 @@ pub fn append_ike(out: &mut BytesMut, message: &[u8]) -> bool {
 
 /// Appends what [`frame_esp`] makes; false and nothing appended where that gives `None`.
 pub fn append_esp(out: &mut BytesMut, packet: &[u8]) -> bool {
-    let Some(length) = frame_length(packet.len()) else { return false };
-    if packet.first_chunk::<4>().is_none_or(|spi| *spi == NON_ESP_MARKER) {
-        return false;
-    }
+    let Some(length) = esp_length(packet) else { return false };
     out.reserve(usize::from(length));
     out.put_u16(length);
     out.put_slice(packet);
     true
+}
+
+/// The Length field before an ESP packet; `None` where [`frame_esp`] gives that.
+pub fn esp_length(packet: &[u8]) -> Option<u16> {
+    frame_length(packet.len()).filter(|_| packet.first_chunk::<4>().is_some_and(|spi| *spi != NON_ESP_MARKER))
 }
 
 /// The Length field for a message, which counts itself (RFC 9329 §3).

@@ -12,6 +12,7 @@ use ike::engine::Engine;
 use ipsec::plane::StreamId;
 use kernel::network::{Network, NetworkConfig};
 use latch::database::Database;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{broadcast, mpsc, oneshot};
 
@@ -61,6 +62,7 @@ impl ike::Rng for SystemRng {
 
 /// Runs the daemon until a signal, or the end of standard input if so told, stops it.
 pub async fn run(options: DaemonOptions) -> anyhow::Result<()> {
+    take_all_descriptors();
     let settings = options.strongswan_conf.clone().unwrap_or_else(daemon::default_path);
     let daemon::Loaded { config, reports } = daemon::load(&settings)?;
     log_reports(&reports);
@@ -213,6 +215,14 @@ fn network_config(config: &DaemonConfig) -> NetworkConfig {
         interfaces: config.interfaces.clone(),
         plane: config.plane,
         ..defaults
+    }
+}
+
+/// Each stream needs one: as many as the system allows, where a shell's usual limit would be reached by a thousand strangers.
+fn take_all_descriptors() {
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }) {
+        tracing::warn!(%error, "the limit of open files stays");
     }
 }
 

@@ -1,0 +1,53 @@
+//! Memory of idle streams: resident octets of this process for each of 10,000 that the daemon vouched for (a client of the
+//! same process holds no buffers). Needs 20,100 file descriptors.
+
+#![allow(clippy::unwrap_used, reason = "a benchmark fails by panicking")]
+
+use std::io::Write;
+use std::net::TcpStream;
+use std::sync::Arc;
+
+use latchkey_espintcp::codec::{PREFIX, frame_ike};
+use latchkey_espintcp::streams::{EspWorth, StreamEvent, StreamLimits, Streams};
+
+const COUNT: u64 = 10_000;
+
+fn resident() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
+}
+
+fn main() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    runtime.block_on(async {
+        let (streams, mut events) =
+            Streams::new(StreamLimits::default(), None, Arc::new(|_, _, _, _| EspWorth::default()));
+        let address = streams.listen("127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let message = frame_ike(&[1; 300]).unwrap();
+        let mut clients = Vec::new();
+        let mut before = 0;
+        for number in 0..COUNT + 1000 {
+            // The first thousand warm the allocator.
+            if number == 1000 {
+                before = resident();
+            }
+            let mut client = TcpStream::connect(address).unwrap();
+            client.write_all(&PREFIX).unwrap();
+            client.write_all(&message).unwrap();
+            loop {
+                match events.recv().await.unwrap() {
+                    StreamEvent::Opened { .. } => {}
+                    StreamEvent::Ike { stream, .. } => {
+                        streams.vouch(stream);
+                        break;
+                    }
+                    StreamEvent::Closed { reason, .. } => panic!("{reason}"),
+                }
+            }
+            clients.push(client);
+        }
+        assert_eq!(streams.open_streams() as u64, COUNT + 1000);
+        println!("{COUNT} idle streams: {} octets resident for each", resident().saturating_sub(before) / COUNT);
+    });
+}
