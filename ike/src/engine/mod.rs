@@ -1028,6 +1028,9 @@ impl Engine {
 
     /// Brings the tables in line with an IKE SA and puts it back.
     fn put(&mut self, id: IkeSaId, mut sa: IkeSa, old: Facts) {
+        if let IkeSa::Established(sa) = &mut sa {
+            sa.rest();
+        }
         let mut held = sa.held();
         if !self.upkeep.has_room(old.held, held) {
             sa.drop_fragments();

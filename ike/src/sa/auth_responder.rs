@@ -342,10 +342,8 @@ impl ResponderAuth {
         if let Some(reason) = childless::refusal(connection.childless, claim.parts.sa.is_some()) {
             return self.refuse(ctx, now, &Fault::InvalidSyntax(reason.to_owned()), reason);
         }
-        let known = ctx.with_peer(&PeerKey::of(&peer)).next().is_some();
-        let replaces = claim.parts.has(NotifyType::INITIAL_CONTACT);
-        if connection.unique == Unique::Keep && known && !replaces {
-            return self.refuse(ctx, now, &Fault::AuthenticationFailed, "an IKE_SA with this peer exists and is kept");
+        if is_kept_out(ctx, &connection, &peer, &claim.parts) {
+            return self.refuse(ctx, now, &Fault::AuthenticationFailed, KEPT_OUT);
         }
         if is_translated(&connection, &self.core.path, &claim.parts) {
             // RFC 4555 §3.9.
@@ -380,6 +378,10 @@ impl ResponderAuth {
             Ok(signed) => signed,
             Err(error) => return self.refuse(ctx, now, &Fault::AuthenticationFailed, &error.to_string()),
         };
+        // Another one may have come up while this one's proof was made.
+        if is_kept_out(ctx, &connection, &peer, &parts) {
+            return self.refuse(ctx, now, &Fault::AuthenticationFailed, KEPT_OUT);
+        }
         ctx.log("IKE", 1, self.core.tag(), format!("authentication of '{}' (myself)", peer.local_id));
         let Self { core, channel, material, uses_ppk, .. } = *self;
         let mut head = vec![Payload::IdResponder(identification(&peer.local_id))];
@@ -416,4 +418,13 @@ impl ResponderAuth {
         self.abandon(ctx, CloseReason::Failed);
         None
     }
+}
+
+const KEPT_OUT: &str = "an IKE_SA with this peer exists and is kept";
+
+/// `unique = keep`: an IKE SA with this peer is up, and the peer does not say that it has none.
+fn is_kept_out(ctx: &Context, connection: &Connection, peer: &PeerIdentity, parts: &Parts) -> bool {
+    connection.unique == Unique::Keep
+        && !parts.has(NotifyType::INITIAL_CONTACT)
+        && ctx.with_peer(&PeerKey::of(peer)).next().is_some()
 }

@@ -193,6 +193,13 @@ impl Channel {
         Ok(())
     }
 
+    /// Gives back the room that messages took.
+    pub(crate) fn rest(&mut self) {
+        self.outstanding.shrink_to_fit();
+        self.requests.shrink_to_fit();
+        self.inbound_window.rest();
+    }
+
     /// Forgets SK_pi and SK_pr: once both sides have proved who they are, nothing needs them any more.
     pub(crate) fn forget_proof_keys(&mut self) {
         (self.pi, self.pr) = (Secret::new(Vec::new()), Secret::new(Vec::new()));

@@ -653,6 +653,9 @@ impl Made {
             additional_ts: self.additional_ts,
             pair,
         };
+        let (mut local_ts, mut remote_ts) = (self.local_ts, self.remote_ts);
+        local_ts.shrink_to_fit();
+        remote_ts.shrink_to_fit();
         let child = ChildSa {
             id: self.id,
             config: self.config,
@@ -668,8 +671,8 @@ impl Made {
             installed: parent.now,
             rekey_at: None,
             expire_at: None,
-            local_ts: self.local_ts,
-            remote_ts: self.remote_ts,
+            local_ts,
+            remote_ts,
             single_pair: self.single_pair,
             is_last: false,
             replaces: self.replaces.map(|(id, _)| id),

@@ -511,7 +511,8 @@ impl Established {
     ) {
         let job = ctx.install(answer.ready, answer.child.status(now));
         let child = Box::new(answer.child);
-        self.passive = Some(Passive { child, replaces, job, redundant: false, head, payloads: answer.payloads });
+        let passive = Passive { child, replaces, job, redundant: false, head, payloads: answer.payloads };
+        self.passive = Some(Box::new(passive));
     }
 
     /// Responder: the data plane answered, so the peer gets its answer.
@@ -519,10 +520,10 @@ impl Established {
         &mut self,
         ctx: &mut Context,
         now: Instant,
-        passive: Passive,
+        passive: Box<Passive>,
         result: Result<u32, InstallError>,
     ) -> Result<(), Closed> {
-        let Passive { mut child, replaces, redundant, head, payloads, .. } = passive;
+        let Passive { mut child, replaces, redundant, head, payloads, .. } = *passive;
         let mut reply = head;
         let id = child.id;
         match result {

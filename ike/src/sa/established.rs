@@ -76,7 +76,7 @@ pub(crate) struct Established {
     pub(super) queue: VecDeque<Task>,
     pub(super) delayed: Vec<(Instant, Task)>,
     pub(super) exchanges: Vec<Exchange>,
-    pub(super) passive: Option<Passive>,
+    pub(super) passive: Option<Box<Passive>>,
     /// Requests of the peer that wait for the answer to an earlier one, and the paths that they came along.
     inbox: Vec<(Path, Opened)>,
     /// When the peer was told last that something is wrong with what it sends.
@@ -84,7 +84,7 @@ pub(crate) struct Established {
     /// Our window is to be said with the next INFORMATIONAL message.
     pub(super) announces_window: bool,
     /// What the peer's CREATE_CHILD_SA asks for, while key exchanges are missing.
-    pub(super) half_made: Option<HalfMade>,
+    pub(super) half_made: Option<Box<HalfMade>>,
     /// The peer rekeys the Child SA that we are rekeying (RFC 7296 §2.8.1).
     pub(super) collision: Option<Collision>,
     /// The peer rekeyed this IKE SA while our own rekey of it is under way (RFC 7296 §2.8.2).
@@ -433,7 +433,7 @@ impl Established {
             self.liveness_at(ctx),
             self.keepalive_at(ctx),
             reopening,
-            self.half_made.as_ref().and_then(HalfMade::until),
+            self.half_made.as_ref().and_then(|half| half.until()),
             self.transports_timeout(),
         ];
         let children = self.children.values().flat_map(|child| {
@@ -477,6 +477,19 @@ impl Established {
 
     pub(super) fn parent(&self, now: Instant) -> Parent<'_> {
         Parent { core: &self.core, prf: self.channel.suite.prf, d: &self.channel.d, peer: &self.peer, now }
+    }
+
+    /// Gives back the room that tasks and messages took, when there are none.
+    pub(crate) fn rest(&mut self) {
+        if !self.exchanges.is_empty() || !self.queue.is_empty() || self.passive.is_some() {
+            return;
+        }
+        self.exchanges.shrink_to_fit();
+        self.queue.shrink_to_fit();
+        self.delayed.shrink_to_fit();
+        self.inbox.shrink_to_fit();
+        self.deleted_early.shrink_to_fit();
+        self.channel.rest();
     }
 
     // What comes from outside.
@@ -586,7 +599,7 @@ impl Established {
             self.rekey_at = None;
             self.queue.push_back(Task::RekeyIke { token: None, group: None, tries: 0 });
         }
-        if due(self.half_made.as_ref().and_then(HalfMade::until)) {
+        if due(self.half_made.as_ref().and_then(|half| half.until())) {
             ctx.log("IKE", 1, self.core.tag(), "the peer does not go on with its key exchanges".to_owned());
             self.drop_half_made(ctx, now, false);
         }

@@ -340,7 +340,7 @@ impl Established {
         let job = ctx.key_work(self.core.id, KeyWork::Respond { method, peer });
         let remaining = additional.iter().map(|(_, method)| method).collect();
         let step = PeerStep::Responding { job, method };
-        self.half_made = Some(HalfMade { wish, secrets: Vec::new(), remaining, step });
+        self.half_made = Some(Box::new(HalfMade { wish, secrets: Vec::new(), remaining, step }));
     }
 
     /// Says no to a CREATE_CHILD_SA or IKE_FOLLOWUP_KE request.
@@ -381,7 +381,7 @@ impl Established {
         &mut self,
         ctx: &mut Context,
         now: Instant,
-        mut half: HalfMade,
+        mut half: Box<HalfMade>,
         result: Result<KeyDone, KeyError>,
     ) -> Result<(), Closed> {
         let (public, secret, method) = match (result, &half.step) {
@@ -409,7 +409,7 @@ impl Established {
             self.half_made = Some(half);
             return Ok(());
         }
-        let HalfMade { wish, secrets, .. } = half;
+        let HalfMade { wish, secrets, .. } = *half;
         match wish {
             PeerWish::Child { plan, replaces, redundant } => {
                 let spi = plan.spi_in();

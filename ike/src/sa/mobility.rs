@@ -76,12 +76,12 @@ pub(crate) struct Mobility {
     /// Pairs that the responder refused.
     refused: Vec<(IpAddr, IpAddr)>,
     /// Where the last answer came in.
-    answered_on: Option<Path>,
+    answered_on: Option<Box<Path>>,
     /// The last NAT_DETECTION_DESTINATION_IP: how the responder sees us (§3.8).
     seen_as: Option<Vec<u8>>,
     nat_retries: u32,
     /// The path before ESP came from elsewhere, until that is checked.
-    returns_to: Option<Path>,
+    returns_to: Option<Box<Path>>,
     /// How often something was said again because it had gone along several paths.
     retold: u8,
     /// The question for routes that is out.
@@ -480,7 +480,7 @@ impl Established {
     }
 
     pub(super) fn answered_on(&self) -> Option<Path> {
-        self.mobility.answered_on
+        self.mobility.answered_on.as_deref().copied()
     }
 
     /// A request is to be repeated for the `count`th time: perhaps other paths work.
@@ -577,7 +577,7 @@ impl Established {
     /// An authentic answer to the outstanding request came along `path`. Where the request had gone along several, this
     /// says which of them works, and not that the peer knows: it is asked anew along that one alone (§3.7).
     pub(super) fn note_answer(&mut self, ctx: &mut Context, path: Path) {
-        self.mobility.answered_on = Some(path);
+        self.mobility.answered_on = Some(Box::new(path));
         let tried = std::mem::take(&mut self.mobility.paths);
         if tried.len() > 1 {
             self.mobility.changes = self.mobility.changes.wrapping_add(1);
@@ -607,7 +607,7 @@ impl Established {
     /// The same on the responder, who does not choose: it goes back from a mapping that ESP seemed to show, and says
     /// its addresses again, whose list is good for one source address (§3.6: MUST).
     fn note_responders_answer(&mut self, ctx: &mut Context, found: Path) {
-        if self.mobility.returns_to.take() == Some(found) {
+        if self.mobility.returns_to.take().as_deref() == Some(&found) {
             self.point_at(ctx, found);
             self.move_children(ctx);
         } else if self.mobility.retold < MAX_RETOLD {
@@ -667,7 +667,7 @@ impl Established {
 
     /// The responder has followed us.
     fn updated(&mut self, ctx: &mut Context, now: Instant, parts: &Parts) {
-        let path = self.mobility.answered_on.unwrap_or(self.core.path);
+        let path = self.answered_on().unwrap_or(self.core.path);
         if self.core.nat.traversal && has_nat_detection(parts) {
             let spis = self.channel.spis;
             self.core.nat = Nat::detect(parts, spis.initiator, spis.responder, &path, self.core.nat.fake);
@@ -821,7 +821,7 @@ impl Established {
         }
         self.mobility.changes = self.mobility.changes.wrapping_add(1);
         self.mobility.candidates = vec![old];
-        self.mobility.returns_to = Some(old);
+        self.mobility.returns_to = Some(Box::new(old));
         self.queue_errand(Errand::Check);
         self.pump(ctx, now)
     }

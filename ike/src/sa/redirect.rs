@@ -169,8 +169,8 @@ pub(crate) struct Redirected {
 
 /// Where an IKE SA that is up goes, once it is known.
 pub(super) enum Moving {
-    Resolving { job: JobId, redirects: Redirects },
-    To { local: IpAddr, remote: IpAddr, redirects: Redirects },
+    Resolving { job: JobId, redirects: Box<Redirects> },
+    To { local: IpAddr, remote: IpAddr, redirects: Box<Redirects> },
 }
 
 /// True when the initiator of this IKE_SA_INIT follows redirects.
@@ -242,7 +242,7 @@ impl Established {
                 // What was followed counts even if it leads nowhere.
                 self.core.redirects.times.clone_from(&redirects.times);
                 let job = ctx.job(self.core.id, Job::Resolve(gateway));
-                self.moving = Some(Moving::Resolving { job, redirects });
+                self.moving = Some(Moving::Resolving { job, redirects: Box::new(redirects) });
             }
             Err(reason) => ctx.log("IKE", 1, self.core.tag(), reason),
         }
@@ -289,7 +289,7 @@ impl Established {
             wants.push(Want { child: None, token: None });
         }
         let (from, connection) = (self.core.id, Arc::clone(&self.connection));
-        ctx.redirected.push(Redirected { from, connection, wants, local, remote, redirects });
+        ctx.redirected.push(Redirected { from, connection, wants, local, remote, redirects: *redirects });
     }
 
     /// The peer has heard of our redirect; it deletes.

@@ -22,14 +22,14 @@ use crate::wire::ExchangeType;
 const LONGEST_PROBE_WAIT: u32 = 16;
 
 /// What an IKE SA knows of the two.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Transports {
     /// When UDP was tried last, from over a stream.
     probed_at: Option<Instant>,
     /// How often in vain.
     failures: u32,
     /// The outstanding request is tried along this path first; the stream in use comes next.
-    probe: Option<Path>,
+    probe: Option<Box<Path>>,
     /// When the outstanding request goes along a stream as well.
     stream_at: Option<Instant>,
     /// The stream for that.
@@ -59,7 +59,7 @@ impl Transports {
 
     /// What its successor begins with.
     pub(super) fn inherit(&self) -> Self {
-        Self { probe: None, stream_at: None, ..*self }
+        Self { probe: None, stream_at: None, ..self.clone() }
     }
 
     /// The request has an answer, or goes along what is in use now.
@@ -132,14 +132,14 @@ impl Established {
             return Err(self.close(ctx, now, crate::engine::CloseReason::Expired));
         };
         self.asked(Active::ProbeUdp, message_id);
-        self.transports.probe = Some(probe);
+        self.transports.probe = Some(Box::new(probe));
         ctx.transmit(probe, datagrams);
         Ok(())
     }
 
     /// True when the outstanding request is a probe, of which this took care.
     pub(super) fn repeat_udp_probe(&mut self, ctx: &mut Context, now: Instant) -> bool {
-        let Some(probe) = self.transports.probe else { return false };
+        let Some(probe) = self.transports.probe.as_deref().copied() else { return false };
         let policy = probing(self.connection.tcp_delay);
         match self.channel.poll_retry(now, &policy, ctx.rng.as_mut()).map(|overdue| overdue.resend) {
             None => {}

@@ -119,6 +119,7 @@ impl Inbound {
             return;
         }
         let Unanswered { message_id, request, .. } = self.unanswered.remove(0);
+        self.answered.reserve_exact(1);
         self.answered.push(Answer { message_id, request, datagrams });
         if self.answered.len() > usize::from(self.size) {
             self.answered.remove(0);
@@ -133,6 +134,11 @@ impl Inbound {
     /// The last request's digest and our answer to it.
     pub(crate) fn last_words(&mut self) -> Option<([u8; 32], Vec<Vec<u8>>)> {
         self.answered.pop().map(|answer| (answer.request, answer.datagrams))
+    }
+
+    /// Gives back the room that requests took.
+    pub(crate) fn rest(&mut self) {
+        self.unanswered.shrink_to_fit();
     }
 
     /// Keeps the last answer alone: the peer has long given up waiting for the others.

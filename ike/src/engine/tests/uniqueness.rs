@@ -80,3 +80,31 @@ fn both_sides_come_first_at_once() {
         }
     }
 }
+
+// Two IKE SAs of one peer, neither of which is there when the other one's proof is looked at.
+#[test]
+fn of_two_that_come_at_once_one_is_kept_or_stays() {
+    for (policy, left) in [(Unique::Keep, 1), (Unique::Replace, 1), (Unique::Never, 2)] {
+        for seed in 0..50 {
+            let silent = Connection { unique: SILENT, ..connection(A) };
+            let mut other = Connection { name: "other".to_owned(), ..silent.clone() };
+            other.remote.name.clone_from(&other.name);
+            let both = [silent, other].map(Arc::new);
+            let b = Connection { unique: policy, ..connection(B) };
+            let mut pair = Pair::with(seed, EngineConfig::default(), connection(A), b);
+            pair.sides[A].engine.set_connections(both.to_vec());
+            pair.job_delay = Duration::from_millis(300);
+            for (connection, token) in both.into_iter().zip([1, 2]) {
+                let child = connection.children.first().cloned();
+                pair.initiate_child(A, connection, child, token);
+            }
+            pair.run(seconds(60));
+            assert_eq!(pair.sides[B].up().len(), left, "{policy:?}, seed {seed}");
+            assert_eq!(pair.sides[A].up().len(), left, "{policy:?}, seed {seed}");
+            let done = [1, 2].into_iter().filter(|token| pair.sides[A].done(*token)).count();
+            // One that is replaced may never have heard that it was up.
+            let least = if policy == Unique::Never { 2 } else { 1 };
+            assert!((least..=if policy == Unique::Keep { 1 } else { 2 }).contains(&done), "{policy:?}, seed {seed}");
+        }
+    }
+}
