@@ -520,10 +520,10 @@ impl Established {
         &mut self,
         ctx: &mut Context,
         now: Instant,
-        passive: Box<Passive>,
+        passive: Passive,
         result: Result<u32, InstallError>,
     ) -> Result<(), Closed> {
-        let Passive { mut child, replaces, redundant, head, payloads, .. } = *passive;
+        let Passive { mut child, replaces, redundant, head, payloads, .. } = passive;
         let mut reply = head;
         let id = child.id;
         match result {

@@ -561,7 +561,7 @@ impl Established {
         if let Some(Exchange { active: Active::Install { child, replaces, token, .. }, .. }) = ours {
             self.installed(ctx, now, child, replaces, token, result)?;
         } else if let Some(passive) = self.passive.take_if(|passive| passive.job == job) {
-            self.answer_installed(ctx, now, passive, result)?;
+            self.answer_installed(ctx, now, *passive, result)?;
         } else {
             return Ok(Some(JobOutcome::InstallChild(result)));
         }

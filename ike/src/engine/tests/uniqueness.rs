@@ -85,8 +85,8 @@ fn both_sides_come_first_at_once() {
 #[test]
 fn of_two_that_come_at_once_one_is_kept_or_stays() {
     for (policy, left) in [(Unique::Keep, 1), (Unique::Replace, 1), (Unique::Never, 2)] {
-        for seed in 0..50 {
-            let silent = Connection { unique: SILENT, ..connection(A) };
+        for seed in 0..20 {
+            let silent = Connection { unique: SILENT, dpd_delay: seconds(30), ..connection(A) };
             let mut other = Connection { name: "other".to_owned(), ..silent.clone() };
             other.remote.name.clone_from(&other.name);
             let both = [silent, other].map(Arc::new);
@@ -98,8 +98,10 @@ fn of_two_that_come_at_once_one_is_kept_or_stays() {
                 let child = connection.children.first().cloned();
                 pair.initiate_child(A, connection, child, token);
             }
-            pair.run(seconds(60));
+            pair.run(seconds(20));
             assert_eq!(pair.sides[B].up().len(), left, "{policy:?}, seed {seed}");
+            // A Delete that overtakes the answer to IKE_AUTH is said once: A finds out by asking.
+            pair.run(seconds(300));
             assert_eq!(pair.sides[A].up().len(), left, "{policy:?}, seed {seed}");
             let done = [1, 2].into_iter().filter(|token| pair.sides[A].done(*token)).count();
             // One that is replaced may never have heard that it was up.
