@@ -1,14 +1,12 @@
 //! What the two programs do, by subcommand.
 
 use std::io::IsTerminal as _;
-use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::mpsc;
 
 use anyhow::{Context as _, bail};
 use clap::Args;
-use latch::client::Client;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
@@ -16,6 +14,7 @@ use crate::config::daemon::DEFAULT_LATCH_SOCKET;
 use crate::config::{Severity, load};
 use crate::daemon::{self, DaemonOptions};
 use crate::demo;
+use crate::latches;
 
 /// Arguments of the daemon.
 #[derive(Args)]
@@ -37,25 +36,9 @@ pub struct CheckArguments {
     /// Directory of swanctl.conf and its certificates and keys [default: $SWANCTL_DIR, then /etc/swanctl].
     #[arg(long)]
     swanctl_dir: Option<PathBuf>,
-}
-
-/// Arguments of commands that ask the latch service.
-#[derive(Args)]
-pub struct LatchArguments {
-    /// The daemon's latch socket.
-    #[arg(long, default_value = DEFAULT_LATCH_SOCKET)]
-    socket: PathBuf,
-}
-
-/// Arguments of `whois`.
-#[derive(Args)]
-pub struct WhoisArguments {
-    #[command(flatten)]
-    latch: LatchArguments,
-    /// Our address and port.
-    local: SocketAddr,
-    /// The other end's address and port.
-    remote: SocketAddr,
+    /// Say which latches of the running daemon would break if this were loaded; its latch socket.
+    #[arg(long, value_name = "SOCKET", num_args = 0..=1, default_missing_value = DEFAULT_LATCH_SOCKET)]
+    latches: Option<PathBuf>,
 }
 
 /// Says an error with all of its causes in one line, and gives the exit status.
@@ -107,33 +90,17 @@ pub fn check(arguments: &CheckArguments) -> anyhow::Result<()> {
     }
     let names: Vec<_> = loaded.configured.connections.iter().map(|known| known.connection.name.as_str()).collect();
     println!("{} connections: {}", names.len(), names.join(", "));
-    Ok(())
-}
-
-/// Lists latches.
-pub fn latches(arguments: &LatchArguments) -> anyhow::Result<()> {
-    runtime()?.block_on(async {
-        let client = connect(arguments).await?;
-        for latch in client.list().await? {
-            println!("{}", serde_json::to_string(&latch)?);
-        }
+    let Some(socket) = arguments.latches.clone() else { return Ok(()) };
+    talk(async {
+        let broken = latches::preview(socket, &loaded.configured.connections).await?;
+        println!("{broken} latches would break");
         Ok(())
     })
 }
 
-/// Says who is at the other end.
-pub fn whois(arguments: &WhoisArguments) -> anyhow::Result<()> {
-    runtime()?.block_on(async {
-        let client = connect(&arguments.latch).await?;
-        println!("{}", serde_json::to_string_pretty(&client.whois(arguments.local, arguments.remote).await?)?);
-        Ok(())
-    })
-}
-
-async fn connect(arguments: &LatchArguments) -> anyhow::Result<Client> {
-    Client::connect(&arguments.socket)
-        .await
-        .with_context(|| format!("reaching the daemon on {}: is latchkeyd running?", arguments.socket.display()))
+/// Runs a command that talks to the daemon.
+pub fn talk(talk: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    runtime()?.block_on(talk)
 }
 
 /// Runs the demo; an interrupt ends it, and its daemons with it.

@@ -7,7 +7,7 @@ use ike::counters::{Counter, Counters};
 use ike::engine::{ChildSaId, Event, Gateway, IkeSaId, IkeSaStatus};
 use ike::pool::{PoolConfig, PoolError, PoolStatus};
 use ipsec::plane::{Carrier, Mode, Usage};
-use ipsec::selector::TrafficSelector;
+use ipsec::selector::{Flow, TrafficSelector};
 use pad::{Credentials, IdentityPattern};
 use tokio::sync::{broadcast, mpsc, oneshot};
 
@@ -159,6 +159,15 @@ pub enum Command {
         /// Answer.
         reply: oneshot::Sender<Result<(), String>>,
     },
+    /// Initiate the child whose selectors cover a flow, for a latch; answered when it is up or has failed.
+    InitiateFlow {
+        /// The flow.
+        flow: Flow,
+        /// With these selectors and no others (RFC 5660 §2.1).
+        narrow: bool,
+        /// Answer.
+        reply: oneshot::Sender<Result<(), String>>,
+    },
     /// Terminate; answered when done.
     Terminate {
         /// Which.
@@ -263,6 +272,13 @@ impl Control {
     /// See [`Command::Initiate`].
     pub async fn initiate(&self, ike: Option<String>, child: Option<String>) -> Result<(), String> {
         self.ask(|reply| Command::Initiate { ike, child, reply })
+            .await
+            .unwrap_or_else(|| Err("the daemon is stopping".to_owned()))
+    }
+
+    /// See [`Command::InitiateFlow`].
+    pub async fn initiate_flow(&self, flow: Flow, narrow: bool) -> Result<(), String> {
+        self.ask(|reply| Command::InitiateFlow { flow, narrow, reply })
             .await
             .unwrap_or_else(|| Err("the daemon is stopping".to_owned()))
     }

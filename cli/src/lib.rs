@@ -7,5 +7,6 @@ pub mod config;
 pub mod control;
 pub mod daemon;
 pub mod demo;
+pub mod latches;
 pub mod tree;
 pub mod vici;

@@ -617,6 +617,8 @@ fn core(sas: Vec<SaReport>) -> (Control, Core) {
                         _ => unanswered.push(reply),
                     }
                 }
+                // VICI never asks for it.
+                Command::InitiateFlow { reply, .. } => unanswered.push(reply),
                 Command::ReloadSettings(reply) => {
                     let _ = reply.send(Ok(()));
                 }

@@ -36,8 +36,10 @@ pub enum Outbound {
         /// Outer DF.
         dont_fragment: bool,
     },
-    /// `out` holds an ICMP message for the sender of the packet: too big, or prohibited (RFC 4301 §8.2, §7).
+    /// `out` holds an ICMP message for the sender of the packet: too big (RFC 4301 §8.2).
     Reply,
+    /// `out` holds an ICMP message for the sender of the packet: a latch forbids it. Counted.
+    Prohibited,
     /// A trap selects it but no SA; dropped and counted. At most one each second for a trap, then
     /// [`DropReason::NoSa`].
     Acquire {
@@ -295,7 +297,7 @@ impl DataPath {
                 match outbound {
                     Outbound::Reply => self.count(DropReason::TooBig),
                     Outbound::Acquire { .. } => self.count(DropReason::NoSa),
-                    Outbound::Send { .. } | Outbound::Drop(_) => {}
+                    Outbound::Send { .. } | Outbound::Prohibited | Outbound::Drop(_) => {}
                 }
                 outbound
             }
@@ -381,8 +383,13 @@ impl DataPath {
         };
         let entry = if entry.may_share_its_address() { self.owner(now, &tables, &view, entry)? } else { entry };
         let sa = &*entry.sa;
-        if self.guard.check(Direction::Outbound, &view.guarded(flow), Some(sa.class)) == Verdict::Drop {
-            return Err(DropReason::Latch);
+        match self.guard.check(Direction::Outbound, &view.guarded(flow), Some(sa.class)) {
+            Verdict::Pass => {}
+            Verdict::Unreachable if view.prohibited(out) => {
+                self.count(DropReason::Latch);
+                return Ok(Outbound::Prohibited);
+            }
+            Verdict::Unreachable | Verdict::Drop => return Err(DropReason::Latch),
         }
         if sa.is_dead() {
             return Err(DropReason::Expired);
@@ -581,8 +588,9 @@ impl DataPath {
         if view.is_source_routed() || !sa.selects(&flow, view.shows_ports()) {
             return Err(DropReason::Selectors);
         }
-        let passes = |flow: &Flow| self.guard.check(Direction::Inbound, flow, Some(sa.class)) == Verdict::Pass;
-        let admitted = passes(&view.guarded(flow)) && view.quoted_flow().is_none_or(|quoted| passes(&quoted));
+        let class = Some(sa.class);
+        let admitted = self.guard.check(Direction::Inbound, &view.guarded(flow), class) == Verdict::Pass
+            && view.quoted_flow().is_none_or(|quoted| self.guard.check_error(&quoted, class) == Verdict::Pass);
         if admitted { Ok(()) } else { Err(DropReason::Latch) }
     }
 

@@ -24,6 +24,8 @@ pub enum Verdict {
     Pass,
     /// The packet must be dropped and counted: its flow is latched to another class, or broken.
     Drop,
+    /// As `Drop`; the sender of an outbound packet is told that it cannot get through (RFC 5660 §5.5, disposition c).
+    Unreachable,
 }
 
 /// Decides on each packet of the data plane. Called on every packet from several threads: an
@@ -36,6 +38,12 @@ pub trait FlowGuard: Send + Sync {
     /// A verdict holds for the packet it was asked for, which is then under way: a thread that has it may deliver or send
     /// that one packet up to some tenths of a second after a latch broke, still under the SA and class that it named.
     fn check(&self, direction: Direction, flow: &Flow, class: Option<ClassId>) -> Verdict;
+
+    /// Says whether an ICMP error about `flow`, ours, may pass that came under an SA of `class`. Unlike a packet of the
+    /// flow it begins nothing.
+    fn check_error(&self, flow: &Flow, class: Option<ClassId>) -> Verdict {
+        self.check(Direction::Inbound, flow, class)
+    }
 }
 
 /// The guard of a plane without latches.

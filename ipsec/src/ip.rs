@@ -337,16 +337,27 @@ impl<'a> Packet<'a> {
     /// this packet's sender to send at most `mtu` octets. It comes from the packet's destination, since the
     /// gateway between has no address of its own here. False, and nothing written, when no error may answer it.
     pub fn too_big(&self, mtu: usize, out: &mut Vec<u8>) -> bool {
+        let [m0, m1] = u16::try_from(mtu).unwrap_or(u16::MAX).to_be_bytes();
+        let [n0, n1, n2, n3] = u32::try_from(mtu).unwrap_or(u32::MAX).to_be_bytes();
+        self.answer([3, 4, 0, 0, 0, 0, m0, m1], [2, 0, 0, 0, n0, n1, n2, n3], out)
+    }
+
+    /// As [`Packet::too_big`], that the destination is administratively out of reach (RFC 1812 §5.2.7.1, RFC 4443 §3.1).
+    pub fn prohibited(&self, out: &mut Vec<u8>) -> bool {
+        self.answer([3, 13, 0, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0, 0], out)
+    }
+
+    /// Writes the ICMP error with this header, according to the family, its checksum still 0.
+    fn answer(&self, icmp: [u8; 8], icmpv6: [u8; 8], out: &mut Vec<u8>) -> bool {
         out.clear();
         if !self.may_be_answered() {
             return false;
         }
         match (self.source, self.destination) {
             (IpAddr::V4(source), IpAddr::V4(destination)) => {
-                let [m0, m1] = u16::try_from(mtu).unwrap_or(u16::MAX).to_be_bytes();
                 let quoted = self.quote(576 - IPV4_HEADER_LEN - 8);
                 write_ipv4_header(out, destination, source, protocol::ICMP, 0, 8 + quoted.len());
-                out.extend_from_slice(&[3, 4, 0, 0, 0, 0, m0, m1]);
+                out.extend_from_slice(&icmp);
                 out.extend_from_slice(quoted);
                 let sum = checksum(&[out.get(IPV4_HEADER_LEN..).unwrap_or(&[])]);
                 put(out, IPV4_HEADER_LEN + 2, sum);
@@ -355,8 +366,7 @@ impl<'a> Packet<'a> {
             (IpAddr::V6(source), IpAddr::V6(destination)) => {
                 let quoted = self.quote(1280 - IPV6_HEADER_LEN - 8);
                 write_ipv6_header(out, destination, source, protocol::ICMPV6, 0, 8 + quoted.len());
-                out.extend_from_slice(&[2, 0, 0, 0]);
-                out.extend_from_slice(&u32::try_from(mtu).unwrap_or(u32::MAX).to_be_bytes());
+                out.extend_from_slice(&icmpv6);
                 out.extend_from_slice(quoted);
                 let sum = upper_layer_checksum(out, IPV6_HEADER_LEN, protocol::ICMPV6);
                 put(out, IPV6_HEADER_LEN + 2, sum);

@@ -185,7 +185,7 @@ fn from_tun(shared: &Shared, tun: &Tun) {
             let now = Instant::now();
             let read = reader.read(tun, |packet| match shared.datapath.outbound(now, packet, &mut out) {
                 Outbound::Send { to, tos, dont_fragment } => batch.push(shared, to, tos, dont_fragment, &out),
-                Outbound::Reply => writer.push(tun, &out),
+                Outbound::Reply | Outbound::Prohibited => writer.push(tun, &out),
                 Outbound::Acquire { reqid, flow } => shared.events.plane(PlaneEvent::Acquire { reqid, flow }),
                 Outbound::Drop(reason) => tracing::trace!(?reason, "outbound packet dropped"),
             });

@@ -9,7 +9,7 @@ use ipsec::guard::{Direction, FlowGuard, Verdict};
 use ipsec::plane::{EspSuite, Mode};
 use ipsec::selector::{Flow, TrafficSelector};
 use ipsec::transform::{Encr, Integ};
-use latchkey_latch::database::{Class, Database};
+use latchkey_latch::database::{Class, Database, Request};
 use pad::{Identity, IdentityPattern, PeerIdentity, Proof};
 
 const CHECKS: u32 = 4_000_000;
@@ -29,7 +29,10 @@ fn main() {
         let everything: Vec<_> = TrafficSelector::network(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0).into_iter().collect();
         database.installed(1, class, everything.clone(), everything.clone());
         for n in 0..latches {
-            assert!(database.create(flow(n), &IdentityPattern::any(), Box::new(|_| {})).is_ok(), "latch {n}");
+            assert!(
+                database.create(flow(n), &Request::peer(IdentityPattern::any()), Box::new(|_| {})).is_ok(),
+                "latch {n}"
+            );
         }
         let latched = measure(&database, |n| flow(n % latches.max(1)), class);
         let unlatched = measure(&database, |n| Flow { protocol: 17, ..flow(n) }, class);

@@ -1,4 +1,4 @@
-//! The library that applications use: a TCP connection that is pinned to an IPsec peer.
+//! The library that applications use: TCP connections, listeners and UDP sockets that are pinned to an IPsec peer.
 //!
 //! ```no_run
 //! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
@@ -15,7 +15,7 @@
 use std::collections::HashMap;
 use std::future::Future;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::pin::Pin;
@@ -28,13 +28,13 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpSocket, TcpStream};
-use tokio::sync::{oneshot, watch};
+use tokio::net::TcpSocket;
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
 use crate::protocol::{
-    Call, Create, Created, Hello, Inquire, Inquired, List, Listed, ListedLatch, Peer, Protection, Refusal, Release,
-    ServerMessage, State, VERSION, Welcome,
+    Accept, Call, Code, Created, Disposition, Hello, Inquire, Inquired, LatchEvent, List, ListedLatch, Listening,
+    Listing, Named, Peer, Protection, Refusal, Release, ServerMessage, State, VERSION, Wanted, Watch, Welcome,
 };
 use crate::seqpacket::{self, SeqPacket};
 
@@ -61,17 +61,17 @@ pub enum ClientError {
     Closed,
 }
 
-/// A connection to the daemon; clones share it. It stays open until the last clone and the last [`LatchedStream`] are
+/// A connection to the daemon; clones share it. It stays open until the last clone and the last socket under a latch are
 /// dropped.
 #[derive(Clone, Debug)]
 pub struct Client {
     shared: Arc<Shared>,
 }
 
-/// How a latch ended.
+/// A change of a latch's state (ALERT, RFC 5660 §2.3).
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Broken {
-    /// State of the latch; `Closed` when the daemon went away.
+pub struct Change {
+    /// State of the latch; `Closed` also when the daemon went away.
     pub state: State,
     /// Why, for a human.
     pub reason: String,
@@ -80,16 +80,39 @@ pub struct Broken {
 /// A TCP connection under a latch. Dropping it closes the connection in an orderly way and releases the latch afterwards.
 ///
 /// When the latch breaks, or the daemon goes away, reading and writing fail with `ConnectionReset`; it never looks like
-/// an orderly end.
+/// an orderly end. With another disposition than `reset` a break is loss of packets only, until the latch is ESTABLISHED
+/// again.
 #[derive(Debug)]
-pub struct LatchedStream {
+pub struct TcpStream {
     // Dropped in this order: the connection before the latch.
-    stream: TcpStream,
-    broken: watch::Receiver<Option<Broken>>,
+    stream: tokio::net::TcpStream,
     wake_reader: Waiting,
     wake_writer: Waiting,
-    created: Created,
-    _latch: Holding,
+    latch: Latched,
+}
+
+/// A listening TCP socket under a listener latch: each connection that it accepts has a latch since before its first octet.
+#[derive(Debug)]
+pub struct TcpListener {
+    listener: tokio::net::TcpListener,
+    listening: Listening,
+    on_break: Disposition,
+    latch: Holding,
+}
+
+/// A connected UDP socket under a latch. When the latch breaks for good, sending and receiving fail with
+/// `ConnectionReset`; until then a break is loss of datagrams, unless the disposition is `reset`.
+#[derive(Debug)]
+pub struct UdpSocket {
+    socket: tokio::net::UdpSocket,
+    latch: Latched,
+}
+
+/// Changes of all latches of the daemon.
+#[derive(Debug)]
+pub struct Events {
+    events: mpsc::Receiver<LatchEvent>,
+    _shared: Arc<Shared>,
 }
 
 impl Client {
@@ -112,8 +135,8 @@ impl Client {
         Ok(client)
     }
 
-    /// Connects to `remote` by TCP, latched to an IPsec peer whose identity matches `peer` (notation of
-    /// `swanctl.conf`: `db.example.org`, `*@example.org`, `C=CH, CN=*`, `%any`).
+    /// Connects to `remote` by TCP, latched to an IPsec peer whose identity matches (notation of `swanctl.conf`:
+    /// `db.example.org`, `*@example.org`, `C=CH, CN=*`, `%any`), and under what protection, if that is [`Wanted`].
     ///
     /// Without `local` the kernel's choice of address for this destination is taken, and a free port; with port 0 a free
     /// port of that address. No packet leaves unless the latch stands.
@@ -121,42 +144,101 @@ impl Client {
         &self,
         remote: SocketAddr,
         local: Option<SocketAddr>,
-        peer: &str,
-    ) -> Result<LatchedStream, ClientError> {
-        let local = match local {
-            Some(local) => local,
-            None => {
-                source_for(remote).map_err(|error| system(format!("finding an address to reach {remote}"), error))?
-            }
-        };
-        let socket = bound_socket(local).map_err(|error| system(format!("binding to {local}"), error))?;
-        let create = Call::Create(Create { peer: peer.to_owned(), remote: Some(remote) });
-        let created: Created = self.shared.call(create, Some(socket.as_fd())).await?;
-        let latch = Holding { shared: Arc::clone(&self.shared), latch: created.latch };
-        let broken = self.shared.registry().watch(created.latch);
+        wanted: impl Into<Wanted>,
+    ) -> Result<TcpStream, ClientError> {
+        let socket = bound_socket(remote, local, Type::STREAM, Protocol::TCP)?;
+        let latch = self.create(&socket, remote, wanted.into(), Disposition::Reset).await?;
         let stream = TcpSocket::from_std_stream(socket.into())
             .connect(remote)
             .await
             .map_err(|error| system(format!("connecting to {remote}"), error))?;
-        Ok(LatchedStream {
-            wake_reader: Waiting::on(&broken),
-            wake_writer: Waiting::on(&broken),
-            stream,
-            broken,
-            created,
-            _latch: latch,
-        })
+        Ok(TcpStream::new(stream, latch))
+    }
+
+    /// A UDP socket that is connected to `remote`, latched like [`Client::latch_tcp`].
+    pub async fn latch_udp(
+        &self,
+        remote: SocketAddr,
+        local: Option<SocketAddr>,
+        wanted: impl Into<Wanted>,
+    ) -> Result<UdpSocket, ClientError> {
+        let socket = bound_socket(remote, local, Type::DGRAM, Protocol::UDP)?;
+        let latch = self.create(&socket, remote, wanted.into(), Disposition::Wait).await?;
+        let connect = || {
+            socket.connect(&remote.into())?;
+            tokio::net::UdpSocket::from_std(socket.into())
+        };
+        let socket = connect().map_err(|error| system(format!("connecting to {remote}"), error))?;
+        Ok(UdpSocket { socket, latch })
+    }
+
+    /// Listens on `local`, for IPsec peers as wanted only: others do not get as far as a connection.
+    pub async fn listen_tcp(&self, local: SocketAddr, wanted: impl Into<Wanted>) -> Result<TcpListener, ClientError> {
+        let failed = |error| system(format!("listening on {local}"), error);
+        let socket = Socket::new(Domain::for_address(local), Type::STREAM.nonblocking(), Some(Protocol::TCP));
+        let socket = socket.map_err(failed)?;
+        socket.set_reuse_address(true).map_err(failed)?;
+        socket.bind(&local.into()).map_err(failed)?;
+        let wanted = wanted.into();
+        let on_break = wanted.on_break.unwrap_or(Disposition::Reset);
+        // The latch comes first: nobody gets in before.
+        let listening: Listening = self.shared.call(Call::Listen(wanted), Some(socket.as_fd())).await?;
+        let latch = Holding { shared: Arc::clone(&self.shared), latch: listening.latch };
+        socket.listen(1024).map_err(failed)?;
+        let listener = tokio::net::TcpListener::from_std(socket.into()).map_err(failed)?;
+        Ok(TcpListener { listener, listening, on_break, latch })
+    }
+
+    /// Changes of all latches from now on; one call for each connection to the daemon.
+    pub async fn watch(&self) -> Result<Events, ClientError> {
+        let (sender, events) = mpsc::channel(EVENT_QUEUE);
+        self.shared.registry().watcher = Some(sender);
+        let _: Value = self.shared.call(Call::Watch(Watch {}), None).await?;
+        Ok(Events { events, _shared: Arc::clone(&self.shared) })
+    }
+
+    /// A connection latch by its number.
+    pub async fn show(&self, latch: u64) -> Result<Inquired, ClientError> {
+        self.shared.call(Call::Show(Named { latch }), None).await
+    }
+
+    /// Breaks a latch of anybody for good; for root, and who runs the daemon.
+    pub async fn break_latch(&self, latch: u64) -> Result<(), ClientError> {
+        self.shared.call::<Value>(Call::Break(Named { latch }), None).await.map(drop)
+    }
+
+    /// Closes a latch of anybody, as if the peer had reset the connection; for root, and who runs the daemon.
+    pub async fn close_latch(&self, latch: u64) -> Result<(), ClientError> {
+        self.shared.call::<Value>(Call::Close(Named { latch }), None).await.map(drop)
+    }
+
+    async fn create(
+        &self,
+        socket: &Socket,
+        remote: SocketAddr,
+        mut wanted: Wanted,
+        default: Disposition,
+    ) -> Result<Latched, ClientError> {
+        wanted.remote = Some(remote);
+        let on_break = *wanted.on_break.get_or_insert(default);
+        let created: Created = self.shared.call(Call::Create(wanted), Some(socket.as_fd())).await?;
+        Ok(Latched::new(&self.shared, created, on_break))
     }
 
     /// Who is at the other end of a TCP flow at this moment, latched or not, and the flow's latch.
     pub async fn whois(&self, local: SocketAddr, remote: SocketAddr) -> Result<Inquired, ClientError> {
-        let inquire = Inquire { local: Some(local), remote: Some(remote) };
+        self.whois_flow(Inquire { local: Some(local), remote: Some(remote), protocol: None }).await
+    }
+
+    /// As [`Client::whois`], for a flow of TCP or UDP.
+    pub async fn whois_flow(&self, inquire: Inquire) -> Result<Inquired, ClientError> {
         self.shared.call(Call::Inquire(inquire), None).await
     }
 
-    /// As [`Client::whois`], for a connected TCP socket.
+    /// As [`Client::whois`], for a connected TCP or UDP socket.
     pub async fn whois_socket(&self, socket: BorrowedFd<'_>) -> Result<Inquired, ClientError> {
-        self.shared.call(Call::Inquire(Inquire { local: None, remote: None }), Some(socket)).await
+        let inquire = Inquire { local: None, remote: None, protocol: None };
+        self.shared.call(Call::Inquire(inquire), Some(socket)).await
     }
 
     /// All latches of the daemon, by number.
@@ -164,7 +246,7 @@ impl Client {
         let mut latches: Vec<ListedLatch> = Vec::new();
         loop {
             let after = latches.last().map_or(0, |latch| latch.latch);
-            let Listed { latches: page, more } = self.shared.call(Call::List(List { after }), None).await?;
+            let Listing { latches: page, more } = self.shared.call(Call::List(List { after }), None).await?;
             // A page must move on, or this would never end.
             if more && page.last().is_none_or(|latch| latch.latch <= after) {
                 return Err(ClientError::Protocol("its list does not advance".to_owned()));
@@ -177,43 +259,180 @@ impl Client {
     }
 }
 
-impl LatchedStream {
-    /// Who is at the other end, and how it proved that.
-    pub fn peer_identity(&self) -> &Peer {
-        &self.created.peer
-    }
+macro_rules! describe_latch {
+    () => {
+        /// Who is at the other end, and how it proved that.
+        pub fn peer_identity(&self) -> &Peer {
+            &self.latch.created.peer
+        }
 
-    /// How the packets are protected, for as long as the latch stands.
-    pub fn protection(&self) -> &Protection {
-        &self.created.protection
-    }
+        /// How the packets are protected, for as long as the latch stands.
+        pub fn protection(&self) -> &Protection {
+            &self.latch.created.protection
+        }
 
-    /// Number of the latch in the daemon.
-    pub fn latch(&self) -> u64 {
-        self.created.latch
-    }
+        /// Number of the latch in the daemon.
+        pub fn latch(&self) -> u64 {
+            self.latch.created.latch
+        }
 
-    /// Our end of the connection.
-    pub fn local_addr(&self) -> SocketAddr {
-        self.created.local
-    }
+        /// Our end of the connection.
+        pub fn local_addr(&self) -> SocketAddr {
+            self.latch.created.local
+        }
 
-    /// The other end of the connection.
-    pub fn peer_addr(&self) -> SocketAddr {
-        self.created.remote
-    }
+        /// The other end of the connection.
+        pub fn peer_addr(&self) -> SocketAddr {
+            self.latch.created.remote
+        }
 
-    /// Waits until the latch breaks (ALERT, RFC 5660 §2.3). The future does not borrow the stream.
-    pub fn broken(&self) -> impl Future<Output = Broken> + Send + use<> {
-        wait(self.broken.clone())
-    }
+        /// Waits until the latch is not ESTABLISHED. The future does not borrow the socket.
+        pub fn broken(&self) -> impl Future<Output = Change> + Send + use<> {
+            wait(self.latch.changes.clone(), |change| change.state != State::Established)
+        }
 
-    fn failure(&self) -> Option<io::Error> {
-        self.broken.borrow().as_ref().map(failure)
+        /// Changes of the latch's state from now on; of several at once the last.
+        pub fn changes(&self) -> Changes {
+            let mut changes = self.latch.changes.clone();
+            changes.mark_unchanged();
+            Changes { changes }
+        }
+    };
+}
+
+/// The changes of one latch's state.
+#[derive(Debug)]
+pub struct Changes {
+    changes: watch::Receiver<Option<Change>>,
+}
+
+impl Changes {
+    /// The next one; `Closed` for ever once the socket or the daemon has gone.
+    pub async fn next(&mut self) -> Change {
+        loop {
+            if self.changes.changed().await.is_err() {
+                return gone();
+            }
+            if let Some(change) = self.changes.borrow_and_update().clone() {
+                return change;
+            }
+        }
     }
 }
 
-impl AsyncRead for LatchedStream {
+impl Events {
+    /// The next one; `None` when the connection to the daemon has ended.
+    pub async fn next(&mut self) -> Option<LatchEvent> {
+        self.events.recv().await
+    }
+}
+
+impl TcpStream {
+    describe_latch!();
+
+    fn new(stream: tokio::net::TcpStream, latch: Latched) -> Self {
+        Self { stream, wake_reader: latch.waiting(), wake_writer: latch.waiting(), latch }
+    }
+}
+
+impl UdpSocket {
+    describe_latch!();
+
+    /// Sends a datagram.
+    pub async fn send(&self, datagram: &[u8]) -> io::Result<usize> {
+        tokio::select! {
+            biased;
+            change = self.latch.end() => Err(failure(&change)),
+            sent = self.socket.send(datagram) => sent,
+        }
+    }
+
+    /// Receives a datagram, cut to the buffer's length.
+    pub async fn recv(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        let received = tokio::select! {
+            biased;
+            change = self.latch.end() => return Err(failure(&change)),
+            received = self.socket.recv(buffer) => received,
+        };
+        // An end that comes with the break is no empty datagram.
+        match self.latch.failure() {
+            Some(error) => Err(error),
+            None => received,
+        }
+    }
+}
+
+impl TcpListener {
+    /// The next connection, with its latch. Those whose latch has broken since they came are left out.
+    pub async fn accept(&self) -> Result<(TcpStream, SocketAddr), ClientError> {
+        loop {
+            let accepted = self.listener.accept().await;
+            let (stream, remote) = accepted.map_err(|error| system("accepting a connection".to_owned(), error))?;
+            let accept = Call::Accept(Accept { listener: self.latch.latch });
+            match self.latch.shared.call::<Created>(accept, Some(stream.as_fd())).await {
+                Ok(created) => {
+                    let latch = Latched::new(&self.latch.shared, created, self.on_break);
+                    return Ok((TcpStream::new(stream, latch), remote));
+                }
+                Err(ClientError::Refused(refusal)) if refusal.code == Code::NotAccepted => {
+                    tracing::debug!(%remote, reason = refusal.message, "a connection was not accepted");
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Where it listens.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.listening.local
+    }
+
+    /// Number of the listener latch in the daemon.
+    pub fn latch(&self) -> u64 {
+        self.listening.latch
+    }
+}
+
+/// A latch that we hold for a connection.
+#[derive(Debug)]
+struct Latched {
+    changes: watch::Receiver<Option<Change>>,
+    created: Created,
+    on_break: Disposition,
+    _holding: Holding,
+}
+
+impl Latched {
+    fn new(shared: &Arc<Shared>, created: Created, on_break: Disposition) -> Self {
+        let changes = shared.registry().watch(created.latch);
+        let holding = Holding { shared: Arc::clone(shared), latch: created.latch };
+        Self { changes, created, on_break, _holding: holding }
+    }
+
+    /// What ends the connection.
+    fn end(&self) -> impl Future<Output = Change> + Send + Sync + use<> {
+        let on_break = self.on_break;
+        wait(self.changes.clone(), move |change| is_end(change, on_break))
+    }
+
+    fn waiting(&self) -> Waiting {
+        Waiting { end: Box::pin(self.end()), seen: None }
+    }
+
+    fn failure(&self) -> Option<io::Error> {
+        self.changes.borrow().as_ref().filter(|change| is_end(change, self.on_break)).map(failure)
+    }
+}
+
+fn is_end(change: &Change, on_break: Disposition) -> bool {
+    match change.state {
+        State::Closed => true,
+        State::Broken => on_break == Disposition::Reset,
+        State::Established | State::Listener => false,
+    }
+}
+
+impl AsyncRead for TcpStream {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         if let Poll::Ready(error) = self.wake_reader.poll(cx) {
             return Poll::Ready(Err(error));
@@ -221,14 +440,14 @@ impl AsyncRead for LatchedStream {
         let before = buf.filled().len();
         let result = Pin::new(&mut self.stream).poll_read(cx, buf);
         // An end that comes with the break is not the peer's end.
-        match self.failure() {
+        match self.latch.failure() {
             Some(error) if result.is_ready() && buf.filled().len() == before => Poll::Ready(Err(error)),
             _ => result,
         }
     }
 }
 
-impl AsyncWrite for LatchedStream {
+impl AsyncWrite for TcpStream {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         if let Poll::Ready(error) = self.wake_writer.poll(cx) {
             return Poll::Ready(Err(error));
@@ -245,31 +464,27 @@ impl AsyncWrite for LatchedStream {
     }
 }
 
-impl Drop for LatchedStream {
+impl Drop for TcpStream {
     fn drop(&mut self) {
         // The daemon has a duplicate, so that closing ours does not end the connection.
         let _ = SockRef::from(&self.stream).shutdown(std::net::Shutdown::Write);
     }
 }
 
-/// A break, waited for by one task. Reading and writing may happen in different tasks, so each has its own.
+/// The end, waited for by one task. Reading and writing may happen in different tasks, so each has its own.
 struct Waiting {
-    broken: Pin<Box<dyn Future<Output = Broken> + Send + Sync>>,
-    seen: Option<Broken>,
+    end: Pin<Box<dyn Future<Output = Change> + Send + Sync>>,
+    seen: Option<Change>,
 }
 
 impl Waiting {
-    fn on(broken: &watch::Receiver<Option<Broken>>) -> Self {
-        Self { broken: Box::pin(wait(broken.clone())), seen: None }
-    }
-
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
         if self.seen.is_none()
-            && let Poll::Ready(broken) = self.broken.as_mut().poll(cx)
+            && let Poll::Ready(change) = self.end.as_mut().poll(cx)
         {
-            self.seen = Some(broken);
+            self.seen = Some(change);
         }
-        self.seen.as_ref().map_or(Poll::Pending, |broken| Poll::Ready(failure(broken)))
+        self.seen.as_ref().map_or(Poll::Pending, |change| Poll::Ready(failure(change)))
     }
 }
 
@@ -312,16 +527,17 @@ impl Drop for Shared {
 struct Registry {
     closed: bool,
     pending: HashMap<u64, oneshot::Sender<Result<Value, ClientError>>>,
-    latches: HashMap<u64, watch::Sender<Option<Broken>>>,
+    latches: HashMap<u64, watch::Sender<Option<Change>>>,
+    watcher: Option<mpsc::Sender<LatchEvent>>,
 }
 
 impl Registry {
-    fn latch(&mut self, latch: u64) -> &watch::Sender<Option<Broken>> {
+    fn latch(&mut self, latch: u64) -> &watch::Sender<Option<Change>> {
         let state = self.closed.then(gone);
         self.latches.entry(latch).or_insert_with(|| watch::Sender::new(state))
     }
 
-    fn watch(&mut self, latch: u64) -> watch::Receiver<Option<Broken>> {
+    fn watch(&mut self, latch: u64) -> watch::Receiver<Option<Change>> {
         self.latch(latch).subscribe()
     }
 }
@@ -385,24 +601,27 @@ async fn read(socket: Arc<SeqPacket>, state: Arc<Mutex<Registry>>) {
                     let _ = caller.send(Err(refusal.clone().into()));
                 }
             }
-            ServerMessage::Alert { latch, state, reason } => {
-                registry.latch(latch).send_replace(Some(Broken { state, reason }));
+            // Of a latch that a listener made and nobody has taken: `accept` will say whether it still stands.
+            ServerMessage::Alert { listener: Some(_), .. } => {}
+            ServerMessage::Alert { latch, state, reason, listener: None } => {
+                registry.latch(latch).send_replace(Some(Change { state, reason }));
+            }
+            ServerMessage::Event(event) => {
+                // A watcher that does not read misses events, and the daemon's other messages none.
+                if let Some(watcher) = &registry.watcher {
+                    let _ = watcher.try_send(event);
+                }
             }
         }
     }
     let mut registry = lock(&state);
     registry.closed = true;
+    registry.watcher = None;
     for (_, caller) in registry.pending.drain() {
         let _ = caller.send(Err(ClientError::Closed));
     }
     for latch in registry.latches.values() {
-        latch.send_if_modified(|broken| {
-            let alive = broken.is_none();
-            if alive {
-                *broken = Some(gone());
-            }
-            alive
-        });
+        latch.send_replace(Some(gone()));
     }
 }
 
@@ -414,17 +633,18 @@ fn release(socket: &SeqPacket, id: u64, latch: u64) {
     }
 }
 
-async fn wait(mut broken: watch::Receiver<Option<Broken>>) -> Broken {
-    let seen = broken.wait_for(Option::is_some).await.ok().and_then(|broken| broken.clone());
+async fn wait(mut changes: watch::Receiver<Option<Change>>, what: impl Fn(&Change) -> bool + Send + Sync) -> Change {
+    let seen =
+        changes.wait_for(|change| change.as_ref().is_some_and(&what)).await.ok().and_then(|change| change.clone());
     seen.unwrap_or_else(gone)
 }
 
-fn gone() -> Broken {
-    Broken { state: State::Closed, reason: "the connection to the daemon has ended".to_owned() }
+fn gone() -> Change {
+    Change { state: State::Closed, reason: "the connection to the daemon has ended".to_owned() }
 }
 
-fn failure(broken: &Broken) -> io::Error {
-    io::Error::new(io::ErrorKind::ConnectionReset, format!("the latch is broken: {}", broken.reason))
+fn failure(change: &Change) -> io::Error {
+    io::Error::new(io::ErrorKind::ConnectionReset, format!("the latch is {}: {}", change.state, change.reason))
 }
 
 /// The address from which the kernel would reach `remote`, with port 0. Sends nothing.
@@ -433,20 +653,35 @@ fn source_for(remote: SocketAddr) -> io::Result<SocketAddr> {
         IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
         IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
     };
-    let probe = UdpSocket::bind((unspecified, 0))?;
+    let probe = std::net::UdpSocket::bind((unspecified, 0))?;
     probe.connect(remote)?;
     Ok(SocketAddr::new(probe.local_addr()?.ip(), 0))
 }
 
-fn bound_socket(local: SocketAddr) -> io::Result<Socket> {
-    let socket = Socket::new(Domain::for_address(local), Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
-    socket.bind(&local.into())?;
-    Ok(socket)
+fn bound_socket(
+    remote: SocketAddr,
+    local: Option<SocketAddr>,
+    kind: Type,
+    protocol: Protocol,
+) -> Result<Socket, ClientError> {
+    let local = match local {
+        Some(local) => local,
+        None => source_for(remote).map_err(|error| system(format!("finding an address to reach {remote}"), error))?,
+    };
+    let bind = || {
+        let socket = Socket::new(Domain::for_address(local), kind.nonblocking(), Some(protocol))?;
+        socket.bind(&local.into())?;
+        Ok(socket)
+    };
+    bind().map_err(|error| system(format!("binding to {local}"), error))
 }
 
 fn system(action: String, source: io::Error) -> ClientError {
     ClientError::System { action, source }
 }
+
+/// Events that a watcher may fall behind.
+const EVENT_QUEUE: usize = 1024;
 
 fn lock(state: &Mutex<Registry>) -> MutexGuard<'_, Registry> {
     state.lock().unwrap_or_else(PoisonError::into_inner)

@@ -8,8 +8,11 @@
 //! * A latch never changes its class (RFC 5660 §2, "MUST remain unchanged").
 //! * A latch whose SAs have all gone stays ESTABLISHED: its packets are lost until a congruent SA comes
 //!   (RFC 5660 §2). This database does not ask for one.
-//! * A BROKEN latch stays BROKEN until it is released. RFC 5660 §2.2 lets it return to ESTABLISHED once the conflict
-//!   is cleared; here the connection under it has been reset, so there is nothing to return to.
+//! * A BROKEN latch returns to ESTABLISHED when nothing conflicts with it any more (RFC 5660 §2.2), unless its
+//!   connection was reset ([`OnBreak::Reset`]), its peer is dead or the administrator broke it: then it stays BROKEN
+//!   until it is released.
+//! * A listener latch gives each new inbound flow to its port a latch before its first packet passes, or drops that
+//!   packet. What has no latch does not leave from that port.
 //!
 //! # What a class pins
 //!
@@ -32,13 +35,14 @@ use std::fmt;
 use std::hash::{Hash, Hasher};
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry;
 use ipsec::guard::{ClassId, Direction, FlowGuard, Verdict};
 use ipsec::plane::{EspSuite, Mode};
 use ipsec::selector::{Flow, TrafficSelector};
+use ipsec::transform::{Encr, Integ};
 use pad::{Identity, IdentityPattern, PeerIdentity, Proof};
 
 /// All that a latch pins (RFC 5660 §2); interned as a [`ClassId`]. The IKE SA does not enter: rekeys and new
@@ -59,15 +63,92 @@ pub struct Class {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct LatchId(pub u64);
 
-/// States of a connection latch (RFC 5660 §2.2).
+/// States of a latch (RFC 5660 §2.2). LARVAL is not among them: whoever asks for a latch waits until it stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LatchState {
+    /// Of a listener: gives each new flow to its port a latch.
+    Listener,
     /// Packets pass under congruent SAs only.
     Established,
     /// A conflict: no packet passes.
     Broken,
-    /// Released or closed.
+    /// Closed by the administrator, no packet passes; or released.
     Closed,
+}
+
+/// What becomes of a connection when its latch breaks (RFC 5660 §5.5).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnBreak {
+    /// It ends as if the peer had reset it (b).
+    #[default]
+    Reset,
+    /// Packets are lost until the conflict is over (a).
+    Wait,
+    /// As `Wait`, and the sender hears that the destination is out of reach (c).
+    Unreachable,
+}
+
+/// What is asked of a latch. The default is any peer under any protection.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// Whom the peer must have proved to be.
+    pub peer: IdentityPattern,
+    /// Whom we must have proved to be.
+    pub local: Option<IdentityPattern>,
+    /// Mode that the SA must have.
+    pub mode: Option<Mode>,
+    /// Algorithms, one of which the SA must have; empty is any.
+    pub suites: Vec<Algorithms>,
+    /// The SA must have replay protection.
+    pub replay_protection: bool,
+    /// What to do when the latch breaks.
+    pub on_break: OnBreak,
+}
+
+/// ESP algorithms without the sequence numbers' length.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Algorithms {
+    /// Cipher.
+    pub encr: Encr,
+    /// Its key length in bits; 0 if it is fixed.
+    pub key_bits: u16,
+    /// Integrity algorithm; NONE with a combined-mode cipher.
+    pub integ: Integ,
+}
+
+/// Where a listener latch takes flows from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Listener {
+    /// Upper-layer protocol.
+    pub protocol: u8,
+    /// Our address; `None` is any of the families below.
+    pub local: Option<IpAddr>,
+    /// IPv4 flows count.
+    pub ipv4: bool,
+    /// IPv6 flows count.
+    pub ipv6: bool,
+    /// Our port.
+    pub port: u16,
+}
+
+/// A latch as it is listed.
+#[derive(Clone, Debug)]
+pub struct Listed {
+    /// Which.
+    pub latch: LatchId,
+    /// Its state.
+    pub state: LatchState,
+    /// What it is for.
+    pub subject: Subject,
+}
+
+/// What a latch is for.
+#[derive(Clone, Debug)]
+pub enum Subject {
+    /// One flow, pinned to a class.
+    Connection(Flow, Arc<Class>),
+    /// All flows to a port whose peers match.
+    Listener(Listener, IdentityPattern),
 }
 
 /// What is told to a latch's holder (ALERT, RFC 5660 §2.3).
@@ -75,6 +156,10 @@ pub enum LatchState {
 pub struct Alert {
     /// Which.
     pub latch: LatchId,
+    /// Its flow.
+    pub flow: Flow,
+    /// The listener latch that it came from, until somebody takes it.
+    pub listener: Option<LatchId>,
     /// Its new state.
     pub state: LatchState,
     /// Why, for a human: which identity claimed the flow.
@@ -97,9 +182,23 @@ pub enum LatchError {
         /// Who was wanted.
         wanted: String,
     },
-    /// There is a latch for the flow already.
+    /// The SA's protection is not what was asked for.
+    #[error("the SA for {flow} has another {what} than wanted")]
+    WrongProtection {
+        /// The flow.
+        flow: String,
+        /// What differs.
+        what: &'static str,
+    },
+    /// There is a latch for the flow, or a listener latch for the port, already.
     #[error("{0} is latched already")]
     Exists(String),
+    /// The latch that the listener gave the flow is no longer ESTABLISHED.
+    #[error("the latch of {0} is broken")]
+    Broken(String),
+    /// The listener latch has given the flow none.
+    #[error("{0} has no latch from this listener")]
+    NotAccepted(String),
     /// SAs of other classes cover the flow too (RFC 5660 §2.3, "MUST NOT create").
     #[error("SAs of different peers cover {0}")]
     Conflict(String),
@@ -119,6 +218,10 @@ pub struct Database {
     latched: AtomicUsize,
     /// What the packet path reads. The default hasher is keyed: peers choose addresses and ports.
     flows: DashMap<Flow, Pin>,
+    /// What the packet path reads of listener latches, by protocol and port.
+    ports: DashMap<(u8, u16), Vec<Listener>>,
+    /// Told of each change of each latch.
+    observer: OnceLock<Observer>,
     /// What non-first fragments, which have no ports, are checked against.
     pairs: DashMap<Pair, PairPins>,
 }
@@ -169,7 +272,7 @@ impl Database {
         remote_ts: &[TrafficSelector],
     ) -> Vec<Alert> {
         let broken = self.break_conflicting(&mut self.control(), class, local_ts, remote_ts);
-        tell(broken)
+        self.tell(broken)
     }
 
     /// The SA is in; `sa` is any number that names it until `removed`. A number that is in use is replaced.
@@ -181,25 +284,94 @@ impl Database {
         let broken = self.break_conflicting(&mut control, class, &local_ts, &remote_ts);
         control.insert_sa(sa, CoveringSa { class, local_ts, remote_ts });
         drop(control);
-        tell(broken);
+        self.tell(broken);
     }
 
-    /// The SA is gone. Latches stay: their packets are lost until a congruent SA comes (RFC 5660 §2).
+    /// The SA is gone, or was not installed after all. Latches stay: their packets are lost until a congruent SA comes
+    /// (RFC 5660 §2). Those that wait for this SA to go are ESTABLISHED again.
     pub fn removed(&self, sa: u64) {
-        self.control().remove_sa(sa);
+        let mut control = self.control();
+        control.remove_sa(sa);
+        let restored = self.restore(&mut control);
+        drop(control);
+        self.tell(restored);
     }
 
-    /// CREATE_CONNECTION_LATCH (RFC 5660 §2.3): pins `flow` to the class of the SA that covers it, if its peer
-    /// matches `wanted`. Alerts go to `holder`, from inside `before_install` or `installed`, at most one for each
-    /// latch; it must not block, and runs on the key manager's thread. An alert may still arrive while another
-    /// thread is inside `release`.
+    /// The peer of this class does not answer any more (RFC 5660 §2.2, DPD): breaks its latches for good, unless it has
+    /// SAs that live. To be called after `removed`.
+    pub fn peer_is_dead(&self, class: ClassId) {
+        let Some(dead) = self.class(class) else { return };
+        let mut control = self.control();
+        let same = |class: &Class| (&class.peer.id, &class.peer.local_id) == (&dead.peer.id, &dead.peer.local_id);
+        if control.sas.values().any(|sa| self.class(sa.class).is_some_and(|class| same(&class))) {
+            return;
+        }
+        let ids: Vec<LatchId> =
+            control.latches.iter().filter(|(_, latch)| same(&latch.class)).map(|(id, _)| *id).collect();
+        let reason = format!("{} is dead", dead.peer.id);
+        let broken: Vec<_> =
+            ids.into_iter().filter_map(|id| self.mark(&mut control, id, Condition::Dead, reason.clone())).collect();
+        drop(control);
+        self.tell(broken);
+    }
+
+    /// The policy has changed (RFC 5660 §2.2, SPD conflict): `conflict` says why a flow may no longer be protected as
+    /// it is latched, or `None`. Breaks what conflicts, restores what does not any more.
+    pub fn policy_changed(&self, conflict: impl Fn(&Flow, &Class) -> Option<String>) {
+        let mut control = self.control();
+        let conflicts: Vec<_> = control
+            .latches
+            .iter()
+            .filter_map(|(id, latch)| Some((*id, conflict(&latch.flow, &latch.class)?)))
+            .collect();
+        let kept: BTreeSet<LatchId> = conflicts.iter().map(|(id, _)| *id).collect();
+        let mut changed: Vec<_> = conflicts
+            .into_iter()
+            .filter_map(|(id, reason)| self.mark(&mut control, id, Condition::Policy, reason))
+            .collect();
+        for id in control.recoverable.clone() {
+            match control.latches.get_mut(&id) {
+                // Pins are those of before: another reason to be BROKEN may be left.
+                Some(latch) if latch.condition == Condition::Policy && !kept.contains(&id) => {
+                    latch.condition = Condition::Conflict;
+                }
+                _ => {}
+            }
+        }
+        changed.extend(self.restore(&mut control));
+        drop(control);
+        self.tell(changed);
+    }
+
+    /// The administrator breaks a latch for good (RFC 5660 §6.2); false if there is no such connection latch.
+    pub fn break_latch(&self, latch: LatchId, reason: &str) -> bool {
+        self.end(latch, Condition::Dead, reason)
+    }
+
+    /// The administrator closes a latch: CLOSED until its holder releases it; false if there is no such connection latch.
+    pub fn close(&self, latch: LatchId, reason: &str) -> bool {
+        self.end(latch, Condition::Closed, reason)
+    }
+
+    fn end(&self, latch: LatchId, condition: Condition, reason: &str) -> bool {
+        let mut control = self.control();
+        let exists = control.latches.contains_key(&latch);
+        let ended = self.mark(&mut control, latch, condition, reason.to_owned());
+        drop(control);
+        self.tell(ended.into_iter().collect());
+        exists
+    }
+
+    /// CREATE_CONNECTION_LATCH (RFC 5660 §2.3): pins `flow` to the class of the SA that covers it, if it is as
+    /// requested. Alerts go to `holder`, from inside the calls that change the latch; it must not block, and runs on the key
+    /// manager's thread. An alert may still arrive while another thread is inside `release`.
     ///
     /// Fails without effect when no SA covers the flow, when SAs of several classes do, when the peer is another
     /// one, or when the flow has a latch already, BROKEN ones included.
     pub fn create(
         &self,
         flow: Flow,
-        wanted: &IdentityPattern,
+        request: &Request,
         holder: Box<dyn Fn(Alert) + Send + Sync>,
     ) -> Result<(LatchId, Arc<Class>), LatchError> {
         if !is_connection(&flow) {
@@ -215,47 +387,112 @@ impl Database {
             Coverage::Several => return Err(LatchError::Conflict(flow.to_string())),
         };
         let class = self.class(number).ok_or_else(|| LatchError::NoSa(flow.to_string()))?;
-        if !wanted.matches(&class.peer.id) {
-            return Err(LatchError::WrongPeer {
-                flow: flow.to_string(),
-                found: class.peer.id.to_string(),
-                wanted: wanted.to_string(),
-            });
-        }
-        control.last_latch += 1;
-        let id = LatchId(control.last_latch);
-        control.by_flow.insert(flow, id);
-        control.by_remote.insert((flow.remote, id));
-        control
-            .latches
-            .insert(id, Latch { flow, number, class: Arc::clone(&class), broken: false, holder: Arc::from(holder) });
-        // The counter first: a packet thread that sees the entry must also see that there are entries.
-        self.latched.fetch_add(1, Ordering::SeqCst);
-        for pair in Pair::all_of(&flow) {
-            self.pairs.entry(pair).or_default().add(Pin::Class(number));
-        }
-        self.flows.insert(flow, Pin::Class(number));
+        request.admits(&flow, &class)?;
+        let latch = Latch {
+            flow,
+            number,
+            class: Arc::clone(&class),
+            condition: Condition::Established,
+            on_break: request.on_break,
+            listener: None,
+            holder: Arc::from(holder),
+        };
+        let (id, told) = self.insert(&mut control, latch);
+        drop(control);
+        self.observe(&told);
         Ok((id, class))
     }
 
+    /// CREATE_LISTENER_LATCH (RFC 5660 §2.3): from now on each new inbound flow to the port is latched to the class that
+    /// its first packet came under, if that is as requested and no SA conflicts, and else does not get in. `holder` is
+    /// told of each, from inside the packet check: it must not block.
+    ///
+    /// Fails when another listener latch is for the same port of the same address.
+    pub fn create_listener(
+        &self,
+        listener: Listener,
+        request: Request,
+        holder: Box<dyn Fn(Alert) + Send + Sync>,
+    ) -> Result<LatchId, LatchError> {
+        let mut control = self.control();
+        if control.listeners.values().any(|other| other.listener.meets(&listener)) {
+            return Err(LatchError::Exists(listener.to_string()));
+        }
+        control.last_latch += 1;
+        let id = LatchId(control.last_latch);
+        control.listeners.insert(id, Listening { listener, request, holder: Arc::from(holder), waiting: 0 });
+        // The counter first, as in `insert`.
+        self.latched.fetch_add(1, Ordering::SeqCst);
+        self.ports.entry((listener.protocol, listener.port)).or_default().push(listener);
+        Ok(id)
+    }
+
+    /// Takes the latch that a listener latch gave a flow; from now on it is `holder`'s. Fails without effect when there is
+    /// none that nobody has taken, or when it is no longer ESTABLISHED.
+    pub fn accept(
+        &self,
+        listener: LatchId,
+        flow: &Flow,
+        holder: Box<dyn Fn(Alert) + Send + Sync>,
+    ) -> Result<(LatchId, Arc<Class>), LatchError> {
+        let mut control = self.control();
+        let found = control.by_flow.get(flow).copied().and_then(|id| Some((id, control.latches.get_mut(&id)?)));
+        let Some((id, latch)) = found.filter(|(_, latch)| latch.listener == Some(listener)) else {
+            return Err(LatchError::NotAccepted(flow.to_string()));
+        };
+        if latch.condition != Condition::Established {
+            return Err(LatchError::Broken(flow.to_string()));
+        }
+        latch.listener = None;
+        latch.holder = Arc::from(holder);
+        let class = Arc::clone(&latch.class);
+        control.taken(listener);
+        Ok((id, class))
+    }
+
+    /// Latches that listener latches made and nobody has taken. Who serves listeners releases those whose flow has no
+    /// connection any more.
+    pub fn unaccepted(&self) -> Vec<(LatchId, Flow)> {
+        let control = self.control();
+        let waiting = control.latches.iter().filter(|(_, latch)| latch.listener.is_some());
+        waiting.map(|(id, latch)| (*id, latch.flow)).collect()
+    }
+
     /// RELEASE_LATCH (RFC 5660 §2.3). From here on the flow's packets pass as those of any unlatched flow: the caller
-    /// makes sure first that no connection is left that could send or take them. Unknown numbers are ignored.
+    /// makes sure first that no connection is left that could send or take them. Of a listener latch: no new flows; latches
+    /// that it made stay. Unknown numbers are ignored.
     pub fn release(&self, latch: LatchId) {
         let mut control = self.control();
+        if let Some(gone) = control.listeners.remove(&latch) {
+            let port = (gone.listener.protocol, gone.listener.port);
+            if let Entry::Occupied(mut entry) = self.ports.entry(port) {
+                entry.get_mut().retain(|listener| *listener != gone.listener);
+                if entry.get().is_empty() {
+                    entry.remove();
+                }
+            }
+            self.latched.fetch_sub(1, Ordering::SeqCst);
+            return;
+        }
         let Some(gone) = control.latches.remove(&latch) else { return };
         control.by_flow.remove(&gone.flow);
         control.by_remote.remove(&(gone.flow.remote, latch));
+        control.recoverable.remove(&latch);
+        if let Some(listener) = gone.listener {
+            control.taken(listener);
+        }
         self.flows.remove(&gone.flow);
-        let pin = if gone.broken { Pin::Broken } else { Pin::Class(gone.number) };
         for pair in Pair::all_of(&gone.flow) {
             if let Entry::Occupied(mut entry) = self.pairs.entry(pair) {
-                entry.get_mut().subtract(pin);
+                entry.get_mut().subtract(gone.pin());
                 if entry.get().is_empty() {
                     entry.remove();
                 }
             }
         }
         self.latched.fetch_sub(1, Ordering::SeqCst);
+        drop(control);
+        self.observe(&gone.alert(latch, LatchState::Closed, "released".to_owned()));
     }
 
     /// The class of the SAs that cover a flow, whether latched or not (INQUIRE): who is at the other end. `None`
@@ -268,6 +505,11 @@ impl Database {
         }
     }
 
+    /// True when no SA covers a flow.
+    pub fn is_uncovered(&self, flow: &Flow) -> bool {
+        matches!(self.control().coverage(flow), Coverage::None)
+    }
+
     /// FIND_LATCH and INQUIRE_LATCH (RFC 5660 §2.3): the latch of a flow.
     pub fn find(&self, flow: &Flow) -> Option<(LatchId, LatchState, Arc<Class>)> {
         let control = self.control();
@@ -276,17 +518,43 @@ impl Database {
         Some((id, latch.state(), Arc::clone(&latch.class)))
     }
 
-    /// All latches by number.
-    pub fn list(&self) -> Vec<(LatchId, Flow, LatchState, Arc<Class>)> {
-        self.list_after(LatchId(0), usize::MAX)
+    /// A latch by its number.
+    pub fn inquire(&self, latch: LatchId) -> Option<Listed> {
+        self.list_after(LatchId(latch.0.checked_sub(1)?), 1).pop().filter(|listed| listed.latch == latch)
     }
 
-    /// At most `limit` latches with numbers above `after`, by number.
-    pub fn list_after(&self, after: LatchId, limit: usize) -> Vec<(LatchId, Flow, LatchState, Arc<Class>)> {
+    /// All connection latches by number.
+    pub fn list(&self) -> Vec<(LatchId, Flow, LatchState, Arc<Class>)> {
+        let control = self.control();
+        let latches = control.latches.iter();
+        latches.map(|(id, latch)| (*id, latch.flow, latch.state(), Arc::clone(&latch.class))).collect()
+    }
+
+    /// At most `limit` latches, listener latches included, with numbers above `after`, by number.
+    pub fn list_after(&self, after: LatchId, limit: usize) -> Vec<Listed> {
         let control = self.control();
         let above = (std::ops::Bound::Excluded(after), std::ops::Bound::Unbounded);
-        let latches = control.latches.range(above).take(limit);
-        latches.map(|(id, latch)| (*id, latch.flow, latch.state(), Arc::clone(&latch.class))).collect()
+        let connections = control.latches.range(above).take(limit).map(|(id, latch)| Listed {
+            latch: *id,
+            state: latch.state(),
+            subject: Subject::Connection(latch.flow, Arc::clone(&latch.class)),
+        });
+        let listeners = control.listeners.range(above).take(limit).map(|(id, listening)| Listed {
+            latch: *id,
+            state: LatchState::Listener,
+            subject: Subject::Listener(listening.listener, listening.request.peer.clone()),
+        });
+        let mut listed: Vec<Listed> = connections.chain(listeners).collect();
+        drop(control);
+        listed.sort_by_key(|listed| listed.latch);
+        listed.truncate(limit);
+        listed
+    }
+
+    /// Sets who is told of each change of each latch, after its holder; once. It must not block.
+    pub fn observe_with(&self, observer: Box<dyn Fn(&Alert) + Send + Sync>) {
+        // A second observer would be a second server of one database.
+        let _ = self.observer.set(Observer(observer));
     }
 
     fn control(&self) -> MutexGuard<'_, Control> {
@@ -309,20 +577,149 @@ impl Database {
             ranges.flat_map(|ts| control.by_remote.range(within(ts))).map(|(_, id)| *id).collect();
         for id in ids {
             let Some(latch) = control.latches.get_mut(&id) else { continue };
-            if latch.broken || latch.number == class || !covers(local_ts, remote_ts, &latch.flow) {
+            if latch.number == class || !covers(local_ts, remote_ts, &latch.flow) {
                 continue;
             }
-            latch.broken = true;
-            self.flows.insert(latch.flow, Pin::Broken);
-            for pair in Pair::all_of(&latch.flow) {
-                let mut pins = self.pairs.entry(pair).or_default();
-                pins.subtract(Pin::Class(latch.number));
-                pins.add(Pin::Broken);
-            }
             let reason = reason(&latch.flow, &latch.class, newcomer.as_deref());
-            broken.push((Arc::clone(&latch.holder), Alert { latch: id, state: LatchState::Broken, reason }));
+            broken.extend(self.mark(control, id, Condition::Conflict, reason));
         }
         broken
+    }
+
+    /// Ends or breaks a latch, packets first; what is to be told, if its state is another one now. What is worse stays.
+    fn mark(
+        &self,
+        control: &mut Control,
+        id: LatchId,
+        condition: Condition,
+        reason: String,
+    ) -> Option<(Holder, Alert)> {
+        let latch = control.latches.get_mut(&id)?;
+        if latch.condition >= condition {
+            return None;
+        }
+        let before = latch.state();
+        self.set(latch, condition);
+        if latch.recovers() {
+            control.recoverable.insert(id);
+        } else {
+            control.recoverable.remove(&id);
+        }
+        let state = latch.state();
+        (state != before).then(|| (Arc::clone(&latch.holder), latch.alert(id, state, reason)))
+    }
+
+    /// Restores the latches that no SA conflicts with any more, except those that the policy broke.
+    fn restore(&self, control: &mut Control) -> Vec<(Holder, Alert)> {
+        let mut restored = Vec::new();
+        for id in std::mem::take(&mut control.recoverable) {
+            let Some(latch) = control.latches.get(&id) else { continue };
+            let clear = match control.coverage(&latch.flow) {
+                Coverage::None => true,
+                Coverage::One(number) => number == latch.number,
+                Coverage::Several => false,
+            };
+            let allowed = latch.condition == Condition::Conflict;
+            match control.latches.get_mut(&id) {
+                Some(latch) if clear && allowed => {
+                    self.set(latch, Condition::Established);
+                    let reason = "nothing conflicts with it any more".to_owned();
+                    restored.push((Arc::clone(&latch.holder), latch.alert(id, LatchState::Established, reason)));
+                }
+                _ => {
+                    control.recoverable.insert(id);
+                }
+            }
+        }
+        restored
+    }
+
+    fn set(&self, latch: &mut Latch, condition: Condition) {
+        let before = latch.pin();
+        latch.condition = condition;
+        let pin = latch.pin();
+        self.flows.insert(latch.flow, pin);
+        for pair in Pair::all_of(&latch.flow) {
+            let mut pins = self.pairs.entry(pair).or_default();
+            pins.add(pin);
+            pins.subtract(before);
+        }
+    }
+
+    fn insert(&self, control: &mut Control, latch: Latch) -> (LatchId, Alert) {
+        control.last_latch += 1;
+        let id = LatchId(control.last_latch);
+        let (flow, pin) = (latch.flow, latch.pin());
+        let told = latch.alert(id, LatchState::Established, format!("the peer is {}", latch.class.peer.id));
+        control.by_flow.insert(flow, id);
+        control.by_remote.insert((flow.remote, id));
+        control.latches.insert(id, latch);
+        // The counter first: a packet thread that sees the entry must also see that there are entries.
+        self.latched.fetch_add(1, Ordering::SeqCst);
+        for pair in Pair::all_of(&flow) {
+            self.pairs.entry(pair).or_default().add(pin);
+        }
+        self.flows.insert(flow, pin);
+        (id, told)
+    }
+
+    /// A packet to or from a port with a listener latch whose flow has no latch.
+    fn spawn(&self, direction: Direction, flow: &Flow, number: Option<ClassId>) -> Verdict {
+        let (Direction::Inbound, Some(number)) = (direction, number) else { return Verdict::Drop };
+        let mut control = self.control();
+        // Another thread may have been here.
+        if let Some(pin) = self.pin(flow) {
+            return pin.verdict(Some(number));
+        }
+        let found = control.listeners.iter().find(|(_, listening)| listening.listener.takes(flow));
+        let Some((&parent, listening)) = found else { return Verdict::Pass };
+        let Some(class) = self.class(number) else { return Verdict::Drop };
+        let alone = matches!(control.coverage(flow), Coverage::One(only) if only == number);
+        let admitted = is_connection(flow) && alone && listening.request.admits(flow, &class).is_ok();
+        if !admitted || listening.waiting >= MAX_WAITING {
+            return Verdict::Drop;
+        }
+        let (on_break, holder) = (listening.request.on_break, Arc::clone(&listening.holder));
+        let condition = Condition::Established;
+        let latch = Latch {
+            flow: *flow,
+            number,
+            class,
+            condition,
+            on_break,
+            listener: Some(parent),
+            holder: Arc::clone(&holder),
+        };
+        if let Some(listening) = control.listeners.get_mut(&parent) {
+            listening.waiting += 1;
+        }
+        let (_, alert) = self.insert(&mut control, latch);
+        drop(control);
+        self.tell(vec![(holder, alert)]);
+        Verdict::Pass
+    }
+
+    fn pin(&self, flow: &Flow) -> Option<Pin> {
+        self.flows.get(flow).map(|pin| *pin)
+    }
+
+    fn is_listened_for(&self, flow: &Flow) -> bool {
+        let there = self.ports.get(&(flow.protocol, flow.local_port));
+        there.is_some_and(|listeners| listeners.iter().any(|listener| listener.takes(flow)))
+    }
+
+    fn tell(&self, changes: Vec<(Holder, Alert)>) -> Vec<Alert> {
+        for (holder, alert) in &changes {
+            holder(alert.clone());
+            self.observe(alert);
+        }
+        changes.into_iter().map(|(_, alert)| alert).collect()
+    }
+
+    fn observe(&self, alert: &Alert) {
+        if let Some(Observer(observer)) = self.observer.get() {
+            observer(alert);
+        }
     }
 }
 
@@ -330,16 +727,26 @@ impl FlowGuard for Database {
     /// A flow with both ports 0 is a non-first fragment (RFC 4301 §7) or a packet without ports. If there are latches
     /// between its addresses with its protocol, it may belong to any of them: it passes only if all of them are
     /// ESTABLISHED and of its class. One BROKEN latch therefore stops all non-first fragments between two hosts.
-    fn check(&self, _: Direction, flow: &Flow, class: Option<ClassId>) -> Verdict {
+    fn check(&self, direction: Direction, flow: &Flow, class: Option<ClassId>) -> Verdict {
         if self.latched.load(Ordering::Acquire) == 0 {
             return Verdict::Pass;
         }
-        let congruent = if flow.local_port == 0 && flow.remote_port == 0 {
-            self.pairs.get(&Pair::of(flow)).is_none_or(|pins| pins.admit(class))
-        } else {
-            self.flows.get(flow).is_none_or(|pin| pin.admits(class))
-        };
-        if congruent { Verdict::Pass } else { Verdict::Drop }
+        if flow.local_port == 0 && flow.remote_port == 0 {
+            let admitted = self.pairs.get(&Pair::of(flow)).is_none_or(|pins| pins.admit(class));
+            return if admitted { Verdict::Pass } else { Verdict::Drop };
+        }
+        match self.pin(flow) {
+            Some(pin) => pin.verdict(class),
+            None if self.is_listened_for(flow) => self.spawn(direction, flow, class),
+            None => Verdict::Pass,
+        }
+    }
+
+    fn check_error(&self, flow: &Flow, class: Option<ClassId>) -> Verdict {
+        if self.latched.load(Ordering::Acquire) > 0 && self.pin(flow).is_none() && self.is_listened_for(flow) {
+            return Verdict::Drop;
+        }
+        self.check(Direction::Inbound, flow, class)
     }
 }
 
@@ -378,6 +785,7 @@ impl Hash for Class {
 impl fmt::Display for LatchState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
+            Self::Listener => "LISTENER",
             Self::Established => "ESTABLISHED",
             Self::Broken => "BROKEN",
             Self::Closed => "CLOSED",
@@ -385,7 +793,84 @@ impl fmt::Display for LatchState {
     }
 }
 
+impl Request {
+    /// Any protection, the default disposition.
+    pub fn peer(peer: IdentityPattern) -> Self {
+        Self {
+            peer,
+            local: None,
+            mode: None,
+            suites: Vec::new(),
+            replay_protection: false,
+            on_break: OnBreak::default(),
+        }
+    }
+
+    fn admits(&self, flow: &Flow, class: &Class) -> Result<(), LatchError> {
+        let identities = [(Some(&self.peer), &class.peer.id), (self.local.as_ref(), &class.peer.local_id)];
+        for (wanted, found) in identities {
+            if let Some(wanted) = wanted.filter(|wanted| !wanted.matches(found)) {
+                return Err(LatchError::WrongPeer {
+                    flow: flow.to_string(),
+                    found: found.to_string(),
+                    wanted: wanted.to_string(),
+                });
+            }
+        }
+        let EspSuite { encr, key_bits, integ, esn: _ } = class.suite;
+        let suite = Algorithms { encr, key_bits, integ };
+        let what = if self.mode.is_some_and(|mode| mode != class.mode) {
+            "mode"
+        } else if !self.suites.is_empty() && !self.suites.contains(&suite) {
+            "suite"
+        } else if self.replay_protection && !class.replay_protection {
+            "replay protection"
+        } else {
+            return Ok(());
+        };
+        Err(LatchError::WrongProtection { flow: flow.to_string(), what })
+    }
+}
+
+impl Listener {
+    fn takes(&self, flow: &Flow) -> bool {
+        self.protocol == flow.protocol && self.port == flow.local_port && self.has(flow.local)
+    }
+
+    fn has(&self, address: IpAddr) -> bool {
+        match self.local {
+            Some(local) => local == address,
+            None => (self.ipv4 && address.is_ipv4()) || (self.ipv6 && address.is_ipv6()),
+        }
+    }
+
+    /// Some flow could be for both.
+    fn meets(&self, other: &Self) -> bool {
+        let addresses = match (self.local, other.local) {
+            (_, Some(local)) => self.has(local),
+            (Some(local), None) => other.has(local),
+            (None, None) => (self.ipv4 && other.ipv4) || (self.ipv6 && other.ipv6),
+        };
+        self.protocol == other.protocol && self.port == other.port && addresses
+    }
+}
+
+impl fmt::Display for Listener {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.local {
+            Some(local) => write!(f, "{local} ")?,
+            None => f.write_str("any address, ")?,
+        }
+        write!(f, "port {} protocol {}", self.port, self.protocol)
+    }
+}
+
 type Holder = Arc<dyn Fn(Alert) + Send + Sync>;
+
+struct Observer(Box<dyn Fn(&Alert) + Send + Sync>);
+
+/// Latches of one listener that nobody has taken: a peer that opens connections without end gets no more.
+const MAX_WAITING: usize = 4096;
 
 const NO_CLASS: ClassId = ClassId(0);
 
@@ -414,10 +899,20 @@ struct Control {
     latches: BTreeMap<LatchId, Latch>,
     by_flow: HashMap<Flow, LatchId>,
     by_remote: BTreeSet<(IpAddr, LatchId)>,
+    /// BROKEN ones that may be ESTABLISHED again.
+    recoverable: BTreeSet<LatchId>,
+    listeners: BTreeMap<LatchId, Listening>,
     last_latch: u64,
 }
 
 impl Control {
+    /// Somebody took, or released, a latch that a listener latch made.
+    fn taken(&mut self, listener: LatchId) {
+        if let Some(listening) = self.listeners.get_mut(&listener) {
+            listening.waiting = listening.waiting.saturating_sub(1);
+        }
+    }
+
     fn coverage(&self, flow: &Flow) -> Coverage {
         let mut found = Coverage::None;
         let (family, address) = number(flow.remote);
@@ -517,13 +1012,58 @@ struct Latch {
     flow: Flow,
     number: ClassId,
     class: Arc<Class>,
-    broken: bool,
+    condition: Condition,
+    on_break: OnBreak,
+    /// The listener latch that it came from, until somebody takes it.
+    listener: Option<LatchId>,
     holder: Holder,
+}
+
+/// How a latch is, from best to worst: only the administrator and the end of a conflict make it better.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Condition {
+    Established,
+    /// BROKEN by an SA.
+    Conflict,
+    /// BROKEN by a change of policy.
+    Policy,
+    /// BROKEN for good.
+    Dead,
+    Closed,
+}
+
+struct Listening {
+    listener: Listener,
+    request: Request,
+    holder: Holder,
+    /// Its latches that nobody has taken.
+    waiting: usize,
 }
 
 impl Latch {
     fn state(&self) -> LatchState {
-        if self.broken { LatchState::Broken } else { LatchState::Established }
+        match self.condition {
+            Condition::Established => LatchState::Established,
+            Condition::Conflict | Condition::Policy | Condition::Dead => LatchState::Broken,
+            Condition::Closed => LatchState::Closed,
+        }
+    }
+
+    /// RFC 5660 §2.2: when all conflicts are cleared; of a connection that was reset nothing is left to return to.
+    fn recovers(&self) -> bool {
+        matches!(self.condition, Condition::Conflict | Condition::Policy) && self.on_break != OnBreak::Reset
+    }
+
+    fn pin(&self) -> Pin {
+        match (self.condition, self.on_break) {
+            (Condition::Established, _) => Pin::Class(self.number),
+            (Condition::Conflict | Condition::Policy | Condition::Dead, OnBreak::Unreachable) => Pin::Unreachable,
+            _ => Pin::Broken,
+        }
+    }
+
+    fn alert(&self, latch: LatchId, state: LatchState, reason: String) -> Alert {
+        Alert { latch, flow: self.flow, listener: self.listener, state, reason }
     }
 }
 
@@ -532,13 +1072,16 @@ impl Latch {
 enum Pin {
     Class(ClassId),
     Broken,
+    /// As `Broken`; senders are told.
+    Unreachable,
 }
 
 impl Pin {
-    fn admits(self, class: Option<ClassId>) -> bool {
+    fn verdict(self, class: Option<ClassId>) -> Verdict {
         match self {
-            Self::Class(pinned) => class == Some(pinned),
-            Self::Broken => false,
+            Self::Class(pinned) if class == Some(pinned) => Verdict::Pass,
+            Self::Class(_) | Self::Broken => Verdict::Drop,
+            Self::Unreachable => Verdict::Unreachable,
         }
     }
 }
@@ -583,7 +1126,7 @@ impl PairPins {
     fn add(&mut self, pin: Pin) {
         match pin {
             Pin::Class(class) => *self.classes.entry(class).or_default() += 1,
-            Pin::Broken => self.broken += 1,
+            Pin::Broken | Pin::Unreachable => self.broken += 1,
         }
     }
 
@@ -597,7 +1140,7 @@ impl PairPins {
                     self.classes.insert(class, left);
                 }
             }
-            Pin::Broken => self.broken = self.broken.saturating_sub(1),
+            Pin::Broken | Pin::Unreachable => self.broken = self.broken.saturating_sub(1),
         }
     }
 }
@@ -617,13 +1160,6 @@ fn is_connection(flow: &Flow) -> bool {
         && flow.remote_port != 0
         && flow.local.is_ipv4() == flow.remote.is_ipv4()
         && [flow.local, flow.remote].iter().all(|address| !address.is_unspecified() && !address.is_multicast())
-}
-
-fn tell(broken: Vec<(Holder, Alert)>) -> Vec<Alert> {
-    for (holder, alert) in &broken {
-        holder(alert.clone());
-    }
-    broken.into_iter().map(|(_, alert)| alert).collect()
 }
 
 fn reason(flow: &Flow, latched: &Class, newcomer: Option<&Class>) -> String {

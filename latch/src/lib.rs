@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 pub mod client;
+mod connections;
 pub mod database;
 pub mod protocol;
 mod seqpacket;

@@ -15,7 +15,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::database::{Class, LatchError, LatchState};
+use crate::database::{Algorithms, Class, LatchError, LatchState, OnBreak};
 
 /// Version of the protocol that this crate speaks.
 pub const VERSION: u32 = 1;
@@ -42,13 +42,25 @@ pub enum Call {
     /// `hello`.
     Hello(Hello),
     /// `create`; a socket comes with it.
-    Create(Create),
+    Create(Wanted),
+    /// `listen`; a socket comes with it.
+    Listen(Wanted),
+    /// `accept`; a socket comes with it.
+    Accept(Accept),
     /// `inquire`; a socket may come with it.
     Inquire(Inquire),
     /// `release`.
     Release(Release),
     /// `list`.
     List(List),
+    /// `show`.
+    Show(Named),
+    /// `break`.
+    Break(Named),
+    /// `close`.
+    Close(Named),
+    /// `watch`.
+    Watch(Watch),
 }
 
 /// Opens a connection; must be the first request.
@@ -59,19 +71,115 @@ pub struct Hello {
     pub version: u32,
 }
 
-/// CREATE_CONNECTION_LATCH (RFC 5660 §2.3) for the TCP socket that comes with the message.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// CREATE_CONNECTION_LATCH and CREATE_LISTENER_LATCH (RFC 5660 §2.3) for the socket that comes with the message: what
+/// the latch, or those of the connections that the listener accepts, must be like.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Create {
-    /// Identity that the peer must have, in the notation of `swanctl.conf`; may have wildcards.
+pub struct Wanted {
+    /// Identity that the peer must have proved, in the notation of `swanctl.conf`; may have wildcards.
     pub peer: String,
-    /// Where the socket will connect to; left out when it is connected.
+    /// Identity that we must have asserted to it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub local_id: Option<String>,
+    /// `tunnel` or `transport`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mode: Option<WantedMode>,
+    /// ESP algorithms, one of which the SA must have; empty is any.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub suites: Vec<WantedSuite>,
+    /// The SA must have replay protection.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub replay_protection: bool,
+    /// What to do when the latch breaks; left out: `reset` for TCP, `wait` for UDP.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_break: Option<Disposition>,
+    /// Whether SAs are made for the latch.
+    #[serde(default)]
+    pub initiate: Initiate,
+    /// Where the socket will connect to; left out when it is connected, and by a listener.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub remote: Option<SocketAddr>,
 }
 
-/// Asks who is at the other end, and for the latch (FIND_LATCH, INQUIRE_LATCH): of a TCP flow given by both addresses, or of
-/// the TCP socket that comes with the message.
+impl From<&str> for Wanted {
+    /// A peer with this identity under any protection.
+    fn from(peer: &str) -> Self {
+        Self { peer: peer.to_owned(), ..Self::default() }
+    }
+}
+
+/// A mode of IPsec.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum WantedMode {
+    /// Tunnel.
+    Tunnel,
+    /// Transport.
+    Transport,
+}
+
+/// Whether the daemon makes SAs for a latch (RFC 5660 §2.3, §2.1).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Initiate {
+    /// When there are none.
+    #[default]
+    Needed,
+    /// One for this flow alone, in any case.
+    Narrow,
+    /// Never.
+    No,
+}
+
+/// ESP algorithms by their numbers as IKEv2 transforms.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WantedSuite {
+    /// The cipher.
+    pub encr: u16,
+    /// Its key length in bits; 0 if it is fixed.
+    #[serde(default)]
+    pub key_bits: u16,
+    /// The integrity algorithm; 0 with a combined-mode cipher.
+    #[serde(default)]
+    pub integ: u16,
+}
+
+/// What becomes of a connection whose latch breaks (RFC 5660 §5.5).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Disposition {
+    /// It ends as if the peer had reset it.
+    Reset,
+    /// Packets are lost until the conflict is over.
+    Wait,
+    /// As `wait`, and who sends hears that the destination is out of reach.
+    Unreachable,
+}
+
+/// Takes the latch of a connection that a latched listener accepted; the connection's socket comes with the message.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Accept {
+    /// Number of the listener latch.
+    pub listener: u64,
+}
+
+/// Names a latch.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Named {
+    /// Number of the latch.
+    pub latch: u64,
+}
+
+/// Asks for an `event` message at each change of each latch.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Watch {}
+
+/// Asks who is at the other end, and for the latch (FIND_LATCH, INQUIRE_LATCH): of a flow given by both addresses, or of
+/// the TCP or UDP socket that comes with the message.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Inquire {
@@ -81,9 +189,12 @@ pub struct Inquire {
     /// The other end; left out when a connected socket comes along.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub remote: Option<SocketAddr>,
+    /// Upper-layer protocol of a flow that is given by addresses: 6, TCP, if left out, or 17, UDP.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub protocol: Option<u8>,
 }
 
-/// RELEASE_LATCH of a latch of this connection; ends its TCP connection.
+/// RELEASE_LATCH of a latch of this connection; ends what its socket does.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Release {
@@ -108,7 +219,7 @@ pub enum ServerMessage {
     Reply {
         /// Number of the request.
         id: u64,
-        /// [`Welcome`], [`Created`], [`Inquired`], [`Listed`], or an empty object for `release`.
+        /// [`Welcome`], [`Created`], [`Inquired`], [`Listing`], or an empty object for `release`.
         result: Value,
     },
     /// The request failed.
@@ -127,7 +238,28 @@ pub enum ServerMessage {
         state: State,
         /// Why, for a human.
         reason: String,
+        /// The listener latch that made it, until `accept` takes it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        listener: Option<u64>,
     },
+    /// Some latch changed its state; after `watch`.
+    Event(LatchEvent),
+}
+
+/// A change of a latch's state.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LatchEvent {
+    /// Number of the latch; 0 when `missed` is not.
+    pub latch: u64,
+    /// Its new state.
+    pub state: State,
+    /// Its flow.
+    pub flow: String,
+    /// Why, for a human.
+    pub reason: String,
+    /// So many events were lost before this one.
+    #[serde(default)]
+    pub missed: u64,
 }
 
 /// Why a request failed.
@@ -156,7 +288,7 @@ pub enum Code {
     Hello,
     /// No descriptor came along, or more than one.
     Descriptor,
-    /// The descriptor is not a TCP socket that can be latched.
+    /// The descriptor is not a socket that can be latched.
     Socket,
     /// The wanted peer is not an identity.
     Identity,
@@ -164,8 +296,14 @@ pub enum Code {
     NoSa,
     /// The SA's peer is somebody else.
     WrongPeer,
-    /// The flow is latched already.
+    /// The SA protects otherwise than wanted.
+    WrongProtection,
+    /// The flow or port is latched already.
     Exists,
+    /// The accepted connection's latch has broken, or it has none from this listener.
+    NotAccepted,
+    /// Only root, and who runs the daemon, may ask for this.
+    Permission,
     /// SAs of different classes cover the flow.
     Conflict,
     /// This connection has no such latch.
@@ -218,12 +356,23 @@ pub struct Inquired {
     pub local: SocketAddr,
     /// The other end.
     pub remote: SocketAddr,
+    /// Upper-layer protocol.
+    pub protocol: u8,
     /// The flow's latch; without one, the rest is what protects the flow at this moment and may change.
     pub latch: Option<LatchInfo>,
     /// Who is there.
     pub peer: Peer,
     /// How the packets are protected.
     pub protection: Protection,
+}
+
+/// Answer to `listen`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Listening {
+    /// Number of the latch.
+    pub latch: u64,
+    /// Where.
+    pub local: SocketAddr,
 }
 
 /// A latch's number and state.
@@ -237,7 +386,7 @@ pub struct LatchInfo {
 
 /// Answer to `list`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Listed {
+pub struct Listing {
     /// Latches by number.
     pub latches: Vec<ListedLatch>,
     /// There are more: ask again with `after` set to the last number.
@@ -255,9 +404,9 @@ pub struct ListedLatch {
     pub protocol: u8,
     /// Our end.
     pub local: SocketAddr,
-    /// The other end.
-    pub remote: SocketAddr,
-    /// The peer's identity as text, cut after 200 characters.
+    /// The other end; none of a listener.
+    pub remote: Option<SocketAddr>,
+    /// The peer's identity, or whom the listener takes, as text, cut after 200 characters.
     pub peer: String,
 }
 
@@ -265,17 +414,51 @@ pub struct ListedLatch {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum State {
+    /// Of a listener: gives each new connection to its port a latch.
+    Listener,
     /// Packets pass under congruent SAs only.
     Established,
     /// No packet passes.
     Broken,
-    /// Gone.
+    /// Closed by the administrator, or gone.
     Closed,
+}
+
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
+    }
+}
+
+impl From<Disposition> for OnBreak {
+    fn from(disposition: Disposition) -> Self {
+        match disposition {
+            Disposition::Reset => Self::Reset,
+            Disposition::Wait => Self::Wait,
+            Disposition::Unreachable => Self::Unreachable,
+        }
+    }
+}
+
+impl From<WantedMode> for Mode {
+    fn from(mode: WantedMode) -> Self {
+        match mode {
+            WantedMode::Tunnel => Self::Tunnel,
+            WantedMode::Transport => Self::Transport,
+        }
+    }
+}
+
+impl From<WantedSuite> for Algorithms {
+    fn from(WantedSuite { encr, key_bits, integ }: WantedSuite) -> Self {
+        Self { encr: Encr(encr), key_bits, integ: Integ(integ) }
+    }
 }
 
 impl From<LatchState> for State {
     fn from(state: LatchState) -> Self {
         match state {
+            LatchState::Listener => Self::Listener,
             LatchState::Established => Self::Established,
             LatchState::Broken => Self::Broken,
             LatchState::Closed => Self::Closed,
@@ -354,7 +537,9 @@ impl From<LatchError> for Refusal {
         let code = match &error {
             LatchError::NoSa(_) => Code::NoSa,
             LatchError::WrongPeer { .. } => Code::WrongPeer,
+            LatchError::WrongProtection { .. } => Code::WrongProtection,
             LatchError::Exists(_) => Code::Exists,
+            LatchError::Broken(_) | LatchError::NotAccepted(_) => Code::NotAccepted,
             LatchError::Conflict(_) => Code::Conflict,
             LatchError::NotAConnection(_) => Code::Socket,
         };
@@ -405,9 +590,15 @@ impl Call {
         match self {
             Self::Hello(_) => "hello",
             Self::Create(_) => "create",
+            Self::Listen(_) => "listen",
+            Self::Accept(_) => "accept",
             Self::Inquire(_) => "inquire",
             Self::Release(_) => "release",
             Self::List(_) => "list",
+            Self::Show(_) => "show",
+            Self::Break(_) => "break",
+            Self::Close(_) => "close",
+            Self::Watch(_) => "watch",
         }
     }
 
@@ -415,10 +606,13 @@ impl Call {
     pub fn encode(&self, id: u64) -> Result<Vec<u8>, Refusal> {
         let arguments = match self {
             Self::Hello(arguments) => serde_json::to_value(arguments),
-            Self::Create(arguments) => serde_json::to_value(arguments),
+            Self::Create(arguments) | Self::Listen(arguments) => serde_json::to_value(arguments),
+            Self::Accept(arguments) => serde_json::to_value(arguments),
             Self::Inquire(arguments) => serde_json::to_value(arguments),
             Self::Release(arguments) => serde_json::to_value(arguments),
             Self::List(arguments) => serde_json::to_value(arguments),
+            Self::Show(arguments) | Self::Break(arguments) | Self::Close(arguments) => serde_json::to_value(arguments),
+            Self::Watch(arguments) => serde_json::to_value(arguments),
         };
         let arguments = arguments.map_err(|error| Refusal::new(Code::Malformed, error.to_string()))?;
         encode(&Request { id, request: self.name().to_owned(), arguments })
@@ -432,9 +626,15 @@ impl Call {
         let call = match request.request.as_str() {
             "hello" => arguments(request.arguments).map(Self::Hello),
             "create" => arguments(request.arguments).map(Self::Create),
+            "listen" => arguments(request.arguments).map(Self::Listen),
+            "accept" => arguments(request.arguments).map(Self::Accept),
             "inquire" => arguments(request.arguments).map(Self::Inquire),
             "release" => arguments(request.arguments).map(Self::Release),
             "list" => arguments(request.arguments).map(Self::List),
+            "show" => arguments(request.arguments).map(Self::Show),
+            "break" => arguments(request.arguments).map(Self::Break),
+            "close" => arguments(request.arguments).map(Self::Close),
+            "watch" => arguments(request.arguments).map(Self::Watch),
             unknown => {
                 let unknown: String = unknown.chars().take(40).collect();
                 Err(Refusal::new(Code::UnknownRequest, format!("there is no request {unknown:?}")))

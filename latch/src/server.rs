@@ -2,15 +2,18 @@
 //!
 //! # Who holds a latch
 //!
-//! The connection to this server does. The server keeps a duplicate of the latched TCP socket for as long as the latch
+//! The connection to this server does. The server keeps a duplicate of the latched socket for as long as the latch
 //! lives, and a latch is released only after its TCP connection has come to an end, so no byte of it passes unlatched:
 //!
-//! * when the latch breaks, the alert is queued and then the TCP connection is reset through the duplicate
-//!   (RFC 5660 §5.5, disposition b), all before [`Database::before_install`] returns. The reset itself is dropped by the
-//!   packet check like every packet of a BROKEN latch;
+//! * when the latch breaks, the alert is queued and then, unless another disposition was asked for, the TCP connection is
+//!   reset through the duplicate (RFC 5660 §5.5, disposition b), all before [`Database::before_install`] returns. The reset
+//!   itself is dropped by the packet check like every packet of a BROKEN latch. A UDP socket is shut down instead: were
+//!   it disconnected, it would take datagrams from anybody;
 //! * when the holder releases the latch, or its connection ends while the process lives on, the TCP connection is shut
 //!   down in both directions. What the application wrote before still goes out, under the latch; after [`LINGER`] at
 //!   the latest the rest is thrown away with a reset. Then the latch is released;
+//! * a listener that is released is shut down, which resets what nobody has accepted. Latches that it made and nobody
+//!   took go when the system has no connection for them any more ([`SWEEP`]);
 //! * when the server is dropped, latches stay in the database and nobody can release them: fail closed.
 //!
 //! # Limits of the device binding
@@ -20,13 +23,16 @@
 //! the binding of its own socket. A refused `create` leaves the binding in place. A socket of another network
 //! namespace is not recognised: its owner would deceive himself only.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::fmt;
 use std::fs;
+use std::future::Future;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -37,14 +43,17 @@ use serde::Serialize;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::UnixListener;
 use tokio::runtime::Handle;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, mpsc};
 use tokio::task::{JoinHandle, JoinSet};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, interval, sleep, timeout};
 
-use crate::database::{Alert, Class, Database, LatchId};
+use crate::connections;
+use crate::database::{
+    Alert, Class, Database, LatchError, LatchId, LatchState, Listed, Listener, OnBreak, Request, Subject,
+};
 use crate::protocol::{
-    Call, Code, Create, Created, Hello, Inquire, Inquired, LatchInfo, List, Listed, ListedLatch, Peer, Protection,
-    Refusal, Release, ServerMessage, VERSION, Welcome, encode,
+    Accept, Call, Code, Created, Hello, Initiate, Inquire, Inquired, LatchEvent, LatchInfo, List, ListedLatch,
+    Listening, Listing, Named, Peer, Protection, Refusal, Release, ServerMessage, VERSION, Wanted, Welcome, encode,
 };
 use crate::seqpacket::{self, Datagram, SeqPacket};
 
@@ -55,12 +64,39 @@ pub struct ServerConfig {
     pub path: PathBuf,
     /// Device that latched sockets are bound to, so that they cannot use another way (SO_BINDTODEVICE).
     pub device: Option<String>,
+    /// Makes SAs for latches (RFC 5660 §2.3).
+    pub initiator: Option<Initiator>,
     /// Why no latch can be had, if so: nobody would enforce it.
     pub unenforced: Option<String>,
 }
 
+type Initiating = Pin<Box<dyn Future<Output = Result<(), String>> + Send>>;
+
+/// Makes an SA for a flow, narrow or not; ends when it is up, or with the reason why not.
+#[derive(Clone)]
+pub struct Initiator(Arc<dyn Fn(Flow, bool) -> Initiating + Send + Sync>);
+
+impl Initiator {
+    /// Calls this.
+    pub fn new(initiate: impl Fn(Flow, bool) -> Initiating + Send + Sync + 'static) -> Self {
+        Self(Arc::new(initiate))
+    }
+}
+
+impl fmt::Debug for Initiator {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Initiator").finish_non_exhaustive()
+    }
+}
+
+/// How long an SA may take to come up for a latch.
+const INITIATION: Duration = Duration::from_secs(60);
+
 /// How long a released TCP connection may take to deliver what was written before and to close.
 pub const LINGER: Duration = Duration::from_secs(60);
+
+/// How often latches that nobody took from their listener are compared with the system's connections.
+pub const SWEEP: Duration = Duration::from_secs(5);
 
 /// Serves until the returned guard is dropped, which removes the socket.
 ///
@@ -73,12 +109,14 @@ pub async fn serve(config: ServerConfig, database: Arc<Database>) -> io::Result<
 #[derive(Debug)]
 pub struct Server {
     path: PathBuf,
-    task: JoinHandle<()>,
+    tasks: [JoinHandle<()>; 2],
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
-        self.task.abort();
+        for task in &self.tasks {
+            task.abort();
+        }
         if let Err(error) = fs::remove_file(&self.path) {
             tracing::debug!(path = %self.path.display(), %error, "removing the latch socket");
         }
@@ -102,21 +140,74 @@ const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 const LIST_LENGTH: usize = 100;
 
 const TCP: u8 = 6;
+const UDP: u8 = 17;
+
+/// Events that a slow watcher may fall behind.
+const EVENT_QUEUE: usize = 1024;
 
 struct Shared {
     database: Arc<Database>,
     device: Option<String>,
+    initiator: Option<Initiator>,
     unenforced: Option<String>,
     limits: Limits,
     latches: Arc<Semaphore>,
+    events: broadcast::Sender<LatchEvent>,
 }
 
 async fn serve_within(config: ServerConfig, database: Arc<Database>, limits: Limits) -> io::Result<Server> {
     let listener = listen(&config.path)?;
     let latches = Arc::new(Semaphore::new(limits.latches));
-    let shared = Arc::new(Shared { database, device: config.device, unenforced: config.unenforced, limits, latches });
-    let task = tokio::spawn(accept(listener, shared));
-    Ok(Server { path: config.path, task })
+    let (events, _) = broadcast::channel(EVENT_QUEUE);
+    let observed = events.clone();
+    database.observe_with(Box::new(move |alert| {
+        // Nobody watches, mostly.
+        let _ = observed.send(event(alert));
+    }));
+    let ServerConfig { path, device, initiator, unenforced } = config;
+    let shared = Arc::new(Shared { database, device, initiator, unenforced, limits, latches, events });
+    let sweep = tokio::spawn(sweep(Arc::clone(&shared.database)));
+    let tasks = [tokio::spawn(accept(listener, shared)), sweep];
+    Ok(Server { path, tasks })
+}
+
+fn event(alert: &Alert) -> LatchEvent {
+    LatchEvent {
+        latch: alert.latch.0,
+        state: alert.state.into(),
+        flow: alert.flow.to_string(),
+        reason: alert.reason.clone(),
+        missed: 0,
+    }
+}
+
+/// Releases what listeners latched and nobody took, once there is no connection under it. Twice in a row, since the system
+/// has the connection only after the packet passed that made the latch.
+async fn sweep(database: Arc<Database>) {
+    let mut suspects = HashSet::new();
+    let mut turns = interval(SWEEP);
+    loop {
+        turns.tick().await;
+        let unaccepted = database.unaccepted();
+        if unaccepted.is_empty() {
+            suspects.clear();
+            continue;
+        }
+        let connections = match tokio::task::spawn_blocking(connections::tcp).await {
+            Ok(Ok(connections)) => connections,
+            Ok(Err(error)) => {
+                tracing::warn!(%error, "the system's connections cannot be read: latches without one stay");
+                continue;
+            }
+            Err(_) => continue,
+        };
+        let ended: HashSet<LatchId> =
+            unaccepted.iter().filter(|(_, flow)| !connections.contains(flow)).map(|(latch, _)| *latch).collect();
+        for latch in ended.intersection(&suspects) {
+            database.release(*latch);
+        }
+        suspects = ended;
+    }
 }
 
 fn listen(path: &Path) -> io::Result<UnixListener> {
@@ -173,8 +264,12 @@ async fn serve_connection(socket: SeqPacket, shared: Arc<Shared>) {
         ),
         Err(error) => tracing::debug!(%error, "a client of unknown credentials connected to the latch socket"),
     }
+    // The daemon runs as root, or as whom it was started by.
+    let privileged = rustix::net::sockopt::socket_peercred(&socket)
+        .is_ok_and(|peer| peer.uid.is_root() || peer.uid == rustix::process::geteuid());
     let (sender, alerts) = mpsc::unbounded_channel();
-    let mut connection = Connection { shared, alerts: sender, latches: HashMap::new(), welcomed: false };
+    let mut connection =
+        Connection { shared, alerts: sender, latches: HashMap::new(), welcomed: false, privileged, watched: None };
     if let Err(error) = connection.run(&socket, alerts).await {
         tracing::debug!(%error, "a client of the latch socket is gone");
     }
@@ -190,12 +285,18 @@ struct Connection {
     alerts: mpsc::UnboundedSender<Alert>,
     latches: HashMap<LatchId, Held>,
     welcomed: bool,
+    /// May break and close latches of others.
+    privileged: bool,
+    /// After `watch`.
+    watched: Option<broadcast::Receiver<LatchEvent>>,
 }
 
 /// What stands for a latch here.
 struct Held {
     socket: Arc<Socket>,
     permit: OwnedSemaphorePermit,
+    protocol: u8,
+    on_break: OnBreak,
 }
 
 impl Connection {
@@ -204,11 +305,13 @@ impl Connection {
             let octets = tokio::select! {
                 biased;
                 Some(alert) = alerts.recv() => {
-                    let Alert { latch, state, reason } = alert;
-                    encode(&ServerMessage::Alert { latch: latch.0, state: state.into(), reason })
+                    let Alert { latch, state, reason, listener, flow: _ } = alert;
+                    let listener = listener.map(|listener| listener.0);
+                    encode(&ServerMessage::Alert { latch: latch.0, state: state.into(), reason, listener })
                 }
+                event = next_event(&mut self.watched) => encode(&ServerMessage::Event(event)),
                 received = socket.receive() => match received? {
-                    Some(datagram) => self.answer(datagram),
+                    Some(datagram) => self.answer(datagram).await,
                     None => return Ok(()),
                 },
             };
@@ -217,14 +320,14 @@ impl Connection {
         }
     }
 
-    fn answer(&mut self, datagram: Datagram) -> Result<Vec<u8>, Refusal> {
+    async fn answer(&mut self, datagram: Datagram) -> Result<Vec<u8>, Refusal> {
         let (id, outcome) = if datagram.truncated {
             let limit = crate::protocol::MAX_MESSAGE;
             let message = format!("the message is longer than {limit} octets, or has too many descriptors");
             (None, Err(Refusal::new(Code::TooLong, message)))
         } else {
             match Call::decode(&datagram.octets) {
-                Ok((id, call)) => (Some(id), self.reply(id, call, datagram.descriptors)),
+                Ok((id, call)) => (Some(id), self.reply(id, call, datagram.descriptors).await),
                 Err((id, refusal)) => (id, Err(refusal)),
             }
         };
@@ -234,34 +337,53 @@ impl Connection {
         })
     }
 
-    fn reply(&mut self, id: u64, call: Call, descriptors: Vec<OwnedFd>) -> Result<Vec<u8>, Refusal> {
+    async fn reply(&mut self, id: u64, call: Call, descriptors: Vec<OwnedFd>) -> Result<Vec<u8>, Refusal> {
         if self.welcomed == matches!(call, Call::Hello(_)) {
             let message = if self.welcomed { "hello has been said" } else { "say hello first" };
             return Err(Refusal::new(Code::Hello, message));
         }
         let mut descriptors = descriptors.into_iter();
         let (descriptor, more) = (descriptors.next(), descriptors.next());
-        let takes_one = matches!(call, Call::Create(_) | Call::Inquire(_));
+        let takes_one = matches!(call, Call::Create(_) | Call::Listen(_) | Call::Accept(_) | Call::Inquire(_));
         if more.is_some() || (descriptor.is_some() && !takes_one) {
             let message = format!("{} takes {} descriptor", call.name(), if takes_one { "one" } else { "no" });
             return Err(Refusal::new(Code::Descriptor, message));
         }
         match call {
             Call::Hello(hello) => reply(id, &self.hello(&hello)?),
-            Call::Create(create) => {
-                let created = self.create(&create, descriptor)?;
+            Call::Create(wanted) => {
+                let created = self.create(&wanted, descriptor).await?;
                 let latch = LatchId(created.latch);
                 reply(id, &created).inspect_err(|_| self.let_go(latch))
+            }
+            Call::Listen(wanted) => reply(id, &self.listen(&wanted, descriptor)?),
+            Call::Accept(accept) => {
+                let accepted = self.accept(&accept, descriptor)?;
+                let latch = LatchId(accepted.latch);
+                reply(id, &accepted).inspect_err(|_| self.let_go(latch))
             }
             Call::Inquire(inquire) => reply(id, &self.inquire(&inquire, descriptor)?),
             Call::Release(Release { latch }) => {
                 if !self.latches.contains_key(&LatchId(latch)) {
-                    return Err(Refusal::new(Code::NoSuchLatch, format!("this connection holds no latch {latch}")));
+                    return Err(no_such_latch(LatchId(latch)));
                 }
                 self.let_go(LatchId(latch));
                 reply(id, &serde_json::Map::new())
             }
             Call::List(list) => reply(id, &self.list(&list)),
+            Call::Show(Named { latch }) => reply(id, &self.show(LatchId(latch))?),
+            Call::Break(Named { latch }) => {
+                self.administer(LatchId(latch), Database::break_latch, "broken by the administrator")?;
+                reply(id, &serde_json::Map::new())
+            }
+            Call::Close(Named { latch }) => {
+                self.administer(LatchId(latch), Database::close, "closed by the administrator")?;
+                reply(id, &serde_json::Map::new())
+            }
+            Call::Watch(_) => {
+                self.watched.get_or_insert_with(|| self.shared.events.subscribe());
+                reply(id, &serde_json::Map::new())
+            }
         }
     }
 
@@ -274,70 +396,148 @@ impl Connection {
         Ok(Welcome { version: VERSION, server: format!("latchkey {}", env!("CARGO_PKG_VERSION")) })
     }
 
-    fn create(&mut self, create: &Create, descriptor: Option<OwnedFd>) -> Result<Created, Refusal> {
-        if let Some(reason) = &self.shared.unenforced {
-            return Err(Refusal::new(Code::Unenforced, reason.as_str()));
-        }
-        let wanted = IdentityPattern::parse(&create.peer)
-            .map_err(|error| Refusal::new(Code::Identity, format!("peer: {error}")))?;
-        let descriptor =
-            descriptor.ok_or_else(|| Refusal::new(Code::Descriptor, "create needs the socket as a descriptor"))?;
-        let (socket, local, remote) = tcp_socket(descriptor)?;
-        let remote = match (remote, create.remote.map(canonical)) {
+    async fn create(&mut self, wanted: &Wanted, descriptor: Option<OwnedFd>) -> Result<Created, Refusal> {
+        self.enforced()?;
+        let (socket, protocol, local, remote) = connection_socket(needed(descriptor)?)?;
+        let request = request(wanted, protocol)?;
+        let remote = match (remote, wanted.remote.map(canonical)) {
             (Some(remote), Some(given)) if remote != given => {
                 return Err(Refusal::new(Code::Socket, format!("the socket is connected to {remote}, not {given}")));
             }
             (Some(remote), _) | (None, Some(remote)) => remote,
             (None, None) => return Err(Refusal::new(Code::Socket, "the socket is not connected: remote is needed")),
         };
-        if self.latches.len() >= self.shared.limits.latches_per_connection {
-            return Err(Refusal::new(Code::Limit, "this connection holds too many latches"));
-        }
-        let permit = Arc::clone(&self.shared.latches)
-            .try_acquire_owned()
-            .map_err(|_| Refusal::new(Code::Limit, "there are too many latches"))?;
-        // Before the latch: from the moment the caller knows of it, the socket has no way around the tunnel.
-        if let Some(device) = &self.shared.device {
-            bind_to(&socket, device).map_err(|error| {
-                Refusal::new(Code::System, format!("binding the socket to the device {device}: {error}"))
-            })?;
-        }
+        let permit = self.permit()?;
+        self.bind(&socket)?;
         let socket = Arc::new(socket);
-        let holder = {
-            let (alerts, socket, runtime) = (self.alerts.clone(), Arc::clone(&socket), Handle::current());
-            Box::new(move |alert: Alert| {
-                tracing::info!(latch = alert.latch.0, reason = alert.reason, "latch BROKEN");
-                // Nobody listens when the holder is gone already; the reset is due all the same.
-                let _ = alerts.send(alert);
-                // The application can hold the socket's lock for as long as it likes, by writing from memory that it
-                // does not let come: that must not hold up the key manager. The guard drops all packets meanwhile.
-                let socket = Arc::clone(&socket);
-                runtime.spawn_blocking(move || reset(&socket));
-            })
-        };
-        let (latch, class) = self.shared.database.create(tcp_flow(local, remote), &wanted, holder)?;
+        let holder = self.holder(&socket, protocol, request.on_break);
+        let flow = flow(protocol, local, remote);
+        if wanted.initiate == Initiate::Narrow || self.lacks_sa(&flow, wanted.initiate) {
+            self.initiate(flow, wanted.initiate == Initiate::Narrow).await?;
+        }
+        let (latch, class) = self.shared.database.create(flow, &request, holder)?;
         tracing::debug!(latch = latch.0, %local, %remote, "latch ESTABLISHED");
-        self.latches.insert(latch, Held { socket, permit });
+        self.latches.insert(latch, Held { socket, permit, protocol, on_break: request.on_break });
         let (peer, protection) = describe(&class);
         Ok(Created { latch: latch.0, local, remote, peer, protection })
     }
 
+    fn lacks_sa(&self, flow: &Flow, initiate: Initiate) -> bool {
+        initiate != Initiate::No && self.shared.database.is_uncovered(flow)
+    }
+
+    async fn initiate(&self, flow: Flow, narrow: bool) -> Result<(), Refusal> {
+        let Some(Initiator(initiate)) = &self.shared.initiator else { return Ok(()) };
+        let failed = |reason| Refusal::new(Code::NoSa, format!("no SA protects {flow}, and none came up: {reason}"));
+        match timeout(INITIATION, initiate(flow, narrow)).await {
+            Ok(outcome) => outcome.map_err(failed),
+            Err(_) => Err(failed("it took too long".to_owned())),
+        }
+    }
+
+    fn listen(&mut self, wanted: &Wanted, descriptor: Option<OwnedFd>) -> Result<Listening, Refusal> {
+        self.enforced()?;
+        if wanted.remote.is_some() {
+            return Err(Refusal::new(Code::Malformed, "a listener has no remote"));
+        }
+        let (socket, local) = listening_socket(needed(descriptor)?)?;
+        let request = request(wanted, TCP)?;
+        let permit = self.permit()?;
+        self.bind(&socket)?;
+        let (on_break, alerts) = (request.on_break, self.alerts.clone());
+        let holder = Box::new(move |alert: Alert| {
+            let _ = alerts.send(alert);
+        });
+        let both = local.is_ipv6() && local.ip().is_unspecified() && !socket.only_v6().unwrap_or(false);
+        let listener = Listener {
+            protocol: TCP,
+            local: (!local.ip().is_unspecified()).then(|| local.ip()),
+            ipv4: local.is_ipv4() || both,
+            ipv6: local.is_ipv6(),
+            port: local.port(),
+        };
+        let latch = self.shared.database.create_listener(listener, request, holder)?;
+        tracing::debug!(latch = latch.0, %local, "latch LISTENER");
+        self.latches.insert(latch, Held { socket: Arc::new(socket), permit, protocol: TCP, on_break });
+        Ok(Listening { latch: latch.0, local })
+    }
+
+    fn accept(&mut self, accept: &Accept, descriptor: Option<OwnedFd>) -> Result<Created, Refusal> {
+        let listener = LatchId(accept.listener);
+        let Some(on_break) = self.latches.get(&listener).map(|held| held.on_break) else {
+            return Err(no_such_latch(listener));
+        };
+        let (socket, protocol, local, remote) = connection_socket(needed(descriptor)?)?;
+        let Some(remote) = remote else { return Err(Refusal::new(Code::Socket, "the socket is not connected")) };
+        let permit = self.permit()?;
+        self.bind(&socket)?;
+        let socket = Arc::new(socket);
+        let holder = self.holder(&socket, protocol, on_break);
+        let accepted = self.shared.database.accept(listener, &flow(protocol, local, remote), holder);
+        if matches!(accepted, Err(LatchError::Broken(_))) {
+            reset(&socket);
+        }
+        let (latch, class) = accepted?;
+        self.latches.insert(latch, Held { socket, permit, protocol, on_break });
+        let (peer, protection) = describe(&class);
+        Ok(Created { latch: latch.0, local, remote, peer, protection })
+    }
+
+    fn enforced(&self) -> Result<(), Refusal> {
+        match &self.shared.unenforced {
+            Some(reason) => Err(Refusal::new(Code::Unenforced, reason.as_str())),
+            None => Ok(()),
+        }
+    }
+
+    fn permit(&self) -> Result<OwnedSemaphorePermit, Refusal> {
+        if self.latches.len() >= self.shared.limits.latches_per_connection {
+            return Err(Refusal::new(Code::Limit, "this connection holds too many latches"));
+        }
+        let permit = Arc::clone(&self.shared.latches).try_acquire_owned();
+        permit.map_err(|_| Refusal::new(Code::Limit, "there are too many latches"))
+    }
+
+    /// Before the latch: from the moment the caller knows of it, the socket has no way around the tunnel.
+    fn bind(&self, socket: &Socket) -> Result<(), Refusal> {
+        let Some(device) = &self.shared.device else { return Ok(()) };
+        bind_to(socket, device)
+            .map_err(|error| Refusal::new(Code::System, format!("binding the socket to the device {device}: {error}")))
+    }
+
+    fn holder(&self, socket: &Arc<Socket>, protocol: u8, on_break: OnBreak) -> Box<dyn Fn(Alert) + Send + Sync> {
+        let (alerts, socket, runtime) = (self.alerts.clone(), Arc::clone(socket), Handle::current());
+        Box::new(move |alert: Alert| {
+            let (state, latch) = (alert.state, alert.latch.0);
+            tracing::info!(latch, reason = alert.reason, "latch {state}");
+            // Nobody listens when the holder is gone already; the reset is due all the same.
+            let _ = alerts.send(alert);
+            if state != LatchState::Closed && (state != LatchState::Broken || on_break != OnBreak::Reset) {
+                return;
+            }
+            // The application can hold the socket's lock for as long as it likes, by writing from memory that it
+            // does not let come: that must not hold up the key manager. The guard drops all packets meanwhile.
+            let socket = Arc::clone(&socket);
+            runtime.spawn_blocking(move || if protocol == UDP { silence(&socket) } else { reset(&socket) });
+        })
+    }
+
     fn inquire(&self, inquire: &Inquire, descriptor: Option<OwnedFd>) -> Result<Inquired, Refusal> {
         let given = (inquire.local.map(canonical), inquire.remote.map(canonical));
-        let (local, remote) = match descriptor {
-            Some(_) if given.0.is_some() => {
-                return Err(Refusal::new(Code::Malformed, "local and a descriptor exclude each other"));
+        let (protocol, local, remote) = match descriptor {
+            Some(_) if given.0.is_some() || inquire.protocol.is_some() => {
+                return Err(Refusal::new(Code::Malformed, "local, protocol and a descriptor exclude each other"));
             }
             Some(descriptor) => {
-                let (_, local, remote) = tcp_socket(descriptor)?;
-                (Some(local), remote.or(given.1))
+                let (_, protocol, local, remote) = connection_socket(descriptor)?;
+                (protocol, Some(local), remote.or(given.1))
             }
-            None => given,
+            None => (inquire.protocol.unwrap_or(TCP), given.0, given.1),
         };
         let (Some(local), Some(remote)) = (local, remote) else {
             return Err(Refusal::new(Code::Malformed, "inquire needs local and remote, or a connected socket"));
         };
-        let flow = tcp_flow(local, remote);
+        let flow = flow(protocol, local, remote);
         let found = self.shared.database.find(&flow);
         let latch = found.as_ref().map(|(latch, state, _)| LatchInfo { number: latch.0, state: (*state).into() });
         let class = found.map(|(_, _, class)| class).or_else(|| self.shared.database.peer_of(&flow));
@@ -345,22 +545,48 @@ impl Connection {
             Refusal::new(Code::NoSa, format!("no SA protects {flow}, or SAs of more than one class do"))
         })?;
         let (peer, protection) = describe(&class);
-        Ok(Inquired { local, remote, latch, peer, protection })
+        Ok(Inquired { local, remote, protocol, latch, peer, protection })
     }
 
-    fn list(&self, list: &List) -> Listed {
+    fn show(&self, latch: LatchId) -> Result<Inquired, Refusal> {
+        let Some(Listed { state, subject: Subject::Connection(flow, class), .. }) = self.shared.database.inquire(latch)
+        else {
+            return Err(Refusal::new(Code::NoSuchLatch, format!("there is no connection latch {}", latch.0)));
+        };
+        let (peer, protection) = describe(&class);
+        Ok(Inquired {
+            local: SocketAddr::new(flow.local, flow.local_port),
+            remote: SocketAddr::new(flow.remote, flow.remote_port),
+            protocol: flow.protocol,
+            latch: Some(LatchInfo { number: latch.0, state: state.into() }),
+            peer,
+            protection,
+        })
+    }
+
+    fn administer(
+        &self,
+        latch: LatchId,
+        action: impl FnOnce(&Database, LatchId, &str) -> bool,
+        reason: &str,
+    ) -> Result<(), Refusal> {
+        if !self.privileged {
+            return Err(Refusal::new(
+                Code::Permission,
+                "only root, and who runs the daemon, may break and close latches",
+            ));
+        }
+        if action(&self.shared.database, latch, reason) {
+            return Ok(());
+        }
+        Err(Refusal::new(Code::NoSuchLatch, format!("there is no connection latch {}", latch.0)))
+    }
+
+    fn list(&self, list: &List) -> Listing {
         let mut latches = self.shared.database.list_after(LatchId(list.after), LIST_LENGTH + 1);
         let more = latches.len() > LIST_LENGTH;
         latches.truncate(LIST_LENGTH);
-        let latches = latches.into_iter().map(|(latch, flow, state, class)| ListedLatch {
-            latch: latch.0,
-            state: state.into(),
-            protocol: flow.protocol,
-            local: SocketAddr::new(flow.local, flow.local_port),
-            remote: SocketAddr::new(flow.remote, flow.remote_port),
-            peer: class.peer.id.to_string().chars().take(200).collect(),
-        });
-        Listed { latches: latches.collect(), more }
+        Listing { latches: latches.into_iter().map(listed).collect(), more }
     }
 
     fn let_go(&mut self, latch: LatchId) {
@@ -369,21 +595,23 @@ impl Connection {
         }
     }
 
-    /// Ends the TCP connection and then the latch, in the background.
+    /// Ends what the socket does and then the latch, in the background.
     fn wind_down(&self, latch: LatchId, held: Held) {
         let shared = Arc::clone(&self.shared);
         // A socket that is not connected says so; it is reset below.
         let _ = held.socket.shutdown(std::net::Shutdown::Both);
         tokio::spawn(async move {
-            let Held { socket, permit } = held;
+            let Held { socket, permit, protocol, on_break: _ } = held;
             let deadline = Instant::now() + LINGER;
             let mut pause = Duration::from_millis(5);
             // The kernel forgets the peer's address when the connection has come to its end.
-            while socket.peer_addr().is_ok() && Instant::now() < deadline {
+            while protocol == TCP && socket.peer_addr().is_ok() && Instant::now() < deadline {
                 sleep(pause).await;
                 pause = (pause * 2).min(Duration::from_secs(1));
             }
-            reset(&socket);
+            if protocol == TCP {
+                reset(&socket);
+            }
             // The application may still hold the socket and connect it anew, without a latch: lead it nowhere.
             if shared.device.is_some()
                 && let Err(error) = socket.bind_device(Some(b"lo"))
@@ -395,6 +623,57 @@ impl Connection {
             drop(permit);
         });
     }
+}
+
+/// Never, unless somebody watches.
+async fn next_event(watched: &mut Option<broadcast::Receiver<LatchEvent>>) -> LatchEvent {
+    let mut missed = 0;
+    while let Some(events) = watched {
+        match events.recv().await {
+            Ok(event) => return LatchEvent { missed, ..event },
+            Err(broadcast::error::RecvError::Lagged(lost)) => missed += lost,
+            Err(broadcast::error::RecvError::Closed) => *watched = None,
+        }
+    }
+    std::future::pending().await
+}
+
+fn listed(Listed { latch, state, subject }: Listed) -> ListedLatch {
+    let (protocol, local, remote, peer) = match subject {
+        Subject::Connection(flow, class) => {
+            let remote = SocketAddr::new(flow.remote, flow.remote_port);
+            (flow.protocol, SocketAddr::new(flow.local, flow.local_port), Some(remote), class.peer.id.to_string())
+        }
+        Subject::Listener(listener, peer) => {
+            let any = if listener.ipv6 { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
+            let local = SocketAddr::new(listener.local.unwrap_or(any), listener.port);
+            (listener.protocol, local, None, peer.to_string())
+        }
+    };
+    ListedLatch { latch: latch.0, state: state.into(), protocol, local, remote, peer: peer.chars().take(200).collect() }
+}
+
+fn request(wanted: &Wanted, protocol: u8) -> Result<Request, Refusal> {
+    let pattern = |name: &str, text: &str| {
+        IdentityPattern::parse(text).map_err(|error| Refusal::new(Code::Identity, format!("{name}: {error}")))
+    };
+    let default = if protocol == UDP { OnBreak::Wait } else { OnBreak::Reset };
+    Ok(Request {
+        peer: pattern("peer", &wanted.peer)?,
+        local: wanted.local_id.as_deref().map(|text| pattern("local_id", text)).transpose()?,
+        mode: wanted.mode.map(Into::into),
+        suites: wanted.suites.iter().copied().map(Into::into).collect(),
+        replay_protection: wanted.replay_protection,
+        on_break: wanted.on_break.map_or(default, Into::into),
+    })
+}
+
+fn needed(descriptor: Option<OwnedFd>) -> Result<OwnedFd, Refusal> {
+    descriptor.ok_or_else(|| Refusal::new(Code::Descriptor, "the socket is needed as a descriptor"))
+}
+
+fn no_such_latch(latch: LatchId) -> Refusal {
+    Refusal::new(Code::NoSuchLatch, format!("this connection holds no latch {}", latch.0))
 }
 
 fn reply<T: Serialize>(id: u64, result: &T) -> Result<Vec<u8>, Refusal> {
@@ -411,29 +690,64 @@ fn reset(socket: &Socket) {
     }
 }
 
-/// Checks that a descriptor is a TCP socket with an address and port of its own; gives both ends.
-fn tcp_socket(descriptor: OwnedFd) -> Result<(Socket, SocketAddr, Option<SocketAddr>), Refusal> {
-    let refuse = |what: &str| Refusal::new(Code::Socket, format!("the descriptor is {what}"));
-    let system = |error: io::Error| Refusal::new(Code::Socket, format!("the descriptor is not a TCP socket: {error}"));
-    let socket = Socket::from(descriptor);
-    let ip = matches!(socket.domain().map_err(system)?, Domain::IPV4 | Domain::IPV6);
-    let stream = socket.r#type().map_err(system)? == Type::STREAM;
-    if !ip || !stream || socket.protocol().map_err(system)? != Some(Protocol::TCP) {
-        return Err(refuse("not a TCP socket"));
+/// Ends what a UDP socket does; it stays connected, so that it takes nothing from others.
+fn silence(socket: &Socket) {
+    if let Err(error) = socket.shutdown(std::net::Shutdown::Both) {
+        tracing::debug!(%error, "shutting down a latched UDP socket");
     }
-    if socket.is_listener().map_err(system)? {
-        return Err(refuse("a listening socket: only connections are latched"));
+}
+
+/// Checks that a descriptor is a TCP or UDP socket with an address and port of its own that does not listen; gives its
+/// protocol and both ends.
+fn connection_socket(descriptor: OwnedFd) -> Result<(Socket, u8, SocketAddr, Option<SocketAddr>), Refusal> {
+    let (socket, protocol) = ip_socket(descriptor)?;
+    if protocol == TCP && socket.is_listener().map_err(not_a_socket)? {
+        return Err(refused_socket("a listening socket: listen latches it"));
     }
-    let local = socket.local_addr().map_err(system)?.as_socket().map(canonical);
-    let Some(local) = local.filter(|local| !local.ip().is_unspecified() && local.port() != 0) else {
-        return Err(refuse("not bound to an address and a port"));
-    };
+    let local = bound_address(&socket)?;
+    if local.ip().is_unspecified() {
+        return Err(refused_socket("not bound to an address and a port"));
+    }
     let remote = match socket.peer_addr() {
         Ok(remote) => remote.as_socket().map(canonical),
         Err(error) if error.kind() == io::ErrorKind::NotConnected => None,
-        Err(error) => return Err(system(error)),
+        Err(error) => return Err(not_a_socket(error)),
     };
-    Ok((socket, local, remote))
+    Ok((socket, protocol, local, remote))
+}
+
+/// Checks that a descriptor is a TCP socket that listens or is about to.
+fn listening_socket(descriptor: OwnedFd) -> Result<(Socket, SocketAddr), Refusal> {
+    let (socket, protocol) = ip_socket(descriptor)?;
+    if protocol != TCP || socket.peer_addr().is_ok() {
+        return Err(refused_socket("not a TCP socket that could listen"));
+    }
+    let local = bound_address(&socket)?;
+    Ok((socket, local))
+}
+
+fn ip_socket(descriptor: OwnedFd) -> Result<(Socket, u8), Refusal> {
+    let socket = Socket::from(descriptor);
+    let ip = matches!(socket.domain().map_err(not_a_socket)?, Domain::IPV4 | Domain::IPV6);
+    let (kind, protocol) = (socket.r#type().map_err(not_a_socket)?, socket.protocol().map_err(not_a_socket)?);
+    match protocol {
+        Some(Protocol::TCP) if ip && kind == Type::STREAM => Ok((socket, TCP)),
+        Some(Protocol::UDP) if ip && kind == Type::DGRAM => Ok((socket, UDP)),
+        _ => Err(refused_socket("neither a TCP nor a UDP socket")),
+    }
+}
+
+fn bound_address(socket: &Socket) -> Result<SocketAddr, Refusal> {
+    let local = socket.local_addr().map_err(not_a_socket)?.as_socket().map(canonical);
+    local.filter(|local| local.port() != 0).ok_or_else(|| refused_socket("not bound to an address and a port"))
+}
+
+fn refused_socket(what: &str) -> Refusal {
+    Refusal::new(Code::Socket, format!("the descriptor is {what}"))
+}
+
+fn not_a_socket(error: io::Error) -> Refusal {
+    Refusal::new(Code::Socket, format!("the descriptor is not a TCP or UDP socket: {error}"))
 }
 
 fn bind_to(socket: &Socket, device: &str) -> io::Result<()> {
@@ -449,8 +763,8 @@ fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
-fn tcp_flow(local: SocketAddr, remote: SocketAddr) -> Flow {
-    Flow { protocol: TCP, local: local.ip(), local_port: local.port(), remote: remote.ip(), remote_port: remote.port() }
+fn flow(protocol: u8, local: SocketAddr, remote: SocketAddr) -> Flow {
+    Flow { protocol, local: local.ip(), local_port: local.port(), remote: remote.ip(), remote_port: remote.port() }
 }
 
 fn describe(class: &Class) -> (Peer, Protection) {

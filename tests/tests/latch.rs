@@ -27,7 +27,7 @@ def call(number, name, arguments, descriptors=[]):
 print("hello", call(1, "hello", {"version": 1})["type"], file=out)
 connection = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
 connection.bind(("10.1.0.1", 0))
-answer = call(2, "create", {"peer": peer, "remote": "10.2.0.1:7"}, [connection.fileno()])
+answer = call(2, "create", {"peer": peer, "remote": "10.2.0.1:7", "initiate": "no"}, [connection.fileno()])
 if answer["type"] == "refusal":
     print("refused", answer["code"], file=out)
     sys.exit()

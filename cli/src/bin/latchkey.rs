@@ -5,7 +5,8 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use latchkey::commands::{self, CheckArguments, DaemonArguments, LatchArguments, WhoisArguments};
+use latchkey::commands::{self, CheckArguments, DaemonArguments};
+use latchkey::latches::{self, LatchArguments, LatchesArguments, NetcatArguments, WhoisArguments};
 
 /// Latchkey: IKEv2 over UDP and TCP, and connections that are pinned to the IPsec peer.
 ///
@@ -23,10 +24,15 @@ enum Command {
     /// cannot take over. Needs root, or a system that allows user namespaces. Changes nothing outside namespaces of
     /// its own.
     Demo,
-    /// Read swanctl.conf and the files beside it, say what is wrong with them, and put nothing in force.
+    /// Read swanctl.conf and the files beside it, say what is wrong with them and which latches they would break, and
+    /// put nothing in force.
     Check(CheckArguments),
-    /// List the latches of the running daemon.
-    Latches(LatchArguments),
+    /// List the latches of the running daemon, and watch them.
+    Latches(LatchesArguments),
+    /// Show, break or close one latch.
+    Latch(LatchArguments),
+    /// Move standard input and output over a TCP connection that is latched to an IPsec peer.
+    Nc(NetcatArguments),
     /// Say who is at the other end of a flow through the tunnel, as IKE proved it.
     Whois(WhoisArguments),
     /// Run the daemon (as `latchkeyd` does).
@@ -37,8 +43,10 @@ fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
         Command::Demo => commands::demo(),
         Command::Check(arguments) => commands::check(&arguments),
-        Command::Latches(arguments) => commands::latches(&arguments),
-        Command::Whois(arguments) => commands::whois(&arguments),
+        Command::Latches(arguments) => commands::talk(latches::latches(&arguments)),
+        Command::Latch(arguments) => commands::talk(latches::latch(&arguments)),
+        Command::Nc(arguments) => commands::talk(latches::netcat(&arguments)),
+        Command::Whois(arguments) => commands::talk(latches::whois(&arguments)),
         Command::Daemon(arguments) => commands::daemon(arguments),
     };
     commands::report("latchkey", outcome)

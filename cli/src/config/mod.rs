@@ -4,6 +4,7 @@ pub mod certificate;
 pub mod connection;
 pub mod credentials;
 pub mod daemon;
+pub mod latches;
 pub mod load;
 pub mod pool;
 pub mod settings;

@@ -8,14 +8,14 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
 use espintcp::streams::{Complaint, StreamEvent, Streams};
-use ike::config::{DpdAction, StartAction};
+use ike::config::{Child, ConfiguredSelector, DpdAction, StartAction};
 use ike::engine::{
     ChildReady, ChildSaId, ChildState, CloseReason, Engine, Event, IkeSaId, Initiate, InstallError, Job, JobId,
     JobOutcome, Judgement, Output, Path, Route, RouteQuery, Target, Transport,
 };
 use ipsec::guard::ClassId;
 use ipsec::plane::{Carrier, DataPlane, Encapsulation, Mode, PlaneError, PlaneEvent, StreamId, Trap, Usage};
-use ipsec::selector::Flow;
+use ipsec::selector::{Flow, TrafficSelector};
 use kernel::network::{Network, NetworkEvent};
 use latch::database::{Class, Database};
 use pad::Credentials;
@@ -34,6 +34,7 @@ use super::traps::{Key, Traps};
 use super::updown::{Scripts, Updown};
 use super::virtual_addresses::VirtualAddresses;
 use crate::config::ConnectionDefinition;
+use crate::config::latches::{self, Pinned};
 use crate::config::trap::{Selectors, covers};
 use crate::control::{Command, Matched, PolicyReport, RedirectFilter, SaFilter, SaPage, SaReport};
 
@@ -55,6 +56,9 @@ const PAGE: usize = 128;
 /// With the kernel's plane `reqid`s that were not configured are greater than this: strongSwan's begin with 1, and SAs with
 /// the same `reqid` between the same addresses would stand for each other.
 const KERNEL_REQIDS: u32 = 0x4c00_0000;
+
+/// A Child SA that was made for one latched flow ends after so long without a packet, unless configured otherwise.
+const NARROW_INACTIVITY: Duration = Duration::from_secs(300);
 
 /// What the core is made of.
 pub(super) struct Parts {
@@ -448,6 +452,8 @@ impl Core {
             self.streams.vouch(stream.0);
         }
         self.plane.install(pair).map_err(|error| {
+            // What broke for it may be whole again.
+            self.database.removed(child_sa.0);
             tracing::error!(%error, "a Child SA could not be installed");
             InstallError::Failed(error.to_string())
         })?;
@@ -631,7 +637,11 @@ impl Core {
                 if let Some(connection) = &connection {
                     self.trap_if_configured(connection, &name, reason);
                 }
+                let class = self.children.get(child.id).map(|installed| installed.class);
                 self.remove(child.id);
+                if let Some(class) = class.filter(|_| reason == CloseReason::Timeout) {
+                    self.database.peer_is_dead(class);
+                }
                 if let Some(connection) = connection {
                     self.restart_if_configured(&connection, &name, reason);
                 }
@@ -745,6 +755,7 @@ impl Core {
                 let _ = reply.send((self.engine.counts().0, self.engine.connecting()));
             }
             Command::Initiate { ike, child, reply } => self.initiate(ike.as_deref(), child.as_deref(), Some(reply)),
+            Command::InitiateFlow { flow, narrow, reply } => self.initiate_for_latch(&flow, narrow, reply),
             Command::Terminate { filter, force, reply } => self.terminate(now, &filter, force, reply),
             Command::Rekey { filter, reauth, reply } => {
                 let targets = self.targets(&filter);
@@ -793,6 +804,12 @@ impl Core {
                 let _ = reply.send(self.engine.pools());
             }
             Command::SetConnections(connections, reply) => {
+                // Latches first: their holders hear of it before anything is done otherwise (RFC 5660 §2.3).
+                self.database.policy_changed(|flow, class| {
+                    let (peer, local, mode) = (&class.peer.id, &class.peer.local_id, class.mode);
+                    let suite = (class.suite.encr, class.suite.key_bits, class.suite.integ);
+                    latches::conflict(&connections, &Pinned { flow, peer, local, mode, suite })
+                });
                 self.engine.set_connections(connections.iter().map(|known| Arc::clone(&known.connection)).collect());
                 let children = connections.iter().flat_map(|known| &known.connection.children);
                 self.reqids.configure(children.map(|child| child.reqid).filter(|reqid| *reqid != 0).collect());
@@ -921,6 +938,30 @@ impl Core {
         self.initiate_for(ike, child, None, reply);
     }
 
+    /// Initiates the child that is for a flow, with the flow first among its selectors or, if `narrow`, alone. A narrow
+    /// Child SA goes when nobody uses it any more.
+    fn initiate_for_latch(&mut self, flow: &Flow, narrow: bool, reply: oneshot::Sender<Result<(), String>>) {
+        let Some((definition, child)) = latches::child_for(self.connections.all(), flow) else {
+            let _ = reply.send(Err(format!("no connection has a child for {flow}")));
+            return;
+        };
+        let (definition, mut child) = (definition.clone(), Arc::clone(child));
+        if narrow {
+            let (local, remote) = TrafficSelector::of_flow(flow);
+            let narrowed = Arc::make_mut(&mut child);
+            narrowed.local_ts = vec![ConfiguredSelector::Fixed(local)];
+            narrowed.remote_ts = vec![ConfiguredSelector::Fixed(remote)];
+            // A configured one stands for other selectors.
+            narrowed.reqid = 0;
+            if narrowed.inactivity.is_zero() {
+                narrowed.inactivity = NARROW_INACTIVITY;
+            }
+        }
+        let token = self.token();
+        self.waiting.insert(token, reply);
+        self.begin(token, definition, Some(child), Some(*flow));
+    }
+
     /// Initiates, perhaps for a packet that fell into a trap.
     fn initiate_for(
         &mut self,
@@ -937,6 +978,10 @@ impl Core {
             Ok(found) => found,
             Err(reason) => return self.finish(token, Err(reason)),
         };
+        self.begin(token, definition, child, packet);
+    }
+
+    fn begin(&mut self, token: u64, definition: ConnectionDefinition, child: Option<Arc<Child>>, packet: Option<Flow>) {
         let child_name = child.as_ref().map(|child| child.name.as_str());
         self.traps.begun(Instant::now(), token, &definition.connection.name, child_name, packet);
         let network = self.network.clone();

@@ -135,6 +135,13 @@ pub async fn run(options: DaemonOptions) -> anyhow::Result<()> {
         latch::server::ServerConfig {
             path: config.latch_socket.clone(),
             device: Some(network.tun_name().to_owned()),
+            initiator: Some(latch::server::Initiator::new({
+                let control = control.clone();
+                move |flow, narrow| {
+                    let control = control.clone();
+                    Box::pin(async move { control.initiate_flow(flow, narrow).await })
+                }
+            })),
             unenforced: network.leaves_esp_to_the_kernel().then(|| UNENFORCED.to_owned()),
         },
         database,

@@ -629,6 +629,33 @@ fn an_icmp_error_about_a_latched_flow_passes_under_its_class_only() {
     }
 }
 
+struct Unreachable;
+
+impl FlowGuard for Unreachable {
+    fn check(&self, _: Direction, _: &Flow, _: Option<ClassId>) -> Verdict {
+        Verdict::Unreachable
+    }
+
+    fn check_error(&self, _: &Flow, _: Option<ClassId>) -> Verdict {
+        Verdict::Drop
+    }
+}
+
+// RFC 5660 §5.5 (c)
+#[test]
+fn the_sender_of_a_packet_without_a_way_is_told() {
+    let pair = Pair::with(DataPath::new(Arc::new(Unreachable)), plane(), &Setup::default());
+    let mut told = Vec::new();
+    assert_eq!(pair.left.outbound(pair.now, &request(b"x"), &mut told), Outbound::Prohibited);
+    // Destination unreachable, communication administratively prohibited (RFC 1812 §5.2.7.1).
+    assert_eq!(told.get(20..22), Some(&[3, 13][..]));
+    assert_eq!(
+        Packet::parse(&told).unwrap().quoted_flow(),
+        Some(Packet::parse(&request(b"x")).unwrap().outbound_flow())
+    );
+    assert!(pair.left.drops().contains(&(DropReason::Latch, 1)));
+}
+
 #[test]
 fn packets_that_are_led_on_to_another_destination_are_refused() {
     let pair = Pair::new(&Setup::default());

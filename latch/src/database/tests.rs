@@ -21,7 +21,7 @@ fn no_latch_without_an_sa() {
 fn no_latch_for_the_wrong_peer() {
     let (database, classes) = database();
     install(&database, 1, classes[0]);
-    let wanted = IdentityPattern::exact(Identity::Fqdn("mallory.example".into()));
+    let wanted = Request::peer(IdentityPattern::exact(Identity::Fqdn("mallory.example".into())));
     assert!(matches!(
         database.create(flow(1), &wanted, ignore()),
         Err(LatchError::WrongPeer { found, wanted, .. }) if found.contains("peer-0") && wanted.contains("mallory")
@@ -247,6 +247,215 @@ fn a_class_is_what_rfc_5660_pins_and_nothing_else() {
 }
 
 #[test]
+fn a_latch_that_waits_returns_when_the_conflict_is_over() {
+    // RFC 5660 §2.2: BROKEN to ESTABLISHED "when all conflicts are cleared".
+    let (database, classes) = database();
+    install(&database, 1, classes[0]);
+    let (holder, told) = counting();
+    database.create(flow(1), &waiting(), holder).unwrap();
+    install(&database, 2, classes[1]);
+    install(&database, 3, classes[2]);
+    assert_eq!(database.check(Direction::Outbound, &flow(1), Some(classes[0])), Verdict::Drop);
+    database.removed(2);
+    assert_eq!(database.find(&flow(1)).unwrap().1, LatchState::Broken, "one conflict is left");
+    database.removed(3);
+    assert_eq!(database.find(&flow(1)).unwrap().1, LatchState::Established);
+    assert_eq!(database.check(Direction::Outbound, &flow(1), Some(classes[0])), Verdict::Pass);
+    assert_eq!(database.check(Direction::Inbound, &flow(1), Some(classes[1])), Verdict::Drop);
+    assert_eq!(told.load(Ordering::SeqCst), 2);
+}
+
+#[test]
+fn an_sa_that_was_not_installed_after_all_does_not_keep_a_latch_broken() {
+    let (database, classes) = database();
+    install(&database, 1, classes[0]);
+    database.create(flow(1), &waiting(), ignore()).unwrap();
+    database.before_install(classes[1], &everything(), &everything());
+    assert_eq!(database.find(&flow(1)).unwrap().1, LatchState::Broken);
+    database.removed(2);
+    assert_eq!(database.find(&flow(1)).unwrap().1, LatchState::Established);
+}
+
+#[test]
+fn a_dead_peer_breaks_its_latches_for_good() {
+    // RFC 5660 §2.2: DPD breaks "irremediably"; §2: so it SHOULD.
+    let (database, classes) = database();
+    install(&database, 1, classes[0]);
+    install(&database, 2, classes[0]);
+    database.create(flow(1), &waiting(), ignore()).unwrap();
+    database.removed(1);
+    database.peer_is_dead(classes[0]);
+    assert_eq!(database.find(&flow(1)).unwrap().1, LatchState::Established, "another SA of the peer lives");
+    database.removed(2);
+    database.peer_is_dead(classes[1]);
+    assert_eq!(database.find(&flow(1)).unwrap().1, LatchState::Established, "somebody else is dead");
+    database.peer_is_dead(classes[0]);
+    assert_eq!(database.find(&flow(1)).unwrap().1, LatchState::Broken);
+    install(&database, 3, classes[0]);
+    database.removed(3);
+    assert_eq!(database.find(&flow(1)).unwrap().1, LatchState::Broken);
+}
+
+#[test]
+fn a_change_of_policy_breaks_what_it_no_longer_protects() {
+    // RFC 5660 §2.3: changes of the SPD that conflict.
+    let (database, classes) = database();
+    install(&database, 1, classes[0]);
+    let (holder, told) = counting();
+    database.create(flow(1), &waiting(), holder).unwrap();
+    database.create(flow(2), &waiting(), ignore()).unwrap();
+    database.policy_changed(|changed, _| (*changed == flow(1)).then(|| "bypassed".to_owned()));
+    assert_eq!(database.find(&flow(1)).unwrap().1, LatchState::Broken);
+    assert_eq!(database.find(&flow(2)).unwrap().1, LatchState::Established);
+    database.removed(1);
+    assert_eq!(database.find(&flow(1)).unwrap().1, LatchState::Broken, "the policy still forbids it");
+    install(&database, 2, classes[1]);
+    database.policy_changed(|_, _| None);
+    assert_eq!(database.find(&flow(1)).unwrap().1, LatchState::Broken, "an SA conflicts");
+    database.removed(2);
+    assert_eq!(database.find(&flow(1)).unwrap().1, LatchState::Established);
+    assert_eq!(told.load(Ordering::SeqCst), 2);
+}
+
+#[test]
+fn only_the_protection_asked_for_is_latched() {
+    // RFC 5660 §2: an API to set the parameters to be latched.
+    let (database, classes) = database();
+    install(&database, 1, classes[0]);
+    let suite = Algorithms { encr: Encr::AES_GCM_16, key_bits: 128, integ: Integ::NONE };
+    let other = Algorithms { key_bits: 256, ..suite };
+    let refused = [
+        (Request { mode: Some(Mode::Transport), ..any() }, "mode"),
+        (Request { suites: vec![other], ..any() }, "suite"),
+    ];
+    for (request, what) in refused {
+        let error = database.create(flow(1), &request, ignore()).unwrap_err();
+        assert!(matches!(error, LatchError::WrongProtection { what: found, .. } if found == what), "{error}");
+    }
+    let us = Request { local: Some(IdentityPattern::exact(identity(7))), ..any() };
+    assert!(matches!(database.create(flow(1), &us, ignore()), Err(LatchError::WrongPeer { .. })));
+    let request = Request {
+        mode: Some(Mode::Tunnel),
+        suites: vec![other, suite],
+        replay_protection: true,
+        local: Some(IdentityPattern::exact(Identity::Fqdn("us.example".into()))),
+        ..any()
+    };
+    assert!(database.create(flow(1), &request, ignore()).is_ok());
+    let unprotected = database.intern(Class { replay_protection: false, ..class(0) });
+    database.removed(1);
+    install(&database, 2, unprotected);
+    let error = database.create(flow(2), &request, ignore()).unwrap_err();
+    assert!(matches!(error, LatchError::WrongProtection { what: "replay protection", .. }), "{error}");
+}
+
+#[test]
+fn a_listener_latches_each_flow_before_its_first_packet_passes() {
+    // RFC 5660 §2.2, §5.1: LISTENER latches.
+    let (database, classes) = database();
+    let (holder, told) = counting();
+    let (inbound, outbound) = (Direction::Inbound, Direction::Outbound);
+    let request = Request::peer(IdentityPattern::exact(identity(0)));
+    let parent = database.create_listener(listener(), request.clone(), holder).unwrap();
+    assert!(matches!(database.create_listener(listener(), request.clone(), ignore()), Err(LatchError::Exists(_))));
+    install(&database, 1, classes[1]);
+    assert_eq!(database.check(inbound, &flow(3), Some(classes[1])), Verdict::Drop, "not whom it takes");
+    install(&database, 2, classes[0]);
+    assert_eq!(database.check(inbound, &flow(3), Some(classes[0])), Verdict::Drop, "an SA conflicts");
+    database.removed(1);
+    assert_eq!(database.check(inbound, &flow(3), None), Verdict::Drop, "in clear");
+    assert_eq!(database.check(outbound, &flow(3), Some(classes[0])), Verdict::Drop, "nobody has come");
+    assert_eq!(database.check_error(&flow(3), Some(classes[0])), Verdict::Drop, "an ICMP error is no connection");
+    assert!(database.list().is_empty());
+
+    assert_eq!(database.check(inbound, &flow(3), Some(classes[0])), Verdict::Pass);
+    assert_eq!(told.load(Ordering::SeqCst), 1, "ALERT to the listener's holder");
+    assert_eq!(database.check(outbound, &flow(3), Some(classes[0])), Verdict::Pass);
+    assert_eq!(database.check(inbound, &flow(3), Some(classes[1])), Verdict::Drop);
+    assert_eq!(database.check(inbound, &flow(1), Some(classes[1])), Verdict::Pass, "another port");
+    let (holder, taken) = counting();
+    let (latch, class) = database.accept(parent, &flow(3), holder).unwrap();
+    assert_eq!(class.peer.id, identity(0));
+    let again = database.accept(parent, &flow(3), ignore());
+    assert!(matches!(again, Err(LatchError::NotAccepted(_))), "it is taken");
+    database.check(inbound, &flow(4), Some(classes[0]));
+    install(&database, 3, classes[1]);
+    assert_eq!((told.load(Ordering::SeqCst), taken.load(Ordering::SeqCst)), (3, 1));
+    assert!(matches!(database.accept(parent, &flow(4), ignore()), Err(LatchError::Broken(_))));
+    database.release(parent);
+    assert_eq!(database.check(inbound, &flow(3), Some(classes[0])), Verdict::Drop, "its latches stay");
+    database.release(latch);
+    assert_eq!(database.check(inbound, &flow(3), Some(classes[1])), Verdict::Pass);
+    assert_eq!(database.unaccepted().len(), 1);
+}
+
+#[test]
+fn listeners_of_one_port_meet_where_their_addresses_do() {
+    let database = Database::new();
+    let at = |local: Option<&str>, ipv4, ipv6| {
+        let listener = Listener { local: local.map(|text| text.parse().unwrap()), ipv4, ipv6, ..listener() };
+        database.create_listener(listener, any(), ignore())
+    };
+    let v4 = at(None, true, false).unwrap();
+    assert!(at(Some("192.0.2.9"), true, false).is_err() && at(None, true, true).is_err());
+    let v6 = at(Some("2001:db8::1"), false, true).unwrap();
+    assert!(at(None, false, true).is_err());
+    database.release(v4);
+    database.release(v6);
+    assert!(at(None, true, true).is_ok() && at(Some("192.0.2.9"), true, false).is_err());
+}
+
+#[test]
+fn a_listener_has_room_for_so_many_that_nobody_takes() {
+    let (database, classes) = database();
+    install(&database, 1, classes[0]);
+    let parent = database.create_listener(listener(), any(), ignore()).unwrap();
+    let from = |n: usize| Flow { remote_port: u16::try_from(n + 1).unwrap(), ..flow(3) };
+    for n in 0..MAX_WAITING {
+        assert_eq!(database.check(Direction::Inbound, &from(n), Some(classes[0])), Verdict::Pass);
+    }
+    assert_eq!(database.check(Direction::Inbound, &from(MAX_WAITING), Some(classes[0])), Verdict::Drop);
+    database.accept(parent, &from(0), ignore()).unwrap();
+    assert_eq!(database.check(Direction::Inbound, &from(MAX_WAITING), Some(classes[0])), Verdict::Pass);
+}
+
+#[test]
+fn the_administrator_breaks_and_closes_latches() {
+    // RFC 5660 §2.2, §6.2.
+    let (database, classes) = database();
+    install(&database, 1, classes[0]);
+    let (holder, told) = counting();
+    let (latch, _) = database.create(flow(1), &waiting(), holder).unwrap();
+    assert!(database.break_latch(latch, "enough") && !database.break_latch(LatchId(99), "nobody"));
+    install(&database, 2, classes[0]);
+    database.removed(2);
+    assert_eq!(database.find(&flow(1)).unwrap().1, LatchState::Broken);
+    assert!(database.close(latch, "enough"));
+    assert_eq!(database.inquire(latch).unwrap().state, LatchState::Closed, "until its holder has heard of it");
+    assert!(!database.break_latch(LatchId(0), "nobody") && database.break_latch(latch, "again"));
+    assert_eq!(database.inquire(latch).unwrap().state, LatchState::Closed);
+    assert_eq!(database.check(Direction::Inbound, &flow(1), Some(classes[0])), Verdict::Drop);
+    assert_eq!(told.load(Ordering::SeqCst), 2);
+    database.release(latch);
+    assert!(database.inquire(latch).is_none());
+}
+
+#[test]
+fn the_observer_sees_every_change() {
+    let (database, classes) = database();
+    let seen: Arc<Mutex<Vec<LatchState>>> = Arc::default();
+    let sink = Arc::clone(&seen);
+    database.observe_with(Box::new(move |alert| sink.lock().unwrap().push(alert.state)));
+    install(&database, 1, classes[0]);
+    let (latch, _) = database.create(flow(1), &waiting(), ignore()).unwrap();
+    install(&database, 2, classes[1]);
+    database.removed(2);
+    database.release(latch);
+    let states = [LatchState::Established, LatchState::Broken, LatchState::Established, LatchState::Closed];
+    assert_eq!(*seen.lock().unwrap(), states);
+}
+
+#[test]
 fn a_holder_may_release_from_inside_the_alert() {
     let (database, classes) = database();
     let database = Arc::new(database);
@@ -308,10 +517,68 @@ fn packets_checked_by_other_threads_never_pass_once_breaking_returned() {
 
 #[derive(Clone, Debug)]
 enum Step {
-    Install { sa: u64, class: usize, scope: usize, ask_first: bool },
-    Remove { sa: u64 },
-    Create { flow: usize, wanted: usize },
-    Release { nth: usize },
+    Install {
+        sa: u64,
+        class: usize,
+        scope: usize,
+        ask_first: bool,
+    },
+    /// The data plane refuses what was asked for.
+    Fail {
+        sa: u64,
+        class: usize,
+        scope: usize,
+    },
+    Remove {
+        sa: u64,
+    },
+    /// An SA goes because the peer is dead.
+    Dead {
+        sa: u64,
+    },
+    /// The policy forbids flows under a class; 3 forbids none.
+    Policy {
+        flow: usize,
+        class: usize,
+    },
+    Create {
+        flow: usize,
+        wanted: usize,
+        on_break: OnBreak,
+    },
+    Listen {
+        wanted: usize,
+        on_break: OnBreak,
+    },
+    /// An inbound packet of an unlatched flow to the listener's port.
+    Arrive {
+        flow: usize,
+        class: usize,
+    },
+    Accept {
+        flow: usize,
+    },
+    Release {
+        nth: usize,
+    },
+    Break {
+        nth: usize,
+    },
+    Close {
+        nth: usize,
+    },
+    /// The daemon restarts: nothing is left.
+    Restart,
+}
+
+/// Written from RFC 5660 §2.2 and §2.3 and the module's documentation, with sets and scans only.
+#[derive(Default)]
+struct Model {
+    sas: BTreeMap<u64, (usize, usize)>,
+    latches: Vec<ModelLatch>,
+    listener: Option<(LatchId, usize, OnBreak)>,
+    forbidden: Option<(usize, usize)>,
+    expected: Vec<(LatchId, LatchState)>,
 }
 
 #[derive(Clone)]
@@ -319,52 +586,151 @@ struct ModelLatch {
     id: LatchId,
     flow: usize,
     class: usize,
-    broken: bool,
+    on_break: OnBreak,
+    waiting: bool,
+    condition: Condition,
+}
+
+impl ModelLatch {
+    fn state(&self) -> LatchState {
+        match self.condition {
+            Condition::Established => LatchState::Established,
+            Condition::Closed => LatchState::Closed,
+            _ => LatchState::Broken,
+        }
+    }
+
+    fn worsen(&mut self, condition: Condition, expected: &mut Vec<(LatchId, LatchState)>) {
+        let before = self.state();
+        self.condition = self.condition.max(condition);
+        if self.state() != before {
+            expected.push((self.id, self.state()));
+        }
+    }
+}
+
+impl Model {
+    fn covering(&self, flow: usize) -> BTreeSet<usize> {
+        self.sas.values().filter(|(_, scope)| in_scope(*scope, flow)).map(|(class, _)| *class).collect()
+    }
+
+    fn conflict(&mut self, class: usize, scope: usize) {
+        for latch in self.latches.iter_mut().filter(|l| l.class != class && in_scope(scope, l.flow)) {
+            latch.worsen(Condition::Conflict, &mut self.expected);
+        }
+    }
+
+    /// BROKEN to ESTABLISHED "when all conflicts are cleared".
+    fn restore(&mut self) {
+        for n in 0..self.latches.len() {
+            let latch = &self.latches[n];
+            let clear = self.covering(latch.flow).iter().all(|class| *class == latch.class);
+            if latch.condition == Condition::Conflict && latch.on_break != OnBreak::Reset && clear {
+                self.latches[n].condition = Condition::Established;
+                self.expected.push((self.latches[n].id, LatchState::Established));
+            }
+        }
+    }
+
+    /// What a packet of a flow meets; `None` is no opinion.
+    fn verdict(&self, flow: usize, class: Option<usize>) -> Verdict {
+        let Some(latch) = self.latches.iter().find(|l| l.flow == flow) else {
+            return if self.listener.is_some() && flow >= FLOWS { Verdict::Drop } else { Verdict::Pass };
+        };
+        match latch.state() {
+            LatchState::Established if class == Some(latch.class) => Verdict::Pass,
+            LatchState::Broken if latch.on_break == OnBreak::Unreachable => Verdict::Unreachable,
+            _ => Verdict::Drop,
+        }
+    }
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(512))]
+    #![proptest_config(ProptestConfig::with_cases(1024))]
 
+    // RFC 5660 §2, §2.2, §2.3: in any order of SA, SPD, DPD, application and restart events, no packet passes under an
+    // SA that is not congruent, and whoever holds a latch hears of a conflict before the SA is in.
     #[test]
     fn the_database_agrees_with_a_simple_model(steps in prop::collection::vec(step(), 1..60)) {
-        let (database, classes) = database();
+        let (mut database, classes) = database();
         let told: Arc<Mutex<Vec<Alert>>> = Arc::default();
-        let mut sas: BTreeMap<u64, (usize, usize)> = BTreeMap::new();
-        let mut latches: Vec<ModelLatch> = Vec::new();
+        let holder = || -> Box<dyn Fn(Alert) + Send + Sync> {
+            let told = Arc::clone(&told);
+            Box::new(move |alert| told.lock().unwrap().push(alert))
+        };
+        let pattern = |wanted: usize| if wanted == 3 { IdentityPattern::any() } else { IdentityPattern::exact(identity(wanted)) };
+        let mut model = Model::default();
         for step in steps {
-            let mut expected = Vec::new();
+            model.expected.clear();
             match step {
                 Step::Install { sa, class, scope, ask_first } => {
-                    for latch in latches.iter_mut().filter(|l| !l.broken && l.class != class && in_scope(scope, l.flow)) {
-                        latch.broken = true;
-                        expected.push(latch.id);
-                    }
-                    sas.insert(sa, (class, scope));
                     if ask_first {
                         let alerts = database.before_install(classes[class], &everything(), &scope_ts(scope));
                         prop_assert_eq!(&*told.lock().unwrap(), &alerts, "told inside, not later");
+                        model.conflict(class, scope);
+                        let now: Vec<_> = alerts.iter().map(|alert| (alert.latch, alert.state)).collect();
+                        prop_assert_eq!(now, model.expected.clone(), "before the SA is in");
+                    } else {
+                        model.conflict(class, scope);
                     }
+                    model.sas.insert(sa, (class, scope));
                     database.installed(sa, classes[class], everything(), scope_ts(scope));
                 }
+                Step::Fail { sa, class, scope } => {
+                    database.before_install(classes[class], &everything(), &scope_ts(scope));
+                    model.conflict(class, scope);
+                    database.removed(sa);
+                    model.sas.remove(&sa);
+                    model.restore();
+                }
                 Step::Remove { sa } => {
-                    sas.remove(&sa);
+                    model.sas.remove(&sa);
+                    model.restore();
                     database.removed(sa);
                 }
-                Step::Create { flow: n, wanted } => {
-                    let covering: std::collections::BTreeSet<usize> =
-                        sas.values().filter(|(_, scope)| in_scope(*scope, n)).map(|(class, _)| *class).collect();
-                    let pattern = if wanted == 3 { any() } else { IdentityPattern::exact(identity(wanted)) };
-                    let told = Arc::clone(&told);
-                    let result = database.create(flow(n), &pattern, Box::new(move |a| told.lock().unwrap().push(a)));
-                    let exists = latches.iter().any(|l| l.flow == n);
+                Step::Dead { sa } => {
+                    if let Some((class, _)) = model.sas.remove(&sa) {
+                        model.restore();
+                        if model.sas.values().all(|(other, _)| *other != class) {
+                            for latch in model.latches.iter_mut().filter(|l| l.class == class) {
+                                latch.worsen(Condition::Dead, &mut model.expected);
+                            }
+                        }
+                        database.removed(sa);
+                        database.peer_is_dead(classes[class]);
+                    }
+                }
+                Step::Policy { flow: n, class } => {
+                    model.forbidden = (class < 3).then_some((n, class));
+                    for latch in &mut model.latches {
+                        let forbidden = model.forbidden == Some((latch.flow, latch.class));
+                        if forbidden {
+                            latch.worsen(Condition::Policy, &mut model.expected);
+                        } else if latch.condition == Condition::Policy && latch.on_break != OnBreak::Reset {
+                            latch.condition = Condition::Conflict;
+                        }
+                    }
+                    model.restore();
+                    let forbidden = model.forbidden;
+                    database.policy_changed(|changed, latched| {
+                        let hit = forbidden.is_some_and(|(n, class)| flow(n) == *changed && identity(class) == latched.peer.id);
+                        hit.then(|| "forbidden".to_owned())
+                    });
+                }
+                Step::Create { flow: n, wanted, on_break } => {
+                    let covering = model.covering(n);
+                    let request = Request { on_break, ..Request::peer(pattern(wanted)) };
+                    let result = database.create(flow(n), &request, holder());
+                    let exists = model.latches.iter().any(|l| l.flow == n);
                     match (exists, covering.len(), covering.first()) {
                         (true, _, _) => prop_assert!(matches!(result, Err(LatchError::Exists(_)))),
                         (_, 0, _) => prop_assert!(matches!(result, Err(LatchError::NoSa(_)))),
                         (_, 1, Some(&class)) if wanted == 3 || wanted == class => {
                             let (id, found) = result.unwrap();
                             prop_assert_eq!(&found.peer.id, &identity(class));
-                            prop_assert!(latches.iter().all(|l| l.id < id), "numbers grow");
-                            latches.push(ModelLatch { id, flow: n, class, broken: false });
+                            prop_assert!(model.latches.iter().all(|l| l.id < id), "numbers grow");
+                            let condition = Condition::Established;
+                            model.latches.push(ModelLatch { id, flow: n, class, on_break, waiting: false, condition });
                         }
                         (_, 1, _) => {
                             let wrong_peer = matches!(result, Err(LatchError::WrongPeer { .. }));
@@ -373,35 +739,104 @@ proptest! {
                         _ => prop_assert!(matches!(result, Err(LatchError::Conflict(_)))),
                     }
                 }
+                Step::Listen { wanted, on_break } => {
+                    let request = Request { on_break, ..Request::peer(pattern(wanted)) };
+                    let result = database.create_listener(listener(), request, holder());
+                    match model.listener {
+                        Some(_) => prop_assert!(matches!(result, Err(LatchError::Exists(_)))),
+                        None => model.listener = Some((result.unwrap(), wanted, on_break)),
+                    }
+                }
+                Step::Arrive { flow: n, class } => {
+                    let verdict = database.check(Direction::Inbound, &flow(n), Some(classes[class]));
+                    let spawns = model.listener.filter(|(_, wanted, _)| {
+                        model.latches.iter().all(|l| l.flow != n)
+                            && n >= FLOWS
+                            && model.covering(n) == BTreeSet::from([class])
+                            && (*wanted == 3 || *wanted == class)
+                    });
+                    if let Some((_, _, on_break)) = spawns {
+                        let id = database.find(&flow(n)).unwrap().0;
+                        let condition = Condition::Established;
+                        model.latches.push(ModelLatch { id, flow: n, class, on_break, waiting: true, condition });
+                        model.expected.push((id, LatchState::Established));
+                    }
+                    prop_assert_eq!(verdict, model.verdict(n, Some(class)));
+                }
+                Step::Accept { flow: n } => {
+                    let Some((parent, _, _)) = model.listener else { continue };
+                    let result = database.accept(parent, &flow(n), holder());
+                    match model.latches.iter_mut().find(|l| l.flow == n && l.waiting) {
+                        Some(latch) if latch.state() == LatchState::Established => {
+                            prop_assert_eq!(result.unwrap().0, latch.id);
+                            latch.waiting = false;
+                        }
+                        Some(_) => prop_assert!(matches!(result, Err(LatchError::Broken(_)))),
+                        None => prop_assert!(matches!(result, Err(LatchError::NotAccepted(_)))),
+                    }
+                }
                 Step::Release { nth } => {
-                    if !latches.is_empty() {
-                        let latch = latches.remove(nth % latches.len());
+                    if nth == 7 && let Some((id, _, _)) = model.listener.take() {
+                        database.release(id);
+                        for latch in model.latches.iter_mut().filter(|l| l.waiting) {
+                            // Its maker is gone: nobody can take it, only the sweep releases it.
+                            latch.waiting = false;
+                        }
+                    } else if !model.latches.is_empty() {
+                        let latch = model.latches.remove(nth % model.latches.len());
                         database.release(latch.id);
                     }
                 }
+                Step::Break { nth } | Step::Close { nth } if !model.latches.is_empty() => {
+                    let n = nth % model.latches.len();
+                    let id = model.latches[n].id;
+                    if matches!(step, Step::Break { .. }) {
+                        model.latches[n].worsen(Condition::Dead, &mut model.expected);
+                        prop_assert!(database.break_latch(id, "test"));
+                    } else {
+                        model.latches[n].worsen(Condition::Closed, &mut model.expected);
+                        prop_assert!(database.close(id, "test"));
+                    }
+                }
+                Step::Break { nth } | Step::Close { nth } => prop_assert!(!database.close(LatchId(nth as u64), "test")),
+                Step::Restart => {
+                    database = Database::new();
+                    for n in 0..3 {
+                        database.intern(class(n));
+                    }
+                    model = Model::default();
+                }
             }
-            let alerts: Vec<LatchId> = told.lock().unwrap().drain(..).map(|alert| alert.latch).collect();
-            prop_assert_eq!(alerts, expected);
+            let alerts: Vec<_> = told.lock().unwrap().drain(..).map(|alert| (alert.latch, alert.state)).collect();
+            prop_assert_eq!(alerts, model.expected.clone());
             for class in [None, Some(0), Some(1), Some(2)] {
                 let number = class.map(|n: usize| classes[n]);
-                for n in 0..FLOWS {
-                    let admitted = latches.iter().filter(|l| l.flow == n).all(|l| !l.broken && Some(l.class) == class);
-                    let verdict = if admitted { Verdict::Pass } else { Verdict::Drop };
-                    prop_assert_eq!(database.check(Direction::Inbound, &flow(n), number), verdict);
+                for n in 0..ALL_FLOWS {
+                    let verdict = model.verdict(n, class);
                     prop_assert_eq!(database.check(Direction::Outbound, &flow(n), number), verdict);
+                    prop_assert_eq!(database.check_error(&flow(n), number), verdict);
+                    // Inbound packets of flows without a latch may make one: `Arrive` looks at those.
+                    if n < FLOWS || model.latches.iter().any(|l| l.flow == n) {
+                        prop_assert_eq!(database.check(Direction::Inbound, &flow(n), number), verdict);
+                    }
                 }
-                let admitted = latches.iter().all(|l| !l.broken && Some(l.class) == class);
+                let admitted = model.latches.iter().all(|l| l.state() == LatchState::Established && Some(l.class) == class);
                 let fragment = Flow { local_port: 0, remote_port: 0, ..flow(0) };
                 let verdict = if admitted { Verdict::Pass } else { Verdict::Drop };
                 prop_assert_eq!(database.check(Direction::Inbound, &fragment, number), verdict);
             }
             let listed: Vec<_> = database.list().into_iter().map(|(id, flow, state, _)| (id, flow, state)).collect();
-            let modelled: Vec<_> = latches
-                .iter()
-                .map(|l| (l.id, flow(l.flow), if l.broken { LatchState::Broken } else { LatchState::Established }))
-                .collect();
+            let modelled: Vec<_> = model.latches.iter().map(|l| (l.id, flow(l.flow), l.state())).collect();
             prop_assert_eq!(listed, modelled);
         }
+        for (id, ..) in database.list() {
+            database.release(id);
+        }
+        if let Some((id, _, _)) = model.listener {
+            database.release(id);
+        }
+        prop_assert!(database.pairs.is_empty() && database.flows.is_empty() && database.ports.is_empty());
+        prop_assert_eq!(database.latched.load(Ordering::SeqCst), 0);
     }
 }
 
@@ -482,36 +917,54 @@ proptest! {
     }
 }
 
+/// Flows 0 to 2 are to many remote ports, 3 and 4 to our port 80 besides, where a listener may be.
 const FLOWS: usize = 3;
+const ALL_FLOWS: usize = 5;
+
+fn listener() -> Listener {
+    Listener { protocol: 6, local: Some(flow(0).local), ipv4: true, ipv6: false, port: 80 }
+}
 
 fn step() -> impl Strategy<Value = Step> {
+    let on_break = || prop::sample::select(vec![OnBreak::Reset, OnBreak::Wait, OnBreak::Unreachable]);
+    let (sa, class, scope, latch) = (|| 0..4_u64, || 0..3_usize, || 0..=ALL_FLOWS, || 0..8_usize);
     prop_oneof![
-        (0..4_u64, 0..3_usize, 0..4_usize, prop::bool::ANY).prop_map(|(sa, class, scope, ask_first)| Step::Install {
+        4 => (sa(), class(), scope(), prop::bool::ANY).prop_map(|(sa, class, scope, ask_first)| Step::Install {
             sa,
             class,
             scope,
             ask_first
         }),
-        (0..4_u64).prop_map(|sa| Step::Remove { sa }),
-        (0..FLOWS, 0..4_usize).prop_map(|(flow, wanted)| Step::Create { flow, wanted }),
-        (0..8_usize).prop_map(|nth| Step::Release { nth }),
+        1 => (sa(), class(), scope()).prop_map(|(sa, class, scope)| Step::Fail { sa, class, scope }),
+        3 => sa().prop_map(|sa| Step::Remove { sa }),
+        1 => sa().prop_map(|sa| Step::Dead { sa }),
+        1 => (0..ALL_FLOWS, 0..4_usize).prop_map(|(flow, class)| Step::Policy { flow, class }),
+        4 => (0..ALL_FLOWS, 0..4_usize, on_break())
+            .prop_map(|(flow, wanted, on_break)| Step::Create { flow, wanted, on_break }),
+        2 => (0..4_usize, on_break()).prop_map(|(wanted, on_break)| Step::Listen { wanted, on_break }),
+        3 => (FLOWS..ALL_FLOWS, class()).prop_map(|(flow, class)| Step::Arrive { flow, class }),
+        2 => (FLOWS..ALL_FLOWS).prop_map(|flow| Step::Accept { flow }),
+        2 => latch().prop_map(|nth| Step::Release { nth }),
+        1 => latch().prop_map(|nth| Step::Break { nth }),
+        1 => latch().prop_map(|nth| Step::Close { nth }),
+        1 => Just(Step::Restart),
     ]
 }
 
-/// Scopes 0 to 2 are one flow each, 3 is everything.
+/// A scope is one flow, or everything.
 fn in_scope(scope: usize, flow: usize) -> bool {
-    scope == FLOWS || scope == flow
+    scope == ALL_FLOWS || scope == flow
 }
 
 fn scope_ts(scope: usize) -> Vec<TrafficSelector> {
-    if scope == FLOWS { everything() } else { vec![port(flow(scope).remote_port)] }
+    if scope == ALL_FLOWS { everything() } else { vec![port(flow(scope).remote_port)] }
 }
 
 fn flow(n: usize) -> Flow {
     Flow {
         protocol: 6,
         local: "192.0.2.1".parse().unwrap(),
-        local_port: 40_000,
+        local_port: if n < FLOWS { 40_000 } else { 80 },
         remote: "198.51.100.1".parse().unwrap(),
         remote_port: 5000 + u16::try_from(n).unwrap(),
     }
@@ -525,8 +978,12 @@ fn port(port: u16) -> TrafficSelector {
     TrafficSelector { protocol: 6, start_port: port, end_port: port, ..everything()[0] }
 }
 
-fn any() -> IdentityPattern {
-    IdentityPattern::any()
+fn any() -> Request {
+    Request::peer(IdentityPattern::any())
+}
+
+fn waiting() -> Request {
+    Request { on_break: OnBreak::Wait, ..any() }
 }
 
 fn identity(n: usize) -> Identity {

@@ -14,8 +14,8 @@ use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::*;
-use crate::client::{Client, ClientError, LatchedStream};
-use crate::protocol::{MAX_MESSAGE, ProofInfo, State};
+use crate::client::{Client, ClientError, TcpStream};
+use crate::protocol::{Disposition, MAX_MESSAGE, ProofInfo, State};
 
 #[tokio::test]
 async fn every_malformed_message_gets_a_precise_refusal_and_the_connection_lives_on() {
@@ -79,11 +79,11 @@ async fn nothing_is_answered_before_hello_in_the_right_version() {
 }
 
 #[tokio::test]
-async fn only_bound_tcp_sockets_are_latched() {
+async fn only_bound_tcp_and_udp_sockets_are_latched() {
     let house = House::with_sa().await;
     let raw = house.raw().await;
     let file = tempfile::tempfile().unwrap();
-    let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let udp = UdpSocket::bind("0.0.0.0:0").unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let unbound = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP)).unwrap();
     let wildcard = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP)).unwrap();
@@ -91,7 +91,7 @@ async fn only_bound_tcp_sockets_are_latched() {
     let (unix, _other) = std::os::unix::net::UnixStream::pair().unwrap();
     let refused: [(&str, BorrowedFd<'_>); 6] = [
         ("a file", file.as_fd()),
-        ("UDP", udp.as_fd()),
+        ("UDP of any address", udp.as_fd()),
         ("a listener", listener.as_fd()),
         ("unbound", unbound.as_fd()),
         ("wildcard", wildcard.as_fd()),
@@ -196,7 +196,7 @@ async fn a_break_resets_the_connection_at_once_and_alerts_the_holder() {
     let (client, far) = (Client::connect(&house.path).await.unwrap(), Far::listen());
     let (mut stream, mut far) = far.latch(&client).await;
     far.write_all(b"queued before the break").unwrap();
-    let flow = tcp_flow(stream.local_addr(), stream.peer_addr());
+    let flow = flow(TCP, stream.local_addr(), stream.peer_addr());
     let (good, foreign) = (house.class("peer.example"), house.class("mallory.example"));
     let alerts = house.database.before_install(foreign, &loopback(), &loopback());
     assert_eq!(alerts.len(), 1);
@@ -243,7 +243,7 @@ async fn losing_the_control_connection_ends_the_tcp_connection_before_the_latch(
     assert_eq!(answer(&raw).await["type"], "reply");
     near.write_all(b"written before").unwrap();
     drop(raw);
-    let flow = tcp_flow(near.local_addr().unwrap(), near.peer_addr().unwrap());
+    let flow = flow(TCP, near.local_addr().unwrap(), near.peer_addr().unwrap());
     let foreign = Some(house.class("mallory.example"));
     // The far end gets what was written, then the end; until it closes too the flow stays latched.
     let mut buffer = Vec::new();
@@ -365,8 +365,8 @@ async fn a_certificate_that_fits_no_message_latches_nothing() {
 async fn lists_of_any_length_come_in_pages() {
     let house = House::with_sa().await;
     for port in 1..=250_u16 {
-        let flow = tcp_flow("127.0.0.1:1".parse().unwrap(), SocketAddr::new("127.0.0.2".parse().unwrap(), port));
-        house.database.create(flow, &IdentityPattern::any(), Box::new(|_| {})).unwrap();
+        let flow = flow(TCP, "127.0.0.1:1".parse().unwrap(), SocketAddr::new("127.0.0.2".parse().unwrap(), port));
+        house.database.create(flow, &Request::peer(IdentityPattern::any()), Box::new(|_| {})).unwrap();
     }
     let latches = Client::connect(&house.path).await.unwrap().list().await.unwrap();
     assert_eq!(latches.iter().map(|latch| latch.latch).collect::<Vec<_>>(), (1..=250).collect::<Vec<_>>());
@@ -376,18 +376,24 @@ async fn lists_of_any_length_come_in_pages() {
 async fn the_socket_is_for_its_group_and_replaces_only_a_dead_one() {
     let house = House::new().await;
     assert_eq!(fs::metadata(&house.path).unwrap().permissions().mode() & 0o7777, 0o660);
-    let config = ServerConfig { path: house.path.clone(), device: None, unenforced: None };
+    let config = ServerConfig { path: house.path.clone(), device: None, initiator: None, unenforced: None };
     let taken = serve(config.clone(), Arc::default()).await.unwrap_err();
     assert_eq!(taken.kind(), io::ErrorKind::AddrInUse);
     let file = house.directory.path().join("file");
     fs::write(&file, "precious").unwrap();
     let taken =
-        serve(ServerConfig { path: file.clone(), device: None, unenforced: None }, Arc::default()).await.unwrap_err();
+        serve(ServerConfig { path: file.clone(), device: None, initiator: None, unenforced: None }, Arc::default())
+            .await
+            .unwrap_err();
     assert_eq!(taken.kind(), io::ErrorKind::AddrInUse);
     assert_eq!(fs::read(&file).unwrap(), b"precious");
     let dead = house.directory.path().join("dead");
     drop(listen(&dead).unwrap());
-    assert!(serve(ServerConfig { path: dead, device: None, unenforced: None }, Arc::default()).await.is_ok());
+    assert!(
+        serve(ServerConfig { path: dead, device: None, initiator: None, unenforced: None }, Arc::default())
+            .await
+            .is_ok()
+    );
 }
 
 #[tokio::test]
@@ -395,7 +401,8 @@ async fn a_device_that_is_not_there_fails_the_latch() {
     let directory = TempDir::new().unwrap();
     let path = directory.path().join("latch.sock");
     let database = Arc::new(Database::new());
-    let config = ServerConfig { path: path.clone(), device: Some("nosuchdevice0".into()), unenforced: None };
+    let config =
+        ServerConfig { path: path.clone(), device: Some("nosuchdevice0".into()), initiator: None, unenforced: None };
     let server = serve(config, Arc::clone(&database)).await.unwrap();
     let house = House { server, database, path, directory };
     house.install(1, house.class("peer.example"));
@@ -411,7 +418,8 @@ async fn a_server_that_cannot_enforce_latches_gives_none() {
     let directory = TempDir::new().unwrap();
     let path = directory.path().join("latch.sock");
     let database = Arc::new(Database::new());
-    let config = ServerConfig { path: path.clone(), device: None, unenforced: Some("nobody looks".into()) };
+    let config =
+        ServerConfig { path: path.clone(), device: None, initiator: None, unenforced: Some("nobody looks".into()) };
     let server = serve(config, Arc::clone(&database)).await.unwrap();
     let house = House { server, database, path, directory };
     house.install(1, house.class("peer.example"));
@@ -426,7 +434,7 @@ async fn a_latched_socket_is_bound_to_the_device() {
     let directory = TempDir::new().unwrap();
     let path = directory.path().join("latch.sock");
     let database = Arc::new(Database::new());
-    let config = ServerConfig { path: path.clone(), device: Some("lo".into()), unenforced: None };
+    let config = ServerConfig { path: path.clone(), device: Some("lo".into()), initiator: None, unenforced: None };
     let server = serve(config, Arc::clone(&database)).await.unwrap();
     let house = House { server, database, path, directory };
     house.install(1, house.class("peer.example"));
@@ -435,6 +443,201 @@ async fn a_latched_socket_is_bound_to_the_device() {
     raw.send(CREATE.as_bytes(), Some(socket.as_fd())).await.unwrap();
     assert_eq!(answer(&raw).await["type"], "reply");
     assert_eq!(socket.device().unwrap().as_deref(), Some(&b"lo"[..]));
+}
+
+#[tokio::test]
+async fn a_listener_gives_each_connection_its_latch_before_the_first_packet() {
+    // RFC 5660 §2.2, §5.1: the packets that a data plane would see are shown to the check here.
+    let house = House::with_sa().await;
+    let (client, class) = (Client::connect(&house.path).await.unwrap(), Some(house.class("peer.example")));
+    let listener = client.listen_tcp("127.0.0.1:0".parse().unwrap(), "peer.example").await.unwrap();
+    let listed = client.list().await.unwrap();
+    assert_eq!((listed[0].state, listed[0].remote, listed[0].local), (State::Listener, None, listener.local_addr()));
+    let taken = client.listen_tcp(listener.local_addr(), "peer.example").await;
+    assert!(taken.is_err(), "one listener for a port");
+
+    // Without a packet that came under an SA there is no latch, and no connection for the application.
+    let stray = std::net::TcpStream::connect(listener.local_addr()).unwrap();
+    let accepting = tokio::spawn(async move {
+        let accepted = listener.accept().await.unwrap();
+        (listener, accepted)
+    });
+    let mut far = std::net::TcpStream::connect(stray.peer_addr().unwrap()).unwrap();
+    let near = flow(TCP, far.peer_addr().unwrap(), far.local_addr().unwrap());
+    // Both wait to be accepted: the second is latched, as it would have been before its first packet.
+    assert_eq!(house.database.check(Direction::Inbound, &near, class), Verdict::Pass);
+    let (listener, (mut stream, remote)) = timeout(PATIENCE, accepting).await.unwrap().unwrap();
+    assert_eq!((remote, stream.peer_identity().id.text.as_str()), (far.local_addr().unwrap(), "peer.example"));
+    assert_eq!(house.database.find(&near).unwrap().0, LatchId(stream.latch()));
+    far.write_all(b"ping").unwrap();
+    let mut buffer = [0; 4];
+    stream.read_exact(&mut buffer).await.unwrap();
+    assert_eq!(&buffer, b"ping");
+
+    // A conflict resets it; the listener goes on.
+    let foreign = house.class("mallory.example");
+    assert_eq!(house.database.before_install(foreign, &loopback(), &loopback()).len(), 1);
+    assert_eq!(timeout(PATIENCE, stream.broken()).await.unwrap().state, State::Broken);
+    assert_eq!(stream.read(&mut buffer).await.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+    drop(stream);
+    drop(listener);
+    house.no_latches().await;
+    let gone = async {
+        while !client.list().await.unwrap().is_empty() {
+            sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(PATIENCE, gone).await.expect("the listener is gone");
+}
+
+#[tokio::test]
+async fn what_nobody_accepts_goes_when_its_connection_has_gone() {
+    let house = House::with_sa().await;
+    let (client, class) = (Client::connect(&house.path).await.unwrap(), Some(house.class("peer.example")));
+    let listener = client.listen_tcp("127.0.0.1:0".parse().unwrap(), "peer.example").await.unwrap();
+    let far = std::net::TcpStream::connect(listener.local_addr()).unwrap();
+    let near = flow(TCP, far.peer_addr().unwrap(), far.local_addr().unwrap());
+    assert_eq!(house.database.check(Direction::Inbound, &near, class), Verdict::Pass);
+    sleep(2 * SWEEP + SWEEP / 2).await;
+    assert!(house.database.find(&near).is_some(), "its connection lives");
+    socket2::SockRef::from(&far).set_linger(Some(Duration::ZERO)).unwrap();
+    drop(far);
+    drop(listener);
+    let patient = async {
+        while house.database.find(&near).is_some() {
+            sleep(Duration::from_millis(50)).await;
+        }
+    };
+    timeout(4 * SWEEP, patient).await.expect("it is released");
+}
+
+#[tokio::test]
+async fn a_udp_socket_is_latched_and_silenced() {
+    // RFC 5660 §5.2; a break without an end is loss (§5.5 a), the administrator's close ends it.
+    let house = House::with_sa().await;
+    let client = Client::connect(&house.path).await.unwrap();
+    let far = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let socket = client.latch_udp(far.local_addr().unwrap(), None, "peer.example").await.unwrap();
+    socket.send(b"ping").await.unwrap();
+    let mut buffer = [0; 8];
+    assert_eq!(far.recv_from(&mut buffer).unwrap().1, socket.local_addr());
+    far.send_to(b"pong", socket.local_addr()).unwrap();
+    assert_eq!(socket.recv(&mut buffer).await.unwrap(), 4);
+    let whois = Inquire { local: Some(socket.local_addr()), remote: Some(socket.peer_addr()), protocol: Some(UDP) };
+    assert_eq!(client.whois_flow(whois).await.unwrap().latch.unwrap().number, socket.latch());
+    assert_eq!(refusal(client.latch_udp(socket.peer_addr(), None, "mallory.example").await), Code::WrongPeer);
+
+    let mut changes = socket.changes();
+    let mallory = house.class("mallory.example");
+    house.install(2, mallory);
+    assert_eq!(changes.next().await.state, State::Broken);
+    house.database.removed(2);
+    assert_eq!(changes.next().await.state, State::Established);
+    client.close_latch(socket.latch()).await.unwrap();
+    assert_eq!(
+        timeout(PATIENCE, socket.recv(&mut buffer)).await.unwrap().unwrap_err().kind(),
+        io::ErrorKind::ConnectionReset
+    );
+    assert_eq!(changes.next().await.state, State::Closed);
+    drop(socket);
+    house.no_latches().await;
+}
+
+#[tokio::test]
+async fn a_stream_that_waits_survives_a_break() {
+    let house = House::with_sa().await;
+    let (client, far) = (Client::connect(&house.path).await.unwrap(), Far::listen());
+    let wanted = Wanted { on_break: Some(Disposition::Wait), ..Wanted::from("peer.example") };
+    let mut stream = client.latch_tcp(far.0.local_addr().unwrap(), None, wanted).await.unwrap();
+    let (mut far, _) = far.0.accept().unwrap();
+    let mut changes = stream.changes();
+    house.install(2, house.class("mallory.example"));
+    assert_eq!(changes.next().await.state, State::Broken);
+    house.database.removed(2);
+    assert_eq!(changes.next().await.state, State::Established);
+    stream.write_all(b"still here").await.unwrap();
+    let mut buffer = [0; 10];
+    far.read_exact(&mut buffer).unwrap();
+    assert_eq!(&buffer, b"still here");
+    client.break_latch(stream.latch()).await.unwrap();
+    assert_eq!(client.show(stream.latch()).await.unwrap().latch.unwrap().state, State::Broken);
+    assert_eq!(refusal(client.break_latch(999).await), Code::NoSuchLatch);
+}
+
+#[tokio::test]
+async fn a_watcher_sees_the_latches_of_others() {
+    let house = House::with_sa().await;
+    let (client, watcher) = (Client::connect(&house.path).await.unwrap(), Client::connect(&house.path).await.unwrap());
+    let mut events = watcher.watch().await.unwrap();
+    let (stream, _far) = Far::listen().latch(&client).await;
+    let latch = stream.latch();
+    client.close_latch(latch).await.unwrap();
+    drop(stream);
+    for expected in [State::Established, State::Closed, State::Closed] {
+        let event = timeout(PATIENCE, events.next()).await.unwrap().unwrap();
+        assert_eq!((event.latch, event.state, event.missed), (latch, expected, 0), "{event:?}");
+    }
+}
+
+#[tokio::test]
+async fn an_sa_is_made_when_there_is_none_and_a_narrow_one_when_asked_for() {
+    // RFC 5660 §2.3, §2.1.
+    let directory = TempDir::new().unwrap();
+    let path = directory.path().join("latch.sock");
+    let database = Arc::new(Database::new());
+    let asked: Arc<std::sync::Mutex<Vec<bool>>> = Arc::default();
+    let initiator = Initiator::new({
+        let (database, asked) = (Arc::clone(&database), Arc::clone(&asked));
+        move |flow, narrow| {
+            let (database, asked) = (Arc::clone(&database), Arc::clone(&asked));
+            Box::pin(async move {
+                if flow.remote_port == 9 {
+                    return Err("nobody answers".to_owned());
+                }
+                asked.lock().unwrap().push(narrow);
+                let class = database.intern(class("peer.example", Proof::PreSharedKey));
+                database.installed(1, class, loopback(), loopback());
+                Ok(())
+            })
+        }
+    });
+    let config = ServerConfig { path: path.clone(), device: None, initiator: Some(initiator), unenforced: None };
+    let server = serve(config, Arc::clone(&database)).await.unwrap();
+    let house = House { server, database, path, directory };
+    let (client, far) = (Client::connect(&house.path).await.unwrap(), TcpListener::bind("127.0.0.1:0").unwrap());
+    let remote = far.local_addr().unwrap();
+    let with = |initiate| Wanted { initiate, ..Wanted::from("peer.example") };
+    assert_eq!(refusal(client.latch_tcp(remote, None, with(Initiate::No)).await), Code::NoSa);
+    let ClientError::Refused(refused) =
+        client.latch_tcp("127.0.0.1:9".parse().unwrap(), None, "peer.example").await.unwrap_err()
+    else {
+        panic!("another error")
+    };
+    assert!(refused.code == Code::NoSa && refused.message.contains("nobody answers"), "{refused}");
+    let _first = client.latch_tcp(remote, None, "peer.example").await.unwrap();
+    let _second = client.latch_tcp(remote, None, "peer.example").await.unwrap();
+    let _third = client.latch_tcp(remote, None, with(Initiate::Narrow)).await.unwrap();
+    assert_eq!(*asked.lock().unwrap(), [false, true]);
+}
+
+#[tokio::test]
+async fn a_requirement_that_is_misspelled_is_refused() {
+    let house = House::with_sa().await;
+    let raw = house.raw().await;
+    for (wanted, code) in [
+        (json!({"peer": "%any", "remote": "127.0.0.1:9", "suits": []}), "malformed"),
+        (json!({"peer": "%any", "remote": "127.0.0.1:9", "mode": "both"}), "malformed"),
+        (json!({"peer": "%any", "remote": "127.0.0.1:9", "suites": [{"encr": 20, "bits": 128}]}), "malformed"),
+        (json!({"peer": "%any", "remote": "127.0.0.1:9", "on_break": "shout"}), "malformed"),
+        (json!({"peer": "%any", "remote": "127.0.0.1:9", "mode": "transport"}), "wrong-protection"),
+        (json!({"peer": "%any", "remote": "127.0.0.1:9", "local_id": "them.example"}), "wrong-peer"),
+    ] {
+        let request = json!({"id": 1, "request": "create", "arguments": wanted}).to_string();
+        raw.send(request.as_bytes(), Some(bound().as_fd())).await.unwrap();
+        let answer = answer(&raw).await;
+        assert_eq!(answer["code"], code, "{request}: {answer}");
+    }
+    assert!(house.database.list().is_empty());
 }
 
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -463,7 +666,7 @@ impl House {
         let directory = TempDir::new().unwrap();
         let path = directory.path().join("latch.sock");
         let database = Arc::new(Database::new());
-        let config = ServerConfig { path: path.clone(), device: None, unenforced: None };
+        let config = ServerConfig { path: path.clone(), device: None, initiator: None, unenforced: None };
         let server = serve_within(config, Arc::clone(&database), limits).await.unwrap();
         Self { server, database, path, directory }
     }
@@ -508,7 +711,7 @@ impl Far {
         Self(TcpListener::bind("127.0.0.1:0").unwrap())
     }
 
-    async fn latch(self, client: &Client) -> (LatchedStream, std::net::TcpStream) {
+    async fn latch(self, client: &Client) -> (TcpStream, std::net::TcpStream) {
         let stream = client.latch_tcp(self.0.local_addr().unwrap(), None, "peer.example").await.unwrap();
         let (far, _) = self.0.accept().unwrap();
         far.set_read_timeout(Some(PATIENCE)).unwrap();

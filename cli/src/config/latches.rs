@@ -1,0 +1,140 @@
+//! What a configuration says of latched flows: which it would break (RFC 5660 §2.2, SPD conflicts), and which child is for
+//! a flow that has no SA yet.
+
+use std::sync::Arc;
+
+use ike::config::{Child, ConfiguredSelector};
+use ipsec::plane::Mode;
+use ipsec::selector::Flow;
+use ipsec::transform::{Encr, Integ, TransformType};
+use pad::Identity;
+
+use super::ConnectionDefinition;
+
+/// What a latch has pinned, as far as a configuration speaks of it.
+#[derive(Clone, Copy, Debug)]
+pub struct Pinned<'a> {
+    /// The flow.
+    pub flow: &'a Flow,
+    /// The identity that the peer proved.
+    pub peer: &'a Identity,
+    /// The identity that we asserted.
+    pub local: &'a Identity,
+    /// The mode.
+    pub mode: Mode,
+    /// Cipher, its key length in bits, integrity algorithm.
+    pub suite: (Encr, u16, Integ),
+}
+
+/// Why connections would not protect a latched flow as it is latched; `None` when one of their children would.
+pub fn conflict(connections: &[ConnectionDefinition], pinned: &Pinned<'_>) -> Option<String> {
+    let mut nearest = "no connection admits its peer";
+    for definition in connections {
+        let connection = &definition.connection;
+        let ours = connection.local_id.as_ref().is_none_or(|local| local == pinned.local);
+        if !ours || !connection.remote.remote_id.matches(pinned.peer) {
+            continue;
+        }
+        for child in &connection.children {
+            if !covers(child, pinned.flow) {
+                nearest = "no child of its peer's connections selects it";
+            } else if child.mode != pinned.mode || !offers(child, pinned.suite) {
+                nearest = "the child that selects it has another mode or other algorithms";
+            } else {
+                return None;
+            }
+        }
+    }
+    Some(format!("the policy has changed: {nearest}"))
+}
+
+/// The first connection and child whose selectors cover a flow.
+pub fn child_for<'a>(
+    connections: &'a [ConnectionDefinition],
+    flow: &Flow,
+) -> Option<(&'a ConnectionDefinition, &'a Arc<Child>)> {
+    connections.iter().find_map(|definition| {
+        let child = definition.connection.children.iter().find(|child| covers(child, flow))?;
+        Some((definition, child))
+    })
+}
+
+fn covers(child: &Child, flow: &Flow) -> bool {
+    let covered = |selectors: &[ConfiguredSelector], address, port| {
+        selectors.iter().any(|selector| match selector {
+            ConfiguredSelector::Fixed(fixed) => fixed.matches(flow.protocol, address, port),
+            // Stands for an address that only the IKE SA knows.
+            dynamic => dynamic.resolve(address).matches(flow.protocol, address, port),
+        })
+    };
+    covered(&child.local_ts, flow.local, flow.local_port) && covered(&child.remote_ts, flow.remote, flow.remote_port)
+}
+
+fn offers(child: &Child, (encr, key_bits, integ): (Encr, u16, Integ)) -> bool {
+    child.esp_proposals.iter().any(|proposal| {
+        let has = |kind, id| {
+            proposal.transforms.iter().any(|transform| {
+                let length = transform.key_bits.is_none_or(|bits| kind != TransformType::ENCR || bits == key_bits);
+                transform.kind == kind && transform.id == id && length
+            })
+        };
+        has(TransformType::ENCR, encr.0) && (integ == Integ::NONE || has(TransformType::INTEG, integ.0))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
+
+    use super::*;
+    use crate::config::load;
+
+    fn connections(child: &str, remote_id: &str) -> Vec<ConnectionDefinition> {
+        let directory = tempfile::tempdir().unwrap();
+        let text = format!(
+            "connections {{\nsite {{\nlocal_addrs = 192.0.2.1\nremote_addrs = 192.0.2.2\nlocal {{\nauth = psk\nid = a.example\n}}\n\
+             remote {{\nauth = psk\nid = {remote_id}\n}}\nchildren {{\nnet {{\n{child}\n}}\n}}\n}}\n}}\n"
+        );
+        std::fs::write(directory.path().join("swanctl.conf"), text).unwrap();
+        let loaded = load::load(directory.path());
+        assert!(!loaded.has_errors(), "{:?}", loaded.reports);
+        loaded.configured.connections
+    }
+
+    // RFC 5660 §2.2: whatever alters how the flow is protected is a conflict.
+    #[test]
+    fn a_configuration_conflicts_with_what_it_would_protect_otherwise() {
+        let flow = Flow {
+            protocol: 6,
+            local: "10.1.0.1".parse().unwrap(),
+            local_port: 40_000,
+            remote: "10.2.0.1".parse().unwrap(),
+            remote_port: 7,
+        };
+        let (peer, local) = (Identity::Fqdn("b.example".into()), Identity::Fqdn("a.example".into()));
+        let suite = (Encr::AES_GCM_16, 128, Integ::NONE);
+        let pinned = Pinned { flow: &flow, peer: &peer, local: &local, mode: Mode::Tunnel, suite };
+        let good = "local_ts = 10.1.0.0/24\nremote_ts = 10.2.0.0/24\nesp_proposals = aes128gcm16";
+        assert_eq!(conflict(&connections(good, "b.example"), &pinned), None);
+        assert_eq!(conflict(&connections(good, "*.example"), &pinned), None);
+        let other_port = good.replace("10.2.0.0/24", "10.2.0.0/24[tcp/8]");
+        let dynamic = good.replace("10.2.0.0/24", "dynamic[tcp/7]");
+        assert_eq!(conflict(&connections(&dynamic, "b.example"), &pinned), None);
+        for (connections, why) in [
+            (Vec::new(), "no connection"),
+            (connections(good, "c.example"), "no connection"),
+            (connections(&other_port, "b.example"), "no child"),
+            (connections(&good.replace("aes128gcm16", "aes256gcm16"), "b.example"), "other algorithms"),
+            (connections(&good.replace("aes128gcm16", "aes128-sha256"), "b.example"), "other algorithms"),
+            (connections(&format!("{good}\nmode = transport"), "b.example"), "another mode"),
+        ] {
+            let reason = conflict(&connections, &pinned).unwrap();
+            assert!(reason.contains(why), "{reason}");
+        }
+        let cbc = Pinned { suite: (Encr::AES_CBC, 128, Integ::HMAC_SHA2_256_128), ..pinned };
+        assert_eq!(conflict(&connections(&good.replace("aes128gcm16", "aes128-sha256"), "b.example"), &cbc), None);
+        let found = connections(good, "b.example");
+        assert_eq!(child_for(&found, &flow).unwrap().1.name, "net");
+        assert!(child_for(&found, &Flow { remote: "10.3.0.1".parse().unwrap(), ..flow }).is_none());
+    }
+}

@@ -1,0 +1,278 @@
+//! Latches as the tools and a configuration's changes see them, between real daemons: `latchkey nc` on both ends, reloads,
+//! dead peers, an impostor with a certificate of the same authority.
+
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+use std::fs;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Stdio};
+use std::time::Duration;
+
+use latchkey_tests::daemon::Kind::Latchkey;
+use latchkey_tests::daemon::{Daemon, Files, program};
+use latchkey_tests::host::{Host, link, wait_for};
+use latchkey_tests::pki::Authority;
+use latchkey_tests::scene::{Scene, Suite, configurations, hosts};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// `latchkey nc`; what it says goes to files.
+struct Netcat {
+    process: Child,
+    output: PathBuf,
+    errors: PathBuf,
+}
+
+impl Netcat {
+    fn start(daemon: &Daemon, host: &Host, name: &str, args: &[&str]) -> Self {
+        let (output, errors) = (daemon.path(&format!("{name}.out")), daemon.path(&format!("{name}.err")));
+        let socket = daemon.latch_socket();
+        let mut all = vec!["nc", "--socket", socket.to_str().unwrap()];
+        all.extend_from_slice(args);
+        let process = host
+            .command(program("latchkey").to_str().unwrap(), &all)
+            .stdin(Stdio::piped())
+            .stdout(fs::File::create(&output).unwrap())
+            .stderr(fs::File::create(&errors).unwrap())
+            .spawn()
+            .unwrap();
+        Self { process, output, errors }
+    }
+
+    fn types(&mut self, text: &str) {
+        let input = self.process.stdin.as_mut().unwrap();
+        // One that has ended takes nothing more.
+        let _ = input.write_all(text.as_bytes()).and_then(|()| input.flush());
+    }
+
+    fn prints(&self, what: &str) {
+        self.waits(&self.output, what);
+    }
+
+    fn tells(&self, what: &str) {
+        self.waits(&self.errors, what);
+    }
+
+    fn waits(&self, path: &Path, what: &str) {
+        let read = |path: &Path| fs::read_to_string(path).unwrap();
+        let started = std::time::Instant::now();
+        while !read(path).contains(what) {
+            let said = format!("{}{}", read(&self.output), read(&self.errors));
+            assert!(started.elapsed() < PATIENCE, "nc does not say {what:?} but: {said}");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    fn ends(&mut self) {
+        let process = &mut self.process;
+        wait_for("the end of nc", PATIENCE, || process.try_wait().unwrap().is_some());
+    }
+}
+
+impl Drop for Netcat {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// Both say a line, and hear the other's.
+fn talk(one: &mut Netcat, other: &mut Netcat, word: &str) {
+    one.types(&format!("{word} from here\n"));
+    other.prints(&format!("{word} from here\n"));
+    other.types(&format!("{word} from there\n"));
+    one.prints(&format!("{word} from there\n"));
+}
+
+fn latchkey(daemon: &Daemon, host: &Host, args: &[&str]) -> String {
+    let socket = daemon.latch_socket();
+    let mut all = args.to_vec();
+    all.extend_from_slice(&["--socket", socket.to_str().unwrap()]);
+    host.check(program("latchkey").to_str().unwrap(), &all)
+}
+
+/// One end of the world of certificates: connections to some peers, each for the same networks.
+fn certified(
+    authority: &Authority,
+    own: (&str, &str),
+    local_ts: &str,
+    peers: &[(&str, &str, &str, &str)],
+) -> (String, Files) {
+    let (id, address) = own;
+    let mut text = "connections {\n".to_owned();
+    for (peer, local, remote, remote_ts) in peers {
+        let local = if local.is_empty() { address } else { local };
+        text += &format!(
+            "to-{peer} {{\nlocal_addrs = {local}\nremote_addrs = {remote}\nversion = 2\nlocal {{\nauth = pubkey\n\
+             id = {id}.example\ncerts = cert.pem\n}}\nremote {{\nauth = pubkey\nid = {peer}.example\n}}\nchildren {{\n\
+             net-{peer} {{\nlocal_ts = {local_ts}\nremote_ts = {remote_ts}\nesp_proposals = aes128gcm16\n}}\n}}\n}}\n"
+        );
+    }
+    let credential = authority.issue(&format!("{id}.example"), &rcgen::PKCS_ECDSA_P256_SHA256);
+    let files = vec![
+        ("x509/cert.pem".to_owned(), credential.certificate),
+        ("x509ca/ca.pem".to_owned(), authority.certificate()),
+        ("private/key.pem".to_owned(), credential.key),
+    ];
+    (text + "}\n", files)
+}
+
+// RFC 5660 §2.3.2, its hosts A, B and C: A connects to a service of B, both ends latched; C, whom both admit and whose
+// certificate is of the same authority, first claims B's address to A, then A's address to B.
+#[test]
+fn the_example_of_rfc_5660_with_hosts_a_b_and_c() {
+    let (host_a, host_b) = hosts();
+    let host_c = Host::new();
+    link(&host_a, "198.51.100.1/24", &host_c, "198.51.100.3/24");
+    link(&host_b, "203.0.113.2/24", &host_c, "203.0.113.3/24");
+    let authority = Authority::new("test CA", &rcgen::PKCS_ECDSA_P256_SHA256);
+    let (net_a, net_b) = ("10.1.0.0/24", "10.2.0.0/24");
+    let (of_a, files_a) = certified(
+        &authority,
+        ("a", "192.0.2.1"),
+        net_a,
+        &[("b", "", "192.0.2.2", net_b), ("c", "198.51.100.1", "198.51.100.3", net_b)],
+    );
+    let (of_b, files_b) = certified(
+        &authority,
+        ("b", "192.0.2.2"),
+        net_b,
+        &[("a", "", "192.0.2.1", net_a), ("c", "203.0.113.2", "203.0.113.3", net_a)],
+    );
+    let (as_b, files_c) =
+        certified(&authority, ("c", "198.51.100.3"), "10.2.0.1/32", &[("a", "", "198.51.100.1", net_a)]);
+    let (as_a, _) = certified(&authority, ("c", "203.0.113.3"), "10.1.0.1/32", &[("b", "", "203.0.113.2", net_b)]);
+    let of_c = as_b.trim_end().trim_end_matches('}').to_owned() + as_a.trim_start_matches("connections {\n");
+    let b = Daemon::start(Latchkey, &host_b, &of_b, &files_b);
+    let c = Daemon::start(Latchkey, &host_c, &of_c, &files_c);
+    let a = Daemon::start(Latchkey, &host_a, &of_a, &files_a);
+
+    let mut server = Netcat::start(&b, &host_b, "nc", &["-l", "--peer", "a.example", "10.2.0.1", "4000"]);
+    server.tells("listening on 10.2.0.1:4000 for a.example");
+    assert!(latchkey(&b, &host_b, &["latches"]).contains("listener     tcp  10.2.0.1:4000 - *  a.example"));
+    // There is no SA yet: the latch has one made.
+    let connect = ["--peer", "b.example", "-s", "10.1.0.1", "10.2.0.1", "4000"];
+    let mut client = Netcat::start(&a, &host_a, "nc", &connect);
+    client.tells("b.example by certificate, to us as a.example; tunnel mode, ENCR_AES_GCM_16 128 bits");
+    server.tells("a.example by certificate, to us as b.example");
+    talk(&mut client, &mut server, "first");
+
+    c.initiate("net-a");
+    client.tells("the latch is broken: an SA of c.example claims");
+    client.ends();
+    // B has not been attacked yet: it waits for the peer, and its latch stands.
+    assert!(latchkey(&b, &host_b, &["latches"]).contains("established  tcp  10.2.0.1:4000 - 10.1.0.1:"));
+    c.initiate("net-b");
+    server.tells("the latch is broken: an SA of c.example claims");
+    server.ends();
+    // The witness is C's own tunnels: nothing of the latched connection came out of them.
+    let sas = c.sas();
+    assert_eq!(sas.matches("packets-in=0 ").count(), 2, "{sas}");
+    drop((client, server, a, b, c));
+}
+
+// RFC 5660 §2.1, §2.3, §6.2: a narrow SA for one connection, what the tools say of it, and the administrator's close.
+#[test]
+fn the_tools_make_show_and_close_a_latch_with_a_narrow_sa() {
+    let scene = Scene::start(Latchkey, Latchkey, &Suite::default());
+    let (a, host_a) = (&scene.a, &scene.host_a);
+    let mut server = Netcat::start(&scene.b, &scene.host_b, "nc", &["-l", "10.2.0.1", "4000"]);
+    server.tells("listening");
+    let refused = Netcat::start(a, host_a, "refused", &["--peer", "c.example", "-s", "10.1.0.1", "10.2.0.1", "4000"]);
+    refused.tells("wrong-peer");
+    let refused = Netcat::start(a, host_a, "weak", &["--suite", "aes256gcm16", "-s", "10.1.0.1", "10.2.0.1", "4000"]);
+    refused.tells("wrong-protection");
+    let connect =
+        ["--narrow", "--peer", "b.example", "--suite", "aes128gcm16", "-s", "10.1.0.1:40000", "10.2.0.1", "4000"];
+    let mut client = Netcat::start(a, host_a, "nc", &connect);
+    client.tells("b.example by shared key");
+    talk(&mut client, &mut server, "narrow");
+    let sas = a.control(&["--list-sas"]);
+    assert!(sas.contains("10.1.0.1/32[tcp/40000]") && sas.contains("10.2.0.1/32[tcp/4000]"), "{sas}");
+
+    let listed = latchkey(a, host_a, &["latches"]);
+    let number = listed.split_whitespace().next().unwrap().to_owned();
+    assert!(listed.contains("established  tcp  10.1.0.1:40000 - 10.2.0.1:4000  b.example"), "{listed}");
+    let json = latchkey(a, host_a, &["latches", "--json"]);
+    assert!(json.contains("\"remote\":\"10.2.0.1:4000\""), "{json}");
+    for shown in [
+        latchkey(a, host_a, &["latch", "show", &number]),
+        latchkey(a, host_a, &["whois", "10.1.0.1:40000", "10.2.0.1:4000"]),
+    ] {
+        assert!(shown.contains(&format!("latch: {number} established")), "{shown}");
+    }
+    latchkey(a, host_a, &["latch", "close", &number]);
+    client.tells("the latch is closed: closed by the administrator");
+    client.ends();
+}
+
+// RFC 5660 §2.3: "changes to the SPD" that conflict; §2.1: an SA with another suite conflicts as well. What would break can
+// be asked before.
+#[test]
+fn a_reload_and_another_suite_break_latches_and_can_be_foreseen() {
+    let suite = Suite { esp: "aes128gcm16,aes256gcm16", ..Suite::default() };
+    let [(of_a, files_a), (of_b, files_b)] = configurations(&suite);
+    let (host_a, host_b) = hosts();
+    let b = Daemon::start(Latchkey, &host_b, &of_b, &files_b);
+    let a = Daemon::start(Latchkey, &host_a, &of_a, &files_a);
+    a.initiate("net");
+    let mut server = Netcat::start(&b, &host_b, "nc", &["-l", "10.2.0.1", "4000"]);
+    server.tells("listening");
+    let connect = ["--on-break", "wait", "--peer", "b.example", "-s", "10.1.0.1", "10.2.0.1", "4000"];
+    let mut client = Netcat::start(&a, &host_a, "nc", &connect);
+    talk(&mut client, &mut server, "first");
+
+    let foreseen = |daemon: &Daemon, host: &Host| {
+        let (folder, socket) = (daemon.path("swanctl"), daemon.latch_socket());
+        let args = ["check", "--swanctl-dir", folder.to_str().unwrap(), "--latches", socket.to_str().unwrap()];
+        host.check(program("latchkey").to_str().unwrap(), &args)
+    };
+    assert!(foreseen(&a, &host_a).contains("0 latches would break"));
+    a.write(&of_a.replace("10.2.0.0/24", "10.9.0.0/24"), &files_a);
+    let said = foreseen(&a, &host_a);
+    assert!(said.contains("would break: ") && said.contains("\n1 latches would break"), "{said}");
+    client.types("before the reload\n");
+    server.prints("before the reload");
+    a.control(&["--load-conns"]);
+    client.tells("the latch is broken: the policy has changed: no child");
+    client.types("while it is broken\n");
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(!fs::read_to_string(&server.output).unwrap().contains("while it is broken"));
+    a.write(&of_a, &files_a);
+    a.control(&["--load-conns"]);
+    client.tells("the latch is established: nothing conflicts");
+    // What was written meanwhile was not lost: TCP sends it again.
+    server.prints("while it is broken");
+
+    let second = "net2 {\nlocal_ts = 10.2.0.0/24\nremote_ts = 10.1.0.0/24\nesp_proposals = aes256gcm16\n}\nnet {";
+    b.write(&of_b.replace("net {", second), &files_b);
+    b.control(&["--load-conns"]);
+    b.initiate("net2");
+    client.tells("claims 10.1.0.1 port");
+    client.tells("other ESP suite");
+    server.ends();
+    drop((client, server, a, b));
+}
+
+// RFC 5660 §2, §2.2: a peer that liveness checks find dead breaks its latches.
+#[test]
+fn a_dead_peer_breaks_the_latch() {
+    let suite = Suite { connection: "dpd_delay = 1s\n", ..Suite::default() };
+    let (host_a, host_b) = hosts();
+    let [(of_a, files_a), (of_b, files_b)] = configurations(&suite);
+    let b = Daemon::start(Latchkey, &host_b, &of_b, &files_b);
+    let a = Daemon::start_empty(Latchkey, &host_a, "retransmit_tries = 1\nretransmit_timeout = 0.5\n");
+    a.write(&of_a, &files_a);
+    a.control(&["--load-all"]);
+    let mut server = Netcat::start(&b, &host_b, "nc", &["-l", "10.2.0.1", "4000"]);
+    server.tells("listening");
+    let connect = ["--peer", "b.example", "-s", "10.1.0.1", "10.2.0.1", "4000"];
+    let mut client = Netcat::start(&a, &host_a, "nc", &connect);
+    talk(&mut client, &mut server, "first");
+    b.signal("KILL");
+    // Fail closed on the side of the dead daemon, too: its holder is told.
+    server.ends();
+    client.tells("the latch is broken: b.example is dead");
+    client.ends();
+}
