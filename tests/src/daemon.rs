@@ -119,7 +119,7 @@ impl Daemon {
         let start = Instant::now();
         while !daemon.path("vici").exists() {
             assert!(
-                daemon.process.try_wait().unwrap().is_none() && start.elapsed() < Duration::from_secs(30),
+                daemon.process.try_wait().unwrap().is_none() && start.elapsed() < Duration::from_secs(60),
                 "{kind:?} did not start: {}",
                 daemon.output()
             );

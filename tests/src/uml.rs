@@ -53,6 +53,12 @@ pub fn in_guest<F: FnOnce()>(body: F) {
 
 /// Boots the guest and runs this program's chosen tests there; gives what they printed.
 fn boot() -> Result<String, String> {
+    run(&job(), LIMIT)
+}
+
+/// Boots the guest and runs a shell script there, with [`inside`] true; gives what it printed. The guest is killed after so
+/// many seconds.
+pub fn run(script: &str, limit: u32) -> Result<String, String> {
     for program in [KERNEL, "/sbin/modprobe"] {
         if !Path::new(program).exists() {
             return Err(format!("{program} is missing: apt-get install user-mode-linux kmod"));
@@ -62,16 +68,16 @@ fn boot() -> Result<String, String> {
     let out = directory.path().join("out");
     fs::create_dir(&out).unwrap();
     fs::write(directory.path().join("init"), include_str!("uml/init")).unwrap();
-    fs::write(out.join("job"), job()).unwrap();
-    let run = |program: &str, args: &[&str]| Command::new(program).args(args).current_dir(&directory).output().unwrap();
-    run("chmod", &["+x", "init"]);
+    fs::write(out.join("job"), format!("export {INSIDE}=1 RUST_BACKTRACE=1\n{script}\n")).unwrap();
+    let chmod = Command::new("chmod").arg("+x").arg(directory.path().join("init")).status().unwrap();
+    assert!(chmod.success());
 
     let mut console = String::new();
     for _ in 0..BOOTS {
         let output = fs::File::create(directory.path().join("console")).unwrap();
         // It has a process for each of the guest's, all in one group that `timeout` makes and ends.
         let status = Command::new("timeout")
-            .args(["-s", "KILL", &LIMIT.to_string(), KERNEL])
+            .args(["-s", "KILL", &limit.to_string(), KERNEL])
             .args(["mem=1G", "root=/dev/root", "rootfstype=hostfs", "ro", "con=null", "con0=fd:0,fd:1", "quiet"])
             .arg(format!("init={}", directory.path().join("init").display()))
             .arg(format!("OUT={}", out.display()))
@@ -86,7 +92,7 @@ fn boot() -> Result<String, String> {
             let log = String::from_utf8_lossy(&log).into_owned();
             return Ok(match out.join("status").exists() {
                 true => log,
-                false => format!("{log}\n{console}\nthe guest ended before its tests ({status}; limit {LIMIT} s)\n"),
+                false => format!("{log}\n{console}\nthe guest ended before its tests ({status}; limit {limit} s)\n"),
             });
         }
     }
@@ -96,7 +102,7 @@ fn boot() -> Result<String, String> {
 /// A script that runs this program in the guest with the same choice of tests.
 fn job() -> String {
     let quote = |text: &str| format!("'{}'", text.replace('\'', r"'\''"));
-    let mut job = format!("cd {}\nexport {INSIDE}=1 RUST_BACKTRACE=1\n", quote(env!("CARGO_MANIFEST_DIR")));
+    let mut job = format!("cd {}\n", quote(env!("CARGO_MANIFEST_DIR")));
     if let Ok(level) = std::env::var("LATCHKEY_TEST_LOG") {
         job += &format!("export LATCHKEY_TEST_LOG={}\n", quote(&level));
     }
@@ -114,5 +120,5 @@ fn job() -> String {
             filter => job += &format!(" {}", quote(filter)),
         }
     }
-    job + " --test-threads=4\n"
+    job + " --test-threads=4"
 }

@@ -486,8 +486,9 @@ impl Tables {
                     break;
                 }
                 pair.lost = true;
-                tracing::warn!("{}: the kernel has lost it; it counts as expired", describe(pair.inbound));
-                events.push(PlaneEvent::Expire { spi_in: *spi_in, hard: true });
+                tracing::warn!("{}: the kernel has lost it; it is rekeyed", describe(pair.inbound));
+                // A rekey replaces it, and until then its policies drop what it was for.
+                events.push(PlaneEvent::Expire { spi_in: *spi_in, hard: false });
             }
         }
         Ok(events)

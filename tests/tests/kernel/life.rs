@@ -2,13 +2,14 @@
 
 use std::time::Duration;
 
+use latchkey_tests::capture::Capture;
 use latchkey_tests::daemon::Daemon;
 use latchkey_tests::daemon::Kind::{LatchkeyKernel, StrongswanKernel};
 use latchkey_tests::host::{Host, link, wait_for};
-use latchkey_tests::scene::{INNER_A, Suite, configurations};
+use latchkey_tests::scene::{INNER_A, INNER_B, Scene, Suite, configurations};
 use latchkey_tests::uml::in_guest;
 
-use crate::{is_clean, start, states};
+use crate::{ROLES, is_clean, start, states, works};
 
 /// Latchkey and strongSwan on one host, each with a peer of its own.
 struct Neighbours {
@@ -115,5 +116,73 @@ fn a_stopped_daemon_leaves_nothing() {
             is_clean(&scene.host_a);
             wait_for("the peer's SA is gone", Duration::from_secs(20), || scene.b.established() == 0);
         }
+    });
+}
+
+// Somebody empties the kernel's databases: policies come back, and lost states, whose keys nobody has, are replaced.
+#[test]
+fn what_others_flush_is_put_right() {
+    in_guest(|| {
+        for (initiator, responder) in ROLES {
+            let scene = works(initiator, responder, &Suite::default());
+            let (ours, host) = match initiator {
+                LatchkeyKernel => (&scene.a, &scene.host_a),
+                _ => (&scene.b, &scene.host_b),
+            };
+            host.ip(&["xfrm", "policy", "flush"]);
+            wait_for("the policies", Duration::from_secs(20), || {
+                host.check("ip", &["xfrm", "policy"]).matches("reqid").count() == 3
+            });
+            scene.passes();
+            let spis = ours.child_spis("INSTALLED");
+            let device = host.check("ip", &["-o", "link", "show", "type", "veth"]);
+            let device = device.split_whitespace().nth(1).unwrap().split('@').next().unwrap().to_owned();
+            let mut capture = Capture::start(host, &device);
+            host.ip(&["xfrm", "state", "flush"]);
+            wait_for("traffic", Duration::from_secs(40), || scene.host_a.pings(INNER_A, INNER_B));
+            capture.nothing_in_clear();
+            assert_ne!(ours.child_spis("INSTALLED"), spis);
+            assert_eq!(states(host), 2, "{}", host.check("ip", &["xfrm", "state"]));
+        }
+    });
+}
+
+#[test]
+fn routes_give_the_source_address_and_go_with_the_sa() {
+    in_guest(|| {
+        let scene = Scene::works(LatchkeyKernel, StrongswanKernel, &Suite::default());
+        let table = |host: &Host| {
+            let routes = host.run("ip", &["route", "show", "table", "220"]);
+            String::from_utf8(routes.stdout).unwrap()
+        };
+        // As strongSwan has it on the other side.
+        assert!(
+            table(&scene.host_b).contains("10.1.0.0/24 via 192.0.2.1 ")
+                && table(&scene.host_b).contains("src 10.2.0.1")
+        );
+        assert!(table(&scene.host_a).contains("10.2.0.0/24"), "{}", table(&scene.host_a));
+        assert!(table(&scene.host_a).contains("src 10.1.0.1"), "{}", table(&scene.host_a));
+        assert!(
+            scene.host_a.run("ping", &["-c", "1", "-W", "2", INNER_B]).status.success(),
+            "{}",
+            table(&scene.host_a)
+        );
+        assert!(scene.a.sas().contains("plane=kernel"), "{}", scene.a.sas());
+        scene.a.control(&["--terminate", "--ike", "site"]);
+        assert_eq!(table(&scene.host_a), "");
+    });
+}
+
+// RFC 9329: the kernel of these tests takes no ESP from streams; the same daemon does it in user space.
+#[test]
+fn streams_are_served_in_user_space() {
+    in_guest(|| {
+        let suite = Suite { connection: "tcp = yes\n", ..Suite::default() };
+        let scene = Scene::works(LatchkeyKernel, LatchkeyKernel, &suite);
+        assert_eq!(states(&scene.host_a), 0);
+        for daemon in [&scene.a, &scene.b] {
+            assert!(daemon.sas().contains("plane=user-space"), "{}", daemon.sas());
+        }
+        scene.host_a.transfers_whole(INNER_A, &scene.host_b, INNER_B, 1 << 20);
     });
 }

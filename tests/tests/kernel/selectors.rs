@@ -11,7 +11,7 @@ use latchkey_tests::host::{Host, link, wait_for};
 use latchkey_tests::scene::{INNER_A, INNER_B, Suite, configurations};
 use latchkey_tests::uml::in_guest;
 
-use crate::{ROLES, is_clean, states, works};
+use crate::{ROLES, is_clean, start, states, works};
 
 /// Outer and inner addresses of both ends, by family.
 const FOUR: [&str; 2] = ["192.0.2.1", "192.0.2.2"];
@@ -233,5 +233,27 @@ fn traps_bring_up_what_a_packet_wants() {
             capture.nothing_in_clear();
             assert!(capture.count("esp") > 0);
         }
+    });
+}
+
+// `mark_in`, `mark_out`, `set_mark_in`: policies for packets with a mark; what has none is not theirs.
+#[test]
+fn marks_choose_what_is_protected() {
+    in_guest(|| {
+        let suite = Suite::default();
+        let (scene, marks) =
+            (start(LatchkeyKernel, StrongswanKernel, &suite), "mark_in = 42\nmark_out = 42\nset_mark_in = 42\n");
+        let [(of_a, _), _] = configurations(&suite);
+        scene.a.write(&of_a.replace("esp_proposals", &format!("{marks}esp_proposals")), &vec![]);
+        scene.a.control(&["--load-all"]);
+        scene.a.initiate("net");
+        let ping = |mark: &str| {
+            let args = ["-m", mark, "-c", "2", "-i", "0.2", "-W", "1", "-I", INNER_A, INNER_B];
+            scene.host_a.run("ping", &args).status.success()
+        };
+        assert!(ping("42"), "{}{}", scene.host_a.check("ip", &["xfrm", "policy"]), scene.a.output());
+        // In clear, and so dropped by the peer.
+        assert!(!ping("41"));
+        assert_eq!(scene.a.sas().matches("packets-out=2 ").count(), 1, "{}", scene.a.sas());
     });
 }
