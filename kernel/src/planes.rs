@@ -94,7 +94,9 @@ impl DataPlane for Planes {
         match &self.kernel {
             // Keys must not be used by two that count sequence numbers each for himself: a successor with keys of its own
             // comes into the other plane, and until then nothing goes out.
-            Some(kernel) if in_stream == kernel.pairs.contains(&spi_in) => {
+            Some(Kernel { pairs, others, .. })
+                if in_stream && pairs.contains(&spi_in) || !in_stream && others.contains_key(&spi_in) =>
+            {
                 tracing::info!(
                     spi_in = format_args!("{spi_in:08x}"),
                     "rekeying, since the other plane carries ESP there"

@@ -35,6 +35,8 @@ pub(super) struct Tables {
     policies: HashMap<PolicyId, Vec<Wish>>,
     /// Inbound SPIs of pairs whose peer is not ready.
     waiting: Vec<u32>,
+    /// When the counters of all were read.
+    read_at: Option<Instant>,
     /// Something went wrong, or somebody else was at the databases: they may be otherwise than they should.
     suspect: bool,
 }
@@ -81,6 +83,15 @@ struct Counter {
     changed_at: Option<Instant>,
 }
 
+impl Counter {
+    fn note(&mut self, report: &StateReport) {
+        if report.packets != self.packets {
+            self.changed_at = Some(last_used(report));
+        }
+        (self.bytes, self.packets) = (report.bytes, report.packets);
+    }
+}
+
 /// Somebody's wish for a policy.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Wish {
@@ -110,6 +121,7 @@ impl Tables {
             traps: BTreeMap::new(),
             policies: HashMap::new(),
             waiting: Vec::new(),
+            read_at: None,
             suspect: false,
         }
     }
@@ -464,7 +476,7 @@ impl Tables {
             let Some(policy) = best(wishes) else { continue };
             let Action::Protect(Template { reqid, .. }) = policy.action;
             let outcome = match there.get(&policy.id) {
-                None => self.socket.add_policy(policy),
+                None => put_policy(&mut self.socket, policy),
                 Some((priority, reqids)) if (*priority, reqids.as_slice()) != (policy.priority, &[reqid]) => {
                     self.socket.set_policy(policy)
                 }
@@ -478,7 +490,10 @@ impl Tables {
         let mut events = Vec::new();
         for (spi_in, pair) in &mut self.pairs {
             let sends = matches!(pair.sending, Sending::Yes);
-            let whole = there.contains(&pair.inbound) && (!sends || there.contains(&pair.outbound));
+            // What a dump does not show while others change the database is asked for by name.
+            let mut exists =
+                |id: &StateId, mark| Ok::<_, io::Error>(there.contains(id) || self.socket.state(*id, mark)?.is_some());
+            let whole = exists(&pair.inbound, pair.marks.0)? && (!sends || exists(&pair.outbound, pair.marks.1)?);
             if !whole && !pair.lost {
                 if events.len() >= LOST_AT_ONCE {
                     // The way up to the daemon has room for so many: the rest comes with the next look.
@@ -538,7 +553,13 @@ impl Tables {
     /// Counters of a pair.
     pub(super) fn usage(&mut self, spi_in: u32) -> Result<Usage, PlaneError> {
         let now = Instant::now();
-        let (received, sent) = (self.read(spi_in, Direction::In)?, self.read(spi_in, Direction::Out)?);
+        let (received, sent) = if self.pairs.len() > FEW {
+            self.read_all(now)?;
+            let [received, sent] = self.pairs.get(&spi_in).ok_or(PlaneError::NoSuchSa(spi_in))?.counters;
+            (received, sent)
+        } else {
+            (self.read(spi_in, Direction::In)?, self.read(spi_in, Direction::Out)?)
+        };
         let idle = |counter: &Counter| counter.changed_at.map(|at| now.saturating_duration_since(at));
         Ok(Usage {
             bytes_in: received.bytes,
@@ -548,6 +569,24 @@ impl Tables {
             packets_out: sent.packets,
             idle_out: idle(&sent),
         })
+    }
+
+    /// Reads the counters of all states at once, unless that was a moment ago: one by one, many would take too long.
+    fn read_all(&mut self, now: Instant) -> Result<(), PlaneError> {
+        if self.read_at.is_some_and(|at| now.saturating_duration_since(at) < READ_EVERY) {
+            return Ok(());
+        }
+        let reports = self.socket.states().map_err(|e| system("read all counters".to_owned(), e))?;
+        self.read_at = Some(now);
+        for report in reports.iter().filter(|report| report.ours) {
+            let Some(pair) = self.states.get(&report.id).and_then(|spi_in| self.pairs.get_mut(spi_in)) else {
+                continue;
+            };
+            let [received, sent] = &mut pair.counters;
+            let counter = if report.id == pair.inbound { received } else { sent };
+            counter.note(report);
+        }
+        Ok(())
     }
 
     /// Reads the counters of one state; those of a state that is gone stay as they were.
@@ -562,10 +601,7 @@ impl Tables {
             let report = self.socket.state(id, mark);
             let report = report.map_err(|e| system(format!("read the counters of {}", describe(id)), e))?;
             if let Some(report) = report {
-                if report.packets != counter.packets {
-                    counter.changed_at = Some(last_used(&report));
-                }
-                (counter.bytes, counter.packets) = (report.bytes, report.packets);
+                counter.note(&report);
             }
         }
         Ok(*counter)
@@ -635,6 +671,10 @@ fn add_policy(socket: &mut XfrmSocket, policy: &Policy) -> io::Result<()> {
             format!("another key manager has one for the same packets (priority {})", other.priority),
         ));
     }
+    put_policy(socket, policy)
+}
+
+fn put_policy(socket: &mut XfrmSocket, policy: &Policy) -> io::Result<()> {
     match socket.add_policy(policy) {
         // One of ours that could not be removed.
         Err(e) if errno(&e) == Some(Errno::EXIST) => socket.set_policy(policy),
@@ -866,6 +906,9 @@ fn system(action: String, source: io::Error) -> PlaneError {
 
 const ICMP: u8 = 1;
 const ICMPV6: u8 = 58;
+/// Pairs whose counters are read one by one.
+const FEW: usize = 32;
+const READ_EVERY: Duration = Duration::from_millis(500);
 const LOST_AT_ONCE: usize = 256;
 /// From here on a successor is due.
 const LAST_SEQUENCE_NUMBERS: u64 = 0xf000_0000;

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
 mod life;
+mod model;
 mod paths;
 mod rekey;
 mod selectors;

@@ -1,0 +1,361 @@
+//! A model of what the kernel's plane installs, compared with dumps of the kernel's databases (`ip xfrm`) after random
+//! operations: some fail on their own account, some because somebody else's states and policies are in the way.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
+use std::process::Command;
+
+use ipsec::guard::{ClassId, NoLatches};
+use ipsec::plane::{
+    DataPlane, Encapsulation, EspKeys, EspSuite, KernelOptions, Lifetime, Mode, SaPair, TfcPadding, Trap,
+};
+use ipsec::secret::Secret;
+use ipsec::selector::TrafficSelector;
+use ipsec::transform::{Encr, Integ};
+use kernel::netns::{Namespace, veth};
+use kernel::network::{Network, NetworkConfig, PlaneChoice};
+use latchkey_tests::uml::in_guest;
+use proptest::prelude::*;
+
+const LOCAL: &str = "192.0.2.1";
+const PEERS: [&str; 3] = ["192.0.2.2", "192.0.2.3", "2001:db8::2"];
+const LOCALS: [&str; 3] = [LOCAL, LOCAL, "2001:db8::1"];
+const REMOTE_NETS: [(&str, u8); 3] = [("10.2.0.0", 24), ("10.2.0.0", 16), ("10.3.0.0", 24)];
+const LOCAL_NET: (&str, u8) = ("10.1.0.0", 24);
+/// Inbound SPIs begin here, outbound ones further on.
+const SPI: u32 = 0x1000;
+const SPI_OUT: u32 = 0x2000;
+/// Somebody else's state has the name of our inbound one.
+const TAKEN_IN: u32 = 6;
+/// Somebody else's state has the name of our outbound one: what was done before must be undone.
+const TAKEN_OUT: u32 = 7;
+
+#[derive(Clone, Debug)]
+enum Operation {
+    Install {
+        spi: u32,
+        reqid: u32,
+        network: usize,
+        peer: usize,
+        await_peer: bool,
+        unsupported: bool,
+    },
+    Retire(u32),
+    Delete(u32),
+    Migrate(u32, usize),
+    Trap(u32, usize),
+    RemoveTrap(u32),
+    /// Somebody removes a policy of ours, if there is one for this network.
+    Foreign(usize),
+}
+
+fn operation() -> impl Strategy<Value = Operation> {
+    let spi = || 0_u32..8;
+    prop_oneof![
+        6 => (spi(), 1_u32..4, 0_usize..3, 0_usize..3, any::<bool>(), prop::bool::weighted(0.1)).prop_map(
+            |(spi, reqid, network, peer, await_peer, unsupported)| Operation::Install {
+                spi, reqid, network, peer, await_peer, unsupported
+            }
+        ),
+        2 => spi().prop_map(Operation::Retire),
+        3 => spi().prop_map(Operation::Delete),
+        2 => (0..TAKEN_IN, 0_usize..3).prop_map(|(spi, peer)| Operation::Migrate(spi, peer)),
+        2 => (100_u32..103, 0_usize..3).prop_map(|(reqid, network)| Operation::Trap(reqid, network)),
+        1 => (100_u32..103).prop_map(Operation::RemoveTrap),
+        1 => (0_usize..3).prop_map(Operation::Foreign),
+    ]
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Sending {
+    Yes,
+    Waits,
+    Retired,
+}
+
+#[derive(Clone, Debug)]
+struct Pair {
+    spi: u32,
+    reqid: u32,
+    network: usize,
+    peer: usize,
+    sending: Sending,
+}
+
+/// What should be installed, pairs and traps in the order in which they came.
+#[derive(Default)]
+struct Model {
+    pairs: Vec<Pair>,
+    traps: Vec<(u32, usize)>,
+}
+
+/// A line for each state: ends, SPI, `reqid`.
+type Dump = BTreeSet<String>;
+
+impl Model {
+    fn find(&self, spi: u32) -> Option<usize> {
+        self.pairs.iter().position(|pair| pair.spi == spi)
+    }
+
+    /// Says whether the operation should succeed.
+    fn apply(&mut self, operation: &Operation) -> bool {
+        match *operation {
+            Operation::Install { spi, reqid, network, peer, await_peer, unsupported } => {
+                let live = self.pairs.iter().any(|pair| pair.reqid == reqid && pair.sending != Sending::Retired);
+                let sending = if await_peer && live { Sending::Waits } else { Sending::Yes };
+                // A foreign state is in the way at the first peer only; an outbound one that waits is not in its way yet.
+                let in_the_way =
+                    (spi == TAKEN_IN && peer < 2) || (spi == TAKEN_OUT && peer == 0 && sending == Sending::Yes);
+                if self.find(spi).is_some() || unsupported || in_the_way {
+                    return false;
+                }
+                self.pairs.push(Pair { spi, reqid, network, peer, sending });
+            }
+            Operation::Retire(spi) | Operation::Delete(spi) => {
+                let Some(at) = self.find(spi) else { return false };
+                let reqid = self.pairs[at].reqid;
+                for (other, pair) in self.pairs.iter_mut().enumerate() {
+                    if other != at && pair.reqid == reqid && pair.sending == Sending::Waits {
+                        let in_the_way = pair.spi == TAKEN_OUT && pair.peer == 0;
+                        pair.sending = if in_the_way { Sending::Retired } else { Sending::Yes };
+                    }
+                }
+                match operation {
+                    Operation::Retire(_) => self.pairs[at].sending = Sending::Retired,
+                    _ => drop(self.pairs.remove(at)),
+                }
+            }
+            Operation::Migrate(spi, peer) => match self.find(spi) {
+                Some(at) => self.pairs[at].peer = peer,
+                None => return false,
+            },
+            Operation::Trap(reqid, network) => {
+                if self.traps.iter().any(|(other, _)| *other == reqid) {
+                    return false;
+                }
+                self.traps.push((reqid, network));
+            }
+            Operation::RemoveTrap(reqid) => {
+                let before = self.traps.len();
+                self.traps.retain(|(other, _)| *other != reqid);
+                return self.traps.len() < before;
+            }
+            Operation::Foreign(_) => {}
+        }
+        true
+    }
+
+    fn states(&self) -> Dump {
+        let mut states = Dump::new();
+        for Pair { spi, reqid, peer, sending, .. } in &self.pairs {
+            let (local, remote) = (LOCALS[*peer], PEERS[*peer]);
+            states.insert(format!("{remote} {local} {:#010x} {reqid}", SPI + spi));
+            if *sending == Sending::Yes {
+                states.insert(format!("{local} {remote} {:#010x} {reqid}", SPI_OUT + spi));
+            }
+        }
+        states
+    }
+
+    fn policies(&self) -> Dump {
+        let mut policies = Dump::new();
+        for (network, (address, prefix)) in REMOTE_NETS.iter().enumerate() {
+            let (ours, theirs) = (format!("{}/{}", LOCAL_NET.0, LOCAL_NET.1), format!("{address}/{prefix}"));
+            let priority = 400_000 - 512 * (u32::from(*prefix) + u32::from(LOCAL_NET.1));
+            // Of equally good ones the newest.
+            let pair = self.pairs.iter().rev().find(|pair| pair.network == network);
+            if let Some(Pair { reqid, peer, .. }) = pair {
+                let (local, remote, priority) = (LOCALS[*peer], PEERS[*peer], priority - 1);
+                policies.insert(format!("{ours} {theirs} out {priority} {local} {remote} {reqid}"));
+                for direction in ["in", "fwd"] {
+                    policies.insert(format!("{theirs} {ours} {direction} {priority} {remote} {local} {reqid}"));
+                }
+            } else if let Some((reqid, _)) = self.traps.iter().rev().find(|(_, other)| *other == network) {
+                policies.insert(format!("{ours} {theirs} out {priority} 0.0.0.0 0.0.0.0 {reqid}"));
+            }
+        }
+        policies
+    }
+}
+
+fn ip(arguments: &str) -> String {
+    let output = Command::new("ip").args(arguments.split(' ')).output();
+    let output = output.unwrap_or_else(|error| panic!("ip: {error}: apt-get install iproute2"));
+    assert!(output.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// The word behind another one.
+fn after<'a>(words: &[&'a str], name: &str) -> &'a str {
+    let at = words.iter().position(|word| *word == name).unwrap_or_else(|| panic!("no {name} in {words:?}"));
+    words[at + 1]
+}
+
+/// Blocks of a dump: each begins with a line that is not indented.
+fn blocks(dump: &str) -> Vec<Vec<&str>> {
+    let mut blocks: Vec<Vec<&str>> = Vec::new();
+    for line in dump.lines() {
+        if !line.starts_with(char::is_whitespace) {
+            blocks.push(Vec::new());
+        }
+        if let Some(block) = blocks.last_mut() {
+            block.extend(line.split_whitespace());
+        }
+    }
+    blocks
+}
+
+fn states() -> Dump {
+    let dump = ip("xfrm state");
+    let states = blocks(&dump).into_iter().map(|words| {
+        let value = |name| after(&words, name);
+        format!("{} {} {} {}", value("src"), value("dst"), value("spi"), value("reqid"))
+    });
+    // Not somebody else's, and not the kernel's own for a packet that waits.
+    states.filter(|state| !state.ends_with(" 999") && !state.contains(" 0x00000000 ")).collect()
+}
+
+fn policies() -> Dump {
+    let dump = ip("xfrm policy");
+    let all = blocks(&dump).into_iter().filter(|words| words.contains(&"dir"));
+    let policies = all.map(|words| {
+        let template = words.iter().position(|word| *word == "tmpl").unwrap();
+        let (selector, template) = words.split_at(template);
+        let (selected, demanded) = (|name| after(selector, name), |name| after(template, name));
+        format!(
+            "{} {} {} {} {} {} {}",
+            selected("src"),
+            selected("dst"),
+            selected("dir"),
+            selected("priority"),
+            demanded("src"),
+            demanded("dst"),
+            demanded("reqid")
+        )
+    });
+    policies.filter(|policy| !policy.ends_with(" 999")).collect()
+}
+
+fn network((address, prefix): (&str, u8)) -> Vec<TrafficSelector> {
+    vec![TrafficSelector::network(address.parse().unwrap(), prefix).unwrap()]
+}
+
+fn encapsulation(peer: usize) -> Encapsulation {
+    let socket = |address: &str| SocketAddr::new(address.parse::<IpAddr>().unwrap(), 4500);
+    // Over UDP to one of them.
+    match peer {
+        1 => Encapsulation::Udp { local: socket(LOCALS[peer]), remote: socket(PEERS[peer]) },
+        _ => Encapsulation::None { local: socket(LOCALS[peer]).ip(), remote: socket(PEERS[peer]).ip() },
+    }
+}
+
+/// Carries the operation out; says whether it succeeded.
+fn perform(plane: &mut dyn DataPlane, operation: &Operation) -> bool {
+    match *operation {
+        Operation::Install { spi, reqid, network: remote, peer, await_peer, unsupported } => {
+            let keys = || EspKeys { encr: Secret::new(vec![7; 20]), integ: Secret::new(Vec::new()) };
+            let encr = if unsupported { Encr(99) } else { Encr::AES_GCM_16 };
+            plane
+                .install(SaPair {
+                    spi_in: SPI + spi,
+                    spi_out: SPI_OUT + spi,
+                    reqid,
+                    class: ClassId(reqid),
+                    mode: Mode::Tunnel,
+                    suite: EspSuite { encr, key_bits: 128, integ: Integ::NONE, esn: spi % 2 == 0 },
+                    keys_in: keys(),
+                    keys_out: keys(),
+                    encapsulation: encapsulation(peer),
+                    local_ts: network(LOCAL_NET),
+                    remote_ts: network(REMOTE_NETS[remote]),
+                    replay_window: 32 * (1 + spi),
+                    lifetime: Lifetime::default(),
+                    copy_df: true,
+                    copy_ecn: true,
+                    await_peer,
+                    tfc: TfcPadding::None,
+                    options: KernelOptions::default(),
+                })
+                .is_ok()
+        }
+        Operation::Retire(spi) => plane.retire(SPI + spi).is_ok(),
+        Operation::Delete(spi) => plane.delete(SPI + spi).is_ok(),
+        Operation::Migrate(spi, peer) => plane.migrate(SPI + spi, encapsulation(peer)).is_ok(),
+        Operation::Trap(reqid, remote) => plane
+            .install_trap(Trap {
+                reqid,
+                local_ts: network(LOCAL_NET),
+                remote_ts: network(REMOTE_NETS[remote]),
+                options: KernelOptions::default(),
+            })
+            .is_ok(),
+        Operation::RemoveTrap(reqid) => plane.remove_trap(reqid).is_ok(),
+        Operation::Foreign(remote) => {
+            let (address, prefix) = REMOTE_NETS[remote];
+            let arguments = format!("xfrm policy deleteall src 10.1.0.0/24 dst {address}/{prefix} dir out");
+            ip(&arguments);
+            true
+        }
+    }
+}
+
+/// What others do is put right a moment later.
+fn settles(what: impl Fn() -> Dump, wanted: &Dump) -> Dump {
+    for _ in 0..100 {
+        if what() == *wanted {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    what()
+}
+
+fn run(operations: &[Operation]) {
+    let (host, far) = (Namespace::new().unwrap(), Namespace::new().unwrap());
+    veth(&host, "eth0", &far, "eth0").unwrap();
+    host.add_address("eth0", LOCAL.parse().unwrap(), 24).unwrap();
+    host.add_address("eth0", LOCALS[2].parse().unwrap(), 64).unwrap();
+    host.run(|| {
+        let keyed = "proto esp reqid 999 mode tunnel aead rfc4106(gcm(aes)) 0x0102030405060708090a0b0c0d0e0f1011121314 128";
+        ip(&format!("xfrm state add src 192.0.2.9 dst {LOCAL} spi {} {keyed}", SPI + TAKEN_IN));
+        ip(&format!("xfrm state add src {LOCAL} dst {} spi {} {keyed}", PEERS[0], SPI_OUT + TAKEN_OUT));
+        ip("xfrm policy add src 10.1.0.0/24 dst 10.2.0.0/16 dir out priority 500000 tmpl proto esp reqid 999 mode transport");
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let config = NetworkConfig { plane: PlaneChoice::Kernel, ..NetworkConfig::default() };
+            let (network, _events) = Network::start(config, std::sync::Arc::new(NoLatches)).await.unwrap();
+            let mut plane = network.plane();
+            let mut model = Model::default();
+            for (at, operation) in operations.iter().enumerate() {
+                assert_eq!(perform(&mut *plane, operation), model.apply(operation), "{at}: {operation:?}");
+                let (wanted_states, wanted_policies) = (model.states(), model.policies());
+                assert_eq!(settles(states, &wanted_states), wanted_states, "states after {at}: {operation:?}");
+                assert_eq!(settles(policies, &wanted_policies), wanted_policies, "policies after {at}: {operation:?}");
+            }
+            plane.shutdown().unwrap();
+            assert_eq!((states(), policies()), (Dump::new(), Dump::new()));
+            assert_eq!(ip("xfrm state").matches("reqid 999").count(), 2, "what is somebody else's stays");
+            network.shutdown().await.unwrap();
+        });
+    })
+    .unwrap();
+}
+
+#[test]
+fn the_kernel_has_what_the_model_has_after_any_operations() {
+    in_guest(|| {
+        let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig {
+            cases: 6,
+            failure_persistence: None,
+            max_shrink_iters: 60,
+            ..ProptestConfig::default()
+        });
+        let operations = prop::collection::vec(operation(), 1..20);
+        runner
+            .run(&operations, |operations| {
+                run(&operations);
+                Ok(())
+            })
+            .unwrap();
+    });
+}
