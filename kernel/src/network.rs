@@ -30,7 +30,7 @@ use crate::interfaces::{self, AddressPair, InterfaceFilter};
 use crate::netlink::{Netlink, context};
 use crate::planes::Planes;
 use crate::routes::{Routes, host_prefix};
-use crate::socket::{Header, OuterSocket, pass_by_policies};
+use crate::socket::{Header, OuterSocket, keep_flow_label, pass_by_policies};
 use crate::threads;
 use crate::tun::{Tun, TunWriter};
 use crate::watch::{self, Own};
@@ -339,8 +339,11 @@ impl Network {
     pub fn prepare(&self, socket: &impl AsFd) -> io::Result<()> {
         let socket = socket2::SockRef::from(socket);
         socket.set_mark(self.inner.mark).map_err(|e| context(e, "mark a socket"))?;
+        let ipv6 = socket.domain()? == socket2::Domain::IPV6;
+        if ipv6 {
+            keep_flow_label(&socket).map_err(|e| context(e, "keep the flow label of a socket"))?;
+        }
         if self.inner.xfrm.is_some() {
-            let ipv6 = socket.domain()? == socket2::Domain::IPV6;
             pass_by_policies(&socket, ipv6).map_err(|e| context(e, "keep IPsec policies away from a socket"))?;
         }
         Ok(())

@@ -423,6 +423,12 @@ pub(crate) fn pass_by_policies(socket: &Socket, ipv6: bool) -> io::Result<()> {
     [true, false].into_iter().try_for_each(|inbound| set_option(socket, level, option, &bypass(ipv6, inbound)))
 }
 
+/// Gives all connections of a TCP socket over IPv6 one flow label, 0: one that replaces another stays on its way (RFC 9329
+/// §6.1), where the system would label each anew.
+pub(crate) fn keep_flow_label(socket: &Socket) -> io::Result<()> {
+    set_option(socket, libc::SOL_IPV6, IPV6_AUTOFLOWLABEL, &0_i32.to_ne_bytes())
+}
+
 /// Sets a socket option that no crate has a safe call for.
 fn set_option(socket: &Socket, level: i32, option: i32, value: &[u8]) -> io::Result<()> {
     let length = libc::socklen_t::try_from(value.len()).map_err(io::Error::other)?;
@@ -437,6 +443,7 @@ const ESP: i32 = 50;
 /// linux/in.h, linux/in6.h, linux/udp.h.
 const IP_XFRM_POLICY: i32 = 17;
 const IPV6_XFRM_POLICY: i32 = 35;
+const IPV6_AUTOFLOWLABEL: i32 = 70;
 const UDP_ENCAP: i32 = 100;
 const UDP_ENCAP_ESPINUDP: i32 = 2;
 /// A receive offload gives up to 64 KiB at once.

@@ -5,11 +5,12 @@
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use latchkey_tests::daemon::program;
+use latchkey_tests::daemon::Kind::Latchkey;
+use latchkey_tests::daemon::{Daemon, program};
 use latchkey_tests::host::{Host, link, wait_for};
 use latchkey_tests::middlebox::{B, ROUTER, Relay, Road};
 use latchkey_tests::pki::Authority;
-use latchkey_tests::scene::{INNER_A, INNER_B, Suite};
+use latchkey_tests::scene::{INNER_A, INNER_B, Suite, configurations};
 
 const OVER_TCP: Suite = Suite { connection: "tcp = yes\ndpd_delay = 5s\n", ..Suite::DEFAULT };
 
@@ -329,6 +330,43 @@ fn tshark_reads_our_stream() {
     assert_eq!(ike + esp, all.len(), "all are IKE or ESP");
     // IKE_SA_INIT, IKE_AUTH, both rekeys with their Deletes, and the end; pings both ways.
     assert!(ike >= 12 && esp >= 12, "{ike} {esp}");
+}
+
+// RFC 9329 §6.1: a connection that replaces another has the same IPv6 flow label, for routers that spread flows by it.
+#[test]
+fn the_flow_label_stays_when_a_stream_is_opened_again() {
+    let (host_a, host_b) = (Host::new(), Host::new());
+    let (device, _) = link(&host_a, "2001:db8::1/64", &host_b, "2001:db8::2/64");
+    host_a.add_inner("10.1.0.1/24");
+    host_b.add_inner("10.2.0.1/24");
+    let [(of_a, files_a), (of_b, files_b)] = configurations(&OVER_TCP);
+    let six = |text: String| text.replace("192.0.2.", "2001:db8::");
+    let _b = Daemon::start(Latchkey, &host_b, &six(of_b), &files_b);
+    let a = Daemon::start(Latchkey, &host_a, &six(of_a), &files_a);
+    let folder = tempfile::tempdir().unwrap();
+    let wire = folder.path().join("wire.pcap").to_str().unwrap().to_owned();
+    let mut capture = host_a.spawn("tshark", &["-q", "-i", &device, "-f", "tcp port 4500", "-w", &wire]);
+    wait_for("a capture", seconds(20), || std::fs::metadata(&wire).is_ok_and(|file| file.len() > 0));
+    a.initiate("net");
+    for _ in 0..2 {
+        host_a.check("ss", &["-K", "dport", "=", ":4500"]);
+        wait_for("another stream", seconds(20), || host_a.pings(INNER_A, INNER_B));
+    }
+    sleep(seconds(1));
+    std::process::Command::new("kill").args(["-s", "INT", &capture.0.id().to_string()]).status().unwrap();
+    capture.wait_at_most(seconds(20));
+    let show = |filter: &str, field: &str| {
+        let shown = host_a.check("tshark", &["-r", &wire, "-Y", filter, "-T", "fields", "-e", field]);
+        let mut shown: Vec<String> = shown.lines().map(str::to_owned).collect();
+        shown.sort();
+        shown.dedup();
+        shown
+    };
+    assert!(show("tcp.dstport == 4500", "tcp.stream").len() >= 3);
+    for end in ["tcp.dstport == 4500", "tcp.srcport == 4500 && tcp.len > 0"] {
+        let labels = show(end, "ipv6.flow");
+        assert_eq!(labels.len(), 1, "{end}: {labels:?}");
+    }
 }
 
 /// A host full of hostile clients on the responder's side of the router, with many addresses.
