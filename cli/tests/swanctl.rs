@@ -866,6 +866,7 @@ fn sa() -> SaReport {
         rekey_in: Some(Duration::from_secs(13_041)),
         reauth_in: None,
         assigned: None,
+        resumed: false,
         tasks_active: Vec::new(),
         children: vec![child],
     };

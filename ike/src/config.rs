@@ -67,6 +67,9 @@ pub struct Connection {
     pub childless: Childless,
     /// `redirect_to` and `redirect_phase`: where an initiator is sent to, and when (RFC 5685).
     pub redirect_to: Option<(Gateway, RedirectPhase)>,
+    /// `session_resumption`: as initiator ask for tickets and come back with them, as responder give and take them (RFC
+    /// 5723).
+    pub session_resumption: bool,
     /// `tcp`: RFC 9329.
     pub tcp: TcpPolicy,
     /// `tcp_delay`: UDP silence after which `fallback` starts over TCP.

@@ -253,7 +253,16 @@ fn alternative_name(name: &GeneralName<'_>) -> Option<Identity> {
     }
 }
 
-/// Validates the chain from `leaf` to one of `anchors` at `now`, and gives the anchor it ends at.
+/// A chain that is valid.
+#[derive(Clone, Debug)]
+pub(crate) struct Chain {
+    /// What it ends at.
+    pub(crate) anchor: Arc<Certificate>,
+    /// When the first of its certificates ends, in seconds since the Unix epoch.
+    pub(crate) not_after: i64,
+}
+
+/// Validates the chain from `leaf` to one of `anchors` at `now`.
 ///
 /// Signatures with SHA-1 and RSA keys below 2048 bits are refused. The anchor's validity and key usage are
 /// checked too: an expired CA vouches for nobody. The constraints hold for the keys of all certificates, the
@@ -264,7 +273,8 @@ pub(crate) fn validate_chain(
     intermediates: &[CertificateDer<'_>],
     now: u64,
     (constraints, settings): (&SignatureConstraints, SignatureSettings),
-) -> Result<Arc<Certificate>, String> {
+) -> Result<Chain, String> {
+    let own_end = leaf.not_after;
     if !constraints.admits_certificate(leaf.signature_scheme, settings) {
         return Err("its issuer's signature is none that the configuration asks for".to_owned());
     }
@@ -298,11 +308,14 @@ pub(crate) fn validate_chain(
     let path = leaf
         .verify_for_usage(SIGNATURES, &trusted, intermediates, time, IkeUsage, None, Some(&issuers_are_good))
         .map_err(|error| error.to_string())?;
-    anchors
-        .into_iter()
-        .find(|(anchor, _)| anchor == path.anchor())
-        .map(|(_, certificate)| certificate)
-        .ok_or_else(|| "the trust anchor is not known".to_owned())
+    let anchor = anchors.iter().find(|(anchor, _)| anchor == path.anchor()).map(|(_, certificate)| certificate);
+    let anchor = anchor.ok_or_else(|| "the trust anchor is not known".to_owned())?;
+    let mut not_after = own_end.min(anchor.not_after);
+    for issuer in path.intermediate_certificates() {
+        // All of them were parsed above.
+        not_after = Certificate::parse(&issuer.der()).map_or(i64::MIN, |issuer| issuer.not_after).min(not_after);
+    }
+    Ok(Chain { anchor: Arc::clone(anchor), not_after })
 }
 
 /// RFC 4945 §5.1.3.12 takes certificates without extendedKeyUsage, with anyExtendedKeyUsage or with

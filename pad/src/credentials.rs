@@ -2,12 +2,14 @@
 //! and *is this peer who it says it is*.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use ipsec::secret::Secret;
 
 use crate::announcement::AuthAnnouncement;
 use crate::constraints::{SignatureConstraints, SignatureSettings};
 use crate::identity::{Identity, IdentityPattern};
+use crate::peer::PeerIdentity;
 
 mod authenticate;
 mod sign;
@@ -97,6 +99,15 @@ pub struct AuthenticateRequest {
     pub entries: Vec<PadEntry>,
     /// The daemon's settings.
     pub settings: SignatureSettings,
+}
+
+/// A peer that is who it says it is.
+#[derive(Clone, Debug)]
+pub struct Admission {
+    /// Who it is.
+    pub peer: PeerIdentity,
+    /// How long all certificates of its chain are valid yet; `None` where it needed none.
+    pub good_for: Option<Duration>,
 }
 
 /// What is needed to authenticate ourselves.

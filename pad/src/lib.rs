@@ -18,8 +18,8 @@ pub use announcement::AuthAnnouncement;
 pub use certificate::{Certificate, CertificateError};
 pub use constraints::{ConstraintError, SignatureConstraints, SignatureSettings};
 pub use credentials::{
-    AuthClass, AuthError, AuthMethod, AuthenticateRequest, CredentialError, Credentials, LocalAuth, PadEntry, Ppk,
-    SharedKeyMac, SignError, SignRequest, SignedAuth, StoredCertificate,
+    Admission, AuthClass, AuthError, AuthMethod, AuthenticateRequest, CredentialError, Credentials, LocalAuth,
+    PadEntry, Ppk, SharedKeyMac, SignError, SignRequest, SignedAuth, StoredCertificate,
 };
 pub use identity::{Identity, IdentityPattern, Specificity};
 pub use peer::{PeerIdentity, Proof};

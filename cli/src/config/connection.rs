@@ -167,6 +167,7 @@ fn read_connection(
     let redirect_to = options.parsed("redirect_to", Gateway::parse, "an address or a host name");
     let phases: &[(&[&str], RedirectPhase)] = &[(&["auth"], RedirectPhase::Auth), (&["init"], RedirectPhase::Init)];
     let redirect_phase = options.choice("redirect_phase", RedirectPhase::Auth, phases);
+    let session_resumption = options.boolean("session_resumption", false);
 
     let vips = virtual_addresses(&mut options);
     let pools = options.texts("pools");
@@ -233,6 +234,7 @@ fn read_connection(
         ppk_required,
         childless,
         redirect_to: redirect_to.map(|gateway| (gateway, redirect_phase)),
+        session_resumption,
         tcp,
         tcp_delay,
         tcp_remote_port,

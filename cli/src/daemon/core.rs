@@ -820,6 +820,9 @@ impl Core {
             Command::SetCredentials(credentials, reply) => {
                 self.engine.set_authority_hashes(credentials.authority_hashes());
                 self.engine.set_ppks(credentials.ppks());
+                if !credentials.is_same_as(&self.credentials) {
+                    self.engine.forget_tickets();
+                }
                 self.credentials = Arc::new(*credentials);
                 self.tls.forget();
                 let _ = reply.send(());

@@ -101,6 +101,10 @@ pub fn ike_sa_without_children(status: &IkeSaStatus) -> Section {
         push_seconds(&mut section, "rekey-time", status.rekey_in);
         push_seconds(&mut section, "reauth-time", status.reauth_in);
     }
+    // Not charon's: it has no session resumption.
+    if status.resumed {
+        section.push_value("resumed", "yes");
+    }
     if let Some(assigned) = &status.assigned {
         push_assigned(&mut section, assigned);
     }

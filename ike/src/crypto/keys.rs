@@ -71,6 +71,13 @@ pub fn intermediate_ike_keys(
     rekeyed_ike_keys(suite.prf, sk_d, suite, secret, &[], seed)
 }
 
+/// Keys of an IKE SA that a ticket brings back: SKEYSEED = prf(SK_d_old, "Resumption" | Ni | Nr), and the rest as in the
+/// beginning, with the new nonces and SPIs (RFC 5723 §5.1).
+pub fn resumed_ike_keys(suite: &IkeSuite, old_sk_d: &Secret, seed: KeySeed<'_>) -> Result<IkeKeys, KeyError> {
+    let skeyseed = prf(suite.prf, old_sk_d.expose(), &[b"Resumption", seed.ni, seed.nr])?;
+    expand(suite, &skeyseed, seed)
+}
+
 /// One of SK_d, SK_pi and SK_pr with a post-quantum preshared key: SK = prf+(PPK, SK') (RFC 8784 §3).
 pub fn mix_ppk(prf_algorithm: Prf, ppk: &Secret, key: &Secret) -> Result<Secret, KeyError> {
     prf_plus(prf_algorithm, ppk.expose(), &[key.expose()], key.expose().len())

@@ -20,6 +20,7 @@ use crate::engine::Transport;
 use crate::engine::connections::Connections;
 use crate::engine::networks::Networks;
 use crate::engine::reauthentication::Reauthentications;
+use crate::engine::tickets::Tickets;
 use crate::engine::triggers::Triggers;
 use crate::pool::Pools;
 use crate::sa::Established;
@@ -95,6 +96,8 @@ pub(crate) struct Context {
     pub(crate) spawned: Vec<Established>,
     /// IKE SAs that another one of the same peer replaces.
     pub(crate) superseded: Vec<IkeSaId>,
+    /// IKE SAs that a ticket of theirs has brought back as others.
+    pub(crate) outlived: Vec<IkeSaId>,
     /// IKE SAs that are to go when another one is up.
     pub(crate) reauthentications: Reauthentications,
     /// What to initiate again: an IKE SA that ended is to be replaced.
@@ -102,6 +105,8 @@ pub(crate) struct Context {
     /// What is to take the place of an IKE SA before that goes.
     pub(crate) replacements: Vec<(IkeSaId, Vec<Initiate>)>,
     pub(crate) tokens: TokenMaker,
+    /// Of session resumption (RFC 5723).
+    pub(crate) tickets: Tickets,
     /// What goes on at another gateway.
     pub(crate) redirected: Vec<Redirected>,
     /// What did not get through IKE_AUTH and is tried again.
@@ -136,12 +141,14 @@ impl Context {
             peers: BTreeSet::new(),
             spawned: Vec::new(),
             superseded: Vec::new(),
+            outlived: Vec::new(),
             reinitiate: Vec::new(),
             replacements: Vec::new(),
             redirected: Vec::new(),
             again: Vec::new(),
             reauthentications: Reauthentications::default(),
             tokens: TokenMaker::default(),
+            tickets: Tickets::default(),
             tombstones: BTreeMap::new(),
             triggers: Triggers::default(),
             pools: Pools::default(),

@@ -17,8 +17,10 @@ mod pools;
 mod puzzles;
 pub(crate) mod reauthentication;
 mod responder;
+mod resumption;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod storm;
+pub(crate) mod tickets;
 pub(crate) mod triggers;
 pub(crate) mod upkeep;
 
@@ -33,7 +35,8 @@ use ipsec::secret::Secret;
 use ipsec::selector::{Flow, TrafficSelector};
 use ipsec::transform::Ke;
 use pad::{
-    AuthError, AuthenticateRequest, Identity, PeerIdentity, Ppk, SignError, SignRequest, SignatureSettings, SignedAuth,
+    Admission, AuthError, AuthenticateRequest, Identity, PeerIdentity, Ppk, SignError, SignRequest, SignatureSettings,
+    SignedAuth,
 };
 
 pub use self::assigned::{Assigned, Domain};
@@ -45,7 +48,7 @@ use crate::crypto::{AdditionalKe, IkeSuite, KeyDone, KeyError, KeyWork};
 use crate::sa::crash::TokenMaker;
 use crate::sa::established::Closed;
 pub use crate::sa::redirect::Gateway;
-use crate::sa::{Established, IkeSa, Initiating, Want, retry};
+use crate::sa::{Established, IkeSa, Initiating, Want, resuming, retry};
 use crate::wire::{self, ExchangeType, Incoming, Message, NotifyType, Payload, Protected, WireError};
 use connections::Connections;
 use context::{Context, PeerKey};
@@ -329,7 +332,7 @@ pub enum JobOutcome {
     /// To `Sign`.
     Sign(Result<SignedAuth, SignError>),
     /// To `Authenticate`.
-    Authenticate(Result<PeerIdentity, AuthError>),
+    Authenticate(Result<Admission, AuthError>),
     /// To `KeyExchange`.
     KeyExchange(Result<KeyDone, KeyError>),
     /// To `SolvePuzzle`: the solution, or `None` when none was found in time.
@@ -553,7 +556,11 @@ impl Engine {
     /// Replaces the settings, from now on. Ports and `address_budget` stay as they are: sockets and tables were made
     /// by them.
     pub fn set_config(&mut self, config: EngineConfig) {
-        let EngineConfig { port, nat_port, address_budget, .. } = self.ctx.config;
+        let EngineConfig { port, nat_port, address_budget, signatures, .. } = self.ctx.config;
+        if signatures != config.signatures {
+            // What was proved might not do any more.
+            self.ctx.tickets.forget_all();
+        }
         self.ctx.config = EngineConfig { port, nat_port, address_budget, ..config };
     }
 
@@ -576,6 +583,12 @@ impl Engine {
     /// Post-quantum preshared keys (RFC 8784); set with the credentials.
     pub fn set_ppks(&mut self, ppks: Vec<Ppk>) {
         self.ctx.ppks = ppks;
+    }
+
+    /// Credentials have changed: no ticket that was given or received before is good any more (RFC 5723 §6.2), and what was
+    /// proved before gives none.
+    pub fn forget_tickets(&mut self) {
+        self.ctx.tickets.forget_all();
     }
 
     /// A datagram or a stream's IKE message arrived (marker and framing removed).
@@ -850,6 +863,9 @@ impl Engine {
 
     fn handle_plain(&mut self, now: Instant, path: Path, message: Message, bytes: &[u8]) {
         let header = message.header;
+        if header.exchange == ExchangeType::IKE_SESSION_RESUME {
+            return self.handle_resume(now, path, message, bytes);
+        }
         if header.exchange != ExchangeType::IKE_SA_INIT {
             // Nothing unprotected means anything for an IKE SA that has keys (§2.21), but the peer's own token, which
             // comes as answer to a request of ours (RFC 6290); and a peer which says that it does not know us may have
@@ -931,6 +947,7 @@ impl Engine {
         let want = Want { child, token };
         let serves = |id: &IkeSaId| match self.sas.get(id).map(|slot| &slot.sa) {
             Some(IkeSa::Initiating(sa)) => sa.serves(&connection, remote),
+            Some(IkeSa::Resuming(sa)) => sa.serves(&connection, remote),
             Some(IkeSa::InitiatorIntermediate(sa)) => sa.serves(&connection, remote),
             Some(IkeSa::InitiatorAuth(sa)) => sa.serves(&connection, remote),
             Some(IkeSa::Established(sa)) => sa.serves(&connection, remote),
@@ -947,6 +964,10 @@ impl Engine {
                     sa.add_want(want);
                     Some(IkeSa::Initiating(sa))
                 }
+                IkeSa::Resuming(mut sa) => {
+                    sa.add_want(want);
+                    Some(IkeSa::Resuming(sa))
+                }
                 IkeSa::InitiatorIntermediate(mut sa) => {
                     sa.add_want(want);
                     Some(IkeSa::InitiatorIntermediate(sa))
@@ -959,8 +980,8 @@ impl Engine {
                 other => Some(other),
             }),
             None => {
-                if let Some(sa) = Initiating::begin(&mut self.ctx, now, connection, want, local, remote) {
-                    self.insert(sa.id(), IkeSa::Initiating(sa), None);
+                if let Some((id, sa)) = resuming::begin(&mut self.ctx, now, connection, want, local, remote) {
+                    self.insert(id, sa, None);
                 }
             }
         }
@@ -1151,20 +1172,22 @@ impl Engine {
         loop {
             let spawned = std::mem::take(&mut self.ctx.spawned);
             let superseded = std::mem::take(&mut self.ctx.superseded);
+            let outlived = std::mem::take(&mut self.ctx.outlived);
             let reinitiate = std::mem::take(&mut self.ctx.reinitiate);
             let redirected = std::mem::take(&mut self.ctx.redirected);
             let again = std::mem::take(&mut self.ctx.again);
             let replacements = std::mem::take(&mut self.ctx.replacements);
-            let nothing_new = spawned.is_empty() && superseded.is_empty() && reinitiate.is_empty();
+            let nothing_new =
+                spawned.is_empty() && superseded.is_empty() && outlived.is_empty() && reinitiate.is_empty();
             let no_attempts = redirected.is_empty() && again.is_empty() && replacements.is_empty();
             if nothing_new && no_attempts && !self.finish_reauthentications(now) {
                 return;
             }
             for again in again {
                 let from = again.from_start.from;
-                if let Some(sa) = Initiating::again(&mut self.ctx, now, again) {
-                    self.ctx.reauthentications.goes_on_as(from, sa.id());
-                    self.insert(sa.id(), IkeSa::Initiating(sa), None);
+                if let Some((id, sa)) = resuming::again(&mut self.ctx, now, again) {
+                    self.ctx.reauthentications.goes_on_as(from, id);
+                    self.insert(id, sa, None);
                 }
             }
             for redirected in redirected {
@@ -1180,6 +1203,9 @@ impl Engine {
                 if sa.start_inherited(&mut self.ctx, now).is_ok() {
                     self.insert(id, IkeSa::Established(Box::new(sa)), None);
                 }
+            }
+            for id in outlived {
+                self.with_established(id, |sa, ctx| Err(sa.outlived(ctx, now)));
             }
             for id in superseded {
                 self.with_established(id, |sa, ctx| Err(sa.replaced(ctx, now)));
@@ -1273,6 +1299,8 @@ pub struct IkeSaStatus {
     pub reauth_in: Option<Duration>,
     /// What Configuration payloads gave.
     pub assigned: Option<Arc<Assigned>>,
+    /// It was resumed with a ticket: the peer proved itself with credentials in an IKE SA before (RFC 5723).
+    pub resumed: bool,
     /// charon's names of tasks: queued, active (ours), passive (the peer's).
     pub tasks_active: Vec<&'static str>,
     /// Child SAs.

@@ -15,7 +15,7 @@ use crate::crypto::prf_len;
 use crate::crypto::puzzle::{MAX_DIFFICULTY, Puzzle};
 use crate::sa::fault::{Fault, notify};
 use crate::sa::parts::Parts;
-use crate::wire::{self, Header, Message, NotifyType};
+use crate::wire::{self, ExchangeType, Header, Message, NotifyType};
 
 /// Jobs that are out beyond which no stranger gets another one.
 const MAX_JOBS: usize = 1024;
@@ -87,7 +87,11 @@ impl Engine {
 
     /// True when the request may cost us state and a key exchange; otherwise its sender was told what is missing.
     pub(super) fn deserves_state(&mut self, now: Instant, path: Path, header: &Header, parts: &Parts) -> bool {
-        let demand = self.demand(now, path);
+        let demand = match self.demand(now, path) {
+            // RFC 8019 §4.5: who has a ticket has authenticated before, and makes us compute next to nothing.
+            Demand::Puzzle(_) if header.exchange == ExchangeType::IKE_SESSION_RESUME => Demand::Cookie,
+            demand => demand,
+        };
         if demand == Demand::Nothing {
             return true;
         }

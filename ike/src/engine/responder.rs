@@ -1,6 +1,7 @@
 //! IKE_SA_INIT as responder (RFC 7296 §1.2, §2.5, §2.6, §2.7): stateless until the request deserves state.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -27,42 +28,7 @@ use crate::wire::{self, ExchangeType, Header, Message, NotifyType, Payload};
 impl Engine {
     pub(super) fn handle_init_request(&mut self, now: Instant, path: Path, message: Message, bytes: &[u8]) {
         let header = message.header;
-        let first = header.from_initiator && header.message_id == 0 && header.responder_spi == 0;
-        if !first || header.initiator_spi == 0 {
-            return;
-        }
-        let key = (header.initiator_spi, path.remote);
-        if let Some(id) = self.inits.get(&key) {
-            // §2.1: a repetition gets the same answer, as long as IKE_AUTH has not come.
-            let exchange = match self.sas.get(id).map(|slot| &slot.sa) {
-                Some(IkeSa::ResponderIntermediate(sa)) => sa.init_exchange(),
-                Some(IkeSa::ResponderAuth(sa)) => Some(sa.init_exchange()),
-                _ => None,
-            };
-            // With many CERTREQs the answer is the longer one; who repeats in another's name gets few of them.
-            if let Some((_, answer)) = exchange.filter(|(request, _)| *request == bytes)
-                && self.defence.may_answer(now, path.remote.ip())
-            {
-                let answer = answer.to_vec();
-                self.ctx.transmit(path, [answer]);
-            }
-            return;
-        }
-        if let Transport::Stream(stream) = path.transport
-            && self.streams.contains_key(&stream)
-        {
-            // RFC 9329 §6.1: IKE SAs do not share a stream, but for one that is rekeyed and its successor.
-            let line = format!("ignoring IKE_SA setup from {}, its TCP connection has an IKE_SA", path.remote.ip());
-            return self.log_stranger(now, "NET", line);
-        }
-        // Our own request, sent back to us: both ends would be us, and each would believe the other.
-        if self.ctx.ike_spis.contains_key(&header.initiator_spi) {
-            return;
-        }
-        if let Some(reason) = self.refusal(now, path.remote.ip()) {
-            let line = format!("ignoring IKE_SA setup from {}, {reason}", path.remote.ip());
-            return self.log_stranger(now, "NET", line);
-        }
+        let Some(key) = self.first_request(now, path, &header, bytes) else { return };
         let parts = match Parts::collect(message.payloads) {
             Ok(parts) => parts,
             Err(fault) => return self.refuse_init(now, path, &header, &fault),
@@ -86,6 +52,56 @@ impl Engine {
             }
             Err(fault) => self.refuse_init(now, path, &header, &fault),
         }
+    }
+
+    /// What IKE_SA_INIT and IKE_SESSION_RESUME have in common as long as nothing inside is looked at: the key of a request
+    /// that may make an IKE SA. A repetition gets its answer, and others get nothing.
+    pub(super) fn first_request(
+        &mut self,
+        now: Instant,
+        path: Path,
+        header: &Header,
+        bytes: &[u8],
+    ) -> Option<(u64, SocketAddr)> {
+        let first = header.from_initiator && header.message_id == 0 && header.responder_spi == 0;
+        if !first || header.initiator_spi == 0 {
+            return None;
+        }
+        let key = (header.initiator_spi, path.remote);
+        if let Some(id) = self.inits.get(&key) {
+            // §2.1: a repetition gets the same answer, as long as IKE_AUTH has not come.
+            let exchange = match self.sas.get(id).map(|slot| &slot.sa) {
+                Some(IkeSa::ResponderIntermediate(sa)) => sa.init_exchange(),
+                Some(IkeSa::ResponderAuth(sa)) => Some(sa.init_exchange()),
+                _ => None,
+            };
+            // With many CERTREQs the answer is the longer one; who repeats in another's name gets few of them.
+            if let Some((_, answer)) = exchange.filter(|(request, _)| *request == bytes)
+                && self.defence.may_answer(now, path.remote.ip())
+            {
+                let answer = answer.to_vec();
+                self.ctx.transmit(path, [answer]);
+            }
+            return None;
+        }
+        if let Transport::Stream(stream) = path.transport
+            && self.streams.contains_key(&stream)
+        {
+            // RFC 9329 §6.1: IKE SAs do not share a stream, but for one that is rekeyed and its successor.
+            let line = format!("ignoring IKE_SA setup from {}, its TCP connection has an IKE_SA", path.remote.ip());
+            self.log_stranger(now, "NET", line);
+            return None;
+        }
+        // Our own request, sent back to us: both ends would be us, and each would believe the other.
+        if self.ctx.ike_spis.contains_key(&header.initiator_spi) {
+            return None;
+        }
+        if let Some(reason) = self.refusal(now, path.remote.ip()) {
+            let line = format!("ignoring IKE_SA setup from {}, {reason}", path.remote.ip());
+            self.log_stranger(now, "NET", line);
+            return None;
+        }
+        Some(key)
     }
 
     /// §2.5: who speaks a later major version learns ours.
@@ -206,7 +222,9 @@ impl Engine {
     }
 
     pub(super) fn refuse_init(&mut self, now: Instant, path: Path, header: &Header, fault: &Fault) {
-        self.log_stranger(now, "IKE", format!("IKE_SA_INIT from {} refused: {fault}", path.remote.ip()));
+        let resumes = header.exchange == ExchangeType::IKE_SESSION_RESUME;
+        let name = if resumes { "IKE_SESSION_RESUME" } else { "IKE_SA_INIT" };
+        self.log_stranger(now, "IKE", format!("{name} from {} refused: {fault}", path.remote.ip()));
         let header = answer_header(header, 0);
         self.ctx.counters.unnamed().message(ExchangeType::IKE_SA_INIT, false, true);
         self.ctx.transmit(path, [wire::encode(&Message { header, payloads: vec![fault.payload()] })]);
@@ -250,7 +268,7 @@ pub(super) fn answer_header(request: &Header, responder_spi: u64) -> Header {
         responder_spi,
         major: 2,
         minor: 0,
-        exchange: ExchangeType::IKE_SA_INIT,
+        exchange: request.exchange,
         from_initiator: false,
         response: true,
         message_id: 0,

@@ -62,6 +62,8 @@ struct Side {
     jobs: VecDeque<(JobId, Job)>,
     /// IKE SAs whose peer has proved who it is, and their successors.
     proved: BTreeSet<IkeSaId>,
+    /// Who has proved it.
+    peers: Vec<PeerIdentity>,
     installed: BTreeSet<u32>,
     rng: Counter,
     reqids: u32,
@@ -170,6 +172,7 @@ fn connection(side: usize, options: u8) -> Connection {
         ppk_required: false,
         childless: Childless::Allow,
         redirect_to: None,
+        session_resumption: options & 2 == 0,
         tcp: TcpPolicy::No,
         tcp_delay: Duration::from_secs(6),
         tls: None,
@@ -195,6 +198,7 @@ impl Storm {
                 engine,
                 jobs: VecDeque::new(),
                 proved: BTreeSet::new(),
+                peers: Vec::new(),
                 installed: BTreeSet::new(),
                 rng: Counter(side + 7),
                 reqids: 0,
@@ -319,8 +323,9 @@ impl Storm {
             Job::Sign(_) => JobOutcome::Sign(Err(SignError::NoKey(String::new()))),
             Job::Authenticate(request) if well => {
                 let result = self.credentials.authenticate(&request, 1_795_219_200);
-                if result.is_ok() {
+                if let Ok(admission) = &result {
                     here.proved.extend(owner);
+                    here.peers.push(admission.peer.clone());
                 }
                 JobOutcome::Authenticate(result)
             }
@@ -444,6 +449,13 @@ impl Storm {
                     self.sides[side].proved.insert(new);
                 }
                 Output::Event(Event::IkeUp(id)) => {
+                    // A ticket stands for a proof of before, by the same peer.
+                    let here = &mut self.sides[side];
+                    let sa = here.engine.ike_sa(id, self.now).filter(|sa| sa.resumed);
+                    if let Some(peer) = sa.and_then(|sa| sa.peer) {
+                        assert!(here.peers.contains(&peer), "resumed, and never proved");
+                        here.proved.insert(id);
+                    }
                     assert!(self.sides[side].proved.contains(&id), "up, and nothing proved");
                 }
                 Output::Event(_) | Output::OpenStream { .. } | Output::CloseStream(_) | Output::Judgement(..) => {}
@@ -475,6 +487,7 @@ impl Storm {
             assert_eq!(engine.defence.half_open.total(), half_open, "half-open IKE SAs are miscounted");
             assert!(engine.ctx.child_owners.len() <= engine.ctx.child_spis.len());
             assert!(engine.inits.len() <= engine.sas.len());
+            engine.ctx.tickets.counts();
             assert!(engine.timers.len() <= engine.sas.len());
             assert_eq!(engine.ike_sas_after(None, IkeSaId(0)).count(), engine.sas.len());
             assert!(engine.ctx.reauthentications.is_consistent());

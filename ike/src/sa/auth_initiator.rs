@@ -4,12 +4,13 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pad::{AuthMethod, Identity, PeerIdentity, Ppk, SignError, SignedAuth};
+use pad::{Admission, AuthMethod, Identity, PeerIdentity, Ppk, SignError, SignedAuth};
 
 use ipsec::plane::StreamId;
 use ipsec::transform::Protocol;
 
 use super::auth::{InitMaterial, auth_announcement, cert_request, identification, is_where_it_says, proof_payloads};
+use super::basis::Basis;
 use super::channel::{Channel, Received};
 use super::child::ChildOffer;
 use super::childless;
@@ -22,10 +23,13 @@ use super::mobility::announcement;
 use super::parts::Parts;
 use super::ppk::{self, Unmixed};
 use super::redirect::{Redirected, Redirects};
+use super::resumption;
 use super::retry::{Retry, after};
+use super::tickets;
 use super::{Core, Established, IkeSa, Want, fail_wants, is_first_contact, local_identity, window};
 use crate::config::Connection;
 use crate::engine::context::Context;
+use crate::engine::tickets::{Grant, method};
 use crate::engine::{CloseReason, Event, IkeSaStatus, IkeState, Job, JobId, JobOutcome, Judgement, Path, Transport};
 use crate::wire::{ExchangeType, NotifyType, Opened, Payload, Protected};
 
@@ -41,6 +45,8 @@ pub(crate) struct InitiatorAuth {
     deadline: Instant,
     offer: Option<Box<ChildOffer>>,
     ppk: Option<OurPpk>,
+    /// What a ticket brings back. Then neither side signs or verifies anything by credentials.
+    resumed: Option<Box<Grant>>,
     phase: Phase,
     /// The stream broke, and another one is to be opened, or being opened.
     reopening: Option<Reopening>,
@@ -72,7 +78,7 @@ enum Phase {
     /// The peer has proved itself and sends us elsewhere, to where is being looked up.
     Redirecting { job: JobId, redirects: Redirects },
     /// The peer's proof is being checked; what else it said waits.
-    Verifying { job: JobId, asserted: Identity, parts: Box<Parts> },
+    Verifying { job: JobId, asserted: Identity, basis: Box<Basis>, parts: Box<Parts> },
 }
 
 impl InitiatorAuth {
@@ -118,9 +124,51 @@ impl InitiatorAuth {
             deadline,
             offer: None,
             ppk,
+            resumed: None,
             phase,
             reopening: None,
         })))
+    }
+
+    /// After IKE_SESSION_RESUME: both sides prove that they have the keys, and are who they were (RFC 5723 §4.3.3).
+    #[allow(clippy::too_many_arguments, reason = "the parts of a consumed Resuming")]
+    pub(crate) fn resume(
+        ctx: &mut Context,
+        now: Instant,
+        core: Core,
+        channel: Channel,
+        connection: Arc<Connection>,
+        wants: Vec<Want>,
+        material: InitMaterial,
+        childless: bool,
+        grant: Grant,
+    ) -> IkeSa {
+        let local_id = grant.peer.local_id.clone();
+        let deadline = after(now, super::retry::total(&ctx.config.retransmission) + ctx.config.half_open_timeout);
+        let auth = resumption::proof(&channel, &material, &identification(&local_id));
+        let remote = identification(&grant.peer.id);
+        let sa = Box::new(Self {
+            core,
+            channel,
+            connection,
+            wants,
+            material,
+            local_id,
+            childless,
+            deadline,
+            offer: None,
+            ppk: None,
+            resumed: Some(Box::new(grant)),
+            phase: Phase::Waiting,
+            reopening: None,
+        });
+        let mut payloads = vec![Payload::IdInitiator(identification(&sa.local_id))];
+        if is_first_contact(ctx, &sa.connection, &sa.local_id) {
+            payloads.push(notify(NotifyType::INITIAL_CONTACT, Vec::new()));
+        }
+        payloads.push(Payload::IdResponder(remote));
+        payloads.push(auth);
+        sa.ask(ctx, now, payloads)
     }
 
     pub(crate) fn serves(&self, connection: &Connection, remote: std::net::IpAddr) -> bool {
@@ -157,6 +205,7 @@ impl InitiatorAuth {
             rekey_in: None,
             reauth_in: None,
             assigned: None,
+            resumed: false,
             tasks_active: vec!["IKE_CERT_PRE", "IKE_AUTH", "IKE_CERT_POST", "CHILD_CREATE"],
             children: Vec::new(),
         }
@@ -171,12 +220,17 @@ impl InitiatorAuth {
     ) -> Option<IkeSa> {
         match (std::mem::replace(&mut self.phase, Phase::Waiting), outcome) {
             (Phase::Signing(waiting), JobOutcome::Sign(result)) if waiting == job => self.signed(ctx, now, result),
-            (Phase::Verifying { job: waiting, asserted, parts }, JobOutcome::Authenticate(result))
+            (Phase::Verifying { job: waiting, asserted, basis, parts }, JobOutcome::Authenticate(result))
                 if waiting == job =>
             {
                 match result {
-                    Ok(peer) if peer.id == asserted && self.connection.remote.remote_id.matches(&peer.id) => {
-                        self.authenticated(ctx, now, peer, *parts)
+                    Ok(Admission { peer, good_for })
+                        if peer.id == asserted && self.connection.remote.remote_id.matches(&peer.id) =>
+                    {
+                        let line = format!("authentication of '{}' successful", peer.id);
+                        ctx.log("IKE", 1, self.core.tag(), line);
+                        let basis = basis.proved(now, good_for);
+                        self.authenticated(ctx, now, Arc::new(peer), basis, *parts)
                     }
                     Ok(_) => self.reject(ctx, now, "the identity is not the one that the connection names"),
                     Err(error) => self.reject(ctx, now, &error.to_string()),
@@ -272,9 +326,22 @@ impl InitiatorAuth {
         Some(IkeSa::InitiatorAuth(self))
     }
 
-    /// From IKE_SA_INIT on, for the same.
-    fn begin_again(&mut self, ctx: &mut Context) {
-        let sequence = self.core.sequence.saturating_add(1);
+    /// A sequence of tries is over: another one from the start, or the end.
+    fn give_up(mut self: Box<Self>, ctx: &mut Context, reason: &str) {
+        if self.resumed.is_some() {
+            return self.authenticate_from_start(ctx, reason);
+        }
+        let (tries, sequence) = (self.connection.keyingtries, self.core.sequence);
+        if tries == 0 || sequence < tries {
+            let line = format!("peer not responding, trying again ({}/{tries})", sequence.saturating_add(1));
+            ctx.log("IKE", 1, self.core.tag(), line);
+            self.begin_again(ctx, sequence.saturating_add(1));
+        }
+        self.abandon(ctx, reason, CloseReason::Timeout);
+    }
+
+    /// What was asked for is made by another IKE SA, from the start.
+    fn begin_again(&mut self, ctx: &mut Context, sequence: u32) {
         let from_start = Redirected {
             from: self.core.id,
             connection: Arc::clone(&self.connection),
@@ -286,15 +353,12 @@ impl InitiatorAuth {
         ctx.again.push(Again { from_start, sequence, needs_tcp: false });
     }
 
-    /// A sequence of tries is over: another one from the start, or the end.
-    fn give_up(mut self: Box<Self>, ctx: &mut Context, reason: &str) {
-        let (tries, sequence) = (self.connection.keyingtries, self.core.sequence);
-        if tries == 0 || sequence < tries {
-            let line = format!("peer not responding, trying again ({}/{tries})", sequence.saturating_add(1));
-            ctx.log("IKE", 1, self.core.tag(), line);
-            self.begin_again(ctx);
-        }
-        self.abandon(ctx, reason, CloseReason::Timeout);
+    /// The ticket led nowhere, and is gone: a full authentication instead.
+    fn authenticate_from_start(mut self: Box<Self>, ctx: &mut Context, reason: &str) {
+        ctx.log("IKE", 1, self.core.tag(), format!("{reason}, authenticating from the start"));
+        let sequence = self.core.sequence;
+        self.begin_again(ctx, sequence);
+        self.abandon(ctx, reason, CloseReason::Failed);
     }
 
     fn open_stream(&mut self, ctx: &mut Context) {
@@ -401,6 +465,17 @@ impl InitiatorAuth {
             payloads.push(Payload::IdResponder(identification(remote)));
         }
         payloads.extend(auth);
+        if let Some(ours) = &mut self.ppk {
+            payloads.push(ppk::identity(&ours.id));
+            // The method is that of the AUTH payload.
+            let without = ours.without.take().filter(|without| without.method == method);
+            payloads.extend(without.map(|without| notify(NotifyType::NO_PPK_AUTH, without.auth)));
+        }
+        Some(self.ask(ctx, now, payloads))
+    }
+
+    /// Sends IKE_AUTH: our proof, and all that does not depend on what it is made with.
+    fn ask(mut self: Box<Self>, ctx: &mut Context, now: Instant, mut payloads: Vec<Payload>) -> IkeSa {
         payloads.extend(ctx.tokens.payload(self.channel.spis));
         payloads.push(message_id_sync::supported());
         payloads.push(window::announcement());
@@ -414,11 +489,8 @@ impl InitiatorAuth {
             self.offer = Some(Box::new(offer));
         }
         payloads.extend(announcement(ctx, &self.connection, &self.core, None));
-        if let Some(ours) = &mut self.ppk {
-            payloads.push(ppk::identity(&ours.id));
-            // The method is that of the AUTH payload.
-            let without = ours.without.take().filter(|without| without.method == method);
-            payloads.extend(without.map(|without| notify(NotifyType::NO_PPK_AUTH, without.auth)));
+        if self.connection.session_resumption {
+            payloads.push(tickets::request());
         }
         let over_stream = matches!(self.core.path.transport, Transport::Stream(_));
         let policy = self.core.retransmission(ctx, &self.connection);
@@ -427,7 +499,7 @@ impl InitiatorAuth {
         let datagrams = self.channel.request(ExchangeType::IKE_AUTH, &payloads, max_length, retry, ctx.rng.as_mut());
         ctx.transmit(self.core.path, datagrams.unwrap_or_default());
         self.phase = Phase::Waiting;
-        Some(IkeSa::InitiatorAuth(self))
+        IkeSa::InitiatorAuth(self)
     }
 
     /// The Child SA for IKE_AUTH: the first that was asked for; the connection's first where the peer needs one.
@@ -452,15 +524,23 @@ impl InitiatorAuth {
                 Some(error) => format!("received {} notify error", notify_name(error.kind)),
                 None => "the peer did not authenticate".to_owned(),
             };
+            if self.resumed.is_some() {
+                self.authenticate_from_start(ctx, &line);
+                return None;
+            }
             ctx.log("IKE", 1, self.core.tag(), line.clone());
             let translated = parts.has(NotifyType::UNEXPECTED_NAT_DETECTED);
             if translated && self.core.sequence <= ctx.config.retransmission.tries {
                 // RFC 4555 §3.9: perhaps one packet was tampered with.
-                self.begin_again(ctx);
+                let sequence = self.core.sequence.saturating_add(1);
+                self.begin_again(ctx, sequence);
             }
             self.abandon(ctx, &line, CloseReason::Failed);
             return None;
         };
+        if let Some(grant) = self.resumed.take() {
+            return self.resumed_response(ctx, now, *grant, parts);
+        }
         let asserted = match Identity::from_wire(id.kind, &id.data) {
             Ok(asserted) => asserted,
             Err(error) => return self.reject(ctx, now, &error.to_string()),
@@ -490,19 +570,50 @@ impl InitiatorAuth {
         );
         let Ok(request) = request else { return self.reject(ctx, now, "the PRF is not supported") };
         let job = ctx.job(self.core.id, Job::Authenticate(request));
-        self.phase = Phase::Verifying { job, asserted, parts: Box::new(parts) };
+        let uses_ppk = self.ppk.as_ref().is_some_and(|ours| ours.unmixed.is_some());
+        let basis = Box::new(Basis::new(ctx, now, Vec::new(), uses_ppk));
+        self.phase = Phase::Verifying { job, asserted, basis, parts: Box::new(parts) };
         Some(IkeSa::InitiatorAuth(self))
+    }
+
+    /// The answer to IKE_AUTH after IKE_SESSION_RESUME: the gateway shows that it has the keys, and is who it was.
+    fn resumed_response(self: Box<Self>, ctx: &mut Context, now: Instant, grant: Grant, parts: Parts) -> Option<IkeSa> {
+        let proved = resumption::check(&self.channel, &self.material, &grant.peer.id, &parts);
+        let reason = match proved {
+            Err(reason) => Some(reason),
+            Ok(()) if !is_where_it_says(ctx, &self.core.path, &grant.peer.id, method(&grant.peer)) => {
+                Some("it is not where it says")
+            }
+            Ok(()) if grant.basis.epoch != ctx.tickets.epoch() => Some("credentials have changed"),
+            Ok(()) => None,
+        };
+        if let Some(reason) = reason {
+            let mut sa = self;
+            sa.say_authentication_failed(ctx, now);
+            sa.authenticate_from_start(ctx, &format!("resumption failed: {reason}"));
+            return None;
+        }
+        ctx.log("IKE", 1, self.core.tag(), resumption::line(now, &grant.peer, &grant.basis));
+        let basis = grant.basis.resumed();
+        self.authenticated(ctx, now, grant.peer, basis, parts)
+    }
+
+    /// The peer believes that the IKE SA is up, and must learn that it is not.
+    fn say_authentication_failed(&mut self, ctx: &mut Context, now: Instant) {
+        let retry = Retry::start(now, &ctx.config.retransmission, true, ctx.rng.as_mut());
+        let payloads = [Fault::AuthenticationFailed.payload()];
+        let datagrams = self.channel.request(ExchangeType::INFORMATIONAL, &payloads, None, retry, ctx.rng.as_mut());
+        ctx.transmit(self.core.path, datagrams.unwrap_or_default());
     }
 
     fn authenticated(
         mut self: Box<Self>,
         ctx: &mut Context,
         now: Instant,
-        peer: PeerIdentity,
+        peer: Arc<PeerIdentity>,
+        basis: Arc<Basis>,
         parts: Parts,
     ) -> Option<IkeSa> {
-        let line = format!("authentication of '{}' successful", peer.id);
-        ctx.log("IKE", 1, self.core.tag(), line);
         if parts.has(NotifyType::REDIRECT) && parts.sa.is_none() {
             let mut redirects = self.core.redirects.clone();
             match redirects.follow(now, &parts, &[], self.core.path.remote.ip()) {
@@ -522,7 +633,8 @@ impl InitiatorAuth {
             core,
             channel,
             connection,
-            Arc::new(peer),
+            peer,
+            basis,
             super::established::Role::Initiator,
         ));
         established.negotiate_mobility(ctx, true, &parts);
@@ -530,6 +642,7 @@ impl InitiatorAuth {
         established.negotiate_message_id_sync(&parts);
         established.note_auth_lifetime(ctx, now, &parts);
         established.note_window(&parts);
+        established.take_ticket(ctx, now, &parts);
         // The first wanted child went with IKE_AUTH, what else was asked for follows.
         let with_child = offer.as_ref().and_then(|_| wants.iter().position(|want| want.child.is_some()));
         let first = with_child.map(|index| wants.remove(index));
@@ -546,10 +659,11 @@ impl InitiatorAuth {
     /// RFC 7296 §2.21.2: we authenticated to the peer, which must learn that it did not to us.
     fn reject(mut self: Box<Self>, ctx: &mut Context, now: Instant, reason: &str) -> Option<IkeSa> {
         ctx.log("IKE", 1, self.core.tag(), format!("authentication of the peer failed: {reason}"));
-        let retry = Retry::start(now, &ctx.config.retransmission, true, ctx.rng.as_mut());
-        let payloads = [Fault::AuthenticationFailed.payload()];
-        let datagrams = self.channel.request(ExchangeType::INFORMATIONAL, &payloads, None, retry, ctx.rng.as_mut());
-        ctx.transmit(self.core.path, datagrams.unwrap_or_default());
+        self.say_authentication_failed(ctx, now);
+        if self.resumed.is_some() {
+            self.authenticate_from_start(ctx, reason);
+            return None;
+        }
         self.abandon(ctx, &format!("authentication of the peer failed: {reason}"), CloseReason::Failed);
         None
     }

@@ -5,9 +5,10 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
-use pad::{AuthError, AuthMethod, Identity, IdentityPattern, PeerIdentity, SignError, SignedAuth};
+use pad::{Admission, AuthError, AuthMethod, Identity, IdentityPattern, PeerIdentity, SignError, SignedAuth};
 
 use super::auth::{InitMaterial, identification, is_where_it_says, proof_payloads};
+use super::basis::{Basis, readmits, rivals};
 use super::channel::{Channel, Received};
 use super::childless;
 use super::fault::{Fault, notify};
@@ -15,10 +16,12 @@ use super::mobility::{announcement, is_translated};
 use super::parts::Parts;
 use super::ppk;
 use super::redirect::auth_redirect;
+use super::resumption;
 use super::{Core, Established, IkeSa, local_identity, window};
 use crate::config::{Connection, Unique};
 use crate::engine::context::{Context, PeerKey};
-use crate::engine::{CloseReason, Event, IkeSaStatus, IkeState, Job, JobId, JobOutcome, Judgement, Path};
+use crate::engine::tickets::{Presented, method};
+use crate::engine::{CloseReason, Event, IkeSaId, IkeSaStatus, IkeState, Job, JobId, JobOutcome, Judgement, Path};
 use crate::wire::{ExchangeType, Identification, NotifyType, Opened, Payload, Protected};
 
 /// An IKE SA that a peer initiated, with keys, and a peer that has not proved anything.
@@ -45,16 +48,20 @@ struct Group {
 struct Claim {
     id: Identification,
     asserted: Identity,
+    /// The PAD and the credentials that the proof is checked by.
+    basis: Basis,
     parts: Box<Parts>,
 }
 
 enum Phase {
     /// IKE_AUTH has not come.
     Waiting,
+    /// It has not come after IKE_SESSION_RESUME: there is one thing that it may prove.
+    Resuming(Box<Presented>),
     /// The peer's proof is being checked against the first group.
     Verifying { job: JobId, claim: Claim, groups: VecDeque<Group> },
     /// The peer has proved who it is; our proof is being made.
-    Signing { job: JobId, parts: Box<Parts>, peer: Arc<PeerIdentity>, connection: Arc<Connection> },
+    Signing { job: JobId, parts: Box<Parts>, peer: Arc<PeerIdentity>, basis: Arc<Basis>, connection: Arc<Connection> },
 }
 
 impl ResponderAuth {
@@ -69,6 +76,20 @@ impl ResponderAuth {
     ) -> Self {
         let (uses_ppk, phase) = (false, Phase::Waiting);
         Self { core, channel, candidates, material, init_remote, deadline, uses_ppk, phase }
+    }
+
+    /// After IKE_SESSION_RESUME: the ticket is good, and the peer has to show that it is the one that it was given to.
+    pub(crate) fn resumed(
+        core: Core,
+        channel: Channel,
+        presented: Presented,
+        material: InitMaterial,
+        deadline: Instant,
+    ) -> Self {
+        let (init_remote, phase) = (core.path.remote, Phase::Resuming(Box::new(presented)));
+        // No candidates: nobody gets in here by credentials.
+        let candidates = Vec::new();
+        Self { core, channel, candidates, material, init_remote, deadline, uses_ppk: false, phase }
     }
 
     /// Where its IKE_SA_INIT came from.
@@ -105,6 +126,7 @@ impl ResponderAuth {
             rekey_in: None,
             reauth_in: None,
             assigned: None,
+            resumed: false,
             tasks_active: vec!["IKE_CERT_PRE", "IKE_AUTH", "IKE_CERT_POST", "CHILD_CREATE"],
             children: Vec::new(),
         }
@@ -160,8 +182,10 @@ impl ResponderAuth {
             (Phase::Verifying { job: waiting, claim, groups }, JobOutcome::Authenticate(result)) if waiting == job => {
                 self.verified(ctx, now, claim, groups, result)
             }
-            (Phase::Signing { job: waiting, parts, peer, connection }, JobOutcome::Sign(result)) if waiting == job => {
-                self.signed(ctx, now, *parts, peer, connection, result)
+            (Phase::Signing { job: waiting, parts, peer, basis, connection }, JobOutcome::Sign(result))
+                if waiting == job =>
+            {
+                self.signed(ctx, now, *parts, (peer, basis), connection, result)
             }
             (phase, _) => {
                 self.phase = phase;
@@ -186,10 +210,14 @@ impl ResponderAuth {
     }
 
     fn request(mut self: Box<Self>, ctx: &mut Context, now: Instant, opened: &Opened) -> Option<IkeSa> {
+        let phase = std::mem::replace(&mut self.phase, Phase::Waiting);
         let parts = match Parts::of(opened) {
             Ok(parts) => parts,
             Err(fault) => return self.refuse(ctx, now, &fault, &fault.to_string()),
         };
+        if let Phase::Resuming(presented) = phase {
+            return self.resume(ctx, now, *presented, parts);
+        }
         let Some(id) = parts.id_initiator.clone() else {
             return self.refuse(ctx, now, &Fault::InvalidSyntax(String::new()), "IKE_AUTH without IDi");
         };
@@ -210,7 +238,9 @@ impl ResponderAuth {
             Ok(groups) => groups,
             Err(reason) => return self.refuse(ctx, now, &Fault::AuthenticationFailed, reason),
         };
-        let claim = Claim { id, asserted, parts: Box::new(parts) };
+        let rivals = rivals(ctx, &self.core.path, &asserted);
+        let basis = Basis::new(ctx, now, rivals, self.uses_ppk);
+        let claim = Claim { id, asserted, basis, parts: Box::new(parts) };
         self.verify(ctx, now, claim, groups)
     }
 
@@ -317,13 +347,13 @@ impl ResponderAuth {
         now: Instant,
         claim: Claim,
         mut groups: VecDeque<Group>,
-        result: Result<PeerIdentity, AuthError>,
+        result: Result<Admission, AuthError>,
     ) -> Option<IkeSa> {
         let Some(group) = groups.pop_front() else {
             return self.refuse(ctx, now, &Fault::AuthenticationFailed, "no connection fits");
         };
-        let peer = match result {
-            Ok(peer) => peer,
+        let Admission { peer, good_for } = match result {
+            Ok(admission) => admission,
             Err(error) if groups.is_empty() => {
                 return self.refuse(ctx, now, &Fault::AuthenticationFailed, &error.to_string());
             }
@@ -339,15 +369,8 @@ impl ResponderAuth {
         let Some(connection) = admitted else {
             return self.refuse(ctx, now, &Fault::AuthenticationFailed, "no connection admits this identity");
         };
-        if let Some(reason) = childless::refusal(connection.childless, claim.parts.sa.is_some()) {
-            return self.refuse(ctx, now, &Fault::InvalidSyntax(reason.to_owned()), reason);
-        }
-        if is_kept_out(ctx, &connection, &peer, &claim.parts) {
-            return self.refuse(ctx, now, &Fault::AuthenticationFailed, KEPT_OUT);
-        }
-        if is_translated(&connection, &self.core.path, &claim.parts) {
-            // RFC 4555 §3.9.
-            return self.refuse(ctx, now, &Fault::UnexpectedNat, "there is a NAT that the peer does not allow");
+        if let Err((fault, reason)) = self.may_come_up(ctx, &connection, &peer, &claim.parts, None) {
+            return self.refuse(ctx, now, &fault, reason);
         }
         self.core.name = ctx.connections.name(&connection.name);
         self.channel.tally = Some(ctx.counters.of(&connection.name));
@@ -361,8 +384,71 @@ impl ResponderAuth {
             return self.refuse(ctx, now, &Fault::AuthenticationFailed, "the PRF is not supported");
         };
         let job = ctx.job(self.core.id, Job::Sign(request));
-        self.phase = Phase::Signing { job, parts: claim.parts, peer: Arc::new(peer), connection };
+        let basis = claim.basis.proved(now, good_for);
+        self.phase = Phase::Signing { job, parts: claim.parts, peer: Arc::new(peer), basis, connection };
         Some(IkeSa::ResponderAuth(self))
+    }
+
+    /// What has to hold of an IKE SA beside the peer's proof. `outlives` is one that it takes the place of.
+    fn may_come_up(
+        &self,
+        ctx: &Context,
+        connection: &Connection,
+        peer: &PeerIdentity,
+        parts: &Parts,
+        outlives: Option<IkeSaId>,
+    ) -> Result<(), (Fault, &'static str)> {
+        if let Some(reason) = childless::refusal(connection.childless, parts.sa.is_some()) {
+            return Err((Fault::InvalidSyntax(reason.to_owned()), reason));
+        }
+        if is_kept_out(ctx, connection, peer, parts, outlives) {
+            return Err((Fault::AuthenticationFailed, KEPT_OUT));
+        }
+        if is_translated(connection, &self.core.path, parts) {
+            // RFC 4555 §3.9.
+            return Err((Fault::UnexpectedNat, "there is a NAT that the peer does not allow"));
+        }
+        Ok(())
+    }
+
+    /// IKE_AUTH after IKE_SESSION_RESUME (RFC 5723 §4.3.3). The proof comes first: nobody else uses a ticket up.
+    fn resume(
+        mut self: Box<Self>,
+        ctx: &mut Context,
+        now: Instant,
+        presented: Presented,
+        parts: Parts,
+    ) -> Option<IkeSa> {
+        let Presented { serial, grant, .. } = presented;
+        let failed = Fault::AuthenticationFailed;
+        if let Err(reason) = resumption::check(&self.channel, &self.material, &grant.peer.id, &parts) {
+            return self.refuse(ctx, now, &failed, reason);
+        }
+        let ours = identification(&grant.peer.local_id);
+        if parts.id_responder.as_ref().is_some_and(|asked| *asked != ours) {
+            return self.refuse(ctx, now, &failed, "it asks for another identity than its ticket has");
+        }
+        if !is_where_it_says(ctx, &self.core.path, &grant.peer.id, method(&grant.peer)) {
+            return self.refuse(ctx, now, &failed, "its identity is not where its messages come from");
+        }
+        if !ctx.tickets.redeem(now, serial) {
+            return self.refuse(ctx, now, &failed, "the ticket was used or withdrawn meanwhile");
+        }
+        let admitted = readmits(ctx, now, &self.core.path, &grant.connection, &grant.peer, &grant.basis);
+        let connection = match admitted {
+            Ok(connection) => connection,
+            Err(reason) => return self.refuse(ctx, now, &failed, reason),
+        };
+        if let Err((fault, reason)) = self.may_come_up(ctx, &connection, &grant.peer, &parts, Some(grant.ike_sa)) {
+            return self.refuse(ctx, now, &fault, reason);
+        }
+        self.core.name = ctx.connections.name(&connection.name);
+        ctx.log("IKE", 1, self.core.tag(), resumption::line(now, &grant.peer, &grant.basis));
+        // §4.3.4: the old one goes without a Delete.
+        ctx.outlived.push(grant.ike_sa);
+        let proof = resumption::proof(&self.channel, &self.material, &ours);
+        let head = vec![Payload::IdResponder(ours), proof];
+        self.establish(ctx, now, parts, (grant.peer, grant.basis.resumed()), connection, head)
     }
 
     fn signed(
@@ -370,7 +456,7 @@ impl ResponderAuth {
         ctx: &mut Context,
         now: Instant,
         parts: Parts,
-        peer: Arc<PeerIdentity>,
+        (peer, basis): (Arc<PeerIdentity>, Arc<Basis>),
         connection: Arc<Connection>,
         result: Result<SignedAuth, SignError>,
     ) -> Option<IkeSa> {
@@ -379,20 +465,33 @@ impl ResponderAuth {
             Err(error) => return self.refuse(ctx, now, &Fault::AuthenticationFailed, &error.to_string()),
         };
         // Another one may have come up while this one's proof was made.
-        if is_kept_out(ctx, &connection, &peer, &parts) {
+        if is_kept_out(ctx, &connection, &peer, &parts, None) {
             return self.refuse(ctx, now, &Fault::AuthenticationFailed, KEPT_OUT);
         }
         ctx.log("IKE", 1, self.core.tag(), format!("authentication of '{}' (myself)", peer.local_id));
-        let Self { core, channel, material, uses_ppk, .. } = *self;
         let mut head = vec![Payload::IdResponder(identification(&peer.local_id))];
-        head.extend(proof_payloads(signed, connection.send_cert, material.cert_requested));
-        if uses_ppk {
+        head.extend(proof_payloads(signed, connection.send_cert, self.material.cert_requested));
+        if self.uses_ppk {
             head.push(notify(NotifyType::PPK_IDENTITY, Vec::new()));
         }
+        self.establish(ctx, now, parts, (peer, basis), connection, head)
+    }
+
+    /// Both sides have proved who they are: `head` has our identity and proof.
+    fn establish(
+        self: Box<Self>,
+        ctx: &mut Context,
+        now: Instant,
+        parts: Parts,
+        (peer, basis): (Arc<PeerIdentity>, Arc<Basis>),
+        connection: Arc<Connection>,
+        mut head: Vec<Payload>,
+    ) -> Option<IkeSa> {
+        let Self { core, channel, material, .. } = *self;
         let role = super::established::Role::Responder { initial_contact: parts.has(NotifyType::INITIAL_CONTACT) };
         let redirect = auth_redirect(&connection, &core.redirects);
         head.extend(announcement(ctx, &connection, &core, Some(&parts)));
-        let mut established = Box::new(Established::new(ctx, now, core, channel, connection, peer, role));
+        let mut established = Box::new(Established::new(ctx, now, core, channel, connection, peer, basis, role));
         if let Some((gateway, payload)) = redirect {
             head.push(payload);
             established.answer_redirect(ctx, now, &gateway, &head);
@@ -405,6 +504,7 @@ impl ResponderAuth {
         head.push(window::announcement());
         head.extend(ctx.tokens.payload(established.channel.spis));
         head.extend(established.auth_lifetime(now));
+        head.extend(established.answer_ticket_request(ctx, now, &parts));
         let result = established.answer_first_child(ctx, now, head, &parts, &material.ni, &material.nr);
         result.is_ok().then_some(IkeSa::Established(established))
     }
@@ -422,9 +522,16 @@ impl ResponderAuth {
 
 const KEPT_OUT: &str = "an IKE_SA with this peer exists and is kept";
 
-/// `unique = keep`: an IKE SA with this peer is up, and the peer does not say that it has none.
-fn is_kept_out(ctx: &Context, connection: &Connection, peer: &PeerIdentity, parts: &Parts) -> bool {
+/// `unique = keep`: an IKE SA with this peer is up that this one does not take the place of, and the peer does not say
+/// that it has none.
+fn is_kept_out(
+    ctx: &Context,
+    connection: &Connection,
+    peer: &PeerIdentity,
+    parts: &Parts,
+    outlives: Option<IkeSaId>,
+) -> bool {
     connection.unique == Unique::Keep
         && !parts.has(NotifyType::INITIAL_CONTACT)
-        && ctx.with_peer(&PeerKey::of(peer)).next().is_some()
+        && ctx.with_peer(&PeerKey::of(peer)).any(|other| Some(other) != outlives)
 }

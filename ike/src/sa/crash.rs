@@ -149,6 +149,7 @@ impl Established {
             return Err(self.close(ctx, now, CloseReason::Timeout));
         }
         self.reauthenticating = true;
+        self.keep_ticket(ctx, now);
         Err(self.close(ctx, now, CloseReason::Replaced))
     }
 }

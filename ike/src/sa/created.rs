@@ -75,7 +75,7 @@ impl Established {
         nr: &[u8],
     ) -> Result<(), Closed> {
         // The peer's IKE SAs that this one replaces have their addresses until the end of this step.
-        let shares = if ctx.superseded.is_empty() { Shares::Wanted } else { Shares::Any };
+        let shares = if ctx.superseded.is_empty() && ctx.outlived.is_empty() { Shares::Wanted } else { Shares::Any };
         let Served { reply, fault } = self.serve_configuration(ctx, parts, shares);
         head.extend(reply);
         if parts.sa.is_none() {

@@ -13,6 +13,7 @@ use ipsec::plane::StreamId;
 use ipsec::transform::{Ke, Protocol};
 use pad::PeerIdentity;
 
+use super::basis::Basis;
 use super::channel::{Channel, Received};
 use super::child::{ChildOffer, ChildSa, Parent, rekey_at};
 use super::configuration;
@@ -27,6 +28,7 @@ use super::redirect::Moving;
 use super::rekey::IkeOffer;
 use super::retry::{Retry, after, back_off, random_below, total};
 use super::succession::Successor;
+use super::tickets::SessionTicket;
 use super::transports::Transports;
 use super::{Core, Want};
 use crate::config::{Child, Connection, Unique};
@@ -69,6 +71,8 @@ pub(crate) struct Established {
     pub(super) peer: Arc<PeerIdentity>,
     /// What the tables know the peer by.
     pub(super) key: PeerKey,
+    /// What the peer's proof rests on.
+    pub(super) basis: Arc<Basis>,
     pub(super) state: IkeState,
     since: Instant,
     /// Each in a box: the map has room for several, and most IKE SAs have one.
@@ -117,6 +121,7 @@ pub(crate) struct Established {
     pub(super) moving: Option<Moving>,
     pub(super) crash_tokens: TokenTaker,
     pub(super) message_id_sync: MessageIdSync,
+    pub(super) ticket: SessionTicket,
     stream: StreamState,
     pub(super) transports: Transports,
     pub(super) mobility: Mobility,
@@ -155,6 +160,8 @@ pub(crate) enum Task {
     },
     /// Tell the peer something that its answer says nothing about.
     Inform(Vec<Payload>),
+    /// Ask for a ticket (RFC 5723).
+    RequestTicket,
     /// Send the peer to another gateway.
     Redirect {
         gateway: Gateway,
@@ -175,6 +182,7 @@ pub(crate) enum Active {
     DeleteSpi(u32),
     DeleteIke { tokens: Vec<u64>, reason: CloseReason },
     Inform,
+    RequestTicket,
     Redirect { token: u64 },
     Liveness,
     Mobility(Box<Mission>),
@@ -213,6 +221,7 @@ enum StreamState {
 
 impl Established {
     /// The one way to an established IKE SA other than rekeying one: with the peer's proved identity.
+    #[allow(clippy::too_many_arguments, reason = "what a half-open IKE SA becomes")]
     pub(crate) fn new(
         ctx: &mut Context,
         now: Instant,
@@ -220,6 +229,7 @@ impl Established {
         mut channel: Channel,
         connection: Arc<Connection>,
         peer: Arc<PeerIdentity>,
+        basis: Arc<Basis>,
         role: Role,
     ) -> Self {
         channel.open_window();
@@ -233,9 +243,11 @@ impl Established {
             peer.id
         );
         ctx.log("IKE", 0, core.tag(), line);
-        let mut sa = Self::make(ctx, now, core, channel, connection, peer);
+        let mut sa = Self::make(ctx, now, core, channel, connection, peer, basis);
         sa.original_initiator = role == Role::Initiator;
         sa.supersede(ctx, role);
+        // Whatever ticket was left of an earlier IKE SA, this one gets its own.
+        ctx.tickets.drop_held(&sa.core.name, sa.core.path.remote.ip());
         ctx.event(Event::IkeUp(sa.core.id));
         sa
     }
@@ -249,6 +261,10 @@ impl Established {
         new.transports = self.transports.inherit();
         self.transports = self.transports.for_the_end();
         new.message_id_sync = self.message_id_sync.inherit();
+        new.ticket = self.ticket.inherit();
+        // RFC 5723 §6.2: the ticket of an IKE SA goes with its keys.
+        self.withdraw_ticket(ctx);
+        self.ticket = SessionTicket::default();
         // Reauthentication is due when it was: rekeying proves nothing about the peer.
         new.reauth_at = self.reauth_at;
         new.proof_ends_at = self.proof_ends_at;
@@ -281,8 +297,8 @@ impl Established {
 
     /// Another IKE SA with the same peer, connection and path, and without Child SAs.
     pub(super) fn twin(&self, ctx: &mut Context, now: Instant, core: Core, channel: Channel) -> Self {
-        let (connection, peer) = (Arc::clone(&self.connection), Arc::clone(&self.peer));
-        let mut twin = Self::make(ctx, now, core, channel, connection, peer);
+        let (connection, peer, basis) = (self.connection.clone(), self.peer.clone(), self.basis.clone());
+        let mut twin = Self::make(ctx, now, core, channel, connection, peer, basis);
         twin.key = self.key.clone();
         twin.channel.fragmentation = self.channel.fragmentation;
         twin.mobility = self.mobility.for_the_end();
@@ -311,15 +327,20 @@ impl Established {
         mut channel: Channel,
         connection: Arc<Connection>,
         peer: Arc<PeerIdentity>,
+        basis: Arc<Basis>,
     ) -> Self {
         channel.forget_proof_keys();
+        // Neither a ticket nor what follows makes a proof younger.
+        let proved_at = if basis.resumed { basis.proved_at } else { now };
         let rekey = rekey_at(now, connection.rekey_time, connection.rand_time, ctx.rng.as_mut());
-        let reauth = rekey_at(now, connection.reauth_time, connection.rand_time, ctx.rng.as_mut());
+        let reauth = rekey_at(proved_at, connection.reauth_time, connection.rand_time, ctx.rng.as_mut());
         let longest = connection.rekey_time.max(connection.reauth_time);
         let hard = longest.saturating_add(connection.over_time);
         let proof_ends_at = (!connection.reauth_time.is_zero() && !connection.over_time.is_zero())
-            .then(|| after(now, connection.reauth_time.saturating_add(connection.over_time)));
+            .then(|| after(proved_at, connection.reauth_time.saturating_add(connection.over_time)));
         let expire_at = (!longest.is_zero() && !connection.over_time.is_zero()).then(|| after(now, hard));
+        let proof = proof_ends_at.filter(|_| basis.resumed);
+        let expire_at = [expire_at, proof].into_iter().flatten().min();
         Self {
             reply_path: core.path,
             core,
@@ -327,6 +348,7 @@ impl Established {
             connection,
             key: PeerKey::of(&peer),
             peer,
+            basis,
             state: IkeState::Established,
             since: now,
             children: BTreeMap::new(),
@@ -357,6 +379,7 @@ impl Established {
             moving: None,
             crash_tokens: TokenTaker::default(),
             message_id_sync: MessageIdSync::default(),
+            ticket: SessionTicket::default(),
             stream: StreamState::Up,
             transports: Transports::default(),
             mobility: Mobility::default(),
@@ -470,6 +493,7 @@ impl Established {
             rekey_in: in_time(self.rekey_at),
             reauth_in: in_time(self.reauth_at),
             assigned: self.core.assigned.clone(),
+            resumed: self.basis.resumed,
             tasks_active: self.going_on().map(Active::name).collect(),
             children: self.children.values().map(|child| child.status(now)).collect(),
         }
@@ -878,6 +902,7 @@ impl Established {
     /// A successor takes up the tasks of the IKE SA that it replaces.
     pub(crate) fn start_inherited(&mut self, ctx: &mut Context, now: Instant) -> Result<(), Closed> {
         self.renew_token(ctx);
+        self.renew_ticket();
         self.resume_roaming(ctx);
         self.pump(ctx, now)
     }
@@ -901,6 +926,11 @@ impl Established {
     /// Another one of the same peer takes its place.
     pub(crate) fn replaced(&mut self, ctx: &mut Context, now: Instant) -> Closed {
         self.farewell(ctx, now, CloseReason::Replaced)
+    }
+
+    /// Its ticket has made another one, so the peer has left this one (RFC 5723 §4.3.4).
+    pub(crate) fn outlived(&mut self, ctx: &mut Context, now: Instant) -> Closed {
+        self.close(ctx, now, CloseReason::Replaced)
     }
 
     // Tasks.
@@ -1018,6 +1048,8 @@ impl Established {
                 payloads.extend(self.window_announcement());
                 self.go_on_with(ctx, now, (Active::Inform, None), ExchangeType::INFORMATIONAL, payloads)
             }
+            Task::RequestTicket if open => self.request_ticket(ctx, now),
+            Task::RequestTicket => Ok(()),
             Task::Redirect { gateway, token } if open => self.start_redirect(ctx, now, &gateway, token),
             Task::Redirect { token, .. } => {
                 failed(ctx, Some(token), &self.core.name, None, "the IKE_SA is closing");
@@ -1086,6 +1118,10 @@ impl Established {
                 Err(closed)
             }
             Active::Inform => Ok(()),
+            Active::RequestTicket => {
+                self.take_ticket(ctx, now, &parts);
+                Ok(())
+            }
             Active::Redirect { token } => {
                 Self::redirect_heard(ctx, token);
                 Ok(())
@@ -1372,6 +1408,7 @@ impl Established {
     /// Closes: everything that it held is released and reported.
     pub(super) fn close(&mut self, ctx: &mut Context, now: Instant, reason: CloseReason) -> Closed {
         let status = self.status(now);
+        self.leave_ticket(ctx, now, reason);
         if self.reauthenticating && !self.makes_first {
             ctx.reinitiate.extend(self.everything_again());
         }
@@ -1410,7 +1447,7 @@ impl Established {
             Active::DeleteIke { tokens, .. } => tokens.into_iter().for_each(|token| done(ctx, Some(token))),
             Active::DeleteSpi(spi) => ctx.release_child_spi(spi),
             Active::Redirect { token } => failed(ctx, Some(token), &self.core.name, None, reason),
-            Active::Inform | Active::Liveness | Active::Mobility(_) | Active::ProbeUdp => {}
+            Active::Inform | Active::RequestTicket | Active::Liveness | Active::Mobility(_) | Active::ProbeUdp => {}
         }
     }
 
@@ -1427,7 +1464,7 @@ impl Established {
                 Task::DeleteChild { token, .. } | Task::DeleteIke { token, .. } => done(ctx, token),
                 Task::DeleteSpi(spi) => ctx.release_child_spi(spi),
                 Task::Redirect { token, .. } => failed(ctx, Some(token), &self.core.name, None, reason),
-                Task::Inform(_) | Task::Liveness | Task::Mobility(_) | Task::ProbeUdp => {}
+                Task::Inform(_) | Task::RequestTicket | Task::Liveness | Task::Mobility(_) | Task::ProbeUdp => {}
             }
         }
     }
@@ -1450,6 +1487,7 @@ impl Active {
             Self::DeleteIke { .. } => "IKE_DELETE",
             Self::Redirect { .. } => "IKE_REDIRECT",
             Self::Inform => "IKE_INFORM",
+            Self::RequestTicket => "IKE_TICKET",
             Self::Liveness => "IKE_DPD",
             Self::Mobility(_) | Self::ProbeUdp => "IKE_MOBIKE",
         }

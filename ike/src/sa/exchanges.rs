@@ -43,6 +43,7 @@ impl Active {
             | Self::DeleteChild { .. }
             | Self::DeleteSpi(_)
             | Self::Inform
+            | Self::RequestTicket
             | Self::Liveness
             | Self::Mobility(_) => true,
         }
@@ -58,7 +59,9 @@ impl Active {
             Task::RekeyChild { .. } => self.replaces().is_some(),
             Task::DeleteChild { id, .. } => self.replaces() == Some(*id),
             Task::Mobility(_) => matches!(self, Self::Mobility(_)),
-            Task::CreateChild { .. } | Task::DeleteSpi(_) | Task::Inform(_) | Task::Liveness => false,
+            Task::CreateChild { .. } | Task::DeleteSpi(_) | Task::Inform(_) | Task::RequestTicket | Task::Liveness => {
+                false
+            }
         }
     }
 }

@@ -52,6 +52,7 @@ impl Established {
         let mut answer = self.mobility_request(ctx, now, parts);
         answer.extend(self.answer_configuration(ctx, parts));
         answer.extend(self.window_announcement());
+        answer.extend(self.answer_ticket_request(ctx, now, parts));
         if !ours.is_empty() {
             answer.push(Payload::Delete { protocol: Protocol::ESP, spis: ours });
         }

@@ -17,6 +17,7 @@ use super::nat::{self, Nat};
 use super::parts::Parts;
 use super::ppk;
 use super::redirect::{Redirected, Redirects};
+use super::resuming;
 use super::retry::{Due, Retry, after};
 use super::{Core, IkeSa, InitiatorIntermediate, Want, fail_wants};
 use crate::config::{Childless, Connection, Fragmentation, Retransmission, TcpPolicy};
@@ -114,7 +115,7 @@ pub(super) fn begin_over_tcp(ctx: &mut Context, core: &Core, connection: &Arc<Co
 
 /// What an attempt is made over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Over {
+pub(super) enum Over {
     Udp,
     /// UDP, and TCP where that stays silent (RFC 9329 §5.1).
     UdpThenTcp,
@@ -124,7 +125,7 @@ enum Over {
 }
 
 impl Over {
-    fn first(ctx: &Context, now: Instant, connection: &Connection, local: IpAddr, remote: IpAddr) -> Self {
+    pub(super) fn first(ctx: &Context, now: Instant, connection: &Connection, local: IpAddr, remote: IpAddr) -> Self {
         match connection.tcp {
             TcpPolicy::No => Self::Udp,
             TcpPolicy::Fallback if ctx.networks.needs_stream(now, &udp_path(ctx, connection, local, remote)) => {
@@ -135,7 +136,7 @@ impl Over {
         }
     }
 
-    fn is_tcp(self) -> bool {
+    pub(super) fn is_tcp(self) -> bool {
         matches!(self, Self::Tcp | Self::TcpAsBefore)
     }
 }
@@ -178,7 +179,7 @@ impl Initiating {
         Self::begin_as(ctx, now, id, from_start, sequence, needs_tcp)
     }
 
-    fn begin_as(
+    pub(super) fn begin_as(
         ctx: &mut Context,
         now: Instant,
         id: IkeSaId,
@@ -311,6 +312,7 @@ impl Initiating {
             rekey_in: None,
             reauth_in: None,
             assigned: None,
+            resumed: false,
             tasks_active: vec!["IKE_INIT", "IKE_NATD", "IKE_CERT_PRE", "IKE_AUTH", "CHILD_CREATE"],
             children: Vec::new(),
         }
@@ -564,19 +566,8 @@ impl Initiating {
             assigned: None,
             falls_back: false,
         };
-        let floats = nat.any() || (connection.mobike && nat.traversal);
-        if floats && core.path.transport == Transport::Udp {
-            // RFC 7296 §2.23: from IKE_AUTH on both sides use the port for encapsulation; with MOBIKE also without a
-            // NAT, since there may be one on another path (RFC 4555 §3.3).
-            core.falls_back = attempt.over == Over::UdpThenTcp;
-            core.path.transport = Transport::UdpEncap;
-            core.path.local.set_port(ctx.config.nat_port);
-            core.path.remote.set_port(ctx.config.nat_port);
-        }
-        if connection.tcp == TcpPolicy::Fallback {
-            // Nothing of it is authentic yet, but at worst UDP is tried in vain, or TCP for an hour.
-            ctx.networks.note(now, &core.path);
-        }
+        let falls_back = attempt.over == Over::UdpThenTcp;
+        float(ctx, now, &connection, &mut core, falls_back);
         let fragmentation =
             connection.fragmentation != Fragmentation::No && parts.has(NotifyType::IKEV2_FRAGMENTATION_SUPPORTED);
         let material = InitMaterial {
@@ -648,6 +639,21 @@ impl Initiating {
             self.sequence = self.sequence.saturating_add(1);
             let line = format!("peer not responding, trying again ({}/{tries})", self.sequence);
             ctx.log("IKE", 1, self.tag(), line);
+            if resuming::has_ticket(ctx, now, &self.connection, (self.local, self.remote)) {
+                let Self { id, connection, wants, local, remote, redirects, .. } = &mut *self;
+                let (from, connection, wants) = (*id, Arc::clone(connection), std::mem::take(wants));
+                let from_start = Redirected {
+                    from,
+                    connection,
+                    wants,
+                    local: *local,
+                    remote: *remote,
+                    redirects: redirects.clone(),
+                };
+                ctx.again.push(Again { from_start, sequence: self.sequence, needs_tcp: false });
+                self.abandon(ctx, reason, CloseReason::Timeout);
+                return None;
+            }
             let over = Over::first(ctx, now, &self.connection, self.local, self.remote);
             return self.restart(ctx, now, over);
         }
@@ -801,6 +807,23 @@ impl Attempt {
     fn may_restart(&mut self) -> bool {
         self.restarts = self.restarts.saturating_add(1);
         self.restarts <= MAX_RESTARTS
+    }
+}
+
+/// RFC 7296 §2.23: from IKE_AUTH on both sides use the port for encapsulation, if there is a NAT; with MOBIKE also without
+/// one, since there may be one on another path (RFC 4555 §3.3). A network may drop that port alone; `falls_back` says that
+/// TCP is untried.
+pub(super) fn float(ctx: &mut Context, now: Instant, connection: &Connection, core: &mut Core, falls_back: bool) {
+    let floats = core.nat.any() || (connection.mobike && core.nat.traversal);
+    if floats && core.path.transport == Transport::Udp {
+        core.falls_back = falls_back;
+        core.path.transport = Transport::UdpEncap;
+        core.path.local.set_port(ctx.config.nat_port);
+        core.path.remote.set_port(ctx.config.nat_port);
+    }
+    if connection.tcp == TcpPolicy::Fallback {
+        // Nothing of it is authentic yet, but at worst UDP is tried in vain, or TCP for an hour.
+        ctx.networks.note(now, &core.path);
     }
 }
 

@@ -129,6 +129,7 @@ impl InitiatorIntermediate {
             rekey_in: None,
             reauth_in: None,
             assigned: None,
+            resumed: false,
             tasks_active: vec!["IKE_INIT", "IKE_CERT_PRE", "IKE_AUTH", "IKE_CERT_POST", "CHILD_CREATE"],
             children: Vec::new(),
         }

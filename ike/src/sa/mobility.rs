@@ -402,6 +402,10 @@ impl Established {
         self.reauthenticating = true;
         // An attempt to replace it that is under way may be from the address that is gone.
         self.makes_first = false;
+        if self.keep_ticket(ctx, now) {
+            // RFC 5723 §4.3.4: coming back with the ticket ends this one at the peer.
+            return Err(self.close(ctx, now, CloseReason::Local));
+        }
         Err(self.farewell(ctx, now, CloseReason::Local))
     }
 

@@ -1,7 +1,7 @@
 //! One IKE SA and its exchanges (RFC 7296).
 //!
-//! An IKE SA is one of six types, and only a transition that consumes one makes the next:
-//! [`Initiating`] (IKE_SA_INIT is out), [`InitiatorIntermediate`] or [`ResponderIntermediate`] (keys are being
+//! An IKE SA is one of seven types, and only a transition that consumes one makes the next:
+//! [`Initiating`] (IKE_SA_INIT is out), [`Resuming`] (IKE_SESSION_RESUME is out, RFC 5723), [`InitiatorIntermediate`] or [`ResponderIntermediate`] (keys are being
 //! made, by one key exchange or several), [`InitiatorAuth`] or [`ResponderAuth`] (keys, but the peer may be
 //! anyone), [`Established`] (made from a [`pad::PeerIdentity`] only). Child SAs, CREATE_CHILD_SA and
 //! INFORMATIONAL are methods of [`Established`] alone.
@@ -10,6 +10,7 @@ pub(crate) mod auth;
 pub(crate) mod auth_initiator;
 pub(crate) mod auth_lifetime;
 pub(crate) mod auth_responder;
+pub(crate) mod basis;
 pub(crate) mod channel;
 pub(crate) mod child;
 pub(crate) mod childless;
@@ -33,9 +34,12 @@ mod puzzle;
 pub(crate) mod reauthentication;
 pub(crate) mod redirect;
 pub(crate) mod rekey;
+pub(crate) mod resuming;
+pub(crate) mod resumption;
 pub(crate) mod retry;
 pub(crate) mod selectors;
 pub(crate) mod succession;
+pub(crate) mod tickets;
 mod transports;
 pub(crate) mod window;
 
@@ -52,6 +56,7 @@ pub(crate) use established::Established;
 pub(crate) use init::Initiating;
 pub(crate) use intermediate_initiator::InitiatorIntermediate;
 pub(crate) use intermediate_responder::ResponderIntermediate;
+pub(crate) use resuming::Resuming;
 
 use crate::config::{Child, Connection, Retransmission, Unique};
 use crate::engine::assigned::Assigned;
@@ -68,6 +73,7 @@ use redirect::Redirects;
 /// An IKE SA in one of its states.
 pub(crate) enum IkeSa {
     Initiating(Box<Initiating>),
+    Resuming(Box<Resuming>),
     InitiatorIntermediate(Box<InitiatorIntermediate>),
     ResponderIntermediate(Box<ResponderIntermediate>),
     InitiatorAuth(Box<InitiatorAuth>),
@@ -167,6 +173,7 @@ impl IkeSa {
     pub(crate) fn local_spi(&self) -> u64 {
         match self {
             Self::Initiating(sa) => sa.spi(),
+            Self::Resuming(sa) => sa.spi(),
             Self::InitiatorIntermediate(sa) => sa.local_spi(),
             Self::ResponderIntermediate(sa) => sa.local_spi(),
             Self::InitiatorAuth(sa) => sa.channel.local_spi(),
@@ -183,6 +190,7 @@ impl IkeSa {
         };
         match self {
             Self::Initiating(sa) => sa.stream().map(|stream| (stream, true)),
+            Self::Resuming(sa) => sa.stream().map(|stream| (stream, true)),
             Self::InitiatorIntermediate(sa) => of(&sa.core),
             Self::ResponderIntermediate(sa) => of(&sa.core),
             Self::InitiatorAuth(sa) => of(&sa.core),
@@ -196,9 +204,11 @@ impl IkeSa {
         match self {
             Self::ResponderIntermediate(sa) => Some(sa.init_remote()),
             Self::ResponderAuth(sa) => Some(sa.init_remote()),
-            Self::Initiating(_) | Self::InitiatorIntermediate(_) | Self::InitiatorAuth(_) | Self::Established(_) => {
-                None
-            }
+            Self::Initiating(_)
+            | Self::Resuming(_)
+            | Self::InitiatorIntermediate(_)
+            | Self::InitiatorAuth(_)
+            | Self::Established(_) => None,
         }
     }
 
@@ -206,6 +216,7 @@ impl IkeSa {
     pub(crate) fn abandon(self, ctx: &mut Context, reason: &str) -> Option<Self> {
         match self {
             Self::Initiating(sa) => sa.abandon(ctx, reason, CloseReason::Local),
+            Self::Resuming(sa) => sa.abandon(ctx, reason, CloseReason::Local),
             Self::InitiatorIntermediate(sa) => sa.abandon(ctx, reason, CloseReason::Local),
             Self::ResponderIntermediate(sa) => sa.abandon(ctx, CloseReason::Local),
             Self::InitiatorAuth(sa) => sa.abandon(ctx, reason, CloseReason::Local),
@@ -220,6 +231,7 @@ impl IkeSa {
         let of = |core: &Core, initiating| Member { connection: Arc::clone(&core.name), initiating };
         match self {
             Self::Initiating(sa) => Member { connection: sa.name(), initiating: true },
+            Self::Resuming(sa) => Member { connection: sa.name(), initiating: true },
             Self::InitiatorIntermediate(sa) => of(&sa.core, true),
             Self::InitiatorAuth(sa) => of(&sa.core, true),
             Self::ResponderIntermediate(sa) => of(&sa.core, false),
@@ -233,6 +245,7 @@ impl IkeSa {
         match self {
             Self::Established(sa) => sa.peer_key(),
             Self::Initiating(_)
+            | Self::Resuming(_)
             | Self::InitiatorIntermediate(_)
             | Self::ResponderIntermediate(_)
             | Self::InitiatorAuth(_)
@@ -247,6 +260,7 @@ impl IkeSa {
         let fragments = self.channel().map_or(0, Channel::fragment_octets);
         match self {
             Self::Initiating(sa) => Held::new(sa.reached_at(), fragments, true),
+            Self::Resuming(sa) => Held::new(sa.reached_at(), fragments, true),
             Self::InitiatorIntermediate(sa) => Held::new(at(&sa.core), fragments, true),
             Self::InitiatorAuth(sa) => Held::new(at(&sa.core), fragments, true),
             Self::ResponderIntermediate(_) | Self::ResponderAuth(_) => Held::new([None, None], fragments, true),
@@ -257,7 +271,7 @@ impl IkeSa {
     /// Forgets the fragments that wait for others.
     pub(crate) fn drop_fragments(&mut self) {
         let channel = match self {
-            Self::Initiating(_) => None,
+            Self::Initiating(_) | Self::Resuming(_) => None,
             Self::InitiatorIntermediate(sa) => sa.channel.as_mut(),
             Self::ResponderIntermediate(sa) => sa.channel.as_mut(),
             Self::InitiatorAuth(sa) => Some(&mut sa.channel),
@@ -271,7 +285,7 @@ impl IkeSa {
 
     pub(crate) fn channel(&self) -> Option<&Channel> {
         match self {
-            Self::Initiating(_) => None,
+            Self::Initiating(_) | Self::Resuming(_) => None,
             Self::InitiatorIntermediate(sa) => sa.channel.as_ref(),
             Self::ResponderIntermediate(sa) => sa.channel.as_ref(),
             Self::InitiatorAuth(sa) => Some(&sa.channel),
@@ -283,6 +297,7 @@ impl IkeSa {
     pub(crate) fn place(&self) -> Place {
         match self {
             Self::Initiating(sa) => Place { remote: Some(sa.remote()), ..Place::default() },
+            Self::Resuming(sa) => Place { remote: Some(sa.remote()), ..Place::default() },
             Self::InitiatorAuth(_)
             | Self::ResponderAuth(_)
             | Self::InitiatorIntermediate(_)
@@ -294,6 +309,7 @@ impl IkeSa {
     pub(crate) fn next_timeout(&self, ctx: &Context) -> Option<Instant> {
         match self {
             Self::Initiating(sa) => sa.next_timeout(),
+            Self::Resuming(sa) => Some(sa.next_timeout()),
             Self::InitiatorIntermediate(sa) => Some(sa.next_timeout()),
             Self::ResponderIntermediate(sa) => Some(sa.next_timeout()),
             Self::InitiatorAuth(sa) => Some(sa.next_timeout()),
@@ -305,6 +321,7 @@ impl IkeSa {
     pub(crate) fn status(&self, now: Instant) -> IkeSaStatus {
         match self {
             Self::Initiating(sa) => sa.status(),
+            Self::Resuming(sa) => sa.status(),
             Self::InitiatorIntermediate(sa) => sa.status(),
             Self::ResponderIntermediate(sa) => sa.status(),
             Self::InitiatorAuth(sa) => sa.status(),
@@ -323,7 +340,7 @@ impl IkeSa {
     ) -> Option<Self> {
         match self {
             // There are no keys yet that could open it.
-            Self::Initiating(_) => Some(self),
+            Self::Initiating(_) | Self::Resuming(_) => Some(self),
             Self::InitiatorIntermediate(sa) => sa.handle_protected(ctx, protected, datagram),
             Self::ResponderIntermediate(sa) => sa.handle_protected(ctx, now, path, protected, datagram),
             Self::InitiatorAuth(sa) => sa.handle_protected(ctx, now, path, protected, datagram),
@@ -345,6 +362,8 @@ impl IkeSa {
     ) -> (Option<Self>, Option<JobOutcome>) {
         match self {
             Self::Initiating(sa) => (sa.handle_job(ctx, now, job, outcome).map(Self::Initiating), None),
+            // It has no jobs; the answer is to one of before.
+            Self::Resuming(_) => (Some(self), Some(outcome)),
             Self::InitiatorIntermediate(sa) => (sa.handle_job(ctx, now, job, outcome), None),
             Self::ResponderIntermediate(sa) => (sa.handle_job(ctx, now, job, outcome), None),
             Self::InitiatorAuth(sa) => (sa.handle_job(ctx, now, job, outcome), None),
@@ -359,6 +378,7 @@ impl IkeSa {
     pub(crate) fn handle_timeout(self, ctx: &mut Context, now: Instant) -> Option<Self> {
         match self {
             Self::Initiating(sa) => sa.handle_timeout(ctx, now).map(Self::Initiating),
+            Self::Resuming(sa) => sa.handle_timeout(ctx, now),
             Self::InitiatorIntermediate(sa) => sa.handle_timeout(ctx, now),
             Self::ResponderIntermediate(sa) => sa.handle_timeout(ctx, now),
             Self::InitiatorAuth(sa) => sa.handle_timeout(ctx, now),
@@ -376,6 +396,7 @@ impl IkeSa {
     ) -> Option<Self> {
         match self {
             Self::Initiating(sa) => sa.handle_stream_opened(ctx, now, stream, local).map(Self::Initiating),
+            Self::Resuming(sa) => sa.handle_stream_opened(ctx, now, stream, local),
             Self::InitiatorAuth(mut sa) => {
                 sa.handle_stream_opened(ctx, now, stream, local);
                 Some(Self::InitiatorAuth(sa))
@@ -396,6 +417,7 @@ impl IkeSa {
     ) -> Option<Self> {
         match self {
             Self::Initiating(sa) => sa.handle_stream_closed(ctx, now, stream, reason).map(Self::Initiating),
+            Self::Resuming(sa) => sa.handle_stream_closed(ctx, now, stream, reason),
             Self::InitiatorIntermediate(sa) => sa.handle_stream_closed(ctx, stream, reason),
             Self::InitiatorAuth(sa) => sa.handle_stream_closed(ctx, now, stream, reason),
             // The peer may come back over another stream before the half-open time is up.

@@ -29,6 +29,8 @@ impl Established {
             return;
         }
         self.reauthenticating = true;
+        // RFC 5723 §6.2: a ticket would prove nothing anew.
+        ctx.tickets.drop_all_held(&self.core.name);
         if !ctx.config.make_before_break && !self.rekeyless {
             self.queue.push_front(Task::DeleteIke { token: None, reason: CloseReason::Local });
             return;

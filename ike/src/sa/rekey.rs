@@ -225,9 +225,12 @@ impl Established {
     fn answer_rekey(&mut self, ctx: &mut Context, parts: &Parts) -> Result<IkePlan, Fault> {
         // §2.25.2: not while Child SAs are made, rekeyed or closed, nor while we close this one.
         let busy = self.going_on().any(|active| match active {
-            Active::Liveness | Active::Inform | Active::ProbeUdp | Active::Redirect { .. } | Active::RekeyIke(_) => {
-                false
-            }
+            Active::Liveness
+            | Active::Inform
+            | Active::RequestTicket
+            | Active::ProbeUdp
+            | Active::Redirect { .. }
+            | Active::RekeyIke(_) => false,
             Active::Create { .. }
             | Active::Install { .. }
             | Active::DeleteChild { .. }
@@ -257,7 +260,8 @@ impl Established {
         let spis = Spis { initiator: spi_i, responder: spi_r };
         let mut proposal = choice.proposal;
         proposal.spi = spi_r.to_be_bytes().to_vec();
-        let payloads = vec![Payload::Sa(vec![proposal]), Payload::Nonce(nr.clone())];
+        let mut payloads = vec![Payload::Sa(vec![proposal]), Payload::Nonce(nr.clone())];
+        payloads.extend(self.defer_ticket(parts));
         Ok(IkePlan { id, suite: choice.suite, spis, ni: ni.clone(), nr, ke: (*group, public.clone()), payloads })
     }
 }

@@ -54,6 +54,8 @@ impl ExchangeType {
     pub const CREATE_CHILD_SA: Self = Self(36);
     /// INFORMATIONAL.
     pub const INFORMATIONAL: Self = Self(37);
+    /// IKE_SESSION_RESUME (RFC 5723).
+    pub const IKE_SESSION_RESUME: Self = Self(38);
     /// IKE_INTERMEDIATE (RFC 9242).
     pub const IKE_INTERMEDIATE: Self = Self(43);
     /// IKE_FOLLOWUP_KE (RFC 9370).
@@ -141,6 +143,11 @@ impl NotifyType {
     pub const REDIRECT_SUPPORTED: Self = Self(16406);
     pub const REDIRECT: Self = Self(16407);
     pub const REDIRECTED_FROM: Self = Self(16408);
+    pub const TICKET_LT_OPAQUE: Self = Self(16409);
+    pub const TICKET_REQUEST: Self = Self(16410);
+    pub const TICKET_ACK: Self = Self(16411);
+    pub const TICKET_NACK: Self = Self(16412);
+    pub const TICKET_OPAQUE: Self = Self(16413);
     pub const QUICK_CRASH_DETECTION: Self = Self(16419);
     pub const IKEV2_MESSAGE_ID_SYNC_SUPPORTED: Self = Self(16420);
     pub const IKEV2_MESSAGE_ID_SYNC: Self = Self(16422);

@@ -1,12 +1,13 @@
 //! Is the peer who it says it is? (RFC 7296 §2.15, RFC 4945 §3, RFC 4301 §4.4.3)
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustls_pki_types::CertificateDer;
 use subtle::ConstantTimeEq;
 
-use super::{AuthClass, AuthError, AuthMethod, AuthenticateRequest, Credentials, PadEntry};
-use crate::certificate::{self, Certificate};
+use super::{Admission, AuthClass, AuthError, AuthMethod, AuthenticateRequest, Credentials, PadEntry};
+use crate::certificate::{self, Certificate, Chain};
 use crate::constraints::SignatureConstraints;
 use crate::peer::{PeerIdentity, Proof};
 use crate::signature::{self, Scheme, VerifyError};
@@ -16,7 +17,7 @@ const MAX_CERTIFICATES: usize = 16;
 
 /// Chains of one certificate to the loaded authorities, by the constraints that they were checked against: many
 /// entries cost no more than a few.
-type DefaultChains = Vec<(SignatureConstraints, Result<Arc<Certificate>, String>)>;
+type DefaultChains = Vec<(SignatureConstraints, Result<Chain, String>)>;
 
 impl AuthMethod {
     /// The kind of proof that the method is; `None` if we do not accept the method.
@@ -37,7 +38,7 @@ impl Credentials {
     /// Of the entries that match the identity only the most specific count: an identity that an entry names is
     /// proved as that entry demands, and a later `%any` with a weaker proof is no way around it. Among those
     /// the first that accepts the kind of proof, and the proof itself, wins.
-    pub fn authenticate(&self, request: &AuthenticateRequest, now: u64) -> Result<PeerIdentity, AuthError> {
+    pub fn authenticate(&self, request: &AuthenticateRequest, now: u64) -> Result<Admission, AuthError> {
         let id = request.peer_id.to_string();
         let class = request
             .method
@@ -54,7 +55,7 @@ impl Credentials {
         match class {
             AuthClass::SharedKey => {
                 self.check_shared_key(request, &id)?;
-                Ok(admitted(request, first, Proof::PreSharedKey))
+                Ok(admitted(request, first, Proof::PreSharedKey, None))
             }
             AuthClass::PublicKey => self.check_signature(request, &entries, now, &id),
         }
@@ -75,7 +76,7 @@ impl Credentials {
         entries: &[&PadEntry],
         now: u64,
         id: &str,
-    ) -> Result<PeerIdentity, AuthError> {
+    ) -> Result<Admission, AuthError> {
         let certificate_error = |reason: String| AuthError::Certificate { id: id.to_owned(), reason };
         let signers = self.signers(request, entries).map_err(certificate_error)?;
         // The signature comes before the chains: whoever does not hold the key costs one verification,
@@ -99,13 +100,14 @@ impl Credentials {
                     continue;
                 }
                 match self.admit(request, entry, signer, by_default, now) {
-                    Ok(anchor) => {
+                    Ok(chain) => {
                         let proof = Proof::Certificate {
                             end_entity: signer.der().to_vec(),
-                            trust_anchor: anchor.der().to_vec(),
+                            trust_anchor: chain.anchor.der().to_vec(),
                             method: request.method,
                         };
-                        return Ok(admitted(request, entry, proof));
+                        let left = u64::try_from(chain.not_after).unwrap_or(0).saturating_sub(now);
+                        return Ok(admitted(request, entry, proof, Some(Duration::from_secs(left))));
                     }
                     Err(reason) => {
                         failure.get_or_insert(certificate_error(reason));
@@ -145,7 +147,7 @@ impl Credentials {
         if signers.is_empty() { Err("it sent none and we know none".to_owned()) } else { Ok(signers) }
     }
 
-    /// Says whether an entry accepts the certificate, and gives the anchor of the chain.
+    /// Says whether an entry accepts the certificate, and gives the chain.
     fn admit(
         &self,
         request: &AuthenticateRequest,
@@ -153,7 +155,7 @@ impl Credentials {
         signer: &Arc<Certificate>,
         by_default: &mut DefaultChains,
         now: u64,
-    ) -> Result<Arc<Certificate>, String> {
+    ) -> Result<Chain, String> {
         let bits = signer.key_bits();
         if !signer.key_type().is_some_and(|key| entry.constraints.admits_signer(key, bits)) {
             return Err("its key is none that the configuration asks for".to_owned());
@@ -170,7 +172,7 @@ impl Credentials {
             }
             // Configured by its octets, it needs nobody else to vouch for it.
             if entry.cacerts.is_empty() {
-                return Ok(Arc::clone(signer));
+                return Ok(Chain { anchor: Arc::clone(signer), not_after: signer.not_after() });
             }
         }
         let validate = |anchors: &[Arc<Certificate>]| {
@@ -205,6 +207,7 @@ fn check_auth(request: &AuthenticateRequest, signer: &Certificate, id: &str) -> 
     })
 }
 
-fn admitted(request: &AuthenticateRequest, entry: &PadEntry, proof: Proof) -> PeerIdentity {
-    PeerIdentity { id: request.peer_id.clone(), local_id: request.local_id.clone(), proof, entry: entry.name.clone() }
+fn admitted(request: &AuthenticateRequest, entry: &PadEntry, proof: Proof, good_for: Option<Duration>) -> Admission {
+    let (id, local_id, entry) = (request.peer_id.clone(), request.local_id.clone(), entry.name.clone());
+    Admission { peer: PeerIdentity { id, local_id, proof, entry }, good_for }
 }

@@ -128,9 +128,9 @@ impl Credentials {
         };
         let key = key.ok_or(CredentialError::PrivateKey)?;
         let id = key_id(&key);
-        let inner = Arc::make_mut(&mut self.inner);
-        inner.private_keys.retain(|known| key_id(known) != id);
-        inner.private_keys.push(Arc::new(key));
+        if !self.inner.private_keys.iter().any(|known| key_id(known) == id) {
+            Arc::make_mut(&mut self.inner).private_keys.push(Arc::new(key));
+        }
         Ok(id)
     }
 
@@ -166,9 +166,14 @@ impl Credentials {
         if secret.expose().is_empty() {
             return Err(CredentialError::EmptySecret);
         }
+        let new = SharedSecret { kind, name, owners, secret };
+        // Loading the same again changes nothing, its place neither.
+        if self.inner.shared_secrets.iter().any(|known| known.is_same_as(&new)) {
+            return Ok(());
+        }
         let inner = Arc::make_mut(&mut self.inner);
-        inner.shared_secrets.retain(|known| name.is_none() || known.name != name);
-        inner.shared_secrets.push(Arc::new(SharedSecret { kind, name, owners, secret }));
+        inner.shared_secrets.retain(|known| new.name.is_none() || known.name != new.name);
+        inner.shared_secrets.push(Arc::new(new));
         Ok(())
     }
 
@@ -192,6 +197,21 @@ impl Credentials {
         let before = secrets.len();
         secrets.retain(|secret| secret.name.as_deref() != Some(name));
         secrets.len() < before
+    }
+
+    /// True when another store has the same credentials in the same order: both admit and sign alike.
+    pub fn is_same_as(&self, other: &Self) -> bool {
+        let (ours, theirs) = (&self.inner, &other.inner);
+        let same_secrets = || {
+            let mut pairs = ours.shared_secrets.iter().zip(&theirs.shared_secrets);
+            ours.shared_secrets.len() == theirs.shared_secrets.len()
+                && pairs.all(|(one, another)| one.is_same_as(another))
+        };
+        Arc::ptr_eq(ours, theirs)
+            || (ours.certificates == theirs.certificates
+                && ours.authorities == theirs.authorities
+                && self.private_key_ids() == other.private_key_ids()
+                && same_secrets())
     }
 
     /// Removes everything.
@@ -275,6 +295,13 @@ impl Credentials {
 type Fit = (Option<Specificity>, Option<Specificity>);
 
 impl SharedSecret {
+    fn is_same_as(&self, other: &Self) -> bool {
+        self.kind == other.kind
+            && self.name == other.name
+            && self.owners == other.owners
+            && self.secret.matches(other.secret.expose())
+    }
+
     /// A secret that names owners fits a peer that is one of them, other than the one that we are. If all
     /// of them are just us, it is our secret towards everybody. It is never enough that one owner is us, nor
     /// that a pattern admits us: then the other owners could pretend to be anybody.

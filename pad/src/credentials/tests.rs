@@ -1,4 +1,5 @@
 mod faults;
+mod tickets;
 
 use std::sync::{Arc, OnceLock};
 
@@ -10,7 +11,7 @@ use rcgen::{
 
 use super::*;
 use crate::certificate::Certificate;
-use crate::peer::{PeerIdentity, Proof};
+use crate::peer::Proof;
 
 /// 2026-11-21.
 const NOW: u64 = 1_795_219_200;
@@ -178,7 +179,7 @@ fn rsa_key() -> &'static KeyPair {
     KEY.get_or_init(|| KeyPair::from_pem(RSA_PKCS8).unwrap())
 }
 
-fn refused_certificate(result: Result<PeerIdentity, AuthError>) -> String {
+fn refused_certificate(result: Result<Admission, AuthError>) -> String {
     match result {
         Err(AuthError::Certificate { reason, .. }) => reason,
         other => panic!("expected a refused certificate, got {other:?}"),
@@ -333,7 +334,7 @@ fn identities_in_the_certificate_are_accepted() {
     ] {
         let mut request = request_of(&authority, name, |_| (), pubkey("%any"));
         request.peer_id = id(asserted);
-        let peer = credentials.authenticate(&request, NOW).unwrap();
+        let peer = credentials.authenticate(&request, NOW).unwrap().peer;
         assert_eq!(peer.id, id(asserted));
         let expected = Proof::Certificate {
             end_entity: request.certificates[0].clone(),
@@ -427,7 +428,7 @@ fn every_method_authenticates() {
                 assert_eq!(signed.method, method, "{hashes:?}");
                 assert_eq!(signed.certificates, std::slice::from_ref(&certificate));
                 let mut request = request("moon.example.org", signed, pubkey("*.example.org"));
-                assert_eq!(credentials.authenticate(&request, NOW).unwrap().id, id("moon.example.org"));
+                assert_eq!(credentials.authenticate(&request, NOW).unwrap().peer.id, id("moon.example.org"));
                 request.signed_octets.push(1);
                 assert!(matches!(credentials.authenticate(&request, NOW), Err(AuthError::BadAuth(_))));
             }
@@ -586,7 +587,7 @@ fn later_entry_with_weaker_proof_is_out_of_reach() {
         let auth = TestMac.mac(&Secret::new(b"everybody's".to_vec()));
         let signed = SignedAuth { method: AuthMethod::SHARED_KEY, auth, certificates: Vec::new() };
         let entries = entries.iter().map(|entry| (*entry).clone()).collect();
-        credentials.authenticate(&request(peer, signed, entries), NOW).map(|peer| peer.entry)
+        credentials.authenticate(&request(peer, signed, entries), NOW).map(|admission| admission.peer.entry)
     };
     assert!(matches!(by_secret("db.example.org", &[&exact, &wildcard, &any]), Err(AuthError::NoEntry(_))));
     assert!(matches!(by_secret("db.example.org", &[&any, &exact]), Err(AuthError::NoEntry(_))));
@@ -614,7 +615,7 @@ fn first_entry_that_admits_wins() {
     };
     let entries = vec![named("first", &other), named("second", &one), named("third", &one)];
     let request = request_of(&one, "moon.example.org", |_| (), entries);
-    assert_eq!(credentials.authenticate(&request, NOW).unwrap().entry, "second");
+    assert_eq!(credentials.authenticate(&request, NOW).unwrap().peer.entry, "second");
 }
 
 #[test]
@@ -677,7 +678,7 @@ fn wrong_or_missing_shared_secret_is_refused() {
     let good = TestMac.mac(&Secret::new(b"secret".to_vec()));
     assert!(matches!(credentials.authenticate(&by_secret(&good), NOW), Err(AuthError::NoSharedKey(_))));
     credentials.add_shared_secret(Some("x".into()), Vec::new(), Secret::new(b"secret".to_vec())).unwrap();
-    assert_eq!(credentials.authenticate(&by_secret(&good), NOW).unwrap().proof, Proof::PreSharedKey);
+    assert_eq!(credentials.authenticate(&by_secret(&good), NOW).unwrap().peer.proof, Proof::PreSharedKey);
     for bad in [&b""[..], b"mac over ", b"mac over secret2", b"mac over Secret"] {
         assert!(matches!(credentials.authenticate(&by_secret(bad), NOW), Err(AuthError::BadAuth(_))));
     }
@@ -867,7 +868,7 @@ fn constraints_are_those_of_the_entry_that_admits() {
     entries.extend(constrained("ecdsa-256"));
     entries[0].name = "strong".to_owned();
     let request = request_of(&authority, "moon.example.org", |_| (), entries);
-    assert_eq!(trusting(&authority).authenticate(&request, NOW).unwrap().entry, "conn");
+    assert_eq!(trusting(&authority).authenticate(&request, NOW).unwrap().peer.entry, "conn");
 }
 
 // swanctl.conf(5), `remote.auth`: method 1 with SHA-1 is not what a constraint on hashes can mean.

@@ -193,3 +193,27 @@ fn ike_keys_with_aes_cmac() {
         assert_eq!(key.expose(), hex(expected));
     }
 }
+
+// RFC 5723 §5.1: SKEYSEED = prf(SK_d_old, "Resumption" | Ni | Nr), ten ASCII characters without an end.
+#[test]
+fn a_resumed_ike_sa_has_keys_of_its_own() {
+    for vector in &vectors() {
+        let suite = suite(vector.prf);
+        let (seed, old) = (vector.seed(), vector.sk_d());
+        let keys = resumed_ike_keys(&suite, &old, seed).unwrap();
+        let text = [b"Resumption".as_slice(), vector.get("ni"), vector.get("nr")].concat();
+        let skeyseed = prf(vector.prf, old.expose(), &[&text]).unwrap();
+        let spis = [vector.get("spi_i"), vector.get("spi_r")].concat();
+        let nonces = [vector.get("ni"), vector.get("nr")].concat();
+        let len = prf_len(vector.prf).unwrap();
+        let expected = prf_plus(vector.prf, skeyseed.expose(), &[&nonces, &spis], 3 * len + 40).unwrap();
+        let ours = [&keys.d, &keys.initiator.encr, &keys.responder.encr, &keys.pi, &keys.pr];
+        assert_eq!(ours.map(Secret::expose).concat(), expected.expose());
+        assert_ne!(keys.d.expose(), old.expose());
+        // Other nonces or SPIs, other keys.
+        let others = [KeySeed { ni: seed.nr, ..seed }, KeySeed { nr: seed.ni, ..seed }, KeySeed { spi_r: 1, ..seed }];
+        for other in others {
+            assert_ne!(resumed_ike_keys(&suite, &old, other).unwrap().d.expose(), keys.d.expose());
+        }
+    }
+}

@@ -36,7 +36,11 @@ fn with_careless_responder(mut pair: Pair) -> Pair {
                     entry: "site".to_owned(),
                 };
                 let now = pair.now;
-                pair.sides[B].engine.handle_job(now, id, JobOutcome::Authenticate(Ok(peer)));
+                pair.sides[B].engine.handle_job(
+                    now,
+                    id,
+                    JobOutcome::Authenticate(Ok(pad::Admission { peer, good_for: None })),
+                );
                 pair.drain(B);
             }
         }

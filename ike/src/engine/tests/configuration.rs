@@ -12,13 +12,13 @@ fn ip(text: &str) -> IpAddr {
     text.parse().unwrap()
 }
 
-fn pool(name: &str, start: &str, end: &str, attributes: Vec<Attribute>) -> PoolConfig {
+pub(super) fn pool(name: &str, start: &str, end: &str, attributes: Vec<Attribute>) -> PoolConfig {
     let range = AddressRange { start: ip(start), end: ip(end) };
     PoolConfig { name: name.to_owned(), base: range.start, range, attributes }
 }
 
 /// A road warrior that wants these addresses.
-fn client(vips: &[&str]) -> Connection {
+pub(super) fn client(vips: &[&str]) -> Connection {
     let mut connection = connection(A);
     let mut net = child("net", "0.0.0.0/0", "10.2.0.0/24");
     net.local_ts = vec![DYNAMIC];
@@ -31,7 +31,7 @@ fn client(vips: &[&str]) -> Connection {
 }
 
 /// Its gateway.
-fn gateway(pools: &[&str]) -> Connection {
+pub(super) fn gateway(pools: &[&str]) -> Connection {
     let mut connection = connection(B);
     let mut net = child("net", "10.2.0.0/24", "0.0.0.0/0");
     net.local_ts.push(network("fd02::/64"));
@@ -53,7 +53,7 @@ fn pair(seed: u64, a: Connection, b: Connection) -> Pair {
     pair
 }
 
-fn vips(pair: &Pair, side: usize) -> (Vec<String>, Vec<String>) {
+pub(super) fn vips(pair: &Pair, side: usize) -> (Vec<String>, Vec<String>) {
     let assigned = pair.sides[side].only().assigned.unwrap_or_default();
     let shown = |addresses: &[IpAddr]| addresses.iter().map(ToString::to_string).collect();
     (shown(&assigned.local), shown(&assigned.remote))

@@ -32,6 +32,7 @@ mod reauthentication;
 mod redirect;
 mod refusals;
 mod rekey;
+mod resumption;
 mod rules;
 mod seeds;
 mod selectors;
@@ -276,6 +277,7 @@ pub(super) fn connection(side: usize) -> Connection {
         ppk_required: false,
         childless: Childless::Allow,
         redirect_to: None,
+        session_resumption: false,
         tcp: TcpPolicy::No,
         tcp_delay: Duration::from_secs(6),
         tcp_remote_port: 4500,
