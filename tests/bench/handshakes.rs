@@ -3,26 +3,22 @@
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a benchmark fails by panicking")]
 
 use std::collections::BTreeMap;
-use std::net::{SocketAddr, UdpSocket};
 use std::path::Path as FilePath;
-use std::sync::Arc;
-use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
 
-use ike::engine::{EngineConfig, Path, Transmit, Transport};
+use ike::engine::EngineConfig;
 use latchkey_tests::daemon::Daemon;
 use latchkey_tests::daemon::Kind::{self, Latchkey, Strongswan};
 use latchkey_tests::scene::{A, Auth, B, Suite, configurations, hosts};
 
 use latchkey_tests::peer::{Peer, Setting};
+use latchkey_tests::wire::Wire;
 
 /// Handshakes of each measurement.
 const HANDSHAKES: usize = 500;
 
 /// At once under way: below what makes either daemon ask for cookies from one address.
 const PARALLEL: usize = 2;
-
-const MARKER: [u8; 4] = [0; 4];
 
 fn main() {
     let args: Vec<String> = std::env::args().collect();
@@ -118,16 +114,7 @@ fn measure(case: &mut Case) {
 /// The initiator, inside the first host: prints how many seconds so many handshakes took.
 fn load(folder: &FilePath, count: usize) {
     let setting = Setting::load(folder).unwrap();
-    let sockets: BTreeMap<u16, Arc<UdpSocket>> =
-        [500, 4500].map(|port| (port, Arc::new(UdpSocket::bind((A, port)).unwrap()))).into();
-    let received = receive_all(&sockets);
-    let send = |messages: Vec<Transmit>| {
-        for Transmit { path, bytes } in messages {
-            let marked =
-                if path.transport == Transport::UdpEncap { [&MARKER, bytes.as_slice()].concat() } else { bytes };
-            sockets[&path.local.port()].send_to(&marked, path.remote).unwrap();
-        }
-    };
+    let wire = Wire::open(A);
     // Each handshake has an engine, found by the initiator's SPI, the first octets of every message.
     let mut initiators: BTreeMap<Vec<u8>, Peer> = BTreeMap::new();
     let (mut started, mut done) = (0, 0);
@@ -138,13 +125,13 @@ fn load(folder: &FilePath, count: usize) {
             let mut initiator = Peer::new(&setting, EngineConfig::default());
             let sent = initiator.initiate(Instant::now(), A.parse().unwrap(), B.parse().unwrap(), false);
             initiators.insert(spi(&sent[0].bytes), initiator);
-            send(sent);
+            wire.send(sent);
             started += 1;
         }
-        if let Ok((path, bytes)) = received.recv_timeout(Duration::from_millis(500)) {
+        if let Some((path, bytes)) = wire.receive(Duration::from_millis(500)) {
             let spi = spi(&bytes);
             if let Some(initiator) = initiators.get_mut(&spi) {
-                send(initiator.receive(Instant::now(), path, &bytes));
+                wire.send(initiator.receive(Instant::now(), path, &bytes));
                 assert_eq!(initiator.failed, 0);
                 if initiator.done == 1 {
                     initiators.remove(&spi);
@@ -154,36 +141,14 @@ fn load(folder: &FilePath, count: usize) {
         }
         for initiator in initiators.values_mut() {
             initiator.engine.handle_timeout(Instant::now());
-            send(initiator.outputs(Instant::now()));
+            wire.send(initiator.outputs(Instant::now()));
         }
     }
     println!("{}", start.elapsed().as_secs_f64());
-    // The reading threads end with the process.
 }
 
 fn spi(message: &[u8]) -> Vec<u8> {
     message[..8].to_vec()
-}
-
-fn receive_all(sockets: &BTreeMap<u16, Arc<UdpSocket>>) -> Receiver<(Path, Vec<u8>)> {
-    let (sender, receiver) = mpsc::channel();
-    for (port, socket) in sockets {
-        let (sender, socket) = (sender.clone(), Arc::clone(socket));
-        let local = SocketAddr::new(A.parse().unwrap(), *port);
-        let transport = if *port == 4500 { Transport::UdpEncap } else { Transport::Udp };
-        std::thread::spawn(move || {
-            let mut buffer = vec![0; 65_536];
-            while let Ok((length, remote)) = socket.recv_from(&mut buffer) {
-                let bytes = &buffer[..length];
-                let bytes = if transport == Transport::UdpEncap { bytes.strip_prefix(&MARKER) } else { Some(bytes) };
-                let Some(bytes) = bytes else { continue };
-                if sender.send((Path { local, remote, transport }, bytes.to_vec())).is_err() {
-                    return;
-                }
-            }
-        });
-    }
-    receiver
 }
 
 fn median(values: &mut [f64]) -> f64 {

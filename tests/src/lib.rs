@@ -18,3 +18,4 @@ pub mod peer;
 pub mod pki;
 pub mod scene;
 pub mod uml;
+pub mod wire;

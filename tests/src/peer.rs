@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::daemon::Files;
 use ike::Rng;
-use ike::config::Connection;
+use ike::config::{Child, Connection};
 use ike::engine::{Engine, EngineConfig, Event, Initiate, Job, JobOutcome, Output, Path, Transmit};
 use latchkey::config::load;
 use pad::Credentials;
@@ -111,9 +111,20 @@ impl Peer {
 
     /// Begins a handshake; gives what to send.
     pub fn initiate(&mut self, now: Instant, local: IpAddr, remote: IpAddr, with_child: bool) -> Vec<Transmit> {
+        let child = self.setting.connection.children.first().filter(|_| with_child).cloned();
+        self.initiate_child(now, local, remote, child)
+    }
+
+    /// Begins to make a Child SA, in the IKE SA that there is or in a new one; gives what to send.
+    pub fn initiate_child(
+        &mut self,
+        now: Instant,
+        local: IpAddr,
+        remote: IpAddr,
+        child: Option<Arc<Child>>,
+    ) -> Vec<Transmit> {
         self.tokens += 1;
         let connection = Arc::clone(&self.setting.connection);
-        let child = connection.children.first().filter(|_| with_child).cloned();
         self.engine.initiate(now, Initiate { connection, child, local, remote, token: self.tokens });
         self.outputs(now)
     }
