@@ -1142,14 +1142,14 @@ mod tests {
 
     #[test]
     fn what_is_bearable_is_a_warning_and_harmless_values_are_silent() {
-        let outcome = read("remote { }\n children { c { ipcomp = yes\n priority = 7 } }");
+        let outcome = read("remote { }\n children { c { ipcomp = yes\n icmp = yes } }");
         assert!(outcome.definition.is_some());
         let messages: Vec<String> = outcome.reports.iter().map(Report::to_string).collect();
         assert_eq!(
             messages,
             [
                 "swanctl.conf:2:17: connections.gw.children.c: ipcomp is known but not served yet, ignored",
-                "swanctl.conf:3:2: connections.gw.children.c: priority is known but not served yet, ignored",
+                "swanctl.conf:3:2: connections.gw.children.c: icmp is known but not served yet, ignored",
             ]
         );
         read_good(
