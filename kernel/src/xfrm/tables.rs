@@ -179,8 +179,9 @@ impl Tables {
             }));
             Ok(())
         } else {
-            installed.sending = Sending::Yes;
+            // Not before it is: a state of that name may be somebody else's, and is not ours to take away.
             self.add_offloaded(&outgoing, &pair.suite, &pair.keys_out, may_do_without)
+                .map(|()| installed.sending = Sending::Yes)
         };
         let wanted = outcome.and_then(|()| self.wish(Owner::Pair(spi_in), &policies));
         if let Err(e) = wanted {
@@ -321,15 +322,22 @@ impl Tables {
             }
             Sending::Retired => false,
         };
-        pair.inbound.destination = to.source;
-        pair.outbound.destination = to.destination;
         let policies = pair.policies.clone();
-        self.states.remove(&inbound);
-        self.states.remove(&outbound);
-        self.states.insert(pair.inbound, spi_in);
-        self.states.insert(pair.outbound, spi_in);
         let received = self.socket.move_state(inbound, marks.0, &to.reversed());
         let sent = if sends { self.socket.move_state(outbound, marks.1, &to) } else { Ok(()) };
+        // What could not be moved keeps its name: the other may be that of somebody else's state.
+        if let Some(pair) = self.pairs.get_mut(&spi_in) {
+            if received.is_ok() {
+                pair.inbound.destination = to.source;
+            }
+            if sent.is_ok() {
+                pair.outbound.destination = to.destination;
+            }
+            self.states.remove(&inbound);
+            self.states.remove(&outbound);
+            self.states.insert(pair.inbound, spi_in);
+            self.states.insert(pair.outbound, spi_in);
+        }
         let led = policies.iter().try_for_each(|id| self.lead(Owner::Pair(spi_in), id, &to));
         let moved = received.and(sent).and(led);
         moved.map_err(|e| system(format!("move {} to {}", describe(inbound), to.destination), e))
