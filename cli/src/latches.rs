@@ -225,6 +225,10 @@ pub async fn netcat(arguments: &NetcatArguments) -> anyhow::Result<()> {
         described(stream.peer_identity()),
         protected(stream.protection())
     );
+    match stream.channel_binding().await {
+        Ok(binding) => eprintln!("channel binding {}: {}", binding.kind, hex(&binding.data)),
+        Err(error) => eprintln!("no channel binding: {error}"),
+    }
     let mut changes = stream.changes();
     let told = async {
         loop {
@@ -357,6 +361,10 @@ fn tell(shown: &Inquired, json: bool) -> anyhow::Result<()> {
         None => println!("latch: none, so all of this may change"),
     }
     Ok(())
+}
+
+fn hex(octets: &[u8]) -> String {
+    octets.iter().map(|octet| format!("{octet:02x}")).collect()
 }
 
 fn described(peer: &Peer) -> String {

@@ -33,8 +33,9 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
 use crate::protocol::{
-    Accept, Call, Code, Created, Disposition, Hello, Inquire, Inquired, LatchEvent, List, ListedLatch, Listening,
-    Listing, Named, Peer, Protection, Refusal, Release, ServerMessage, State, VERSION, Wanted, Watch, Welcome,
+    Accept, Bind, Call, ChannelBinding, Code, Created, Disposition, Hello, Inquire, Inquired, LatchEvent, List,
+    ListedLatch, Listening, Listing, Named, Peer, Protection, Refusal, Release, ServerMessage, State, UNIQUE_BINDING,
+    VERSION, Wanted, Watch, Welcome,
 };
 use crate::seqpacket::{self, SeqPacket};
 
@@ -276,6 +277,13 @@ macro_rules! describe_latch {
             self.latch.created.latch
         }
 
+        /// What a protocol above can bind its authentication to (RFC 5056): a relay between two channels has another at
+        /// each end. The same for as long as the latch stands.
+        pub async fn channel_binding(&self) -> Result<ChannelBinding, ClientError> {
+            let bind = Bind { latch: self.latch(), kind: UNIQUE_BINDING.to_owned() };
+            self.latch.holding.shared.call(Call::ChannelBinding(bind), None).await
+        }
+
         /// Our end of the connection.
         pub fn local_addr(&self) -> SocketAddr {
             self.latch.created.local
@@ -399,14 +407,14 @@ struct Latched {
     changes: watch::Receiver<Option<Change>>,
     created: Created,
     on_break: Disposition,
-    _holding: Holding,
+    holding: Holding,
 }
 
 impl Latched {
     fn new(shared: &Arc<Shared>, created: Created, on_break: Disposition) -> Self {
         let changes = shared.registry().watch(created.latch);
         let holding = Holding { shared: Arc::clone(shared), latch: created.latch };
-        Self { changes, created, on_break, _holding: holding }
+        Self { changes, created, on_break, holding }
     }
 
     /// What ends the connection.

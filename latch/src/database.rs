@@ -196,6 +196,9 @@ pub enum LatchError {
     /// The latch that the listener gave the flow is no longer ESTABLISHED.
     #[error("the latch of {0} is broken")]
     Broken(String),
+    /// There is no channel binding.
+    #[error("no channel binding: {0}")]
+    NoBinding(&'static str),
     /// The listener latch has given the flow none.
     #[error("{0} has no latch from this listener")]
     NotAccepted(String),
@@ -275,6 +278,28 @@ impl Database {
         self.tell(broken)
     }
 
+    /// What applications can bind to the IKE SA of an SA that is about to be installed; forgotten when it is `removed`.
+    pub fn bound(&self, sa: u64, binding: Option<[u8; 32]>) {
+        let mut control = self.control();
+        match binding {
+            Some(binding) => control.bindings.insert(sa, binding),
+            None => control.bindings.remove(&sa),
+        };
+    }
+
+    /// The channel binding of a connection latch (RFC 5056): that of the IKE SA which protected the flow when the latch
+    /// was made. It stays the same for as long as the latch stands, whatever SAs come after.
+    pub fn channel_binding(&self, latch: LatchId) -> Result<[u8; 32], LatchError> {
+        let control = self.control();
+        let Some(latch) = control.latches.get(&latch) else {
+            return Err(LatchError::NoBinding("there is no such latch"));
+        };
+        if latch.condition != Condition::Established {
+            return Err(LatchError::NoBinding("the latch is not established"));
+        }
+        latch.binding.map_err(LatchError::NoBinding)
+    }
+
     /// The SA is in; `sa` is any number that names it until `removed`. A number that is in use is replaced.
     ///
     /// Breaks and tells as [`Database::before_install`] does: a latch may have been created in between, when the
@@ -292,6 +317,7 @@ impl Database {
     pub fn removed(&self, sa: u64) {
         let mut control = self.control();
         control.remove_sa(sa);
+        control.bindings.remove(&sa);
         let restored = self.restore(&mut control);
         drop(control);
         self.tell(restored);
@@ -395,6 +421,7 @@ impl Database {
             condition: Condition::Established,
             on_break: request.on_break,
             listener: None,
+            binding: control.binding(&flow),
             holder: Arc::from(holder),
         };
         let (id, told) = self.insert(&mut control, latch);
@@ -688,6 +715,7 @@ impl Database {
             condition,
             on_break,
             listener: Some(parent),
+            binding: control.binding(flow),
             holder: Arc::clone(&holder),
         };
         if let Some(listening) = control.listeners.get_mut(&parent) {
@@ -892,6 +920,7 @@ struct Classes {
 #[derive(Default)]
 struct Control {
     sas: BTreeMap<u64, CoveringSa>,
+    bindings: HashMap<u64, [u8; 32]>,
     /// SAs by the smallest network around each of their remote selectors.
     by_subnet: HashMap<Subnet, BTreeSet<u64>>,
     /// The sizes of these networks, and how many there are of each.
@@ -913,13 +942,22 @@ impl Control {
         }
     }
 
+    /// The one channel binding of all SAs that cover a flow. With several the two ends might choose different ones.
+    fn binding(&self, flow: &Flow) -> Result<[u8; 32], &'static str> {
+        let mut found = None;
+        for (sa, _) in self.covering(flow) {
+            let binding =
+                self.bindings.get(&sa).ok_or("an IKE SA that protects the flow has none, since it was resumed")?;
+            if *found.get_or_insert(*binding) != *binding {
+                return Err("several IKE SAs protect the flow");
+            }
+        }
+        found.ok_or("no IKE SA protects the flow")
+    }
+
     fn coverage(&self, flow: &Flow) -> Coverage {
         let mut found = Coverage::None;
-        let (family, address) = number(flow.remote);
-        let sizes = self.sizes.range((family, 0)..=(family, u32::MAX)).map(|((_, host_bits), _)| *host_bits);
-        let subnets = sizes.filter_map(|host_bits| self.by_subnet.get(&Subnet::new(family, host_bits, address)));
-        let sas = subnets.flatten().filter_map(|sa| self.sas.get(sa));
-        for sa in sas.filter(|sa| covers(&sa.local_ts, &sa.remote_ts, flow)) {
+        for (_, sa) in self.covering(flow) {
             match found {
                 Coverage::None => found = Coverage::One(sa.class),
                 Coverage::One(class) if class == sa.class => {}
@@ -927,6 +965,14 @@ impl Control {
             }
         }
         found
+    }
+
+    fn covering(&self, flow: &Flow) -> impl Iterator<Item = (u64, &CoveringSa)> {
+        let (flow, (family, address)) = (*flow, number(flow.remote));
+        let sizes = self.sizes.range((family, 0)..=(family, u32::MAX)).map(|((_, host_bits), _)| *host_bits);
+        let subnets = sizes.filter_map(move |host_bits| self.by_subnet.get(&Subnet::new(family, host_bits, address)));
+        let sas = subnets.flatten().filter_map(|number| Some((*number, self.sas.get(number)?)));
+        sas.filter(move |(_, sa)| covers(&sa.local_ts, &sa.remote_ts, &flow))
     }
 
     fn insert_sa(&mut self, number: u64, sa: CoveringSa) {
@@ -1016,6 +1062,8 @@ struct Latch {
     on_break: OnBreak,
     /// The listener latch that it came from, until somebody takes it.
     listener: Option<LatchId>,
+    /// Or why there is none.
+    binding: Result<[u8; 32], &'static str>,
     holder: Holder,
 }
 

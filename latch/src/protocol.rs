@@ -61,6 +61,8 @@ pub enum Call {
     Close(Named),
     /// `watch`.
     Watch(Watch),
+    /// `channel-binding`.
+    ChannelBinding(Bind),
 }
 
 /// Opens a connection; must be the first request.
@@ -171,6 +173,31 @@ pub struct Accept {
 pub struct Named {
     /// Number of the latch.
     pub latch: u64,
+}
+
+/// Asks for the channel binding (RFC 5056) of a latch of this connection.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Bind {
+    /// Number of the latch.
+    pub latch: u64,
+    /// [`UNIQUE_BINDING`].
+    #[serde(rename = "type")]
+    pub kind: String,
+}
+
+/// The type of channel binding that is defined: `docs/latch-protocol.md`.
+pub const UNIQUE_BINDING: &str = "ipsec-ikev2-unique";
+
+/// Answer to `channel-binding`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChannelBinding {
+    /// The type, which RFC 5056 calls the unique prefix.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// The data, without the prefix; base64 in JSON.
+    #[serde(with = "base64")]
+    pub data: Vec<u8>,
 }
 
 /// Asks for an `event` message at each change of each latch.
@@ -302,6 +329,8 @@ pub enum Code {
     Exists,
     /// The accepted connection's latch has broken, or it has none from this listener.
     NotAccepted,
+    /// The latch has no channel binding of this type.
+    NoBinding,
     /// Only root, and who runs the daemon, may ask for this.
     Permission,
     /// SAs of different classes cover the flow.
@@ -537,6 +566,7 @@ impl From<LatchError> for Refusal {
         let code = match &error {
             LatchError::NoSa(_) => Code::NoSa,
             LatchError::WrongPeer { .. } => Code::WrongPeer,
+            LatchError::NoBinding(_) => Code::NoBinding,
             LatchError::WrongProtection { .. } => Code::WrongProtection,
             LatchError::Exists(_) => Code::Exists,
             LatchError::Broken(_) | LatchError::NotAccepted(_) => Code::NotAccepted,
@@ -599,6 +629,7 @@ impl Call {
             Self::Break(_) => "break",
             Self::Close(_) => "close",
             Self::Watch(_) => "watch",
+            Self::ChannelBinding(_) => "channel-binding",
         }
     }
 
@@ -613,6 +644,7 @@ impl Call {
             Self::List(arguments) => serde_json::to_value(arguments),
             Self::Show(arguments) | Self::Break(arguments) | Self::Close(arguments) => serde_json::to_value(arguments),
             Self::Watch(arguments) => serde_json::to_value(arguments),
+            Self::ChannelBinding(arguments) => serde_json::to_value(arguments),
         };
         let arguments = arguments.map_err(|error| Refusal::new(Code::Malformed, error.to_string()))?;
         encode(&Request { id, request: self.name().to_owned(), arguments })
@@ -635,6 +667,7 @@ impl Call {
             "break" => arguments(request.arguments).map(Self::Break),
             "close" => arguments(request.arguments).map(Self::Close),
             "watch" => arguments(request.arguments).map(Self::Watch),
+            "channel-binding" => arguments(request.arguments).map(Self::ChannelBinding),
             unknown => {
                 let unknown: String = unknown.chars().take(40).collect();
                 Err(Refusal::new(Code::UnknownRequest, format!("there is no request {unknown:?}")))

@@ -52,8 +52,9 @@ use crate::database::{
     Alert, Class, Database, LatchError, LatchId, LatchState, Listed, Listener, OnBreak, Request, Subject,
 };
 use crate::protocol::{
-    Accept, Call, Code, Created, Hello, Initiate, Inquire, Inquired, LatchEvent, LatchInfo, List, ListedLatch,
-    Listening, Listing, Named, Peer, Protection, Refusal, Release, ServerMessage, VERSION, Wanted, Welcome, encode,
+    Accept, Bind, Call, ChannelBinding, Code, Created, Hello, Initiate, Inquire, Inquired, LatchEvent, LatchInfo, List,
+    ListedLatch, Listening, Listing, Named, Peer, Protection, Refusal, Release, ServerMessage, UNIQUE_BINDING, VERSION,
+    Wanted, Welcome, encode,
 };
 use crate::seqpacket::{self, Datagram, SeqPacket};
 
@@ -138,6 +139,9 @@ const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Lines in one answer to `list`; each has less than 500 octets.
 const LIST_LENGTH: usize = 100;
+
+/// First octet of the data of [`UNIQUE_BINDING`].
+const UNIQUE_VERSION: u8 = 1;
 
 const TCP: u8 = 6;
 const UDP: u8 = 17;
@@ -380,6 +384,7 @@ impl Connection {
                 self.administer(LatchId(latch), Database::close, "closed by the administrator")?;
                 reply(id, &serde_json::Map::new())
             }
+            Call::ChannelBinding(bind) => reply(id, &self.channel_binding(&bind)?),
             Call::Watch(_) => {
                 self.watched.get_or_insert_with(|| self.shared.events.subscribe());
                 reply(id, &serde_json::Map::new())
@@ -580,6 +585,22 @@ impl Connection {
             return Ok(());
         }
         Err(Refusal::new(Code::NoSuchLatch, format!("there is no connection latch {}", latch.0)))
+    }
+
+    fn channel_binding(&self, bind: &Bind) -> Result<ChannelBinding, Refusal> {
+        let latch = LatchId(bind.latch);
+        if !self.latches.contains_key(&latch) {
+            return Err(no_such_latch(latch));
+        }
+        if bind.kind != UNIQUE_BINDING {
+            let kind: String = bind.kind.chars().take(40).collect();
+            return Err(Refusal::new(
+                Code::NoBinding,
+                format!("there is no type {kind:?} here, only {UNIQUE_BINDING}"),
+            ));
+        }
+        let value = self.shared.database.channel_binding(latch)?;
+        Ok(ChannelBinding { kind: UNIQUE_BINDING.to_owned(), data: [&[UNIQUE_VERSION][..], &value].concat() })
     }
 
     fn list(&self, list: &List) -> Listing {

@@ -157,6 +157,14 @@ fn the_example_of_rfc_5660_with_hosts_a_b_and_c() {
     client.tells("b.example by certificate, to us as a.example; tunnel mode, ENCR_AES_GCM_16 128 bits");
     server.tells("a.example by certificate, to us as b.example");
     talk(&mut client, &mut server, "first");
+    // RFC 5056: both ends of the channel have the same to bind to.
+    let binding = |nc: &Netcat| {
+        let said = fs::read_to_string(&nc.errors).unwrap();
+        said.lines()
+            .find_map(|line| Some(line.strip_prefix("channel binding ipsec-ikev2-unique: 01")?.to_owned()))
+            .unwrap()
+    };
+    assert_eq!((binding(&client), binding(&client).len()), (binding(&server), 64));
 
     c.initiate("net-a");
     client.tells("the latch is broken: an SA of c.example claims");

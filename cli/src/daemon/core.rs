@@ -429,7 +429,8 @@ impl Core {
             || ready.replaces.and_then(|old| self.children.get(old)).is_some_and(|old| old.additional_ts);
         let predecessor = ready.replaces.and_then(|old| self.children.get_mut(old));
         let idle = Idle::new(Instant::now(), ready.config.inactivity, predecessor.map(|old| &mut old.idle));
-        let ChildReady { child_sa, connection, config, mut pair, .. } = ready;
+        let ChildReady { child_sa, connection, config, mut pair, channel_binding, .. } = ready;
+        self.database.bound(child_sa.0, channel_binding);
         pair.class = class;
         pair.reqid = reqid;
         for alert in self.database.before_install(class, &pair.local_ts, &pair.remote_ts) {

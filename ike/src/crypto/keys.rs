@@ -127,6 +127,19 @@ pub fn child_keys(
     Ok((direction()?, direction()?))
 }
 
+/// Channel binding of an IKE SA, ours since there is no standard one (RFC 5056 §2.1, unique):
+/// prf+(SK_d, "ikev2 channel binding v1" | length of I | I | length of R | R), 32 octets, where I and R are what the
+/// original initiator and the responder signed in IKE_AUTH (§2.15) and lengths have 32 bits. SK_d and the keys in the
+/// signed octets bind the key exchange, the messages in them the negotiation, the identities in them the authentication.
+pub fn channel_binding(prf: Prf, sk_d: &Secret, initiator: &[u8], responder: &[u8]) -> Result<[u8; 32], KeyError> {
+    let length = |octets: &[u8]| u32::try_from(octets.len()).map(u32::to_be_bytes).map_err(|_| KeyError::Unsupported);
+    let (of_initiator, of_responder) = (length(initiator)?, length(responder)?);
+    let seed = [CHANNEL_BINDING, &of_initiator, initiator, &of_responder, responder];
+    prf_plus(prf, sk_d.expose(), &seed, 32)?.expose().try_into().map_err(|_| KeyError::Unsupported)
+}
+
+const CHANNEL_BINDING: &[u8] = b"ikev2 channel binding v1";
+
 fn cut(rest: &mut &[u8], length: usize) -> Result<Secret, KeyError> {
     let (key, after) = rest.split_at_checked(length).ok_or(KeyError::Unsupported)?;
     *rest = after;

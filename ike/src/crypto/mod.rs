@@ -23,7 +23,8 @@ use ipsec::transform::{Encr, Integ, Ke, Prf, TransformType};
 pub use self::advice::{has_short_keys, warnings};
 pub use self::kex::{KeyExchange, Pending, answer, respond, supported};
 pub use self::keys::{
-    IkeKeys, KeySeed, child_keys, ike_keys, intermediate_ike_keys, mix_ppk, rekeyed_ike_keys, resumed_ike_keys,
+    IkeKeys, KeySeed, channel_binding, child_keys, ike_keys, intermediate_ike_keys, mix_ppk, rekeyed_ike_keys,
+    resumed_ike_keys,
 };
 pub use self::notation::{ProposalError, parse_proposals, renumber, without_additional_ke, without_ke};
 pub use self::prf::{prf, prf_len, prf_plus};

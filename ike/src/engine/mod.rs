@@ -318,6 +318,9 @@ pub struct ChildReady {
     pub config: Arc<Child>,
     /// Who the peer proved to be.
     pub peer: Arc<PeerIdentity>,
+    /// What applications can bind to the IKE SA that proved it ([`crate::crypto::channel_binding`]); the same at both
+    /// ends and after rekeys. None if the IKE SA was resumed.
+    pub channel_binding: Option<[u8; 32]>,
     /// The peer would make another Child SA for what it left out of this one's selectors (ADDITIONAL_TS_POSSIBLE,
     /// SINGLE_PAIR_REQUIRED).
     pub additional_ts: bool,

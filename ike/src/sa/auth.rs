@@ -6,10 +6,11 @@ use std::sync::Arc;
 use ipsec::secret::Secret;
 use ipsec::transform::Prf;
 use pad::{
-    AuthAnnouncement, AuthClass, AuthMethod, Identity, LocalAuth, PadEntry, SharedKeyMac, SignRequest,
+    AuthAnnouncement, AuthClass, AuthMethod, Identity, LocalAuth, PadEntry, PeerIdentity, SharedKeyMac, SignRequest,
     SignatureSettings, SignedAuth,
 };
 
+use super::basis::Basis;
 use super::channel::Channel;
 use super::fault::notify;
 use super::parts::Parts;
@@ -98,6 +99,18 @@ impl InitMaterial {
     pub(crate) fn their_octets(&self, channel: &Channel, id: &Identification) -> Result<Vec<u8>, KeyError> {
         let (nonce, key) = if channel.initiator { (&self.ni, &channel.pr) } else { (&self.nr, &channel.pi) };
         signed_octets(channel.suite.prf, &self.theirs, nonce, key, id, &self.intermediate)
+    }
+
+    /// What an application can bind to this IKE SA; both ends have the same. None after IKE_SESSION_RESUME: the keys come
+    /// from those of the ticket, without a key exchange that would tell two channels of a relay apart.
+    pub(crate) fn channel_binding(&self, channel: &Channel, peer: &PeerIdentity, basis: &Basis) -> Option<[u8; 32]> {
+        if basis.resumed {
+            return None;
+        }
+        let ours = self.our_octets(channel, &identification(&peer.local_id)).ok()?;
+        let theirs = self.their_octets(channel, &identification(&peer.id)).ok()?;
+        let (initiator, responder) = if channel.initiator { (&ours, &theirs) } else { (&theirs, &ours) };
+        crypto::channel_binding(channel.suite.prf, &channel.d, initiator, responder).ok()
     }
 
     /// Adds what an IKE_AUTH request says about how the peer can verify us.

@@ -627,6 +627,7 @@ impl InitiatorAuth {
             }
         }
         let Self { core, channel, connection, mut wants, material, offer, .. } = *self;
+        let binding = material.channel_binding(&channel, &peer, &basis);
         let mut established = Box::new(Established::new(
             ctx,
             now,
@@ -637,6 +638,7 @@ impl InitiatorAuth {
             basis,
             super::established::Role::Initiator,
         ));
+        established.channel_binding = binding;
         established.negotiate_mobility(ctx, true, &parts);
         established.take_tokens(&parts);
         established.negotiate_message_id_sync(&parts);

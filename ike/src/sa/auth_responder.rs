@@ -491,7 +491,9 @@ impl ResponderAuth {
         let role = super::established::Role::Responder { initial_contact: parts.has(NotifyType::INITIAL_CONTACT) };
         let redirect = auth_redirect(&connection, &core.redirects);
         head.extend(announcement(ctx, &connection, &core, Some(&parts)));
+        let binding = material.channel_binding(&channel, &peer, &basis);
         let mut established = Box::new(Established::new(ctx, now, core, channel, connection, peer, basis, role));
+        established.channel_binding = binding;
         if let Some((gateway, payload)) = redirect {
             head.push(payload);
             established.answer_redirect(ctx, now, &gateway, &head);

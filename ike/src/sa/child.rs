@@ -129,6 +129,7 @@ pub(crate) struct Parent<'a> {
     pub(crate) prf: Prf,
     pub(crate) d: &'a Secret,
     pub(crate) peer: &'a Arc<PeerIdentity>,
+    pub(crate) channel_binding: Option<[u8; 32]>,
     pub(crate) now: Instant,
 }
 
@@ -650,6 +651,7 @@ impl Made {
             connection: parent.core.name.to_string(),
             config: Arc::clone(&self.config),
             peer: Arc::clone(parent.peer),
+            channel_binding: parent.channel_binding,
             additional_ts: self.additional_ts,
             pair,
         };

@@ -69,6 +69,8 @@ pub(crate) struct Established {
     pub(crate) channel: Channel,
     pub(super) connection: Arc<Connection>,
     pub(super) peer: Arc<PeerIdentity>,
+    /// Of the IKE SA whose IKE_AUTH proved who the peer is. Successors by rekeying have the same, resumed ones none.
+    pub(super) channel_binding: Option<[u8; 32]>,
     /// What the tables know the peer by.
     pub(super) key: PeerKey,
     /// What the peer's proof rests on.
@@ -300,6 +302,7 @@ impl Established {
         let (connection, peer, basis) = (self.connection.clone(), self.peer.clone(), self.basis.clone());
         let mut twin = Self::make(ctx, now, core, channel, connection, peer, basis);
         twin.key = self.key.clone();
+        twin.channel_binding = self.channel_binding;
         twin.channel.fragmentation = self.channel.fragmentation;
         twin.mobility = self.mobility.for_the_end();
         twin
@@ -349,6 +352,7 @@ impl Established {
             key: PeerKey::of(&peer),
             peer,
             basis,
+            channel_binding: None,
             state: IkeState::Established,
             since: now,
             children: BTreeMap::new(),
@@ -500,7 +504,14 @@ impl Established {
     }
 
     pub(super) fn parent(&self, now: Instant) -> Parent<'_> {
-        Parent { core: &self.core, prf: self.channel.suite.prf, d: &self.channel.d, peer: &self.peer, now }
+        Parent {
+            core: &self.core,
+            prf: self.channel.suite.prf,
+            d: &self.channel.d,
+            peer: &self.peer,
+            channel_binding: self.channel_binding,
+            now,
+        }
     }
 
     /// Gives back the room that tasks and messages took, when there are none.

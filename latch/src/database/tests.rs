@@ -441,6 +441,40 @@ fn the_administrator_breaks_and_closes_latches() {
 }
 
 #[test]
+fn a_latch_keeps_the_channel_binding_that_it_was_made_under() {
+    // RFC 5056 §2.1; refused where the two ends might not agree.
+    let (database, classes) = database();
+    let reason = |latch| match database.channel_binding(latch) {
+        Err(LatchError::NoBinding(reason)) => reason,
+        other => panic!("{other:?}"),
+    };
+    install(&database, 1, classes[0]);
+    let (unbound, _) = database.create(flow(0), &waiting(), ignore()).unwrap();
+    assert!(reason(unbound).contains("has none"));
+    for (sa, binding) in [(1, [1; 32]), (2, [1; 32])] {
+        database.bound(sa, Some(binding));
+        install(&database, sa, classes[0]);
+    }
+    let (latch, _) = database.create(flow(1), &waiting(), ignore()).unwrap();
+    assert_eq!(database.channel_binding(latch), Ok([1; 32]));
+    database.bound(3, Some([3; 32]));
+    install(&database, 3, classes[0]);
+    let (ambiguous, _) = database.create(flow(2), &waiting(), ignore()).unwrap();
+    assert!(reason(ambiguous).contains("several"));
+    database.removed(1);
+    database.removed(2);
+    assert_eq!(database.channel_binding(latch), Ok([1; 32]), "the latch's, whatever SAs come after");
+    install(&database, 4, classes[1]);
+    assert!(reason(latch).contains("not established"));
+    database.removed(4);
+    assert_eq!(database.channel_binding(latch), Ok([1; 32]));
+    database.release(latch);
+    assert!(reason(latch).contains("no such latch"));
+    database.removed(3);
+    assert!(database.control().bindings.is_empty());
+}
+
+#[test]
 fn the_observer_sees_every_change() {
     let (database, classes) = database();
     let seen: Arc<Mutex<Vec<LatchState>>> = Arc::default();

@@ -621,6 +621,29 @@ async fn an_sa_is_made_when_there_is_none_and_a_narrow_one_when_asked_for() {
 }
 
 #[tokio::test]
+async fn a_latch_tells_its_channel_binding_to_its_holder() {
+    let house = House::new().await;
+    house.database.bound(1, Some([7; 32]));
+    house.install(1, house.class("peer.example"));
+    let client = Client::connect(&house.path).await.unwrap();
+    let (stream, _far) = Far::listen().latch(&client).await;
+    let binding = stream.channel_binding().await.unwrap();
+    assert_eq!((binding.kind.as_str(), binding.data.len()), ("ipsec-ikev2-unique", 33));
+    assert_eq!((binding.data[0], &binding.data[1..]), (1, &[7; 32][..]));
+    let other = house.raw().await;
+    for (latch, kind, code) in
+        [(stream.latch(), UNIQUE_BINDING, "no-such-latch"), (999, "tls-exporter", "no-such-latch")]
+    {
+        let ask_for = json!({"id": 1, "request": "channel-binding", "arguments": {"latch": latch, "type": kind}});
+        assert_eq!(ask(&other, &ask_for.to_string()).await["code"], code);
+    }
+    drop(stream);
+    house.database.bound(1, None);
+    let (stream, _far) = Far::listen().latch(&client).await;
+    assert_eq!(refusal(stream.channel_binding().await), Code::NoBinding);
+}
+
+#[tokio::test]
 async fn a_requirement_that_is_misspelled_is_refused() {
     let house = House::with_sa().await;
     let raw = house.raw().await;

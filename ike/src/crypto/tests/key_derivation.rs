@@ -217,3 +217,16 @@ fn a_resumed_ike_sa_has_keys_of_its_own() {
         }
     }
 }
+
+// A vector of our own (docs/latch-protocol.md), made with Python's hmac.
+#[test]
+fn the_channel_binding_has_the_documented_value() {
+    let sk_d = Secret::new(vec![0x0b; 32]);
+    let binding = channel_binding(Prf::HMAC_SHA2_256, &sk_d, b"initiator octets", b"responder octets, longer").unwrap();
+    let hex: String = binding.iter().map(|octet| format!("{octet:02x}")).collect();
+    assert_eq!(hex, "cf530309bb29f2d1481e56f6ad3228e02b497f6b9e26ac8d4bf0160f8519ac45");
+    // Who is the initiator matters, and where one ends and the other begins.
+    let swapped = channel_binding(Prf::HMAC_SHA2_256, &sk_d, b"responder octets, longer", b"initiator octets").unwrap();
+    let shifted = channel_binding(Prf::HMAC_SHA2_256, &sk_d, b"initiator octetsr", b"esponder octets, longer").unwrap();
+    assert!(binding != swapped && binding != shifted);
+}

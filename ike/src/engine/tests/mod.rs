@@ -129,6 +129,8 @@ pub(super) struct Side {
     pub(super) last_packet: Option<Instant>,
     pub(super) events: Vec<Event>,
     pub(super) refuse_installs: Option<InstallError>,
+    /// Channel bindings of the Child SAs, in order.
+    pub(super) bindings: Vec<Option<[u8; 32]>>,
     pub(super) sent: Vec<Transmit>,
     /// First octet of the engine's next nonces.
     nonce: by_hand::FirstOctet,
@@ -309,6 +311,7 @@ impl Pair {
                 last_packet: None,
                 events: Vec::new(),
                 refuse_installs: None,
+                bindings: Vec::new(),
                 sent: Vec::new(),
                 nonce,
                 address: address(A),
@@ -673,7 +676,10 @@ impl Side {
             Job::SolvePuzzle(puzzle) => JobOutcome::SolvePuzzle(puzzle.solve()),
             Job::InstallChild(ready) => JobOutcome::InstallChild(match &self.refuse_installs {
                 Some(error) => Err(error.clone()),
-                None => Ok(self.install(ready.pair)),
+                None => {
+                    self.bindings.push(ready.channel_binding);
+                    Ok(self.install(ready.pair))
+                }
             }),
         }
     }
@@ -792,5 +798,8 @@ pub(super) fn established(mut pair: Pair) -> Pair {
     pair.run(seconds(3));
     assert!(pair.sides[A].done(1), "not established: {:#?} {:#?}", pair.sides[A].events, pair.sides[B].events);
     pair.assert_same(1, 1);
+    // RFC 5056 §2.1: however the peers prove who they are, with whatever keys.
+    assert!(pair.sides.iter().all(|side| side.bindings.first().is_none_or(Option::is_some)));
+    assert_eq!(pair.sides[A].bindings, pair.sides[B].bindings);
     pair
 }

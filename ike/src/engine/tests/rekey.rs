@@ -79,6 +79,28 @@ fn either_side_rekeys_the_ike_sa() {
     }
 }
 
+// RFC 5056 §2.1: the binding is the same at both ends and for all of the channel's life, and that of no other channel.
+#[test]
+fn the_channel_binding_outlives_rekeys_and_is_of_one_authentication() {
+    let mut seen = std::collections::HashSet::new();
+    for (seed, side) in [(61, A), (62, B)] {
+        let mut pair = up(seed);
+        let ike = pair.sides[side].only().id;
+        let now = pair.now;
+        pair.sides[side].engine.rekey(now, Target::Ike(ike), 2).unwrap();
+        pair.run(seconds(2));
+        let child = pair.sides[side].only().children[0].id;
+        let now = pair.now;
+        pair.sides[side].engine.rekey(now, Target::Child(child), 3).unwrap();
+        pair.run(seconds(10));
+        let binding = pair.sides[A].bindings[0].unwrap();
+        for side in &pair.sides {
+            assert!(side.bindings.len() == 2 && side.bindings.iter().all(|other| *other == Some(binding)));
+        }
+        assert!(seen.insert(binding), "another IKE SA has another one");
+    }
+}
+
 // RFC 7296 §2.25.2: both try again, and one succeeds.
 #[test]
 fn both_sides_rekey_the_ike_sa_at_once() {

@@ -528,6 +528,36 @@ fn reauthentication_uses_no_ticket() {
     }
 }
 
+// RFC 5056 §2.1: without a key exchange of its own a resumed IKE SA has nothing to bind to, nor have its successors; the
+// next authentication makes something, which is not that of before.
+#[test]
+fn a_resumed_ike_sa_has_no_channel_binding() {
+    let mut pair = with_ticket(860);
+    lose(&mut pair);
+    come_back(&mut pair, 2);
+    assert_eq!(resumed(&pair), [true, true]);
+    let (now, id) = (pair.now, pair.sides[A].only().id);
+    pair.sides[A].engine.rekey(now, Target::Ike(id), 3).unwrap();
+    pair.drain(A);
+    pair.run(seconds(9));
+    let (now, child) = (pair.now, pair.sides[A].only().children[0].id);
+    pair.sides[A].engine.rekey(now, Target::Child(child), 4).unwrap();
+    pair.drain(A);
+    pair.run(seconds(9));
+    let (now, id) = (pair.now, pair.sides[A].only().id);
+    pair.sides[A].engine.reauthenticate(now, id, 5).unwrap();
+    pair.drain(A);
+    pair.run(seconds(9));
+    pair.assert_same(1, 1);
+    assert_eq!(resumed(&pair), [false, false]);
+    let [first, none, still_none, last] = pair.sides[A].bindings[..] else {
+        panic!("{:?}", pair.sides[A].bindings);
+    };
+    assert_eq!([none, still_none], [None, None]);
+    assert!(first.is_some() && last.is_some() && first != last);
+    assert_eq!(pair.sides[B].bindings, pair.sides[A].bindings);
+}
+
 // RFC 5723 §4.3.2: whoever says no, the client authenticates; who cannot see the request cannot say it.
 #[test]
 fn a_forged_refusal_costs_a_full_authentication_at_most() {
