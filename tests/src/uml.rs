@@ -15,7 +15,7 @@ const INSIDE: &str = "LATCHKEY_TEST_IN_GUEST";
 /// The package's kernel.
 const KERNEL: &str = "/usr/bin/linux.uml";
 /// Seconds after which a guest is killed, whatever it does.
-const LIMIT: u32 = 900;
+const LIMIT: u32 = 1800;
 /// About one boot in a hundred ends at once with a fault of the kernel itself.
 const BOOTS: usize = 4;
 

@@ -350,7 +350,7 @@ fn the_kernel_has_what_the_model_has_after_any_operations() {
         run(&[taken(TAKEN_OUT), taken(TAKEN_OUT), taken(TAKEN_IN), taken(TAKEN_IN)]);
 
         let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig {
-            cases: 6,
+            cases: 4,
             failure_persistence: None,
             max_shrink_iters: 60,
             ..ProptestConfig::default()
