@@ -141,7 +141,7 @@ impl Host {
 
     /// Pings from an address; true when at least one answer came within three tries.
     pub fn pings(&self, from: &str, to: &str) -> bool {
-        let output = self.run("ping", &["-c", "3", "-i", "0.2", "-W", "1", "-I", from, to]);
+        let output = self.run("ping", &["-c", "3", "-i", "0.2", "-W", "3", "-I", from, to]);
         output.status.success()
     }
 
