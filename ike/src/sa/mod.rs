@@ -108,10 +108,11 @@ pub(crate) struct Core {
 }
 
 impl Core {
-    /// How requests are repeated before the peer is authenticated.
+    /// How requests are repeated before the peer is authenticated: as in IKE_SA_INIT once within `tcp_delay`, where TCP
+    /// would be next.
     pub(crate) fn retransmission(&self, ctx: &Context, connection: &Connection) -> Retransmission {
         let configured = ctx.config.retransmission;
-        let timeout = configured.timeout.min(connection.tcp_delay);
+        let timeout = configured.timeout.min(connection.tcp_delay / 2);
         if self.falls_back { Retransmission { timeout, base: 1.0, ..configured } } else { configured }
     }
 
@@ -119,6 +120,7 @@ impl Core {
     pub(crate) fn is_blocked(&self, count: u32) -> bool {
         self.falls_back && count >= 2
     }
+
     /// The SA's number and name for log lines.
     pub(crate) fn tag(&self) -> Option<(IkeSaId, &str)> {
         Some((self.id, &self.name))
