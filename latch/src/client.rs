@@ -12,10 +12,9 @@
 //! # }
 //! ```
 
-use std::collections::HashMap;
 use std::future::Future;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::pin::Pin;
@@ -23,59 +22,27 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 
-use rustix::net::SocketAddrUnix;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
-use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use socket2::{Protocol, SockRef, Socket, Type};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpSocket;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use crate::protocol::{
     Accept, Bind, Call, ChannelBinding, Code, Created, Disposition, Hello, Inquire, Inquired, LatchEvent, List,
-    ListedLatch, Listening, Listing, Named, Peer, Protection, Refusal, Release, ServerMessage, State, UNIQUE_BINDING,
-    VERSION, Wanted, Watch, Welcome,
+    ListedLatch, Listening, Named, Peer, Protection, State, UNIQUE_BINDING, VERSION, Wanted, Watch, Welcome,
 };
-use crate::seqpacket::{self, SeqPacket};
-
-/// Why a call failed.
-#[derive(Debug, thiserror::Error)]
-pub enum ClientError {
-    /// The daemon refused; nothing is latched.
-    #[error("the daemon refused: {0}")]
-    Refused(#[from] Refusal),
-    /// The system refused.
-    #[error("{action}: {source}")]
-    System {
-        /// What we tried to do.
-        action: String,
-        /// The system's error.
-        #[source]
-        source: io::Error,
-    },
-    /// The daemon says what it should not.
-    #[error("the daemon does not keep to the protocol: {0}")]
-    Protocol(String),
-    /// The connection to the daemon has ended.
-    #[error("the connection to the daemon has ended")]
-    Closed,
-}
+use crate::seqpacket::SeqPacket;
+use crate::session::{self, BACKLOG, EVENT_QUEUE, Heard, Registry, bound_socket, system};
+pub use crate::session::{Change, ClientError};
 
 /// A connection to the daemon; clones share it. It stays open until the last clone and the last socket under a latch are
 /// dropped.
 #[derive(Clone, Debug)]
 pub struct Client {
     shared: Arc<Shared>,
-}
-
-/// A change of a latch's state (ALERT, RFC 5660 §2.3).
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Change {
-    /// State of the latch; `Closed` also when the daemon went away.
-    pub state: State,
-    /// Why, for a human.
-    pub reason: String,
 }
 
 /// A TCP connection under a latch. Dropping it closes the connection in an orderly way and releases the latch afterwards.
@@ -120,19 +87,13 @@ impl Client {
     /// Connects to the daemon's socket and agrees on the version. Must be called inside a tokio runtime.
     pub async fn connect(path: impl AsRef<Path>) -> Result<Self, ClientError> {
         let path = path.as_ref();
-        let connect = || -> io::Result<SeqPacket> {
-            let socket = seqpacket::socket()?;
-            rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
-            SeqPacket::new(socket)
-        };
-        let socket = connect().map_err(|source| system(format!("connecting to {}", path.display()), source))?;
+        let socket = session::connect(path).and_then(SeqPacket::new);
+        let socket = socket.map_err(|source| system(format!("connecting to {}", path.display()), source))?;
         let (socket, state) = (Arc::new(socket), Arc::new(Mutex::new(Registry::default())));
         let reader = tokio::spawn(read(Arc::clone(&socket), Arc::clone(&state)));
         let client = Self { shared: Arc::new(Shared { socket, state, last_id: AtomicU64::new(0), reader }) };
         let welcome: Welcome = client.shared.call(Call::Hello(Hello { version: VERSION }), None).await?;
-        if welcome.version != VERSION {
-            return Err(ClientError::Protocol(format!("it answers in version {}", welcome.version)));
-        }
+        session::welcomed(&welcome)?;
         Ok(client)
     }
 
@@ -176,16 +137,13 @@ impl Client {
     /// Listens on `local`, for IPsec peers as wanted only: others do not get as far as a connection.
     pub async fn listen_tcp(&self, local: SocketAddr, wanted: impl Into<Wanted>) -> Result<TcpListener, ClientError> {
         let failed = |error| system(format!("listening on {local}"), error);
-        let socket = Socket::new(Domain::for_address(local), Type::STREAM.nonblocking(), Some(Protocol::TCP));
-        let socket = socket.map_err(failed)?;
-        socket.set_reuse_address(true).map_err(failed)?;
-        socket.bind(&local.into()).map_err(failed)?;
+        let socket = session::listening_socket(local).map_err(failed)?;
         let wanted = wanted.into();
         let on_break = wanted.on_break.unwrap_or(Disposition::Reset);
         // The latch comes first: nobody gets in before.
         let listening: Listening = self.shared.call(Call::Listen(wanted), Some(socket.as_fd())).await?;
         let latch = Holding { shared: Arc::clone(&self.shared), latch: listening.latch };
-        socket.listen(1024).map_err(failed)?;
+        socket.listen(BACKLOG).map_err(failed)?;
         let listener = tokio::net::TcpListener::from_std(socket.into()).map_err(failed)?;
         Ok(TcpListener { listener, listening, on_break, latch })
     }
@@ -247,13 +205,7 @@ impl Client {
         let mut latches: Vec<ListedLatch> = Vec::new();
         loop {
             let after = latches.last().map_or(0, |latch| latch.latch);
-            let Listing { latches: page, more } = self.shared.call(Call::List(List { after }), None).await?;
-            // A page must move on, or this would never end.
-            if more && page.last().is_none_or(|latch| latch.latch <= after) {
-                return Err(ClientError::Protocol("its list does not advance".to_owned()));
-            }
-            latches.extend(page);
-            if !more {
+            if !session::add_page(&mut latches, self.shared.call(Call::List(List { after }), None).await?)? {
                 return Ok(latches);
             }
         }
@@ -319,7 +271,7 @@ impl Changes {
     pub async fn next(&mut self) -> Change {
         loop {
             if self.changes.changed().await.is_err() {
-                return gone();
+                return Change::gone();
             }
             if let Some(change) = self.changes.borrow_and_update().clone() {
                 return change;
@@ -350,7 +302,7 @@ impl UdpSocket {
     pub async fn send(&self, datagram: &[u8]) -> io::Result<usize> {
         tokio::select! {
             biased;
-            change = self.latch.end() => Err(failure(&change)),
+            change = self.latch.end() => Err(change.failure()),
             sent = self.socket.send(datagram) => sent,
         }
     }
@@ -359,7 +311,7 @@ impl UdpSocket {
     pub async fn recv(&self, buffer: &mut [u8]) -> io::Result<usize> {
         let received = tokio::select! {
             biased;
-            change = self.latch.end() => return Err(failure(&change)),
+            change = self.latch.end() => return Err(change.failure()),
             received = self.socket.recv(buffer) => received,
         };
         // An end that comes with the break is no empty datagram.
@@ -420,7 +372,7 @@ impl Latched {
     /// What ends the connection.
     fn end(&self) -> impl Future<Output = Change> + Send + Sync + use<> {
         let on_break = self.on_break;
-        wait(self.changes.clone(), move |change| is_end(change, on_break))
+        wait(self.changes.clone(), move |change| change.is_end(on_break))
     }
 
     fn waiting(&self) -> Waiting {
@@ -428,15 +380,7 @@ impl Latched {
     }
 
     fn failure(&self) -> Option<io::Error> {
-        self.changes.borrow().as_ref().filter(|change| is_end(change, self.on_break)).map(failure)
-    }
-}
-
-fn is_end(change: &Change, on_break: Disposition) -> bool {
-    match change.state {
-        State::Closed => true,
-        State::Broken => on_break == Disposition::Reset,
-        State::Established | State::Listener => false,
+        self.changes.borrow().as_ref().filter(|change| change.is_end(self.on_break)).map(Change::failure)
     }
 }
 
@@ -492,7 +436,7 @@ impl Waiting {
         {
             self.seen = Some(change);
         }
-        self.seen.as_ref().map_or(Poll::Pending, |change| Poll::Ready(failure(change)))
+        self.seen.as_ref().map_or(Poll::Pending, |change| Poll::Ready(change.failure()))
     }
 }
 
@@ -531,43 +475,17 @@ impl Drop for Shared {
     }
 }
 
-#[derive(Debug, Default)]
-struct Registry {
-    closed: bool,
-    pending: HashMap<u64, oneshot::Sender<Result<Value, ClientError>>>,
-    latches: HashMap<u64, watch::Sender<Option<Change>>>,
-    watcher: Option<mpsc::Sender<LatchEvent>>,
-}
-
-impl Registry {
-    fn latch(&mut self, latch: u64) -> &watch::Sender<Option<Change>> {
-        let state = self.closed.then(gone);
-        self.latches.entry(latch).or_insert_with(|| watch::Sender::new(state))
-    }
-
-    fn watch(&mut self, latch: u64) -> watch::Receiver<Option<Change>> {
-        self.latch(latch).subscribe()
-    }
-}
-
 impl Shared {
     async fn call<T: DeserializeOwned>(&self, call: Call, socket: Option<BorrowedFd<'_>>) -> Result<T, ClientError> {
         let id = self.next_id();
         let octets = call.encode(id)?;
-        let (sender, receiver) = oneshot::channel();
-        {
-            let mut registry = self.registry();
-            if registry.closed {
-                return Err(ClientError::Closed);
-            }
-            registry.pending.insert(id, sender);
-        }
+        let receiver = self.registry().expect(id)?;
         if let Err(source) = self.socket.send(&octets, socket).await {
             self.registry().pending.remove(&id);
             return Err(system(format!("sending {} to the daemon", call.name()), source));
         }
         let value = receiver.await.unwrap_or(Err(ClientError::Closed))?;
-        serde_json::from_value(value).map_err(|error| ClientError::Protocol(format!("{}: {error}", call.name())))
+        session::result(call.name(), value)
     }
 
     fn next_id(&self) -> u64 {
@@ -582,59 +500,18 @@ impl Shared {
 /// Hands the daemon's messages out until the connection ends; then everything that waits hears so.
 async fn read(socket: Arc<SeqPacket>, state: Arc<Mutex<Registry>>) {
     while let Ok(Some(datagram)) = socket.receive().await {
-        let Ok(message) = serde_json::from_slice::<ServerMessage>(&datagram.octets) else {
-            tracing::debug!("the daemon sent a message that is not one");
-            break;
-        };
-        let mut registry = lock(&state);
-        match message {
-            ServerMessage::Reply { id, result } => {
-                let unheard = match registry.pending.remove(&id) {
-                    Some(caller) => caller.send(Ok(result)).err().and_then(Result::ok),
-                    None => Some(result),
-                };
-                // The caller of `create` gave up: nobody will use or release this latch.
-                if let Some(latch) = unheard.as_ref().and_then(|result| result.get("latch")?.as_u64()) {
-                    release(&socket, 0, latch);
-                }
-            }
-            ServerMessage::Refusal { id: Some(id), refusal } => {
-                if let Some(caller) = registry.pending.remove(&id) {
-                    let _ = caller.send(Err(refusal.into()));
-                }
-            }
-            // Not an answer to one request: the daemon understood none of it, or has no room.
-            ServerMessage::Refusal { id: None, refusal } => {
-                for (_, caller) in registry.pending.drain() {
-                    let _ = caller.send(Err(refusal.clone().into()));
-                }
-            }
-            // Of a latch that a listener made and nobody has taken: `accept` will say whether it still stands.
-            ServerMessage::Alert { listener: Some(_), .. } => {}
-            ServerMessage::Alert { latch, state, reason, listener: None } => {
-                registry.latch(latch).send_replace(Some(Change { state, reason }));
-            }
-            ServerMessage::Event(event) => {
-                // A watcher that does not read misses events, and the daemon's other messages none.
-                if let Some(watcher) = &registry.watcher {
-                    let _ = watcher.try_send(event);
-                }
-            }
+        let heard = lock(&state).hear(&datagram.octets);
+        match heard {
+            Some(Heard::Unwanted(latch)) => release(&socket, 0, latch),
+            Some(Heard::Handed | Heard::Changed(_)) => {}
+            None => break,
         }
     }
-    let mut registry = lock(&state);
-    registry.closed = true;
-    registry.watcher = None;
-    for (_, caller) in registry.pending.drain() {
-        let _ = caller.send(Err(ClientError::Closed));
-    }
-    for latch in registry.latches.values() {
-        latch.send_replace(Some(gone()));
-    }
+    lock(&state).end();
 }
 
 fn release(socket: &SeqPacket, id: u64, latch: u64) {
-    let Ok(octets) = Call::Release(Release { latch }).encode(id) else { return };
+    let Some(octets) = session::release(id, latch) else { return };
     // If there is no room the latch lives as long as the connection to the daemon.
     if let Err(error) = socket.try_send(&octets) {
         tracing::debug!(latch, %error, "releasing a latch");
@@ -644,52 +521,8 @@ fn release(socket: &SeqPacket, id: u64, latch: u64) {
 async fn wait(mut changes: watch::Receiver<Option<Change>>, what: impl Fn(&Change) -> bool + Send + Sync) -> Change {
     let seen =
         changes.wait_for(|change| change.as_ref().is_some_and(&what)).await.ok().and_then(|change| change.clone());
-    seen.unwrap_or_else(gone)
+    seen.unwrap_or_else(Change::gone)
 }
-
-fn gone() -> Change {
-    Change { state: State::Closed, reason: "the connection to the daemon has ended".to_owned() }
-}
-
-fn failure(change: &Change) -> io::Error {
-    io::Error::new(io::ErrorKind::ConnectionReset, format!("the latch is {}: {}", change.state, change.reason))
-}
-
-/// The address from which the kernel would reach `remote`, with port 0. Sends nothing.
-fn source_for(remote: SocketAddr) -> io::Result<SocketAddr> {
-    let unspecified = match remote.ip() {
-        IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
-        IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
-    };
-    let probe = std::net::UdpSocket::bind((unspecified, 0))?;
-    probe.connect(remote)?;
-    Ok(SocketAddr::new(probe.local_addr()?.ip(), 0))
-}
-
-fn bound_socket(
-    remote: SocketAddr,
-    local: Option<SocketAddr>,
-    kind: Type,
-    protocol: Protocol,
-) -> Result<Socket, ClientError> {
-    let local = match local {
-        Some(local) => local,
-        None => source_for(remote).map_err(|error| system(format!("finding an address to reach {remote}"), error))?,
-    };
-    let bind = || {
-        let socket = Socket::new(Domain::for_address(local), kind.nonblocking(), Some(protocol))?;
-        socket.bind(&local.into())?;
-        Ok(socket)
-    };
-    bind().map_err(|error| system(format!("binding to {local}"), error))
-}
-
-fn system(action: String, source: io::Error) -> ClientError {
-    ClientError::System { action, source }
-}
-
-/// Events that a watcher may fall behind.
-const EVENT_QUEUE: usize = 1024;
 
 fn lock(state: &Mutex<Registry>) -> MutexGuard<'_, Registry> {
     state.lock().unwrap_or_else(PoisonError::into_inner)

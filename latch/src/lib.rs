@@ -3,13 +3,15 @@
 //!
 //! * [`database`]: latches, congruence classes, conflicts; no IO.
 //! * [`protocol`], [`server`]: how applications ask, over a Unix socket.
-//! * [`client`]: the library that applications use.
+//! * [`client`]: the library that applications use, on tokio; [`blocking`]: the same for programs without a runtime.
 
 #![forbid(unsafe_code)]
 
+pub mod blocking;
 pub mod client;
 mod connections;
 pub mod database;
 pub mod protocol;
 mod seqpacket;
 pub mod server;
+mod session;

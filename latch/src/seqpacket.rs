@@ -73,7 +73,8 @@ impl AsFd for SeqPacket {
 /// Descriptors that are taken from one message; one more than any request has, so that too many are noticed.
 const MAX_DESCRIPTORS: usize = 2;
 
-fn receive_now(socket: BorrowedFd<'_>) -> io::Result<Option<Datagram>> {
+/// Takes a message if there is one now; `None` at the end of the connection.
+pub(crate) fn receive_now(socket: BorrowedFd<'_>) -> io::Result<Option<Datagram>> {
     // One octet more than allowed tells a message of full length from a longer one even without MSG_TRUNC.
     let mut octets = vec![0; MAX_MESSAGE + 1];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
@@ -104,7 +105,8 @@ fn receive_now(socket: BorrowedFd<'_>) -> io::Result<Option<Datagram>> {
     Ok(Some(Datagram { octets, descriptors, truncated }))
 }
 
-fn send_now(socket: BorrowedFd<'_>, octets: &[u8], descriptor: Option<BorrowedFd<'_>>) -> io::Result<()> {
+/// Sends a message if there is room now.
+pub(crate) fn send_now(socket: BorrowedFd<'_>, octets: &[u8], descriptor: Option<BorrowedFd<'_>>) -> io::Result<()> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
     let descriptors: Vec<BorrowedFd<'_>> = descriptor.into_iter().collect();

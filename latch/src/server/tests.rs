@@ -17,6 +17,8 @@ use super::*;
 use crate::client::{Client, ClientError, TcpStream};
 use crate::protocol::{Disposition, MAX_MESSAGE, ProofInfo, State};
 
+mod blocking;
+
 #[tokio::test]
 async fn every_malformed_message_gets_a_precise_refusal_and_the_connection_lives_on() {
     let house = House::new().await;

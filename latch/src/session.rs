@@ -1,0 +1,264 @@
+//! What both clients share: requests that wait for their answers, latches and their changes, sockets to be latched.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use rustix::net::SocketAddrUnix;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::protocol::{
+    Call, Disposition, LatchEvent, ListedLatch, Listing, Refusal, Release, ServerMessage, State, VERSION, Welcome,
+};
+use crate::seqpacket;
+
+/// Why a call failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// The daemon refused; nothing is latched.
+    #[error("the daemon refused: {0}")]
+    Refused(#[from] Refusal),
+    /// The system refused.
+    #[error("{action}: {source}")]
+    System {
+        /// What we tried to do.
+        action: String,
+        /// The system's error.
+        #[source]
+        source: io::Error,
+    },
+    /// The daemon says what it should not.
+    #[error("the daemon does not keep to the protocol: {0}")]
+    Protocol(String),
+    /// The connection to the daemon has ended.
+    #[error("the connection to the daemon has ended")]
+    Closed,
+}
+
+/// A change of a latch's state (ALERT, RFC 5660 §2.3).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Change {
+    /// State of the latch; `Closed` also when the daemon went away.
+    pub state: State,
+    /// Why, for a human.
+    pub reason: String,
+}
+
+impl Change {
+    /// The change that nobody could tell: the daemon is not there any more.
+    pub(crate) fn gone() -> Self {
+        Self { state: State::Closed, reason: "the connection to the daemon has ended".to_owned() }
+    }
+
+    /// It ends a connection with this disposition.
+    pub(crate) fn is_end(&self, on_break: Disposition) -> bool {
+        match self.state {
+            State::Closed => true,
+            State::Broken => on_break == Disposition::Reset,
+            State::Established | State::Listener => false,
+        }
+    }
+
+    /// What reading and writing fail with after it.
+    pub(crate) fn failure(&self) -> io::Error {
+        io::Error::new(io::ErrorKind::ConnectionReset, format!("the latch is {}: {}", self.state, self.reason))
+    }
+}
+
+pub(crate) type Outcome = Result<Value, ClientError>;
+
+/// What waits for the daemon's messages on one connection to it.
+#[derive(Debug, Default)]
+pub(crate) struct Registry {
+    pub(crate) closed: bool,
+    pub(crate) pending: HashMap<u64, oneshot::Sender<Outcome>>,
+    pub(crate) latches: HashMap<u64, watch::Sender<Option<Change>>>,
+    pub(crate) watcher: Option<mpsc::Sender<LatchEvent>>,
+}
+
+/// What there is to do after a message.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Heard {
+    /// Nothing more.
+    Handed,
+    /// A latch has changed.
+    Changed(u64),
+    /// Who asked for this latch gave up: nobody will use or release it.
+    Unwanted(u64),
+}
+
+impl Registry {
+    /// Notes that an answer is due.
+    pub(crate) fn expect(&mut self, id: u64) -> Result<oneshot::Receiver<Outcome>, ClientError> {
+        if self.closed {
+            return Err(ClientError::Closed);
+        }
+        let (sender, receiver) = oneshot::channel();
+        self.pending.insert(id, sender);
+        Ok(receiver)
+    }
+
+    pub(crate) fn watch(&mut self, latch: u64) -> watch::Receiver<Option<Change>> {
+        self.latch(latch).subscribe()
+    }
+
+    fn latch(&mut self, latch: u64) -> &watch::Sender<Option<Change>> {
+        let state = self.closed.then(Change::gone);
+        self.latches.entry(latch).or_insert_with(|| watch::Sender::new(state))
+    }
+
+    /// Hands a message to whoever waits for it; `None` if it is no message.
+    pub(crate) fn hear(&mut self, octets: &[u8]) -> Option<Heard> {
+        let Ok(message) = serde_json::from_slice::<ServerMessage>(octets) else {
+            tracing::debug!("the daemon sent a message that is not one");
+            return None;
+        };
+        match message {
+            ServerMessage::Reply { id, result } => {
+                let unheard = match self.pending.remove(&id) {
+                    Some(caller) => caller.send(Ok(result)).err().and_then(Result::ok),
+                    None => Some(result),
+                };
+                if let Some(latch) = unheard.as_ref().and_then(|result| result.get("latch")?.as_u64()) {
+                    return Some(Heard::Unwanted(latch));
+                }
+            }
+            ServerMessage::Refusal { id: Some(id), refusal } => {
+                if let Some(caller) = self.pending.remove(&id) {
+                    let _ = caller.send(Err(refusal.into()));
+                }
+            }
+            // Not an answer to one request: the daemon understood none of it, or has no room.
+            ServerMessage::Refusal { id: None, refusal } => {
+                for (_, caller) in self.pending.drain() {
+                    let _ = caller.send(Err(refusal.clone().into()));
+                }
+            }
+            // Of a latch that a listener made and nobody has taken: `accept` will say whether it still stands.
+            ServerMessage::Alert { listener: Some(_), .. } => {}
+            ServerMessage::Alert { latch, state, reason, listener: None } => {
+                self.latch(latch).send_replace(Some(Change { state, reason }));
+                return Some(Heard::Changed(latch));
+            }
+            ServerMessage::Event(event) => {
+                // A watcher that does not read misses events, and the daemon's other messages none.
+                if let Some(watcher) = &self.watcher {
+                    let _ = watcher.try_send(event);
+                }
+            }
+        }
+        Some(Heard::Handed)
+    }
+
+    /// The connection has ended: everything that waits hears so.
+    pub(crate) fn end(&mut self) {
+        self.closed = true;
+        self.watcher = None;
+        for (_, caller) in self.pending.drain() {
+            let _ = caller.send(Err(ClientError::Closed));
+        }
+        for latch in self.latches.values() {
+            latch.send_replace(Some(Change::gone()));
+        }
+    }
+}
+
+/// The datagram that releases a latch; its answer is for nobody.
+pub(crate) fn release(id: u64, latch: u64) -> Option<Vec<u8>> {
+    Call::Release(Release { latch }).encode(id).ok()
+}
+
+/// A connection to the daemon's socket.
+pub(crate) fn connect(path: &Path) -> io::Result<OwnedFd> {
+    let socket = seqpacket::socket()?;
+    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(socket)
+}
+
+/// Checks the daemon's answer to `hello`.
+pub(crate) fn welcomed(welcome: &Welcome) -> Result<(), ClientError> {
+    if welcome.version == VERSION {
+        return Ok(());
+    }
+    Err(ClientError::Protocol(format!("it answers in version {}", welcome.version)))
+}
+
+/// The result that an answer carries.
+pub(crate) fn result<T: DeserializeOwned>(call: &str, value: Value) -> Result<T, ClientError> {
+    serde_json::from_value(value).map_err(|error| ClientError::Protocol(format!("{call}: {error}")))
+}
+
+/// Adds a page to a list; true when there are more.
+pub(crate) fn add_page(latches: &mut Vec<ListedLatch>, page: Listing) -> Result<bool, ClientError> {
+    let after = latches.last().map_or(0, |latch| latch.latch);
+    // A page must move on, or this would never end.
+    if page.more && page.latches.last().is_none_or(|latch| latch.latch <= after) {
+        return Err(ClientError::Protocol("its list does not advance".to_owned()));
+    }
+    latches.extend(page.latches);
+    Ok(page.more)
+}
+
+/// Binds a socket that is not bound yet to the kernel's choice of address for `remote`, and a free port.
+pub(crate) fn bind_for(socket: &Socket, remote: SocketAddr) -> Result<(), ClientError> {
+    let bind = || {
+        let local = socket.local_addr()?.as_socket();
+        if local.is_some_and(|local| local.ip().is_unspecified() && local.port() == 0) {
+            socket.bind(&source_for(remote)?.into())?;
+        }
+        Ok(())
+    };
+    bind().map_err(|error| system(format!("binding a socket to an address that reaches {remote}"), error))
+}
+
+/// The address from which the kernel would reach `remote`, with port 0. Sends nothing.
+pub(crate) fn source_for(remote: SocketAddr) -> io::Result<SocketAddr> {
+    let unspecified = match remote.ip() {
+        IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+    };
+    let probe = std::net::UdpSocket::bind((unspecified, 0))?;
+    probe.connect(remote)?;
+    Ok(SocketAddr::new(probe.local_addr()?.ip(), 0))
+}
+
+pub(crate) fn bound_socket(
+    remote: SocketAddr,
+    local: Option<SocketAddr>,
+    kind: Type,
+    protocol: Protocol,
+) -> Result<Socket, ClientError> {
+    let local = match local {
+        Some(local) => local,
+        None => source_for(remote).map_err(|error| system(format!("finding an address to reach {remote}"), error))?,
+    };
+    let bind = || {
+        let socket = Socket::new(Domain::for_address(local), kind.nonblocking(), Some(protocol))?;
+        socket.bind(&local.into())?;
+        Ok(socket)
+    };
+    bind().map_err(|error| system(format!("binding to {local}"), error))
+}
+
+/// A TCP socket that is bound and does not listen yet.
+pub(crate) fn listening_socket(local: SocketAddr) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(local), Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
+    socket.set_reuse_address(true)?;
+    socket.bind(&local.into())?;
+    Ok(socket)
+}
+
+/// Connections that may wait to be accepted.
+pub(crate) const BACKLOG: i32 = 1024;
+
+/// Events that a watcher may fall behind.
+pub(crate) const EVENT_QUEUE: usize = 1024;
+
+pub(crate) fn system(action: String, source: io::Error) -> ClientError {
+    ClientError::System { action, source }
+}
