@@ -6,7 +6,7 @@ use ike::config::AddressRange;
 use ike::counters::{Counter, Counters};
 use ike::engine::{ChildSaId, Event, Gateway, IkeSaId, IkeSaStatus};
 use ike::pool::{PoolConfig, PoolError, PoolStatus};
-use ipsec::plane::{Carrier, Mode, Usage};
+use ipsec::plane::{Carrier, Mode, ShuntAction, Usage};
 use ipsec::selector::{Flow, TrafficSelector};
 use pad::{Credentials, IdentityPattern};
 use tokio::sync::{broadcast, mpsc, oneshot};
@@ -23,15 +23,24 @@ pub struct SaReport {
     pub usage: Vec<Option<(Usage, Carrier)>>,
 }
 
-/// An installed trap policy.
+/// What an installed policy without an SA is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PolicyKind {
+    /// It waits for an SA of this mode.
+    Trap(Mode),
+    /// It needs none.
+    Shunt(ShuntAction),
+}
+
+/// An installed trap or shunt.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PolicyReport {
     /// Connection.
     pub ike: String,
     /// Child.
     pub child: String,
-    /// Mode of the child.
-    pub mode: Mode,
+    /// What it is for.
+    pub kind: PolicyKind,
     /// Our side's selectors.
     pub local_ts: Vec<TrafficSelector>,
     /// The peer side's selectors.

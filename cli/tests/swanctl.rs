@@ -24,7 +24,9 @@ use ipsec::plane::{Encapsulation, EspSuite, Mode, Usage};
 use ipsec::selector::TrafficSelector;
 use ipsec::transform::{Encr, Integ, Ke, Prf};
 use latchkey::config::ConnectionDefinition;
-use latchkey::control::{Command, Control, Counted, CounterReport, Matched, PolicyReport, SaPage, SaReport};
+use latchkey::control::{
+    Command, Control, Counted, CounterReport, Matched, PolicyKind, PolicyReport, SaPage, SaReport,
+};
 use latchkey::vici::client::{Client, ClientError};
 use latchkey::vici::store::Configured;
 use latchkey::vici::{ServerHandle, Store, serve};
@@ -639,7 +641,7 @@ fn core(sas: Vec<SaReport>) -> (Control, Core) {
                     let _ = reply.send(vec![PolicyReport {
                         ike: "site".to_owned(),
                         child: "net".to_owned(),
-                        mode: Mode::Tunnel,
+                        kind: PolicyKind::Trap(Mode::Tunnel),
                         local_ts: vec![network("10.1.0.0")],
                         remote_ts: vec![network("10.2.0.0")],
                     }]);

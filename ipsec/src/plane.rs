@@ -241,6 +241,30 @@ pub struct Trap {
     pub options: KernelOptions,
 }
 
+/// What a shunt does with what it selects: RFC 4301 §4.4.1's BYPASS and DISCARD.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum ShuntAction {
+    /// BYPASS: it goes in clear, before all policies of SAs and traps.
+    Pass,
+    /// DISCARD: it is dropped, unless an SA, a trap or a shunt that passes is for it.
+    Drop,
+}
+
+/// A policy that needs no SA, for both directions and for what is forwarded.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shunt {
+    /// Names it for its removal; unique among shunts.
+    pub number: u32,
+    /// What it does.
+    pub action: ShuntAction,
+    /// Our side's selectors.
+    pub local_ts: Vec<TrafficSelector>,
+    /// The other side's selectors.
+    pub remote_ts: Vec<TrafficSelector>,
+    /// What only the kernel's plane knows.
+    pub options: KernelOptions,
+}
+
 /// Limits by volume; time limits are the key manager's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Lifetime {
@@ -340,6 +364,12 @@ pub enum PlaneError {
     /// There is no such trap.
     #[error("there is no trap with reqid {0}")]
     NoSuchTrap(u32),
+    /// A shunt with this number is installed.
+    #[error("a shunt with number {0} is already installed")]
+    ShuntInUse(u32),
+    /// There is no such shunt.
+    #[error("there is no shunt with number {0}")]
+    NoSuchShunt(u32),
     /// The plane lacks this algorithm or mode.
     #[error("the {plane} plane does not support {what}")]
     Unsupported {
@@ -386,6 +416,10 @@ pub trait DataPlane: Send {
     fn install_trap(&mut self, trap: Trap) -> Result<(), PlaneError>;
     /// Removes a trap; routes that an SA or another trap needs stay.
     fn remove_trap(&mut self, reqid: u32) -> Result<(), PlaneError>;
+    /// Installs a shunt, with the routes that keep what passes out of the tunnel.
+    fn install_shunt(&mut self, shunt: Shunt) -> Result<(), PlaneError>;
+    /// Removes a shunt.
+    fn remove_shunt(&mut self, number: u32) -> Result<(), PlaneError>;
     /// Counters of one pair.
     fn usage(&self, spi_in: u32) -> Result<Usage, PlaneError>;
     /// Removes everything that this plane installed, system state included.

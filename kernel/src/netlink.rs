@@ -29,7 +29,7 @@ pub(crate) struct Netlink {
     sequence: u32,
 }
 
-/// A route to a network.
+/// A route to a network. Without gateway and link it leads on to the tables behind its own.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Route {
     pub(crate) network: (IpAddr, u8),
@@ -451,7 +451,10 @@ impl Route {
         message.header.destination_prefix_length = prefix;
         message.header.protocol = RouteProtocol::Static;
         message.header.scope = if self.gateway.is_some() { RouteScope::Universe } else { RouteScope::Link };
-        message.header.kind = RouteType::Unicast;
+        message.header.kind = match (self.gateway, self.link) {
+            (None, None) => RouteType::Throw,
+            _ => RouteType::Unicast,
+        };
         message.header.table = u8::try_from(self.table).unwrap_or(RouteHeader::RT_TABLE_UNSPEC);
         message.attributes.push(RouteAttribute::Table(self.table));
         if prefix > 0 {

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::time::Instant;
 
-use ipsec::plane::{Carrier, DataPlane, Encapsulation, KernelOptions, PlaneError, SaPair, Trap, Usage};
+use ipsec::plane::{Carrier, DataPlane, Encapsulation, KernelOptions, PlaneError, SaPair, Shunt, Trap, Usage};
 
 use crate::network::{Inner, lock};
 use crate::routes::{Owner, Via};
@@ -91,6 +91,14 @@ impl DataPlane for UserSpacePlane {
         self.traps.remove(&reqid);
         lock(&self.network.routes).remove(Owner::Trap(reqid));
         Ok(())
+    }
+
+    fn install_shunt(&mut self, _: Shunt) -> Result<(), PlaneError> {
+        Err(PlaneError::Unsupported { plane: NAME, what: "shunts: they need plane = kernel".to_owned() })
+    }
+
+    fn remove_shunt(&mut self, number: u32) -> Result<(), PlaneError> {
+        Err(PlaneError::NoSuchShunt(number))
     }
 
     fn usage(&self, spi_in: u32) -> Result<Usage, PlaneError> {

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use ipsec::plane::{Carrier, DataPlane, Encapsulation, PlaneError, PlaneEvent, SaPair, Trap, Usage};
+use ipsec::plane::{Carrier, DataPlane, Encapsulation, PlaneError, PlaneEvent, SaPair, Shunt, Trap, Usage};
 
 use crate::network::Inner;
 use crate::plane::UserSpacePlane;
@@ -53,7 +53,7 @@ impl Planes {
         }
     }
 
-    /// The plane for traps and for pairs that come outside of streams.
+    /// The plane for traps, shunts and for pairs that come outside of streams.
     fn first(&mut self) -> &mut dyn DataPlane {
         match &mut self.kernel {
             Some(kernel) => &mut kernel.plane,
@@ -133,6 +133,14 @@ impl DataPlane for Planes {
 
     fn remove_trap(&mut self, reqid: u32) -> Result<(), PlaneError> {
         self.first().remove_trap(reqid)
+    }
+
+    fn install_shunt(&mut self, shunt: Shunt) -> Result<(), PlaneError> {
+        self.first().install_shunt(shunt)
+    }
+
+    fn remove_shunt(&mut self, number: u32) -> Result<(), PlaneError> {
+        self.first().remove_shunt(number)
     }
 
     fn usage(&self, spi_in: u32) -> Result<Usage, PlaneError> {

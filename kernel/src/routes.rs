@@ -12,7 +12,7 @@ use ipsec::selector::TrafficSelector;
 
 use crate::netlink::{Netlink, Route, Rule, RuleSelector};
 
-/// The routes of the installed SA pairs and traps, counted by user.
+/// The routes of the installed SA pairs, traps and shunts, counted by user.
 pub(crate) struct Routes {
     netlink: Netlink,
     table: u32,
@@ -20,7 +20,7 @@ pub(crate) struct Routes {
     link: u32,
     rules: Vec<Rule>,
     enabled: bool,
-    /// Who needs which route to each network: traps, then pairs, oldest first. The last one decides.
+    /// Who needs which route to each network: traps, then pairs, then shunts, oldest first. The last one decides.
     users: BTreeMap<(Subnet, Rank, u64), Need>,
     /// What is in the table.
     set: BTreeMap<Subnet, Route>,
@@ -41,6 +41,8 @@ pub(crate) enum Via {
     Towards(IpAddr),
     /// Where packets to the network itself go.
     Itself,
+    /// Where they would go if this table were not there.
+    OtherTables,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,11 +51,13 @@ struct Need {
     via: Via,
 }
 
-/// Traps come before pairs: a trap does not take the source address from a pair that carries traffic.
+/// Traps come before pairs: a trap does not take the source address from a pair that carries traffic. Shunts come last, as
+/// their policies go before all others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Rank {
     Trap,
     Pair,
+    Shunt,
 }
 
 /// Who needs a route.
@@ -63,6 +67,8 @@ pub(crate) enum Owner {
     Pair(u32),
     /// The trap with this `reqid`.
     Trap(u32),
+    /// The shunt with this number, which passes.
+    Shunt(u32),
 }
 
 impl Owner {
@@ -70,6 +76,7 @@ impl Owner {
         match self {
             Self::Pair(_) => Rank::Pair,
             Self::Trap(_) => Rank::Trap,
+            Self::Shunt(_) => Rank::Shunt,
         }
     }
 }
@@ -180,7 +187,7 @@ impl Routes {
     /// Makes the table's route to a network what the last of those who need one needs; given all addresses of this host,
     /// also if it seems to be that already.
     fn settle(&mut self, network: Subnet, addresses: Option<&[IpAddr]>) -> io::Result<()> {
-        let all = (network, Rank::Trap, 0)..=(network, Rank::Pair, u64::MAX);
+        let all = (network, Rank::Trap, 0)..=(network, Rank::Shunt, u64::MAX);
         let wanted = self.users.range(all).next_back().map(|(_, need)| *need).and_then(|mut need| {
             need.source = need.source.filter(|source| addresses.is_none_or(|all| all.contains(source)));
             self.route(network, need)
@@ -210,6 +217,9 @@ impl Routes {
                 (gateway.filter(|gateway| gateway.is_ipv4() == network.0.is_ipv4()), link)
             }
             Via::Itself => self.netlink.way(network.0, self.mark)?,
+            Via::OtherTables => {
+                return Some(Route { network, gateway: None, link: None, source: None, table: self.table });
+            }
         };
         Some(Route { network, gateway, link: Some(link), source: need.source, table: self.table })
     }

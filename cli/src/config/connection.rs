@@ -16,11 +16,12 @@ use ike::config::{
 };
 use ike::crypto::{has_short_keys, parse_proposals};
 use ike::engine::Gateway;
-use ipsec::plane::{CopyDscp, KernelOptions, Lifetime, Mode, Offload, TfcPadding};
+use ipsec::plane::{CopyDscp, KernelOptions, Lifetime, Mode, Offload, ShuntAction, TfcPadding};
 use ipsec::transform::{Proposal, Protocol};
 use pad::{AuthClass, Identity, IdentityPattern, LocalAuth, PadEntry, SignatureConstraints};
 
 use crate::config::certificate::{certificate_der, is_authority, read_certificate, subject};
+use crate::config::shunt::Shunt;
 use crate::config::trap::Selectors;
 use crate::config::values::{self, Address};
 use crate::config::{ConnectionDefinition, Report, Severity, TrapActions};
@@ -185,9 +186,10 @@ fn read_connection(
     options.warn_unless("dpd_timeout", &["0", "0s"]);
     options.warn_unless("ocsp", &["reply", "never"]);
 
+    let Children { children, shunts } = children(&mut options);
+    let for_shunts_alone = children.is_empty() && !shunts.is_empty();
     let local = local_auth(&mut options, certificates);
-    let remote = remote_auth(name, &mut options, certificates);
-    let children = children(&mut options);
+    let remote = remote_auth(name, for_shunts_alone, &mut options, certificates);
     for (child, traps) in &children {
         let trapped = traps.start || traps.close || child.dpd_action == DpdAction::Trap;
         if trapped && let Err(reason) = Selectors::of(child, &local_addrs, &remote_addrs) {
@@ -244,7 +246,7 @@ fn read_connection(
         pools,
         split_dns,
     };
-    Some(ConnectionDefinition { connection: Arc::new(connection), local_addrs, remote_addrs, traps })
+    Some(ConnectionDefinition { connection: Arc::new(connection), local_addrs, remote_addrs, traps, shunts })
 }
 
 /// The name that a TLS server must prove, where none is configured: the host name that we go to, what IKE expects it to be,
@@ -367,7 +369,12 @@ fn local_auth(
     Some((id, LocalAuth { class, certificates: certs, constraints }))
 }
 
-fn remote_auth(name: &str, options: &mut Options<'_, '_>, certificates: &dyn CertificateSource) -> Option<PadEntry> {
+fn remote_auth(
+    name: &str,
+    admits_nobody: bool,
+    options: &mut Options<'_, '_>,
+    certificates: &dyn CertificateSource,
+) -> Option<PadEntry> {
     let mut entry = PadEntry {
         name: name.to_owned(),
         remote_id: IdentityPattern::any(),
@@ -377,6 +384,9 @@ fn remote_auth(name: &str, options: &mut Options<'_, '_>, certificates: &dyn Cer
         constraints: SignatureConstraints::default(),
     };
     let Some(mut auth) = auth_section(options, "remote") else {
+        if admits_nobody {
+            return Some(entry);
+        }
         let message = "no 'remote' section: each peer with a certificate of a loaded CA is admitted";
         options.report(Severity::Warning, options.section.origin.clone(), message);
         return Some(entry);
@@ -408,20 +418,38 @@ fn remote_auth(name: &str, options: &mut Options<'_, '_>, certificates: &dyn Cer
     Some(entry)
 }
 
-fn children(options: &mut Options<'_, '_>) -> Vec<(Arc<Child>, TrapActions)> {
+/// What `children` has.
+#[derive(Default)]
+struct Children {
+    /// What is negotiated.
+    children: Vec<(Arc<Child>, TrapActions)>,
+    /// What is not.
+    shunts: Vec<Shunt>,
+}
+
+fn children(options: &mut Options<'_, '_>) -> Children {
     options.known("children");
     let section = options.section;
     let Some(children) = section.section("children") else {
         if let Some(node) = section.node("children") {
             options.error(node.origin().clone(), "invalid value for: children, config discarded: it is a section");
         }
-        return Vec::new();
+        return Children::default();
     };
-    let mut read = Vec::new();
+    let mut read = Children::default();
     for (name, node) in &children.entries {
         let path = format!("{}.children.{name}", options.path);
         match node {
-            Node::Section(section) => read.push(child(name, Options::new(path, section, options.reports))),
+            Node::Section(section) => {
+                let (child, traps, shunt) = child(name, Options::new(path, section, options.reports));
+                match shunt {
+                    None => read.children.push((child, traps)),
+                    Some(action) => {
+                        let start = child.start_action != StartAction::None;
+                        read.shunts.push(Shunt { child, action, start });
+                    }
+                }
+            }
             other => {
                 let message = format!("unknown option: {name}, config discarded: 'children' has sections only");
                 options.error(other.origin().clone(), &message);
@@ -431,7 +459,7 @@ fn children(options: &mut Options<'_, '_>) -> Vec<(Arc<Child>, TrapActions)> {
     read
 }
 
-fn child(name: &str, mut options: Options<'_, '_>) -> (Arc<Child>, TrapActions) {
+fn child(name: &str, mut options: Options<'_, '_>) -> (Arc<Child>, TrapActions, Option<ShuntAction>) {
     if name.is_empty() || name.len() > 200 {
         options.error(options.section.origin.clone(), "a child's name has 1 to 200 octets");
     }
@@ -447,7 +475,16 @@ fn child(name: &str, mut options: Options<'_, '_>) -> (Arc<Child>, TrapActions) 
     let rand_bytes = options.parsed("rand_bytes", values::size, "a size").unwrap_or(between(soft_bytes, hard_bytes));
     let rand_packets =
         options.parsed("rand_packets", values::number, "a number").unwrap_or(between(soft_packets, hard_packets));
-    let mode = options.choice("mode", Mode::Tunnel, &[(&["tunnel"], Mode::Tunnel), (&["transport"], Mode::Transport)]);
+    let (mode, shunt) = options.choice(
+        "mode",
+        (Mode::Tunnel, None),
+        &[
+            (&["tunnel"], (Mode::Tunnel, None)),
+            (&["transport"], (Mode::Transport, None)),
+            (&["pass"], (Mode::Tunnel, Some(ShuntAction::Pass))),
+            (&["drop"], (Mode::Tunnel, Some(ShuntAction::Drop))),
+        ],
+    );
     let actions: &[(&[&str], (StartAction, bool))] = &[
         (&["none", "clear"], (StartAction::None, false)),
         (&["trap", "route"], (StartAction::Trap, true)),
@@ -500,7 +537,7 @@ fn child(name: &str, mut options: Options<'_, '_>) -> (Arc<Child>, TrapActions) 
     options.warn_unless("per_cpu_sas", NO);
     options.warn_unless("icmp", NO);
     options.finish(&[]);
-    (Arc::new(read), TrapActions { start: trap_at_start, close: trap_at_close })
+    (Arc::new(read), TrapActions { start: trap_at_start, close: trap_at_close }, shunt)
 }
 
 /// What is for the kernel's plane alone. Which plane there will be is not known here: the other one refuses what it lacks.
@@ -896,9 +933,13 @@ mod tests {
     }
 
     fn read_good(text: &str) -> Arc<Connection> {
+        read_definition(text).connection
+    }
+
+    fn read_definition(text: &str) -> ConnectionDefinition {
         let outcome = read(text);
         assert!(outcome.reports.is_empty(), "{text}: {:?}", outcome.reports);
-        outcome.definition.unwrap().connection
+        outcome.definition.unwrap()
     }
 
     fn refusal(text: &str) -> String {
@@ -1020,8 +1061,6 @@ mod tests {
         }
         for option in [
             "mode = beet",
-            "mode = pass",
-            "mode = drop",
             "ah_proposals = sha256",
             "sha256_96 = yes",
             "policies = no",
@@ -1069,6 +1108,21 @@ mod tests {
         let bearable = only("priority = 7\n copy_dscp = no\n hw_offload = auto");
         assert_eq!(bearable.children[0].options.demanded(), None);
         assert_eq!(only("interface = eth0").children[0].options.demanded(), Some("interface"));
+    }
+
+    // RFC 4301 §4.4.1: BYPASS and DISCARD are nothing that a peer could negotiate.
+    #[test]
+    fn shunts_are_no_children_of_the_engine() {
+        let definition = read_definition(
+            "children { lan { mode = pass\n start_action = trap }\n rest { mode = drop\n start_action = start }\n \
+             later { mode = pass } }",
+        );
+        assert!(definition.connection.children.is_empty() && definition.is_for_shunts_alone());
+        let shunts: Vec<_> = definition.shunts.iter().map(|shunt| (shunt.action, shunt.start)).collect();
+        assert_eq!(shunts, [(ShuntAction::Pass, true), (ShuntAction::Drop, true), (ShuntAction::Pass, false)]);
+        let definition = read_definition("remote { }\n children { lan { mode = pass }\n net { } }");
+        assert_eq!((definition.connection.children.len(), definition.shunts.len()), (1, 1));
+        assert!(!definition.is_for_shunts_alone());
     }
 
     // RFC 4301 §4.4.1: a policy without an SA has selectors of its own.

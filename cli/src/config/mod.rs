@@ -8,6 +8,7 @@ pub mod latches;
 pub mod load;
 pub mod pool;
 pub mod settings;
+pub mod shunt;
 pub mod trap;
 pub mod values;
 
@@ -20,6 +21,7 @@ use ike::pool::PoolConfig;
 use pad::Credentials;
 
 use crate::config::credentials::Authority;
+use crate::config::shunt::Shunt;
 use crate::tree::Origin;
 
 /// A connection with what the daemon needs around the engine's view of it.
@@ -34,12 +36,19 @@ pub struct ConnectionDefinition {
     /// Which events install a child's trap policy, by child; it stands apart from the engine's view, since an action
     /// may be `trap|start`.
     pub traps: BTreeMap<String, TrapActions>,
+    /// Children that are policies without SAs.
+    pub shunts: Vec<Shunt>,
 }
 
 impl ConnectionDefinition {
     /// When this child's trap policy is installed.
     pub fn traps(&self, child: &str) -> TrapActions {
         self.traps.get(child).copied().unwrap_or_default()
+    }
+
+    /// True when it has shunts and nothing that is negotiated: nobody authenticates with it.
+    pub fn is_for_shunts_alone(&self) -> bool {
+        self.connection.children.is_empty() && !self.shunts.is_empty()
     }
 }
 

@@ -14,7 +14,7 @@ use ike::engine::{
     JobOutcome, Judgement, Output, Path, Route, RouteQuery, Target, Transport,
 };
 use ipsec::guard::ClassId;
-use ipsec::plane::{Carrier, DataPlane, Encapsulation, Mode, PlaneError, PlaneEvent, StreamId, Trap, Usage};
+use ipsec::plane::{Carrier, DataPlane, Encapsulation, Mode, PlaneError, PlaneEvent, Shunt, StreamId, Trap, Usage};
 use ipsec::selector::{Flow, TrafficSelector};
 use kernel::network::{Network, NetworkEvent};
 use latch::database::{Class, Database};
@@ -29,14 +29,16 @@ use super::redirect;
 use super::reqids::{self, Reqids};
 use super::run::SystemRng;
 use super::settings::Settings;
+use super::shunts::Shunts;
 use super::tls::TlsClients;
 use super::traps::{Key, Traps};
 use super::updown::{Scripts, Updown};
 use super::virtual_addresses::VirtualAddresses;
 use crate::config::ConnectionDefinition;
 use crate::config::latches::{self, Pinned};
+use crate::config::shunt::ShuntPolicy;
 use crate::config::trap::{Selectors, covers};
-use crate::control::{Command, Matched, PolicyReport, RedirectFilter, SaFilter, SaPage, SaReport};
+use crate::control::{Command, Matched, PolicyKind, PolicyReport, RedirectFilter, SaFilter, SaPage, SaReport};
 
 /// How long a graceful stop waits for the peers' answers to our deletes.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(2);
@@ -98,6 +100,7 @@ pub(super) struct Core {
     children: Children,
     reqids: Reqids,
     traps: Traps,
+    shunts: Shunts,
     next_token: u64,
     /// Callers who wait for `Event::Done` or `Event::Failed`.
     waiting: HashMap<u64, oneshot::Sender<Result<(), String>>>,
@@ -136,6 +139,7 @@ impl Core {
             children: Children::default(),
             reqids,
             traps: Traps::default(),
+            shunts: Shunts::default(),
             next_token: 1,
             waiting: HashMap::new(),
             finished,
@@ -488,6 +492,52 @@ impl Core {
         Ok((reqid, Some(key)))
     }
 
+    /// Puts in force what the connections want: new shunts first, so that nothing escapes one that drops in between.
+    fn update_shunts(&mut self) {
+        let wanted = self.shunts.wanted(self.connections.all());
+        for (key, policy) in &wanted {
+            if !self.shunts.is_installed(key, policy)
+                && let Err(error) = self.install_shunt(key.clone(), policy.clone())
+            {
+                tracing::error!(connection = key.0, child = key.1, %error, "a shunt could not be installed");
+            }
+        }
+        for number in self.shunts.keep(|key| wanted.contains_key(key)) {
+            self.remove_shunt(number);
+        }
+    }
+
+    /// Installs a shunt in place of the earlier one of its name, which on error stays.
+    fn install_shunt(&mut self, key: Key, policy: ShuntPolicy) -> Result<(), PlaneError> {
+        let number = self.shunts.fresh();
+        let ShuntPolicy { action, local_ts, remote_ts, options } = policy.clone();
+        self.plane.install_shunt(Shunt { number, action, local_ts, remote_ts, options })?;
+        tracing::info!(connection = key.0, child = key.1, ?action, "shunt installed");
+        if let Some(old) = self.shunts.insert(key, number, policy) {
+            self.remove_shunt(old);
+        }
+        Ok(())
+    }
+
+    fn remove_shunt(&mut self, number: u32) {
+        match self.plane.remove_shunt(number) {
+            Ok(()) => tracing::info!(number, "shunt removed"),
+            Err(error) => tracing::error!(%error, "a shunt could not be removed"),
+        }
+    }
+
+    /// The `install` command for a shunt; `None` when none is called so.
+    fn install_shunt_of(&mut self, ike: Option<&str>, name: &str) -> Option<Result<(), String>> {
+        let (key, policy) = self.connections.shunt(ike, name)?;
+        if self.shunts.is_installed(&key, &policy) {
+            return Some(Ok(()));
+        }
+        Some(self.install_shunt(key, policy).map_err(|error| {
+            tracing::warn!(child = name, %error, "the shunt cannot be installed");
+            format!("installing policy '{name}' failed")
+        }))
+    }
+
     /// Puts in force what the connections want: new traps first, so that nothing goes out in clear in between.
     fn update_traps(&mut self) {
         let wanted = self.traps.wanted(self.connections.all());
@@ -545,21 +595,32 @@ impl Core {
         })
     }
 
-    fn uninstall_trap_of(&mut self, ike: Option<&str>, child: &str) -> Result<(), String> {
+    fn uninstall(&mut self, ike: Option<&str>, child: &str) -> Result<(), String> {
+        if let Some(number) = self.shunts.uninstall(ike, child) {
+            self.remove_shunt(number);
+            return Ok(());
+        }
         let reqid = self.traps.uninstall(ike, child).ok_or_else(|| format!("policy '{child}' not found"))?;
         self.remove_trap(reqid);
         Ok(())
     }
 
     fn policies(&self) -> Vec<PolicyReport> {
-        let report = |(key, trap): (&Key, &super::traps::Installed)| PolicyReport {
+        let shunts = self.shunts.all_installed().map(|(key, shunt)| PolicyReport {
             ike: key.0.clone(),
             child: key.1.clone(),
-            mode: self.connections.child(&key.0, &key.1).map_or(Mode::Tunnel, |child| child.mode),
+            kind: PolicyKind::Shunt(shunt.action),
+            local_ts: shunt.local_ts.clone(),
+            remote_ts: shunt.remote_ts.clone(),
+        });
+        let traps = self.traps.all_installed().map(|(key, trap)| PolicyReport {
+            ike: key.0.clone(),
+            child: key.1.clone(),
+            kind: PolicyKind::Trap(self.connections.child(&key.0, &key.1).map_or(Mode::Tunnel, |child| child.mode)),
             local_ts: trap.selectors.local_ts.clone(),
             remote_ts: trap.selectors.remote_ts.clone(),
-        };
-        self.traps.all_installed().map(report).collect()
+        });
+        shunts.chain(traps).collect()
     }
 
     /// A packet fell into a trap.
@@ -783,10 +844,11 @@ impl Core {
                 let _ = reply.send(self.policies());
             }
             Command::Install { ike, child, reply } => {
-                let _ = reply.send(self.install_trap_of(ike.as_deref(), &child));
+                let shunt = self.install_shunt_of(ike.as_deref(), &child);
+                let _ = reply.send(shunt.unwrap_or_else(|| self.install_trap_of(ike.as_deref(), &child)));
             }
             Command::Uninstall { ike, child, reply } => {
-                let _ = reply.send(self.uninstall_trap_of(ike.as_deref(), &child));
+                let _ = reply.send(self.uninstall(ike.as_deref(), &child));
             }
             Command::LoadPool(pool, reply) => {
                 let _ = reply.send(self.engine.load_pool(*pool));
@@ -811,10 +873,12 @@ impl Core {
                     let suite = (class.suite.encr, class.suite.key_bits, class.suite.integ);
                     latches::conflict(&connections, &Pinned { flow, peer, local, mode, suite })
                 });
-                self.engine.set_connections(connections.iter().map(|known| Arc::clone(&known.connection)).collect());
+                let negotiated = connections.iter().filter(|known| !known.is_for_shunts_alone());
+                self.engine.set_connections(negotiated.map(|known| Arc::clone(&known.connection)).collect());
                 let children = connections.iter().flat_map(|known| &known.connection.children);
                 self.reqids.configure(children.map(|child| child.reqid).filter(|reqid| *reqid != 0).collect());
                 self.connections = Definitions::new(connections);
+                self.update_shunts();
                 self.update_traps();
                 let _ = reply.send(());
             }

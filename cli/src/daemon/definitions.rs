@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 use ike::config::Child;
 
+use super::traps::Key;
+use crate::config::shunt::ShuntPolicy;
 use crate::config::{ConnectionDefinition, TrapActions};
 
 /// All of them, in order of configuration.
@@ -46,6 +48,15 @@ impl Definitions {
         self.named(connection).map(|known| known.traps(child)).unwrap_or_default()
     }
 
+    /// A shunt: the first of this name.
+    pub(super) fn shunt(&self, ike: Option<&str>, name: &str) -> Option<(Key, ShuntPolicy)> {
+        let named = self.all.iter().filter(|known| ike.is_none_or(|ike| ike == known.connection.name));
+        named.flat_map(|known| known.shunts.iter().map(move |shunt| (known, shunt))).find_map(|(known, shunt)| {
+            let key = (known.connection.name.clone(), shunt.child.name.clone());
+            (key.1 == name).then(|| (key, shunt.policy()))
+        })
+    }
+
     /// What a command names: a child, whose connection may be missing, or a connection. Errors are charon's.
     pub(super) fn find(
         &self,
@@ -54,8 +65,10 @@ impl Definitions {
     ) -> Result<(ConnectionDefinition, Option<Arc<Child>>), String> {
         let Some(child) = child else {
             let name = ike.unwrap_or_default();
-            let found = self.named(name).cloned().map(|definition| (definition, None));
-            return found.ok_or_else(|| format!("IKE_SA config '{name}' not found"));
+            let found = self.named(name).filter(|known| !known.is_for_shunts_alone()).cloned();
+            return found
+                .map(|definition| (definition, None))
+                .ok_or_else(|| format!("IKE_SA config '{name}' not found"));
         };
         let definition = match ike {
             Some(name) => self.named(name),

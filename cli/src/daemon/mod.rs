@@ -13,6 +13,7 @@ mod reqids;
 mod resolver;
 mod run;
 mod settings;
+mod shunts;
 mod state;
 mod tls;
 mod traps;

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use ike::engine::{ChildSaId, Event, Gateway, IkeSaId};
+use ipsec::plane::ShuntAction;
 use ipsec::secret::Secret;
 use pad::{Certificate, CredentialError, IdentityPattern};
 use tokio::sync::broadcast;
@@ -15,7 +16,7 @@ use crate::config::connection::{InlineCertificates, connection};
 use crate::config::credentials::Authority;
 use crate::config::pool::pool;
 use crate::config::values::{self, Address};
-use crate::control::{Counted, Matched, RedirectFilter, SaFilter};
+use crate::control::{Counted, Matched, PolicyKind, RedirectFilter, SaFilter};
 use crate::tree::{Node, Section};
 use crate::vici::events;
 use crate::vici::report;
@@ -489,15 +490,18 @@ async fn list_sas(shared: &Shared, sink: &EventSink, message: &Section) -> Secti
     report::message()
 }
 
-/// Shunt policies (`pass`, `drop`) are refused in the configuration, so traps are all there is.
+/// Traps and shunts.
 async fn list_policies(shared: &Shared, sink: &EventSink, message: &Section) -> Section {
     let (ike, child) = (owned(message, "ike"), owned(message, "child"));
-    // As in charon, what counts is that the key is there.
-    if message.node("trap").is_none() {
-        return report::message();
-    }
     for policy in shared.control.list_policies().await {
-        if ike.as_ref().is_none_or(|name| *name == policy.ike)
+        let kind = match policy.kind {
+            PolicyKind::Trap(_) => "trap",
+            PolicyKind::Shunt(ShuntAction::Pass) => "pass",
+            PolicyKind::Shunt(ShuntAction::Drop) => "drop",
+        };
+        // As in charon, what counts is that the key is there.
+        if message.node(kind).is_some()
+            && ike.as_ref().is_none_or(|name| *name == policy.ike)
             && child.as_ref().is_none_or(|name| *name == policy.child)
         {
             let name = format!("{}/{}", policy.ike, policy.child);

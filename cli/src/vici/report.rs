@@ -8,15 +8,16 @@ use ike::config::{Child, ConfiguredSelector, DpdAction, StartAction, Unique};
 use ike::crypto::names;
 use ike::engine::{Assigned, ChildSaStatus, ChildState, IkeSaStatus, IkeState, Transport};
 use ike::pool::PoolStatus;
-use ipsec::plane::{Carrier, Encapsulation, Mode, Usage};
+use ipsec::plane::{Carrier, Encapsulation, Mode, ShuntAction, Usage};
 use ipsec::selector::TrafficSelector;
 use ipsec::transform::{Encr, Integ, Ke, Prf};
 use pad::{AuthClass, Identity};
 
 use crate::config::certificate::{is_authority, subject};
+use crate::config::shunt::Shunt;
 use crate::config::values::protocol_name;
 use crate::config::{ConnectionDefinition, TrapActions};
-use crate::control::{CounterReport, PolicyReport, SaReport};
+use crate::control::{CounterReport, PolicyKind, PolicyReport, SaReport};
 use crate::tree::{Origin, Section};
 
 /// An empty message.
@@ -43,12 +44,16 @@ pub fn ike_sa(report: &SaReport) -> Section {
     section
 }
 
-/// `list-policy`: a trap.
+/// `list-policy`: a trap or a shunt.
 pub fn policy(report: &PolicyReport) -> Section {
     let mut section = message();
     section.push_value("child", report.child.as_str());
     section.push_value("ike", report.ike.as_str());
-    section.push_value("mode", mode(report.mode));
+    let mode = match report.kind {
+        PolicyKind::Trap(of_child) => mode(of_child),
+        PolicyKind::Shunt(action) => shunt_mode(action),
+    };
+    section.push_value("mode", mode);
     section.push_list("local-ts", report.local_ts.iter().map(selector));
     section.push_list("remote-ts", report.remote_ts.iter().map(selector));
     section
@@ -270,6 +275,13 @@ fn mode(mode: Mode) -> &'static str {
     }
 }
 
+fn shunt_mode(action: ShuntAction) -> &'static str {
+    match action {
+        ShuntAction::Pass => "PASS",
+        ShuntAction::Drop => "DROP",
+    }
+}
+
 fn selector(selector: &TrafficSelector) -> String {
     selector.to_string()
 }
@@ -326,7 +338,12 @@ pub fn connection(definition: &ConnectionDefinition) -> Section {
     section.push_section("remote-1", auth(remote_id, remote.class, &remote.certs, &remote.cacerts));
     let mut children = message();
     for child in &connection.children {
-        children.push_section(child.name.as_str(), configured_child(child, definition.traps(&child.name)));
+        let section = configured_child(child, mode(child.mode), definition.traps(&child.name));
+        children.push_section(child.name.as_str(), section);
+    }
+    for Shunt { child, action, .. } in &definition.shunts {
+        let section = configured_child(child, shunt_mode(*action), TrapActions::default());
+        children.push_section(child.name.as_str(), section);
     }
     section.push_section("children", children);
     section
@@ -349,9 +366,9 @@ fn auth(id: Option<String>, class: AuthClass, certs: &[Vec<u8>], cacerts: &[Vec<
     section
 }
 
-fn configured_child(child: &Child, traps: TrapActions) -> Section {
+fn configured_child(child: &Child, mode: &str, traps: TrapActions) -> Section {
     let mut section = message();
-    section.push_value("mode", mode(child.mode));
+    section.push_value("mode", mode);
     section.push_value("rekey_time", child.rekey_time.as_secs().to_string());
     section.push_value("rekey_bytes", child.lifetime.soft_bytes.unwrap_or(0).to_string());
     section.push_value("rekey_packets", child.lifetime.soft_packets.unwrap_or(0).to_string());

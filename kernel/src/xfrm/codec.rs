@@ -246,6 +246,8 @@ impl fmt::Display for PolicyId {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Action {
     Protect(Template),
+    Pass,
+    Drop,
 }
 
 /// A policy.
@@ -578,8 +580,9 @@ pub(super) fn name_state(kind: u16, flags: u16, id: StateId, mark: Mark) -> Mess
 pub(super) fn put_policy(kind: u16, flags: u16, policy: &Policy) -> Message {
     let mut message = Message::new(kind, flags);
     policy_info(&mut message, policy);
-    let Action::Protect(template) = policy.action;
-    message.attribute(attribute::TEMPLATE, |message| put_template(message, policy, &template));
+    if let Action::Protect(template) = policy.action {
+        message.attribute(attribute::TEMPLATE, |message| put_template(message, policy, &template));
+    }
     message.mark(policy.id.mark);
     message.if_id(policy.id.if_id);
     message
@@ -594,8 +597,10 @@ fn policy_info(message: &mut Message, policy: &Policy) {
     // The kernel chooses the index.
     message.u32(0);
     message.u8(policy.id.direction as u8);
-    // XFRM_POLICY_ALLOW, no flags, and the rest of the structure.
-    message.zeros(1 + 1 + 1 + 4);
+    // XFRM_POLICY_ALLOW or XFRM_POLICY_BLOCK.
+    message.u8(u8::from(policy.action == Action::Drop));
+    // No flags, and the rest of the structure.
+    message.zeros(1 + 1 + 4);
 }
 
 /// `struct xfrm_user_tmpl`.
@@ -643,9 +648,8 @@ pub(crate) fn bypass(ipv6: bool, inbound: bool) -> Vec<u8> {
     };
     let direction = if inbound { Direction::In } else { Direction::Out };
     let id = PolicyId { direction, selector, mark: Mark::default(), if_id: 0 };
-    let template = Template { reqid: 0, mode: Mode::Transport, source: any, destination: any };
     let mut message = Message::new(0, 0);
-    policy_info(&mut message, &Policy { id, priority: 0, action: Action::Protect(template) });
+    policy_info(&mut message, &Policy { id, priority: 0, action: Action::Pass });
     message.octets.get(HEADER..).unwrap_or_default().to_vec()
 }
 

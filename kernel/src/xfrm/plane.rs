@@ -4,7 +4,11 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::{Arc, MutexGuard};
 
-use ipsec::plane::{Carrier, DataPlane, Encapsulation, KernelOptions, Mode, Offload, PlaneError, SaPair, Trap, Usage};
+use ipsec::plane::{
+    Carrier, DataPlane, Encapsulation, KernelOptions, Mode, Offload, PlaneError, SaPair, Shunt, ShuntAction, Trap,
+    Usage,
+};
+use ipsec::selector::TrafficSelector;
 
 use super::Xfrm;
 use super::tables::{Links, Tables};
@@ -105,6 +109,28 @@ impl DataPlane for KernelPlane {
     fn remove_trap(&mut self, reqid: u32) -> Result<(), PlaneError> {
         self.routes().remove(Owner::Trap(reqid));
         self.tables().remove_trap(reqid)
+    }
+
+    fn install_shunt(&mut self, shunt: Shunt) -> Result<(), PlaneError> {
+        let links = self.links(&shunt.options, None)?;
+        self.tables().install_shunt(&shunt, &links)?;
+        if shunt.action == ShuntAction::Drop {
+            return Ok(());
+        }
+        let (owner, outer) = (Owner::Shunt(shunt.number), IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+        // What goes to some ports only shares its route with what is protected.
+        let whole = |selector: &&TrafficSelector| selector.protocol == 0 && selector.is_any_port();
+        let networks: Vec<TrafficSelector> = shunt.remote_ts.iter().filter(whole).copied().collect();
+        self.routes().add(owner, Via::OtherTables, outer, &shunt.local_ts, &networks).map_err(|e| {
+            // It was there a moment ago.
+            let _ = self.tables().remove_shunt(shunt.number);
+            system(format!("install the routes of shunt {}", shunt.number), e)
+        })
+    }
+
+    fn remove_shunt(&mut self, number: u32) -> Result<(), PlaneError> {
+        self.routes().remove(Owner::Shunt(number));
+        self.tables().remove_shunt(number)
     }
 
     fn usage(&self, spi_in: u32) -> Result<Usage, PlaneError> {

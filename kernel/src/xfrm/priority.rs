@@ -1,6 +1,8 @@
 //! Which of several policies that fit a packet goes first. The numbers are strongSwan's, so that the policies of both
 //! daemons side by side go in the order of their selectors.
 
+use ipsec::plane::ShuntAction;
+
 use super::codec::Selector;
 
 /// What a policy is for.
@@ -10,6 +12,8 @@ pub(super) enum Purpose {
     Sa,
     /// It waits for one.
     Trap,
+    /// It needs none.
+    Shunt(ShuntAction),
 }
 
 /// The kernel's priority of a policy: less goes first, and the narrower selector has less.
@@ -17,7 +21,12 @@ pub(super) fn of(selector: &Selector, purpose: Purpose) -> u32 {
     let Selector { source, destination, protocol, source_port, destination_port, interface } = selector;
     let addresses = u32::from(source.1) + u32::from(destination.1);
     let ports = source_port.mask.count_ones() + destination_port.mask.count_ones();
-    let mut priority = BASE - addresses * 512 - ports * 4;
+    let base = match purpose {
+        Purpose::Shunt(ShuntAction::Pass) => PASSES,
+        Purpose::Sa | Purpose::Trap => PROTECTS,
+        Purpose::Shunt(ShuntAction::Drop) => DROPS,
+    };
+    let mut priority = base - addresses * 512 - ports * 4;
     if *protocol != 0 {
         priority -= 256;
     }
@@ -25,13 +34,15 @@ pub(super) fn of(selector: &Selector, purpose: Purpose) -> u32 {
         priority -= 2;
     }
     match purpose {
-        Purpose::Sa => priority - 1,
+        Purpose::Sa | Purpose::Shunt(_) => priority - 1,
         Purpose::Trap => priority,
     }
 }
 
-/// Of the widest policy that protects. Shunts that pass are around 200,000, those that drop around 600,000.
-const BASE: u32 = 400_000;
+/// Of the widest policies: each kind goes as a whole before the next.
+const PASSES: u32 = 200_000;
+const PROTECTS: u32 = 400_000;
+const DROPS: u32 = 600_000;
 
 #[cfg(test)]
 mod tests {
@@ -57,5 +68,18 @@ mod tests {
         assert_eq!(of(&selector(24, 24), Purpose::Sa), 375_423);
         assert_eq!(of(&selector(32, 32), Purpose::Sa), 367_231);
         assert_eq!(of(&selector(24, 24), Purpose::Trap), 375_424);
+        assert_eq!(of(&selector(24, 24), Purpose::Shunt(ShuntAction::Pass)), 175_423);
+        assert_eq!(of(&selector(24, 24), Purpose::Shunt(ShuntAction::Drop)), 575_423);
+    }
+
+    #[test]
+    fn what_passes_goes_first_and_what_drops_last_whatever_the_selectors() {
+        let widest = selector(0, 0);
+        let mut narrowest = selector(128, 128);
+        let exact = Port { port: 1, mask: u16::MAX };
+        (narrowest.protocol, narrowest.source_port, narrowest.destination_port) = (17, exact, exact);
+        narrowest.interface = 1;
+        assert!(of(&widest, Purpose::Shunt(ShuntAction::Pass)) < of(&narrowest, Purpose::Sa));
+        assert!(of(&widest, Purpose::Trap) < of(&narrowest, Purpose::Shunt(ShuntAction::Drop)));
     }
 }

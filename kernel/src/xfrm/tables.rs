@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use ipsec::plane::{
     CopyDscp, Encapsulation, EspKeys, EspSuite, KernelOptions, Lifetime, Mark, Mode, Offload, PlaneError, PlaneEvent,
-    SaPair, TfcPadding, Trap, Usage,
+    SaPair, Shunt, ShuntAction, TfcPadding, Trap, Usage,
 };
 use ipsec::selector::Flow;
 use rustix::io::Errno;
@@ -20,7 +20,7 @@ use super::priority::{self, Purpose};
 use super::socket::{XfrmSocket, errno};
 use super::{selectors, suite};
 
-/// The installed pairs and traps.
+/// The installed pairs, traps and shunts.
 pub(super) struct Tables {
     socket: XfrmSocket,
     /// On the ESP packets that the kernel sends, so that they pass by the table of our routes.
@@ -31,6 +31,7 @@ pub(super) struct Tables {
     /// Inbound SPIs by the names of both states.
     states: HashMap<StateId, u32>,
     traps: BTreeMap<u32, Vec<PolicyId>>,
+    shunts: BTreeMap<u32, Vec<PolicyId>>,
     /// Who wants a policy of this name, oldest first. The kernel has what [`best`] gives.
     policies: HashMap<PolicyId, Vec<Wish>>,
     /// Inbound SPIs of pairs whose peer is not ready.
@@ -103,6 +104,7 @@ struct Wish {
 enum Owner {
     Pair(u32),
     Trap(u32),
+    Shunt(u32),
 }
 
 /// The wish that the kernel carries out: the first by priority, of equal ones the newest.
@@ -119,6 +121,7 @@ impl Tables {
             reqids: HashMap::new(),
             states: HashMap::new(),
             traps: BTreeMap::new(),
+            shunts: BTreeMap::new(),
             policies: HashMap::new(),
             waiting: Vec::new(),
             read_at: None,
@@ -348,8 +351,9 @@ impl Tables {
         let Some(wishes) = self.policies.get_mut(id) else { return Ok(()) };
         let before = best(wishes).copied();
         for wish in wishes.iter_mut().filter(|wish| wish.owner == owner) {
-            let Action::Protect(template) = &mut wish.policy.action;
-            if template.mode == Mode::Tunnel {
+            if let Action::Protect(template) = &mut wish.policy.action
+                && template.mode == Mode::Tunnel
+            {
                 let ends = if id.direction == Direction::Out { *to } else { to.reversed() };
                 (template.source, template.destination) = (ends.source, ends.destination);
             }
@@ -476,19 +480,22 @@ impl Tables {
         if (states, policies) != (0, 0) {
             tracing::warn!(states, policies, "removed what should not have been in the kernel any more");
         }
-        let there: HashMap<PolicyId, (u32, Vec<u32>)> = (self.socket.policies()?.into_iter())
+        let there: HashMap<PolicyId, (u32, bool, Vec<u32>)> = (self.socket.policies()?.into_iter())
             .filter(|policy| policy.ours)
-            .map(|policy| (policy.id, (policy.priority, policy.reqids)))
+            .map(|policy| (policy.id, (policy.priority, policy.blocks, policy.reqids)))
             .collect();
         for wishes in self.policies.values() {
             let Some(policy) = best(wishes) else { continue };
-            let Action::Protect(Template { reqid, .. }) = policy.action;
+            let reqids = match policy.action {
+                Action::Protect(Template { reqid, .. }) => Vec::from([reqid]),
+                Action::Pass | Action::Drop => Vec::new(),
+            };
             let outcome = match there.get(&policy.id) {
                 None => put_policy(&mut self.socket, policy),
-                Some((priority, reqids)) if (*priority, reqids.as_slice()) != (policy.priority, &[reqid]) => {
-                    self.socket.set_policy(policy)
+                Some(policy_there) if *policy_there == (policy.priority, policy.action == Action::Drop, reqids) => {
+                    continue;
                 }
-                Some(_) => continue,
+                Some(_) => self.socket.set_policy(policy),
             };
             outcome?;
             tracing::warn!(policy = %policy.id, "somebody removed or changed a policy of ours; it is put right");
@@ -542,7 +549,7 @@ impl Tables {
                 let nowhere = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
                 let template =
                     Template { reqid: trap.reqid, mode: Mode::Tunnel, source: nowhere, destination: nowhere };
-                policy(Direction::Out, selector, Purpose::Trap, template, &trap.options)
+                policy(Direction::Out, selector, Purpose::Trap, Action::Protect(template), &trap.options)
             })
             .collect();
         self.wish(Owner::Trap(trap.reqid), &policies)?;
@@ -554,6 +561,35 @@ impl Tables {
         let policies = self.traps.remove(&reqid).ok_or(PlaneError::NoSuchTrap(reqid))?;
         for id in &policies {
             self.forget(Owner::Trap(reqid), id);
+        }
+        Ok(())
+    }
+
+    pub(super) fn install_shunt(&mut self, shunt: &Shunt, links: &Links) -> Result<(), PlaneError> {
+        if self.shunts.contains_key(&shunt.number) {
+            return Err(PlaneError::ShuntInUse(shunt.number));
+        }
+        let purpose = Purpose::Shunt(shunt.action);
+        let action = match shunt.action {
+            ShuntAction::Pass => Action::Pass,
+            ShuntAction::Drop => Action::Drop,
+        };
+        let selectors = selectors::outbound(&shunt.local_ts, &shunt.remote_ts, links.interface)?;
+        let both_ways = |selector: Selector| {
+            let of = |direction, selector| policy(direction, selector, purpose, action, &shunt.options);
+            let back = selector.reversed();
+            [of(Direction::Out, selector), of(Direction::In, back), of(Direction::Forward, back)]
+        };
+        let policies: Vec<Policy> = selectors.into_iter().flat_map(both_ways).collect();
+        self.wish(Owner::Shunt(shunt.number), &policies)?;
+        self.shunts.insert(shunt.number, policies.iter().map(|policy| policy.id).collect());
+        Ok(())
+    }
+
+    pub(super) fn remove_shunt(&mut self, number: u32) -> Result<(), PlaneError> {
+        let policies = self.shunts.remove(&number).ok_or(PlaneError::NoSuchShunt(number))?;
+        for id in &policies {
+            self.forget(Owner::Shunt(number), id);
         }
         Ok(())
     }
@@ -664,6 +700,7 @@ impl Tables {
         self.reqids.clear();
         self.states.clear();
         self.traps.clear();
+        self.shunts.clear();
         self.waiting.clear();
         outcome
     }
@@ -811,7 +848,7 @@ fn hull(mode: Mode, selectors: &[Selector]) -> Result<Option<Selector>, PlaneErr
 
 fn policies(pair: &SaPair, ends: &Ends, selectors: &[Selector]) -> Vec<Policy> {
     let options = &pair.options;
-    let (to_peer, to_us) = (template(pair, ends), template(pair, &ends.reversed()));
+    let [to_peer, to_us] = [*ends, ends.reversed()].map(|ends| Action::Protect(template(pair, &ends)));
     let mut policies = Vec::new();
     for selector in selectors {
         // Inbound first: nothing that the peer may send already is dropped.
@@ -838,7 +875,7 @@ fn policy(
     direction: Direction,
     selector: Selector,
     purpose: Purpose,
-    template: Template,
+    action: Action,
     options: &KernelOptions,
 ) -> Policy {
     let (mark, if_id) = match direction {
@@ -846,7 +883,7 @@ fn policy(
         Direction::In | Direction::Forward => (options.mark_in, options.if_id_in),
     };
     let priority = if options.priority == 0 { priority::of(&selector, purpose) } else { options.priority };
-    Policy { id: PolicyId { direction, selector, mark, if_id }, priority, action: Action::Protect(template) }
+    Policy { id: PolicyId { direction, selector, mark, if_id }, priority, action }
 }
 
 /// What the kernel understood otherwise than it was meant.

@@ -8,6 +8,7 @@ mod model;
 mod paths;
 mod rekey;
 mod selectors;
+mod shunts;
 
 use latchkey_tests::daemon::Kind::{self, Latchkey, LatchkeyKernel, StrongswanKernel};
 use latchkey_tests::host::Host;
