@@ -86,7 +86,10 @@ impl Counted {
         match self {
             Self::Total => report(None).into_iter().collect(),
             Self::Connection(name) => report(Some(name)).into_iter().collect(),
-            Self::Each => std::iter::once(None).chain(counters.names().map(Some)).filter_map(report).collect(),
+            Self::Each => {
+                let names = counters.names();
+                std::iter::once(None).chain(names.iter().map(|name| Some(name.as_str()))).filter_map(report).collect()
+            }
         }
     }
 

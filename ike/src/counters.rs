@@ -3,8 +3,8 @@
 //! A message counts once, when it is made or when it was understood; repetitions do not.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::wire::ExchangeType;
 
@@ -164,22 +164,31 @@ impl Tally {
     }
 }
 
-/// The counts of an engine.
+/// The counts of an engine, of all its shards together.
 #[derive(Debug, Default)]
 pub struct Counters {
     all: Arc<Counts>,
-    named: BTreeMap<String, Arc<Counts>>,
+    named: Mutex<BTreeMap<String, Arc<Counts>>>,
 }
 
 impl Counters {
     /// The counts of a connection, which begin with this.
-    pub(crate) fn of(&mut self, connection: &str) -> Tally {
-        let named = self.named.entry(connection.to_owned()).or_default();
-        Tally { named: Arc::clone(named), all: Arc::clone(&self.all) }
+    pub(crate) fn of(&self, connection: &str) -> Tally {
+        let mut named = self.named();
+        let named = match named.get(connection) {
+            Some(named) => Arc::clone(named),
+            None => Arc::clone(named.entry(connection.to_owned()).or_default()),
+        };
+        Tally { named, all: Arc::clone(&self.all) }
+    }
+
+    fn named(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Counts>>> {
+        // Nothing is half done while it is held.
+        self.named.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Those of IKE SAs whose connection is not known yet.
-    pub(crate) fn unnamed(&mut self) -> Tally {
+    pub(crate) fn unnamed(&self) -> Tally {
         self.of(UNNAMED)
     }
 
@@ -189,27 +198,27 @@ impl Counters {
     }
 
     /// Forgets the counts of connections that are neither configured nor in use.
-    pub(crate) fn retain(&mut self, is_configured: impl Fn(&str) -> bool) {
-        self.named.retain(|name, counts| name == UNNAMED || is_configured(name) || Arc::strong_count(counts) > 1);
+    pub(crate) fn retain(&self, is_configured: impl Fn(&str) -> bool) {
+        self.named().retain(|name, counts| name == UNNAMED || is_configured(name) || Arc::strong_count(counts) > 1);
     }
 
     /// The counts of a connection, or of all for `None`; `None` where nothing was counted under this name.
     pub fn read(&self, connection: Option<&str>) -> Option<Vec<(Counter, u64)>> {
         match connection {
-            Some(name) => self.named.get(name).map(|counts| counts.read()),
+            Some(name) => self.named().get(name).map(|counts| counts.read()),
             None => Some(self.all.read()),
         }
     }
 
     /// Names under which something was counted.
-    pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.named.keys().map(String::as_str)
+    pub fn names(&self) -> Vec<String> {
+        self.named().keys().cloned().collect()
     }
 
     /// Begins anew for a connection, or in all for `None`.
     pub fn reset(&self, connection: Option<&str>) {
         match connection {
-            Some(name) => self.named.get(name).into_iter().for_each(|counts| counts.reset()),
+            Some(name) => self.named().get(name).into_iter().for_each(|counts| counts.reset()),
             None => self.all.reset(),
         }
     }
@@ -217,7 +226,7 @@ impl Counters {
     /// Begins anew for all connections and in all.
     pub fn reset_all(&self) {
         self.all.reset();
-        self.named.values().for_each(|counts| counts.reset());
+        self.named().values().for_each(|counts| counts.reset());
     }
 }
 
@@ -227,7 +236,7 @@ mod tests {
 
     #[test]
     fn every_counter_has_its_place_and_a_name_of_its_own() {
-        let mut counters = Counters::default();
+        let counters = Counters::default();
         let tally = counters.of("site");
         for (index, counter) in Counter::ALL.into_iter().enumerate() {
             assert_eq!(counter as usize, index);
@@ -243,7 +252,7 @@ mod tests {
 
     #[test]
     fn connections_are_counted_apart_and_begin_anew_apart() {
-        let mut counters = Counters::default();
+        let counters = Counters::default();
         let of = |counters: &Counters, name| {
             counters.read(name).map(|read| read.into_iter().map(|(_, count)| count).sum::<u64>())
         };
@@ -261,7 +270,7 @@ mod tests {
         // Removed from the configuration: kept as long as an IKE SA counts.
         drop(a);
         counters.retain(|_| false);
-        assert_eq!(counters.names().collect::<Vec<_>>(), ["b"]);
+        assert_eq!(counters.names(), ["b"]);
         counters.reset_all();
         assert_eq!((of(&counters, None), of(&counters, Some("b"))), (Some(0), Some(0)));
     }

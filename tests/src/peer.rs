@@ -161,7 +161,12 @@ impl Peer {
                     eprintln!("failed: {reason}");
                     self.failed += 1;
                 }
-                Output::Event(_) | Output::OpenStream { .. } | Output::CloseStream(_) | Output::Judgement(..) => {}
+                Output::Event(_)
+                | Output::OpenStream { .. }
+                | Output::CloseStream(_)
+                | Output::Judgement(..)
+                | Output::Note(_)
+                | Output::Initiate(_) => {}
             }
         }
         sent

@@ -366,6 +366,8 @@ impl Core {
                     Judgement::UnknownSpi => self.streams.complain(stream.0, Complaint::UnknownSpi),
                     Judgement::Forged => self.streams.complain(stream.0, Complaint::Unauthentic),
                 },
+                // One engine alone has neither.
+                Output::Note(_) | Output::Initiate(_) => {}
             }
         }
     }
@@ -814,7 +816,8 @@ impl Core {
                 let _ = reply.send(self.page(now, &filter, after));
             }
             Command::CountSas(reply) => {
-                let _ = reply.send((self.engine.counts().0, self.engine.connecting()));
+                let (all, half_open) = self.engine.counts();
+                let _ = reply.send((all, half_open + self.engine.initiating()));
             }
             Command::Initiate { ike, child, reply } => self.initiate(ike.as_deref(), child.as_deref(), Some(reply)),
             Command::InitiateFlow { flow, narrow, reply } => self.initiate_for_latch(&flow, narrow, reply),

@@ -1,8 +1,9 @@
 //! What all IKE SAs share: settings, randomness, the output queue, numbers and the tables that route.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use ipsec::plane::StreamId;
@@ -14,15 +15,13 @@ use super::{
 };
 use crate::Rng;
 use crate::config::{Connection, Fragmentation};
-use crate::counters::Counters;
 use crate::crypto::KeyWork;
 use crate::engine::Transport;
 use crate::engine::connections::Connections;
-use crate::engine::networks::Networks;
 use crate::engine::reauthentication::Reauthentications;
-use crate::engine::tickets::Tickets;
+use crate::engine::shards::Numbering;
+use crate::engine::shared::Shared;
 use crate::engine::triggers::Triggers;
-use crate::pool::Pools;
 use crate::sa::Established;
 use crate::sa::crash::TokenMaker;
 use crate::sa::init::Again;
@@ -56,13 +55,21 @@ pub(crate) struct PeerKey(Arc<[u8]>);
 
 impl PeerKey {
     pub(crate) fn of(peer: &PeerIdentity) -> Self {
-        Self([&Self::of_identities(&peer.local_id, &peer.id), peer.entry.as_bytes()].concat().into())
+        Self([&Self::identities(&peer.local_id, &peer.id), peer.entry.as_bytes()].concat().into())
     }
 
     /// What the keys of all entries between two identities begin with.
-    fn of_identities(local: &Identity, remote: &Identity) -> Vec<u8> {
+    pub(crate) fn of_identities(local: &Identity, remote: &Identity) -> Self {
+        Self(Self::identities(local, remote).into())
+    }
+
+    fn identities(local: &Identity, remote: &Identity) -> Vec<u8> {
         let (local, remote) = (local.canonical(), remote.canonical());
         [&local.len().to_be_bytes(), local.as_slice(), &remote.len().to_be_bytes(), &remote].concat()
+    }
+
+    pub(crate) fn starts_with(&self, prefix: &Self) -> bool {
+        self.0.starts_with(&prefix.0)
     }
 
     /// True when both are the same one, which is found out faster than whether they are equal.
@@ -75,28 +82,28 @@ pub(crate) struct Context {
     pub(crate) config: EngineConfig,
     pub(crate) rng: Box<dyn Rng>,
     pub(crate) outputs: VecDeque<Output>,
-    /// Where only streams get through.
-    pub(crate) networks: Networks,
-    pub(crate) connections: Connections,
+    /// What all shards of the engine have in common.
+    pub(crate) shared: Arc<Shared>,
+    /// Which shard this is.
+    pub(crate) numbering: Numbering,
+    pub(crate) connections: Arc<Connections>,
     pub(crate) authorities: Vec<[u8; 20]>,
     /// Post-quantum preshared keys.
     pub(crate) ppks: Vec<Ppk>,
     /// Our addresses at which peers may reach us (RFC 4555 §3.4).
     pub(crate) local_addresses: Vec<IpAddr>,
     pub(crate) jobs: BTreeMap<JobId, JobEntry>,
-    /// Our SPIs of IKE SAs.
-    pub(crate) ike_spis: BTreeMap<u64, IkeSaId>,
     /// Inbound SPIs in use or reserved.
     pub(crate) child_spis: BTreeMap<u32, IkeSaId>,
     /// Child SAs that are up.
     pub(crate) child_owners: BTreeMap<ChildSaId, IkeSaId>,
-    /// Established IKE SAs by peer.
-    pub(crate) peers: BTreeSet<(PeerKey, IkeSaId)>,
+    /// What the IKE SA at hand has entered into the directory of peers, before it was up.
+    pub(crate) entered: Option<(PeerKey, IkeSaId)>,
     /// Successors made by rekeying, to be taken into the table.
     pub(crate) spawned: Vec<Established>,
-    /// IKE SAs that another one of the same peer replaces.
+    /// IKE SAs that another one of the same peer replaces, of this shard or another.
     pub(crate) superseded: Vec<IkeSaId>,
-    /// IKE SAs that a ticket of theirs has brought back as others.
+    /// IKE SAs that a ticket of theirs has brought back as others, of this shard or another.
     pub(crate) outlived: Vec<IkeSaId>,
     /// IKE SAs that are to go when another one is up.
     pub(crate) reauthentications: Reauthentications,
@@ -105,18 +112,12 @@ pub(crate) struct Context {
     /// What is to take the place of an IKE SA before that goes.
     pub(crate) replacements: Vec<(IkeSaId, Vec<Initiate>)>,
     pub(crate) tokens: TokenMaker,
-    /// Of session resumption (RFC 5723).
-    pub(crate) tickets: Tickets,
     /// What goes on at another gateway.
     pub(crate) redirected: Vec<Redirected>,
     /// What did not get through IKE_AUTH and is tried again.
     pub(crate) again: Vec<Again>,
     pub(crate) tombstones: BTreeMap<u64, Tombstone>,
     pub(crate) triggers: Triggers,
-    pub(crate) pools: Pools,
-    pub(crate) counters: Counters,
-    /// The virtual addresses that we last had, by connection.
-    pub(crate) former_addresses: BTreeMap<String, Vec<IpAddr>>,
     last_job: u64,
     last_ike: u64,
     last_child: u64,
@@ -124,21 +125,21 @@ pub(crate) struct Context {
 }
 
 impl Context {
-    pub(crate) fn new(config: EngineConfig, rng: Box<dyn Rng>) -> Self {
+    pub(crate) fn new(config: EngineConfig, rng: Box<dyn Rng>, shared: Arc<Shared>, numbering: Numbering) -> Self {
         Self {
             config,
             rng,
             outputs: VecDeque::new(),
-            networks: Networks::default(),
-            connections: Connections::default(),
+            shared,
+            numbering,
+            connections: Arc::default(),
             authorities: Vec::new(),
             ppks: Vec::new(),
             local_addresses: Vec::new(),
             jobs: BTreeMap::new(),
-            ike_spis: BTreeMap::new(),
             child_spis: BTreeMap::new(),
             child_owners: BTreeMap::new(),
-            peers: BTreeSet::new(),
+            entered: None,
             spawned: Vec::new(),
             superseded: Vec::new(),
             outlived: Vec::new(),
@@ -148,12 +149,8 @@ impl Context {
             again: Vec::new(),
             reauthentications: Reauthentications::default(),
             tokens: TokenMaker::default(),
-            tickets: Tickets::default(),
             tombstones: BTreeMap::new(),
             triggers: Triggers::default(),
-            pools: Pools::default(),
-            counters: Counters::default(),
-            former_addresses: BTreeMap::new(),
             last_job: 0,
             last_ike: 0,
             last_child: 0,
@@ -163,15 +160,25 @@ impl Context {
 
     /// True when we have an IKE SA between these identities, whichever entry admitted the peer.
     pub(crate) fn knows_peer(&self, local: &Identity, remote: &Identity) -> bool {
-        let prefix = PeerKey::of_identities(local, remote);
-        let from = (PeerKey(prefix.as_slice().into()), IkeSaId(0));
-        self.peers.range(from..).next().is_some_and(|(key, _)| key.0.starts_with(&prefix))
+        self.shared.peers.knows(local, remote)
     }
 
-    /// The established IKE SAs with a peer.
-    pub(crate) fn with_peer(&self, peer: &PeerKey) -> impl DoubleEndedIterator<Item = IkeSaId> {
-        let (from, to) = ((peer.clone(), IkeSaId(0)), (peer.clone(), IkeSaId(u64::MAX)));
-        self.peers.range(from..=to).map(|(_, id)| *id)
+    /// Enters an IKE SA that is about to be up; what becomes of it decides whether it stays.
+    pub(crate) fn enter_alone(&mut self, peer: &PeerKey, id: IkeSaId, but: Option<IkeSaId>) -> bool {
+        let alone = self.shared.peers.enter_alone(peer, id, but);
+        if alone {
+            self.entered = Some((peer.clone(), id));
+        }
+        alone
+    }
+
+    /// Enters an IKE SA that is about to be up, and names those of its peer that have to go.
+    pub(crate) fn take_over(&mut self, peer: &PeerKey, id: IkeSaId) {
+        // One that another of ours replaces goes when that has everything.
+        let later = |id: IkeSaId| self.reauthentications.contains(id);
+        let others = self.shared.peers.take_over(peer, id, later);
+        self.entered = Some((peer.clone(), id));
+        self.superseded.extend(others);
     }
 
     pub(crate) fn event(&mut self, event: Event) {
@@ -207,18 +214,18 @@ impl Context {
 
     pub(crate) fn next_ike(&mut self) -> IkeSaId {
         self.last_ike += 1;
-        IkeSaId(self.last_ike)
+        IkeSaId(self.numbering.number(self.last_ike))
     }
 
     pub(crate) fn next_child(&mut self) -> ChildSaId {
         self.last_child += 1;
-        ChildSaId(self.last_child)
+        ChildSaId(self.numbering.number(self.last_child))
     }
 
     /// Asks for a stream to the peer, from any port of ours (RFC 9329 §2).
     pub(crate) fn open_stream(&mut self, connection: &Connection, local: IpAddr, remote: SocketAddr) -> StreamId {
         self.last_stream += 1;
-        let stream = StreamId(self.last_stream);
+        let stream = StreamId(self.numbering.number(self.last_stream));
         let tls = connection.tls.clone().map(|name| TlsPeer { name, cacerts: connection.remote.cacerts.clone() });
         self.outputs.push_back(Output::OpenStream { stream, local: SocketAddr::new(local, 0), remote, tls });
         stream
@@ -252,10 +259,18 @@ impl Context {
         Some(limit.saturating_sub(less).max(1))
     }
 
+    /// A job that is answered.
+    pub(crate) fn take_job(&mut self, id: JobId) -> Option<JobEntry> {
+        let entry = self.jobs.remove(&id)?;
+        self.shared.jobs.fetch_sub(1, Ordering::Relaxed);
+        Some(entry)
+    }
+
     fn push_job(&mut self, entry: JobEntry, job: Job) -> JobId {
         self.last_job += 1;
         let id = JobId(self.last_job);
         self.jobs.insert(id, entry);
+        self.shared.jobs.fetch_add(1, Ordering::Relaxed);
         self.outputs.push_back(Output::Job(id, job));
         id
     }
@@ -265,16 +280,22 @@ impl Context {
         loop {
             let mut octets = [0; 8];
             self.rng.fill(&mut octets);
-            let spi = u64::from_be_bytes(octets);
-            if spi != 0 && !self.ike_spis.contains_key(&spi) && !self.tombstones.contains_key(&spi) {
-                self.ike_spis.insert(spi, owner);
+            let spi = self.numbering.spi(u64::from_be_bytes(octets));
+            if spi != 0 && !self.shared.spis.contains(spi) && !self.tombstones.contains_key(&spi) {
+                self.shared.spis.set(spi, owner);
                 return spi;
             }
         }
     }
 
+    /// SPIs of IKE SAs that this shard has.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(crate) fn own_spis(&self) -> usize {
+        self.shared.spis.len_of(self.numbering.shard)
+    }
+
     pub(crate) fn release_ike_spi(&mut self, spi: u64) {
-        self.ike_spis.remove(&spi);
+        self.shared.spis.release(spi);
     }
 
     /// Reserves a random inbound SPI; 0 to 255 are not for us (RFC 4303 §2.1).
@@ -282,7 +303,7 @@ impl Context {
         loop {
             let mut octets = [0; 4];
             self.rng.fill(&mut octets);
-            let spi = u32::from_be_bytes(octets);
+            let spi = self.numbering.child_spi(u32::from_be_bytes(octets));
             if spi > 255 && !self.child_spis.contains_key(&spi) {
                 self.child_spis.insert(spi, owner);
                 return spi;

@@ -197,6 +197,21 @@ pub(crate) struct Defence {
     /// Lines that were left out since the last one.
     left_out: u64,
     cookies_until: Option<Instant>,
+    /// Requests that are being served and have made no IKE SA yet: each counts as a half-open one.
+    serving: usize,
+}
+
+/// Why nobody, or nobody from there, is served.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    /// Half-open IKE SAs in all.
+    pub(crate) half_open: usize,
+    /// Half-open IKE SAs of one network; 0 is no limit.
+    pub(crate) block: usize,
+    /// IKE SAs in all; 0 is no limit.
+    pub(crate) ike_sas: usize,
+    /// Jobs that are out.
+    pub(crate) jobs: usize,
 }
 
 impl Defence {
@@ -212,6 +227,57 @@ impl Defence {
             lines: Bucket::new(LINE_RATE, now),
             left_out: 0,
             cookies_until: None,
+            serving: 0,
+        }
+    }
+
+    /// Why nobody, or nobody from there, is served now. `load` is of IKE SAs and jobs.
+    pub(crate) fn refusal(
+        &mut self,
+        now: Instant,
+        from: IpAddr,
+        limits: Limits,
+        load: (usize, usize),
+    ) -> Option<&'static str> {
+        let (ike_sas, jobs) = (load.0.saturating_add(self.serving), load.1.saturating_add(self.serving));
+        if self.half_open.total() >= limits.half_open {
+            return Some("half open IKE_SA count too high");
+        }
+        // Whoever comes later would wait for all of them; it asks again when there is room.
+        if jobs >= limits.jobs {
+            return Some("job load too high");
+        }
+        if limits.ike_sas > 0 && ike_sas >= limits.ike_sas {
+            return Some("hitting IKE_SA limit");
+        }
+        let blocked = limits.block > 0 && self.half_open.of(from) >= limits.block;
+        (blocked || self.budget(now, from) == Budget::Spent).then_some("peer too aggressive")
+    }
+
+    /// A request is to be served, unless the limits are reached meanwhile: looking and counting are one step, or two shards would
+    /// both take the last place. [`Self::end_serving`] follows.
+    pub(crate) fn begin_serving(
+        &mut self,
+        now: Instant,
+        from: IpAddr,
+        limits: Limits,
+        load: (usize, usize),
+    ) -> Result<(), &'static str> {
+        if let Some(reason) = self.refusal(now, from, limits, load) {
+            return Err(reason);
+        }
+        self.serving += 1;
+        self.half_open.add(from);
+        self.charge(now, from);
+        Ok(())
+    }
+
+    /// The request has made an IKE SA, which counts for itself from now on, or come to nothing.
+    pub(crate) fn end_serving(&mut self, from: IpAddr, served: bool) {
+        self.serving = self.serving.saturating_sub(1);
+        self.half_open.remove(from);
+        if !served {
+            self.refund(from);
         }
     }
 
@@ -227,7 +293,7 @@ impl Defence {
     }
 
     /// A network's IKE_SA_INIT is served.
-    pub(crate) fn charge(&mut self, now: Instant, address: IpAddr) {
+    fn charge(&mut self, now: Instant, address: IpAddr) {
         if let Some(work) = &mut self.work {
             work.take(now, address);
         }

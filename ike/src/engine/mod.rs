@@ -1,7 +1,7 @@
 //! The engine: many IKE SAs behind one poll interface.
 //!
 //! Four kinds of method: getters; `handle_*` for what comes from outside (datagrams, streams, time,
-//! answers to jobs); commands (`initiate`, `terminate`, `rekey`); and `poll_output`. After any call that
+//! answers to jobs, other shards); commands (`initiate`, `terminate`, `rekey`); and `poll_output`. After any call that
 //! takes `&mut self`, drain [`Engine::poll_output`] until it yields `None`, then arm a timer for
 //! [`Engine::next_timeout`].
 
@@ -18,6 +18,8 @@ mod puzzles;
 pub(crate) mod reauthentication;
 mod responder;
 mod resumption;
+mod shards;
+pub(crate) mod shared;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod storm;
 pub(crate) mod tickets;
@@ -28,6 +30,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::ops::Bound;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use ipsec::plane::{Encapsulation, EspSuite, Mode, SaPair, StreamId};
@@ -40,6 +43,7 @@ use pad::{
 };
 
 pub use self::assigned::{Assigned, Domain};
+pub use self::shards::{Dispatch, MAX_SHARDS};
 use crate::Rng;
 use crate::config::{CheckAddressIdentities, Child, Connection, PuzzlePolicy, Retransmission};
 use crate::counters::{Counter, Counters};
@@ -58,6 +62,8 @@ use members::{Member, Members};
 use places::{Place, Places};
 use puzzles::Spent;
 use sha2::{Digest, Sha256};
+use shards::Numbering;
+use shared::{Left, Shared};
 use upkeep::{Held, Upkeep};
 
 /// How an IKE message travels.
@@ -212,6 +218,32 @@ pub enum Output {
     CloseStream(StreamId),
     /// What a message from a stream was worth (RFC 9329 §6.1). Not said of each message.
     Judgement(StreamId, Judgement),
+    /// Tell the shard that it is for, or all others; with [`Engine::handle_note`]. One engine alone has none.
+    Note(Note),
+    /// Begin this at the shard that has an IKE SA for it ([`Engine::serves`]), or at any; with [`Engine::handle_initiate`]. One engine
+    /// alone has none.
+    Initiate(Box<Initiate>),
+}
+
+/// What one shard has to tell others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Note {
+    /// Another IKE SA of the same peer takes this one's place (`unique`, INITIAL_CONTACT).
+    Superseded(IkeSaId),
+    /// A ticket of this IKE SA has made another one.
+    Outlived(IkeSaId),
+    /// Somebody at this address says, unprotected, that it does not know us: a hint, for all shards.
+    Suspected(IpAddr),
+}
+
+impl Note {
+    /// The IKE SA that it is about.
+    pub fn ike_sa(self) -> Option<IkeSaId> {
+        match self {
+            Self::Superseded(id) | Self::Outlived(id) => Some(id),
+            Self::Suspected(_) => None,
+        }
+    }
 }
 
 /// The TLS server that a stream goes to (RFC 9329 Appendix A).
@@ -498,14 +530,9 @@ pub struct Engine {
     upkeep: Upkeep,
     /// IKE_SA_INIT requests that made an IKE SA, by initiator's SPI and source.
     inits: BTreeMap<(u64, SocketAddr), IkeSaId>,
-    /// What strangers may cost.
-    defence: Defence,
     /// Solved puzzles that were accepted.
     spent: Spent,
-    /// Who uses a stream, and whether we opened it.
-    streams: BTreeMap<StreamId, StreamUse>,
-    /// Streams of the peer that nothing uses any more, and when we close them; by stream and by time.
-    lingering: BTreeMap<StreamId, Instant>,
+    /// Streams of the peer that nothing used any more, and when we close them.
     lingering_until: BTreeSet<(Instant, StreamId)>,
     now: Instant,
 }
@@ -527,19 +554,43 @@ struct Slot {
     member: Option<Member>,
 }
 
-#[derive(Default)]
-struct StreamUse {
-    users: BTreeSet<IkeSaId>,
-    originator: bool,
-}
-
 impl Engine {
     /// A new engine. `now` starts its cookie secret's life.
     pub fn new(config: EngineConfig, mut rng: Box<dyn Rng>, now: Instant) -> Self {
         let cookies = Cookies::new(now, rng.as_mut());
         let defence = Defence::new(now, config.address_budget, rng.as_mut());
+        let shared = Arc::new(Shared::new(1, defence));
+        Self::shard(config, rng, now, cookies, shared, Numbering { shard: 0, shards: 1 })
+    }
+
+    /// Engines that are one together, one for each source of randomness; at least one, at most [`MAX_SHARDS`]. [`Dispatch`] says
+    /// which of them something is for. Each is given the same settings, connections and so on; [`Output::Note`] and
+    /// [`Output::Initiate`] go from one to others.
+    pub fn shards(config: &EngineConfig, rngs: impl IntoIterator<Item = Box<dyn Rng>>, now: Instant) -> Vec<Self> {
+        let rngs: Vec<Box<dyn Rng>> = rngs.into_iter().take(MAX_SHARDS).collect();
+        let shards = rngs.len();
+        let mut shared = None;
+        let shard = |(shard, mut rng): (usize, Box<dyn Rng>)| {
+            let cookies = Cookies::new(now, rng.as_mut());
+            let shared = shared.get_or_insert_with(|| {
+                Arc::new(Shared::new(shards, Defence::new(now, config.address_budget, rng.as_mut())))
+            });
+            let numbering = Numbering { shard, shards };
+            Self::shard(config.clone(), rng, now, cookies, Arc::clone(shared), numbering)
+        };
+        rngs.into_iter().enumerate().map(shard).collect()
+    }
+
+    fn shard(
+        config: EngineConfig,
+        rng: Box<dyn Rng>,
+        now: Instant,
+        cookies: Cookies,
+        shared: Arc<Shared>,
+        numbering: Numbering,
+    ) -> Self {
         Self {
-            ctx: Context::new(config, rng),
+            ctx: Context::new(config, rng, shared, numbering),
             sas: BTreeMap::new(),
             members: Members::default(),
             timers: BTreeSet::new(),
@@ -547,10 +598,7 @@ impl Engine {
             places: Places::default(),
             upkeep: Upkeep::default(),
             inits: BTreeMap::new(),
-            defence,
             spent: Spent::default(),
-            streams: BTreeMap::new(),
-            lingering: BTreeMap::new(),
             lingering_until: BTreeSet::new(),
             now,
         }
@@ -562,7 +610,7 @@ impl Engine {
         let EngineConfig { port, nat_port, address_budget, signatures, .. } = self.ctx.config;
         if signatures != config.signatures {
             // What was proved might not do any more.
-            self.ctx.tickets.forget_all();
+            self.ctx.shared.tickets.lock().forget_all();
         }
         self.ctx.config = EngineConfig { port, nat_port, address_budget, ..config };
     }
@@ -570,12 +618,21 @@ impl Engine {
     /// Replaces all connections, in configuration order; a responder tries them in this order. SAs that
     /// are up keep the configuration that they were made with.
     pub fn set_connections(&mut self, connections: Vec<Arc<Connection>>) {
-        self.ctx.connections = Connections::new(connections);
+        self.set_table(Arc::new(Connections::new(connections)));
+    }
+
+    /// The same as another shard has, without making its tables again.
+    pub fn set_connections_of(&mut self, other: &Self) {
+        self.set_table(Arc::clone(&other.ctx.connections));
+    }
+
+    fn set_table(&mut self, connections: Arc<Connections>) {
+        self.ctx.connections = connections;
         self.ctx.reauthentications.note_all();
-        let Context { connections, former_addresses, counters, .. } = &mut self.ctx;
+        let Context { connections, shared, .. } = &self.ctx;
         let is_configured = |name: &str| connections.named(name).next().is_some();
-        former_addresses.retain(|name, _| is_configured(name));
-        counters.retain(is_configured);
+        shared.former_addresses.lock().retain(|name, _| is_configured(name));
+        shared.counters.retain(is_configured);
     }
 
     /// Hashes of acceptable CAs for CERTREQ payloads; set with the credentials.
@@ -591,7 +648,7 @@ impl Engine {
     /// Credentials have changed: no ticket that was given or received before is good any more (RFC 5723 §6.2), and what was
     /// proved before gives none.
     pub fn forget_tickets(&mut self) {
-        self.ctx.tickets.forget_all();
+        self.ctx.shared.tickets.lock().forget_all();
     }
 
     /// A datagram or a stream's IKE message arrived (marker and framing removed).
@@ -603,7 +660,7 @@ impl Engine {
             Err(WireError::MajorVersion(version)) => self.answer_version(now, path, bytes, version),
             Err(error) => {
                 tracing::trace!(%error, "not an IKE message");
-                self.ctx.counters.count(Counter::Invalid);
+                self.ctx.shared.counters.count(Counter::Invalid);
                 self.ctx.judge(&path, Judgement::Unparsable);
             }
         }
@@ -622,9 +679,8 @@ impl Engine {
     /// A stream ended or could not be opened.
     pub fn handle_stream_closed(&mut self, now: Instant, stream: StreamId, reason: &str) {
         self.now = now;
-        self.stop_lingering(stream);
-        let users = self.stream_users(stream);
-        self.streams.remove(&stream);
+        let (users, closes_at) = self.ctx.shared.streams.ended(stream, |id| self.sas.contains_key(&id));
+        self.stop_lingering(stream, closes_at);
         for id in users {
             if let Some(slot) = self.sas.get_mut(&id) {
                 slot.stream = None;
@@ -638,7 +694,7 @@ impl Engine {
     /// that was installed for nobody gives `ChildDown`.
     pub fn handle_job(&mut self, now: Instant, job: JobId, outcome: JobOutcome) {
         self.now = now;
-        let Some(entry) = self.ctx.jobs.remove(&job) else { return };
+        let Some(entry) = self.ctx.take_job(job) else { return };
         let mut unclaimed = Some(outcome);
         if self.sas.contains_key(&entry.ike_sa) {
             let mut outcome = unclaimed.take();
@@ -694,8 +750,9 @@ impl Engine {
         self.drop_old_fragments(now);
         while let Some((at, stream)) = self.lingering_until.first().copied().filter(|(at, _)| *at <= now) {
             self.lingering_until.remove(&(at, stream));
-            self.lingering.remove(&stream);
-            self.ctx.outputs.push_back(Output::CloseStream(stream));
+            if self.ctx.shared.streams.is_over(stream, at) {
+                self.ctx.outputs.push_back(Output::CloseStream(stream));
+            }
         }
         self.settle(now);
     }
@@ -847,19 +904,19 @@ impl Engine {
         }
     }
 
-    /// IKE SAs in total, and those half-open.
+    /// IKE SAs in total, and those half-open; of all shards together.
     pub fn counts(&self) -> (usize, usize) {
-        (self.sas.len(), self.defence.half_open.total())
+        (self.ctx.shared.load().0, self.ctx.shared.defence.lock().half_open.total())
     }
 
-    /// IKE SAs that are not up yet, on either side.
-    pub fn connecting(&self) -> usize {
-        self.defence.half_open.total() + self.members.initiating()
+    /// Attempts of ours that are under way.
+    pub fn initiating(&self) -> usize {
+        self.members.initiating()
     }
 
-    /// Messages and rekeys since the start or the last reset.
+    /// Messages and rekeys since the start or the last reset; of all shards together.
     pub fn counters(&self) -> &Counters {
-        &self.ctx.counters
+        &self.ctx.shared.counters
     }
 
     // Routing.
@@ -874,7 +931,7 @@ impl Engine {
             // comes as answer to a request of ours (RFC 6290); and a peer which says that it does not know us may have
             // been restarted: §2.21.4.
             let ours = if header.from_initiator { header.responder_spi } else { header.initiator_spi };
-            if let Some(id) = self.ctx.ike_spis.get(&ours).copied().filter(|_| header.response) {
+            if let Some(id) = self.ctx.shared.spis.get(ours).filter(|_| header.response) {
                 self.with_established(id, |sa, ctx| sa.handle_crash(ctx, now, &message));
             }
             let complains = |payload: &Payload| match payload {
@@ -883,6 +940,9 @@ impl Engine {
             };
             if message.payloads.iter().any(complains) {
                 self.suspect(now, path.remote.ip());
+                if self.ctx.numbering.shards > 1 {
+                    self.ctx.outputs.push_back(Output::Note(Note::Suspected(path.remote.ip())));
+                }
             }
             return;
         }
@@ -890,7 +950,7 @@ impl Engine {
             self.handle_init_request(now, path, message, bytes);
             return;
         }
-        let Some(id) = self.ctx.ike_spis.get(&header.initiator_spi).copied() else {
+        let Some(id) = self.ctx.shared.spis.get(header.initiator_spi) else {
             return self.ctx.judge(&path, Judgement::UnknownSpi);
         };
         self.with(id, |sa, ctx| match sa {
@@ -904,7 +964,7 @@ impl Engine {
     fn handle_protected(&mut self, now: Instant, path: Path, protected: Protected, bytes: &[u8]) {
         let header = protected.header;
         let ours = if header.from_initiator { header.responder_spi } else { header.initiator_spi };
-        if let Some(id) = self.ctx.ike_spis.get(&ours).copied() {
+        if let Some(id) = self.ctx.shared.spis.get(ours) {
             self.with(id, |sa, ctx| sa.handle_protected(ctx, now, path, protected, bytes));
         } else if let Some(tombstone) = self.ctx.tombstones.get(&ours).filter(|tombstone| tombstone.until > now) {
             // The same octets as an authenticated request had, so the same answer.
@@ -913,14 +973,14 @@ impl Engine {
                 self.ctx.transmit(path, answer);
             }
         } else {
-            self.ctx.counters.count(Counter::InvalidSpi);
+            self.ctx.shared.counters.count(Counter::InvalidSpi);
             // RFC 6290 §9.2: whichever of the two SPIs is ours, an IKE SA with it lives.
-            let known = |spi| self.ctx.ike_spis.contains_key(&spi) || self.ctx.tombstones.contains_key(&spi);
+            let known = |spi| self.ctx.shared.spis.contains(spi) || self.ctx.tombstones.contains_key(&spi);
             if known(header.initiator_spi) || known(header.responder_spi) {
                 return;
             }
             self.ctx.judge(&path, Judgement::UnknownSpi);
-            if let Some(message) = self.ctx.tokens.lost(now, &header) {
+            if let Some(message) = self.ctx.tokens.lost(now, &header, &self.ctx.shared.tokens_shown) {
                 let line = format!("{} uses an IKE_SA that we do not have, showing its token", path.remote.ip());
                 self.ctx.log("IKE", 1, None, line);
                 self.ctx.transmit(path, [wire::encode(&message)]);
@@ -938,6 +998,29 @@ impl Engine {
         self.settle(now);
     }
 
+    /// What another shard says ([`Output::Note`]).
+    pub fn handle_note(&mut self, now: Instant, note: Note) {
+        self.now = now;
+        match note {
+            Note::Superseded(_) | Note::Outlived(_) => self.note(now, note),
+            Note::Suspected(remote) => self.suspect(now, remote),
+        }
+        self.settle(now);
+    }
+
+    /// Ends an IKE SA of this shard, or tells the shard that has it.
+    fn note(&mut self, now: Instant, note: Note) {
+        let Some(id) = note.ike_sa() else { return };
+        if !self.ctx.numbering.has(id) {
+            return self.ctx.outputs.push_back(Output::Note(note));
+        }
+        self.with_established(id, |sa, ctx| match note {
+            Note::Outlived(_) => Err(sa.outlived(ctx, now)),
+            Note::Superseded(_) => sa.superseded(ctx, now),
+            Note::Suspected(_) => Ok(()),
+        });
+    }
+
     /// Asks the peers at this address whether they live, unless they have shown it lately.
     fn suspect(&mut self, now: Instant, remote: IpAddr) {
         for id in self.places.suspects(now, remote) {
@@ -948,15 +1031,7 @@ impl Engine {
     fn initiate_for(&mut self, now: Instant, request: Initiate, token: Option<u64>) {
         let Initiate { connection, child, local, remote, .. } = request;
         let want = Want { child, token };
-        let serves = |id: &IkeSaId| match self.sas.get(id).map(|slot| &slot.sa) {
-            Some(IkeSa::Initiating(sa)) => sa.serves(&connection, remote),
-            Some(IkeSa::Resuming(sa)) => sa.serves(&connection, remote),
-            Some(IkeSa::InitiatorIntermediate(sa)) => sa.serves(&connection, remote),
-            Some(IkeSa::InitiatorAuth(sa)) => sa.serves(&connection, remote),
-            Some(IkeSa::Established(sa)) => sa.serves(&connection, remote),
-            Some(IkeSa::ResponderIntermediate(_) | IkeSa::ResponderAuth(_)) | None => false,
-        };
-        let mut reusable = self.upkeep.at(remote).find(serves);
+        let mut reusable = self.serving(&connection, remote);
         if let Some(lost) = reusable.filter(|id| self.is_lost(*id, local)) {
             self.with(lost, |sa, ctx| sa.abandon(ctx, "its local address is gone"));
             reusable = None;
@@ -987,6 +1062,40 @@ impl Engine {
                     self.insert(id, sa, None);
                 }
             }
+        }
+    }
+
+    /// The IKE SA that an initiation would use.
+    fn serving(&self, connection: &Connection, remote: IpAddr) -> Option<IkeSaId> {
+        let serves = |id: &IkeSaId| match self.sas.get(id).map(|slot| &slot.sa) {
+            Some(IkeSa::Initiating(sa)) => sa.serves(connection, remote),
+            Some(IkeSa::Resuming(sa)) => sa.serves(connection, remote),
+            Some(IkeSa::InitiatorIntermediate(sa)) => sa.serves(connection, remote),
+            Some(IkeSa::InitiatorAuth(sa)) => sa.serves(connection, remote),
+            Some(IkeSa::Established(sa)) => sa.serves(connection, remote),
+            Some(IkeSa::ResponderIntermediate(_) | IkeSa::ResponderAuth(_)) | None => false,
+        };
+        self.upkeep.at(remote).find(serves)
+    }
+
+    /// True when an initiation would use an IKE SA of this shard.
+    pub fn serves(&self, request: &Initiate) -> bool {
+        self.serving(&request.connection, request.remote).is_some()
+    }
+
+    /// Initiates what nobody waits for ([`Output::Initiate`]).
+    pub fn handle_initiate(&mut self, now: Instant, request: Initiate) {
+        self.now = now;
+        self.initiate_for(now, request, None);
+        self.settle(now);
+    }
+
+    /// An IKE SA that ended is to be replaced: an IKE SA of any shard may serve.
+    fn begin_again(&mut self, now: Instant, request: Initiate) {
+        if self.ctx.numbering.shards == 1 || self.serves(&request) {
+            self.initiate_for(now, request, None);
+        } else {
+            self.ctx.outputs.push_back(Output::Initiate(Box::new(request)));
         }
     }
 
@@ -1046,6 +1155,7 @@ impl Engine {
         }
         let (spi, place, held) = (sa.local_spi(), Place::default(), Held::default());
         let (timer, stream, half_open, peer, member) = (None, None, None, None, None);
+        self.ctx.shared.ike_sas.fetch_add(1, Ordering::Relaxed);
         let facts = Facts { timer, spi, stream, half_open, peer, init, place, held, member };
         self.put(id, sa, facts);
     }
@@ -1056,9 +1166,11 @@ impl Engine {
             sa.rest();
         }
         let mut held = sa.held();
-        if !self.upkeep.has_room(old.held, held) {
+        if !self.ctx.shared.fragments.exchange(old.held, held) {
             sa.drop_fragments();
             held = sa.held();
+            // Fewer than before may always be.
+            self.ctx.shared.fragments.exchange(old.held, held);
         }
         let held = self.upkeep.changed(self.now, id, old.held, held);
         let timer = sa.next_timeout(&self.ctx);
@@ -1073,10 +1185,8 @@ impl Engine {
         let stream = sa.stream();
         if stream.map(|(stream, _)| stream) != old.stream {
             if let Some((stream, originator)) = stream {
-                let entry = self.streams.entry(stream).or_default();
-                entry.users.insert(id);
-                entry.originator = originator;
-                self.stop_lingering(stream);
+                let closes_at = self.ctx.shared.streams.join(stream, id, originator);
+                self.stop_lingering(stream, closes_at);
             }
             self.leave_stream(id, old.stream);
         }
@@ -1084,7 +1194,7 @@ impl Engine {
         if half_open != old.half_open {
             self.count_half_open(old.half_open, half_open);
             if let (Some(address), None) = (old.half_open, half_open) {
-                self.defence.refund(address);
+                self.ctx.shared.defence.lock().refund(address);
             }
         }
         let peer = sa.peer_key();
@@ -1096,8 +1206,13 @@ impl Engine {
         if !stays {
             self.leave_peer(id, old.peer);
             if let Some(key) = &peer {
-                self.ctx.peers.insert((key.clone(), id));
+                self.ctx.shared.peers.enter(key, id);
             }
+        }
+        if let Some((key, entered)) = self.ctx.entered.take()
+            && peer.is_none()
+        {
+            self.ctx.shared.peers.leave(key, entered);
         }
         self.ctx.reauthentications.note(id);
         let member = Some(sa.member());
@@ -1116,9 +1231,14 @@ impl Engine {
         }
         self.places.moved(id, old.place, Place::default());
         self.upkeep.changed(self.now, id, old.held, Held::default());
+        self.ctx.shared.fragments.exchange(old.held, Held::default());
+        self.ctx.shared.ike_sas.fetch_sub(1, Ordering::Relaxed);
         self.leave_stream(id, old.stream);
         self.count_half_open(old.half_open, None);
         self.leave_peer(id, old.peer);
+        if let Some((key, entered)) = self.ctx.entered.take() {
+            self.ctx.shared.peers.leave(key, entered);
+        }
         self.ctx.reauthentications.note(id);
         self.members.changed(id, old.member.as_ref(), None);
         if let Some(key) = old.init {
@@ -1130,44 +1250,45 @@ impl Engine {
 
     fn leave_stream(&mut self, id: IkeSaId, stream: Option<StreamId>) {
         let Some(stream) = stream else { return };
-        let Some(entry) = self.streams.get_mut(&stream) else { return };
-        entry.users.remove(&id);
-        if entry.users.is_empty() {
-            if entry.originator {
-                self.ctx.outputs.push_back(Output::CloseStream(stream));
-            } else {
-                // The TCP Originator closes; if it does not, we do after a while (RFC 9329 §6.1).
-                let until = retry::after(self.now, STREAM_LINGER);
-                self.lingering.insert(stream, until);
+        // The TCP Originator closes; if it does not, we do after a while (RFC 9329 §6.1).
+        let until = retry::after(self.now, STREAM_LINGER);
+        match self.ctx.shared.streams.leave(stream, id, until) {
+            Left::Used => {}
+            Left::Closes => self.ctx.outputs.push_back(Output::CloseStream(stream)),
+            Left::Lingers => {
                 self.lingering_until.insert((until, stream));
             }
-            self.streams.remove(&stream);
         }
     }
 
-    fn stop_lingering(&mut self, stream: StreamId) {
-        if let Some(until) = self.lingering.remove(&stream) {
+    /// Where another shard would have closed it, that finds out when it is to.
+    fn stop_lingering(&mut self, stream: StreamId, closes_at: Option<Instant>) {
+        if let Some(until) = closes_at {
             self.lingering_until.remove(&(until, stream));
         }
     }
 
     fn leave_peer(&mut self, id: IkeSaId, peer: Option<PeerKey>) {
         if let Some(key) = peer {
-            self.ctx.peers.remove(&(key, id));
+            self.ctx.shared.peers.leave(key, id);
         }
     }
 
     fn count_half_open(&mut self, old: Option<IpAddr>, new: Option<IpAddr>) {
+        if (old, new) == (None, None) {
+            return;
+        }
+        let mut defence = self.ctx.shared.defence.lock();
         if let Some(address) = old {
-            self.defence.half_open.remove(address);
+            defence.half_open.remove(address);
         }
         if let Some(address) = new {
-            self.defence.half_open.add(address);
+            defence.half_open.add(address);
         }
     }
 
     fn stream_users(&self, stream: StreamId) -> Vec<IkeSaId> {
-        self.streams.get(&stream).map(|entry| entry.users.iter().copied().collect()).unwrap_or_default()
+        self.ctx.shared.streams.users(stream, |id| self.sas.contains_key(&id))
     }
 
     /// Takes in successors, ends what they replace, and begins what takes the place of other IKE SAs.
@@ -1201,21 +1322,25 @@ impl Engine {
                 }
             }
             for mut sa in spawned {
-                let id = sa.core.id;
-                // Tasks that it inherited may start now.
+                let (id, key) = (sa.core.id, sa.key.clone());
+                // Tasks that it inherited may start now: its end, too.
                 if sa.start_inherited(&mut self.ctx, now).is_ok() {
+                    self.ctx.entered = Some((key, id));
                     self.insert(id, IkeSa::Established(Box::new(sa)), None);
+                } else {
+                    self.ctx.shared.peers.leave(key, id);
+                    self.ctx.release_ike_spi(sa.channel.local_spi());
                 }
             }
             for id in outlived {
-                self.with_established(id, |sa, ctx| Err(sa.outlived(ctx, now)));
+                self.note(now, Note::Outlived(id));
             }
             for id in superseded {
-                self.with_established(id, |sa, ctx| Err(sa.replaced(ctx, now)));
+                self.note(now, Note::Superseded(id));
             }
             for request in reinitiate {
                 if let Some(request) = self.as_configured_now(request) {
-                    self.initiate_for(now, request, None);
+                    self.begin_again(now, request);
                 }
             }
             for (old, requests) in replacements {

@@ -9,7 +9,7 @@ impl Engine {
     /// # Errors
     /// [`PoolError::Replace`] when the range differs and addresses of the old one are in use.
     pub fn load_pool(&mut self, pool: PoolConfig) -> Result<(), PoolError> {
-        self.ctx.pools.load(pool)
+        self.ctx.shared.pools.lock().load(pool)
     }
 
     /// Removes an address pool.
@@ -17,11 +17,11 @@ impl Engine {
     /// # Errors
     /// [`PoolError::Unload`] when addresses of it are in use, [`PoolError::Unknown`].
     pub fn unload_pool(&mut self, name: &str) -> Result<(), PoolError> {
-        self.ctx.pools.unload(name)
+        self.ctx.shared.pools.lock().unload(name)
     }
 
     /// All pools by name, with their leases.
     pub fn pools(&self) -> Vec<PoolStatus> {
-        self.ctx.pools.status()
+        self.ctx.shared.pools.lock().status()
     }
 }

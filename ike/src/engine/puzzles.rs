@@ -8,7 +8,7 @@ use std::time::Instant;
 use ipsec::transform::{Prf, TransformType};
 
 use super::cookie::{Binding, Demanded};
-use super::defence::{Budget, MAX_HALF_OPEN};
+use super::defence::{Budget, Limits, MAX_HALF_OPEN};
 use super::responder::answer_header;
 use super::{Engine, Path, Transport};
 use crate::crypto::prf_len;
@@ -61,28 +61,32 @@ enum Demand {
 impl Engine {
     /// Why nobody, or nobody from there, is served now.
     pub(super) fn refusal(&mut self, now: Instant, from: IpAddr) -> Option<&'static str> {
+        let (limits, shared) = (self.limits(), &self.ctx.shared);
+        shared.defence.lock().refusal(now, from, limits, shared.load())
+    }
+
+    /// The same where the request is served unless there is a reason; true then, and `end_serving` follows.
+    pub(super) fn begin_serving(&mut self, now: Instant, from: IpAddr) -> bool {
+        let (limits, shared) = (self.limits(), &self.ctx.shared);
+        let begun = shared.defence.lock().begin_serving(now, from, limits, shared.load());
+        let Err(reason) = begun else { return true };
+        self.log_stranger(now, "NET", format!("ignoring IKE_SA setup from {from}, {reason}"));
+        false
+    }
+
+    pub(super) fn end_serving(&self, from: IpAddr, served: bool) {
+        self.ctx.shared.defence.lock().end_serving(from, served);
+    }
+
+    fn limits(&self) -> Limits {
         let config = &self.ctx.config;
-        let total = self.defence.half_open.total();
-        let limit = match config.init_limit_half_open {
-            0 => MAX_HALF_OPEN,
-            limit => limit.min(MAX_HALF_OPEN),
-        };
-        if total >= limit {
-            return Some("half open IKE_SA count too high");
+        let or_most = |limit: usize, most: usize| if limit == 0 { most } else { limit.min(most) };
+        Limits {
+            half_open: or_most(config.init_limit_half_open, MAX_HALF_OPEN),
+            block: config.block_threshold,
+            ike_sas: config.ikesa_limit,
+            jobs: or_most(config.init_limit_job_load, MAX_JOBS),
         }
-        // Whoever comes later would wait for all of them; it asks again when there is room.
-        let jobs = match config.init_limit_job_load {
-            0 => MAX_JOBS,
-            limit => limit.min(MAX_JOBS),
-        };
-        if self.ctx.jobs.len() >= jobs {
-            return Some("job load too high");
-        }
-        if config.ikesa_limit > 0 && self.sas.len() >= config.ikesa_limit {
-            return Some("hitting IKE_SA limit");
-        }
-        let blocked = config.block_threshold > 0 && self.defence.half_open.of(from) >= config.block_threshold;
-        (blocked || self.defence.budget(now, from) == Budget::Spent).then_some("peer too aggressive")
     }
 
     /// True when the request may cost us state and a key exchange; otherwise its sender was told what is missing.
@@ -139,7 +143,8 @@ impl Engine {
     fn demand(&mut self, now: Instant, path: Path) -> Demand {
         let from = path.remote.ip();
         let config = &self.ctx.config;
-        let (total, here) = (self.defence.half_open.total(), self.defence.half_open.of(from));
+        let mut defence = self.ctx.shared.defence.lock();
+        let (total, here) = (defence.half_open.total(), defence.half_open.of(from));
         let crowded = total >= config.cookie_threshold;
         let puzzles = config.puzzles;
         if puzzles.threshold > 0 && total >= puzzles.threshold {
@@ -152,8 +157,8 @@ impl Engine {
         if matches!(path.transport, Transport::Stream(_)) {
             return Demand::Nothing;
         }
-        let suspicious = here >= config.cookie_threshold_ip || self.defence.budget(now, from) != Budget::Enough;
-        if self.defence.cookies_in_force(now, crowded) || suspicious { Demand::Cookie } else { Demand::Nothing }
+        let suspicious = here >= config.cookie_threshold_ip || defence.budget(now, from) != Budget::Enough;
+        if defence.cookies_in_force(now, crowded) || suspicious { Demand::Cookie } else { Demand::Nothing }
     }
 
     /// Answers with a cookie, and with a puzzle over it; makes no state.
@@ -183,7 +188,7 @@ impl Engine {
     fn legacy_is_lucky(&mut self) -> bool {
         let threshold = self.ctx.config.puzzles.threshold.min(LEGACY_ROOM);
         let room = LEGACY_ROOM.saturating_sub(threshold);
-        let free = LEGACY_ROOM.saturating_sub(self.defence.half_open.total()).min(room);
+        let free = LEGACY_ROOM.saturating_sub(self.ctx.shared.defence.lock().half_open.total()).min(room);
         let mut octets = [0; 4];
         self.ctx.rng.fill(&mut octets);
         let drawn = usize::try_from(u32::from_be_bytes(octets)).unwrap_or(usize::MAX);
@@ -192,7 +197,8 @@ impl Engine {
 
     /// A line about somebody who is nobody yet: as many as the log can bear.
     pub(super) fn log_stranger(&mut self, now: Instant, group: &'static str, line: String) {
-        if let Some(line) = self.defence.line(now, line) {
+        let line = self.ctx.shared.defence.lock().line(now, line);
+        if let Some(line) = line {
             self.ctx.log(group, 1, None, line);
         }
     }

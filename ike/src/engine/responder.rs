@@ -36,7 +36,7 @@ impl Engine {
         if !self.deserves_state(now, path, &header, &parts) {
             return;
         }
-        self.ctx.counters.unnamed().message(ExchangeType::IKE_SA_INIT, true, false);
+        self.ctx.shared.counters.unnamed().message(ExchangeType::IKE_SA_INIT, true, false);
         let fitting = self.ctx.connections.admitting(&path);
         if let Some(redirect) = fitting.first().and_then(|first| init_redirect(&first.connection, &parts)) {
             // RFC 5685 §3: without state, and so without keys.
@@ -45,13 +45,16 @@ impl Engine {
             self.ctx.transmit(path, [wire::encode(&Message { header, payloads: vec![redirect] })]);
             return;
         }
-        match self.accept_init(now, path, &header, parts, fitting, bytes) {
-            Ok(sa) => {
-                self.defence.charge(now, path.remote.ip());
-                self.insert(sa.core.id, IkeSa::ResponderIntermediate(Box::new(sa)), Some(key));
-            }
+        if !self.begin_serving(now, path.remote.ip()) {
+            return;
+        }
+        let accepted = self.accept_init(now, path, &header, parts, fitting, bytes);
+        let served = accepted.is_ok();
+        match accepted {
+            Ok(sa) => self.insert(sa.core.id, IkeSa::ResponderIntermediate(Box::new(sa)), Some(key)),
             Err(fault) => self.refuse_init(now, path, &header, &fault),
         }
+        self.end_serving(path.remote.ip(), served);
     }
 
     /// What IKE_SA_INIT and IKE_SESSION_RESUME have in common as long as nothing inside is looked at: the key of a request
@@ -77,7 +80,7 @@ impl Engine {
             };
             // With many CERTREQs the answer is the longer one; who repeats in another's name gets few of them.
             if let Some((_, answer)) = exchange.filter(|(request, _)| *request == bytes)
-                && self.defence.may_answer(now, path.remote.ip())
+                && self.ctx.shared.defence.lock().may_answer(now, path.remote.ip())
             {
                 let answer = answer.to_vec();
                 self.ctx.transmit(path, [answer]);
@@ -85,7 +88,7 @@ impl Engine {
             return None;
         }
         if let Transport::Stream(stream) = path.transport
-            && self.streams.contains_key(&stream)
+            && self.ctx.shared.streams.is_used(stream)
         {
             // RFC 9329 §6.1: IKE SAs do not share a stream, but for one that is rekeyed and its successor.
             let line = format!("ignoring IKE_SA setup from {}, its TCP connection has an IKE_SA", path.remote.ip());
@@ -93,7 +96,7 @@ impl Engine {
             return None;
         }
         // Our own request, sent back to us: both ends would be us, and each would believe the other.
-        if self.ctx.ike_spis.contains_key(&header.initiator_spi) {
+        if self.ctx.shared.spis.contains(header.initiator_spi) {
             return None;
         }
         if let Some(reason) = self.refusal(now, path.remote.ip()) {
@@ -107,7 +110,7 @@ impl Engine {
     /// §2.5: who speaks a later major version learns ours.
     pub(super) fn answer_version(&mut self, now: Instant, path: Path, bytes: &[u8], version: u8) {
         let Some(header) = foreign_header(bytes) else { return };
-        if header.response || !self.defence.may_answer(now, path.remote.ip()) {
+        if header.response || !self.ctx.shared.defence.lock().may_answer(now, path.remote.ip()) {
             return;
         }
         let line = format!(
@@ -140,7 +143,8 @@ impl Engine {
                 path.local.ip(),
                 path.remote.ip()
             );
-            if let Some(line) = self.defence.line(now, line) {
+            let line = ctx.shared.defence.lock().line(now, line);
+            if let Some(line) = line {
                 ctx.log("IKE", 1, None, line);
             }
         }
@@ -159,7 +163,8 @@ impl Engine {
             let configured: Vec<Proposal> = each_once(&fitting).flat_map(proposals).collect();
             let (received, configured) = (names::proposals(offered), names::proposals(&configured));
             let line = format!("received proposals: {received}; configured proposals: {configured}");
-            if let Some(line) = self.defence.line(now, line) {
+            let line = ctx.shared.defence.lock().line(now, line);
+            if let Some(line) = line {
                 ctx.log("CFG", 1, None, line);
             }
         }
@@ -226,7 +231,7 @@ impl Engine {
         let name = if resumes { "IKE_SESSION_RESUME" } else { "IKE_SA_INIT" };
         self.log_stranger(now, "IKE", format!("{name} from {} refused: {fault}", path.remote.ip()));
         let header = answer_header(header, 0);
-        self.ctx.counters.unnamed().message(ExchangeType::IKE_SA_INIT, false, true);
+        self.ctx.shared.counters.unnamed().message(ExchangeType::IKE_SA_INIT, false, true);
         self.ctx.transmit(path, [wire::encode(&Message { header, payloads: vec![fault.payload()] })]);
     }
 }

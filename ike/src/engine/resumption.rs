@@ -24,7 +24,7 @@ impl Engine {
     pub(super) fn handle_resume(&mut self, now: Instant, path: Path, message: Message, bytes: &[u8]) {
         let header = message.header;
         if header.response {
-            let Some(id) = self.ctx.ike_spis.get(&header.initiator_spi).copied() else { return };
+            let Some(id) = self.ctx.shared.spis.get(header.initiator_spi) else { return };
             return self.with(id, |sa, ctx| match sa {
                 IkeSa::Resuming(sa) if sa.spi() == header.initiator_spi => {
                     sa.handle_response(ctx, now, path, message, bytes)
@@ -44,14 +44,18 @@ impl Engine {
             let fault = Fault::InvalidSyntax("nonce or ticket is missing".to_owned());
             return self.refuse_init(now, path, &header, &fault);
         };
-        let accepted = self.ctx.tickets.open(now, &ticket.data);
-        match accepted.and_then(|presented| self.accept_ticket(now, path, &header, &parts, ni, bytes, presented)) {
-            Ok(sa) => {
-                self.defence.charge(now, path.remote.ip());
-                self.insert(sa.core.id, IkeSa::ResponderAuth(Box::new(sa)), Some(key));
-            }
+        if !self.begin_serving(now, path.remote.ip()) {
+            return;
+        }
+        let presented = self.ctx.shared.tickets.lock().open(now, &ticket.data);
+        let accepted =
+            presented.and_then(|presented| self.accept_ticket(now, path, &header, &parts, ni, bytes, presented));
+        let served = accepted.is_ok();
+        match accepted {
+            Ok(sa) => self.insert(sa.core.id, IkeSa::ResponderAuth(Box::new(sa)), Some(key)),
             Err(reason) => self.refuse_ticket(now, path, &header, reason),
         }
+        self.end_serving(path.remote.ip(), served);
     }
 
     #[allow(clippy::too_many_arguments, reason = "a request and its ticket")]

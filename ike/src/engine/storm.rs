@@ -458,7 +458,12 @@ impl Storm {
                     }
                     assert!(self.sides[side].proved.contains(&id), "up, and nothing proved");
                 }
-                Output::Event(_) | Output::OpenStream { .. } | Output::CloseStream(_) | Output::Judgement(..) => {}
+                Output::Event(_)
+                | Output::OpenStream { .. }
+                | Output::CloseStream(_)
+                | Output::Judgement(..)
+                | Output::Note(_)
+                | Output::Initiate(_) => {}
             }
         }
     }
@@ -469,7 +474,7 @@ impl Storm {
             let engine = &side.engine;
             let mut half_open = 0;
             for (id, slot) in &engine.sas {
-                assert_eq!(engine.ctx.ike_spis.get(&slot.spi), Some(id), "an IKE SA that is not found by its SPI");
+                assert_eq!(engine.ctx.shared.spis.get(slot.spi), Some(*id), "an IKE SA that is not found by its SPI");
                 assert_eq!(slot.timer.is_some(), slot.timer.is_some_and(|at| engine.timers.contains(&(at, *id))));
                 half_open += usize::from(slot.half_open.is_some());
                 if let IkeSa::Established(sa) = &slot.sa {
@@ -484,10 +489,14 @@ impl Storm {
                     }
                 }
             }
-            assert_eq!(engine.defence.half_open.total(), half_open, "half-open IKE SAs are miscounted");
+            assert_eq!(
+                engine.ctx.shared.defence.lock().half_open.total(),
+                half_open,
+                "half-open IKE SAs are miscounted"
+            );
             assert!(engine.ctx.child_owners.len() <= engine.ctx.child_spis.len());
             assert!(engine.inits.len() <= engine.sas.len());
-            engine.ctx.tickets.counts();
+            engine.ctx.shared.tickets.lock().counts();
             assert!(engine.timers.len() <= engine.sas.len());
             assert_eq!(engine.ike_sas_after(None, IkeSaId(0)).count(), engine.sas.len());
             assert!(engine.ctx.reauthentications.is_consistent());
@@ -530,15 +539,22 @@ impl Storm {
             let engine = &side.engine;
             let ctx = &engine.ctx;
             assert!(engine.sas.is_empty(), "{} IKE SAs are left", engine.sas.len());
-            assert!(ctx.ike_spis.is_empty(), "{} SPIs of IKE SAs are left", ctx.ike_spis.len());
+            assert!(ctx.own_spis() == 0, "{} SPIs of IKE SAs are left", ctx.own_spis());
             assert!(ctx.child_spis.is_empty(), "{} SPIs of Child SAs are left", ctx.child_spis.len());
-            assert!(ctx.child_owners.is_empty() && ctx.peers.is_empty(), "owners or peers are left");
+            assert!(ctx.child_owners.is_empty() && ctx.shared.peers.all().is_empty(), "owners or peers are left");
             assert!(side.installed.is_empty(), "{} Child SAs are left installed", side.installed.len());
             assert!(ctx.jobs.is_empty() && side.jobs.is_empty(), "jobs are left");
             assert!(engine.timers.is_empty() && engine.inits.is_empty(), "timers or requests are left");
-            assert!(engine.places.is_empty() && engine.upkeep.is_empty(), "places or fragments are left");
+            assert!(
+                engine.places.is_empty() && engine.upkeep.is_empty() && engine.ctx.shared.fragments.total() == 0,
+                "places or fragments are left"
+            );
             assert!(engine.members.is_empty(), "connections are left");
-            assert_eq!(engine.defence.half_open.total(), 0, "half-open IKE SAs are left in the count");
+            assert_eq!(
+                engine.ctx.shared.defence.lock().half_open.total(),
+                0,
+                "half-open IKE SAs are left in the count"
+            );
         }
     }
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
+use super::shared::Short;
 use super::{Engine, IkeSaId};
 use crate::sa::retry::after;
 
@@ -37,22 +38,47 @@ impl Held {
 pub(super) struct Upkeep {
     by_address: BTreeSet<(IpAddr, IkeSaId)>,
     deadlines: BTreeSet<(Instant, IkeSaId)>,
+}
+
+/// Octets of fragments that wait at all shards.
+#[derive(Debug, Default)]
+pub(crate) struct Fragments(Short<Sums>);
+
+#[derive(Debug, Default)]
+struct Sums {
     strangers: usize,
     peers: usize,
 }
 
-impl Upkeep {
-    /// True when an IKE SA may keep these fragments, of all that there are.
-    pub(super) fn has_room(&self, old: Held, new: Held) -> bool {
-        if new.fragments <= old.fragments {
+impl Fragments {
+    /// An IKE SA has other fragments than before. False, and all as it was, when it may not keep so many of all that there are.
+    pub(super) fn exchange(&self, old: Held, new: Held) -> bool {
+        if (old.fragments, new.fragments) == (0, 0) {
             return true;
         }
-        let (held, limit) =
-            if new.stranger { (self.strangers, STRANGERS_FRAGMENTS) } else { (self.peers, PEERS_FRAGMENTS) };
-        let ours = if old.stranger == new.stranger { old.fragments } else { 0 };
-        held.saturating_sub(ours).saturating_add(new.fragments) <= limit
+        let mut sums = self.0.lock();
+        let old_sum = if old.stranger { &mut sums.strangers } else { &mut sums.peers };
+        *old_sum = old_sum.saturating_sub(old.fragments);
+        let (sum, limit) =
+            if new.stranger { (&mut sums.strangers, STRANGERS_FRAGMENTS) } else { (&mut sums.peers, PEERS_FRAGMENTS) };
+        let after = sum.saturating_add(new.fragments);
+        if new.fragments <= old.fragments || after <= limit {
+            *sum = after;
+            return true;
+        }
+        let old_sum = if old.stranger { &mut sums.strangers } else { &mut sums.peers };
+        *old_sum = old_sum.saturating_add(old.fragments);
+        false
     }
 
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(super) fn total(&self) -> usize {
+        let sums = self.0.lock();
+        sums.strangers + sums.peers
+    }
+}
+
+impl Upkeep {
     /// Brings the tables in line; gives back what is to be remembered of the IKE SA.
     pub(super) fn changed(&mut self, now: Instant, id: IkeSaId, old: Held, mut new: Held) -> Held {
         if old.reached_at != new.reached_at {
@@ -63,10 +89,6 @@ impl Upkeep {
                 self.by_address.insert((address, id));
             }
         }
-        let old_sum = if old.stranger { &mut self.strangers } else { &mut self.peers };
-        *old_sum = old_sum.saturating_sub(old.fragments);
-        let new_sum = if new.stranger { &mut self.strangers } else { &mut self.peers };
-        *new_sum = new_sum.saturating_add(new.fragments);
         // The time runs from the first one; when there are fewer than before, it is another message.
         new.until = match (old.until, new.fragments) {
             (_, 0) => None,
@@ -91,7 +113,7 @@ impl Upkeep {
 
     #[cfg(any(test, feature = "fuzzing"))]
     pub(super) fn is_empty(&self) -> bool {
-        self.by_address.is_empty() && self.deadlines.is_empty() && self.strangers + self.peers == 0
+        self.by_address.is_empty() && self.deadlines.is_empty()
     }
 }
 

@@ -584,7 +584,7 @@ impl InitiatorAuth {
             Ok(()) if !is_where_it_says(ctx, &self.core.path, &grant.peer.id, method(&grant.peer)) => {
                 Some("it is not where it says")
             }
-            Ok(()) if grant.basis.epoch != ctx.tickets.epoch() => Some("credentials have changed"),
+            Ok(()) if grant.basis.epoch != ctx.shared.tickets.lock().epoch() => Some("credentials have changed"),
             Ok(()) => None,
         };
         if let Some(reason) = reason {

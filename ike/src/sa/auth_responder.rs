@@ -373,7 +373,7 @@ impl ResponderAuth {
             return self.refuse(ctx, now, &fault, reason);
         }
         self.core.name = ctx.connections.name(&connection.name);
-        self.channel.tally = Some(ctx.counters.of(&connection.name));
+        self.channel.tally = Some(ctx.shared.counters.of(&connection.name));
         ctx.log("IKE", 1, self.core.tag(), format!("authentication of '{}' successful", peer.id));
         if connection.ppk_id.is_some() && !self.uses_ppk {
             ctx.log("IKE", 1, self.core.tag(), ppk::UNUSED.to_owned());
@@ -431,7 +431,7 @@ impl ResponderAuth {
         if !is_where_it_says(ctx, &self.core.path, &grant.peer.id, method(&grant.peer)) {
             return self.refuse(ctx, now, &failed, "its identity is not where its messages come from");
         }
-        if !ctx.tickets.redeem(now, serial) {
+        if !ctx.shared.tickets.lock().redeem(now, serial) {
             return self.refuse(ctx, now, &failed, "the ticket was used or withdrawn meanwhile");
         }
         let admitted = readmits(ctx, now, &self.core.path, &grant.connection, &grant.peer, &grant.basis);
@@ -441,6 +441,9 @@ impl ResponderAuth {
         };
         if let Err((fault, reason)) = self.may_come_up(ctx, &connection, &grant.peer, &parts, Some(grant.ike_sa)) {
             return self.refuse(ctx, now, &fault, reason);
+        }
+        if !may_enter(ctx, &connection, &grant.peer, &parts, self.core.id, Some(grant.ike_sa)) {
+            return self.refuse(ctx, now, &failed, KEPT_OUT);
         }
         self.core.name = ctx.connections.name(&connection.name);
         ctx.log("IKE", 1, self.core.tag(), resumption::line(now, &grant.peer, &grant.basis));
@@ -465,7 +468,7 @@ impl ResponderAuth {
             Err(error) => return self.refuse(ctx, now, &Fault::AuthenticationFailed, &error.to_string()),
         };
         // Another one may have come up while this one's proof was made.
-        if is_kept_out(ctx, &connection, &peer, &parts, None) {
+        if !may_enter(ctx, &connection, &peer, &parts, self.core.id, None) {
             return self.refuse(ctx, now, &Fault::AuthenticationFailed, KEPT_OUT);
         }
         ctx.log("IKE", 1, self.core.tag(), format!("authentication of '{}' (myself)", peer.local_id));
@@ -533,7 +536,21 @@ fn is_kept_out(
     parts: &Parts,
     outlives: Option<IkeSaId>,
 ) -> bool {
-    connection.unique == Unique::Keep
-        && !parts.has(NotifyType::INITIAL_CONTACT)
-        && ctx.with_peer(&PeerKey::of(peer)).any(|other| Some(other) != outlives)
+    keeps(connection, parts) && ctx.shared.peers.has_other(&PeerKey::of(peer), outlives)
+}
+
+/// The same where the IKE SA comes up now: looking and entering are one step, or two that come at once would not see each other.
+fn may_enter(
+    ctx: &mut Context,
+    connection: &Connection,
+    peer: &PeerIdentity,
+    parts: &Parts,
+    id: IkeSaId,
+    outlives: Option<IkeSaId>,
+) -> bool {
+    !keeps(connection, parts) || ctx.enter_alone(&PeerKey::of(peer), id, outlives)
+}
+
+fn keeps(connection: &Connection, parts: &Parts) -> bool {
+    connection.unique == Unique::Keep && !parts.has(NotifyType::INITIAL_CONTACT)
 }

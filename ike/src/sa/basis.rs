@@ -31,7 +31,7 @@ pub(crate) struct Basis {
 impl Basis {
     /// Before the peer's proof is checked.
     pub(crate) fn new(ctx: &Context, now: Instant, rivals: Vec<Arc<Connection>>, uses_ppk: bool) -> Self {
-        let epoch = ctx.tickets.epoch();
+        let epoch = ctx.shared.tickets.lock().epoch();
         Self { proved_at: now, good_until: None, epoch, rivals, uses_ppk, resumed: false }
     }
 
@@ -73,7 +73,7 @@ pub(crate) fn readmits(
     peer: &PeerIdentity,
     basis: &Basis,
 ) -> Result<Arc<Connection>, &'static str> {
-    if basis.epoch != ctx.tickets.epoch() {
+    if basis.epoch != ctx.shared.tickets.lock().epoch() {
         return Err("credentials have changed");
     }
     let rivals = rivals(ctx, path, &peer.id);

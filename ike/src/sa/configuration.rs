@@ -36,7 +36,7 @@ pub(super) fn request(ctx: &Context, connection: &Connection, core: &Core) -> Op
         return None;
     }
     // An address that we had shall be the same again, after a reauthentication above all.
-    let mut before = ctx.former_addresses.get(&connection.name).cloned().unwrap_or_default();
+    let mut before = ctx.shared.former_addresses.lock().get(&connection.name).cloned().unwrap_or_default();
     let mut wanted = |configured: IpAddr| {
         if !configured.is_unspecified() {
             return Some(configured);
@@ -86,7 +86,7 @@ impl Established {
         for address in &assigned.local {
             ctx.log("IKE", 0, self.core.tag(), format!("installing new virtual IP {address}"));
         }
-        ctx.former_addresses.insert(self.connection.name.clone(), assigned.local.clone());
+        ctx.shared.former_addresses.lock().insert(self.connection.name.clone(), assigned.local.clone());
         self.core.assigned = Some(Arc::new(assigned));
         self.announce(ctx);
         offer.fit_to(&self.core);
@@ -239,7 +239,9 @@ impl Established {
                 let shown = if wanted.is_unspecified() { "%any".to_owned() } else { wanted.to_string() };
                 ctx.log("IKE", 1, self.core.tag(), format!("peer requested virtual IP {shown}"));
                 let wish = Wish { address: *wanted, shares, host };
-                match ctx.pools.acquire(&self.connection.pools, &holder, self.core.id, wish) {
+                let names = &self.connection.pools;
+                let found = ctx.shared.pools.lock().acquire(names, &holder, self.core.id, wish);
+                match found {
                     Some(address) => {
                         let line = format!("assigning virtual IP {address} to peer '{identity}'");
                         ctx.log("IKE", 0, self.core.tag(), line);
@@ -253,8 +255,10 @@ impl Established {
             }
         }
         if assigned.remote.len() > before {
-            let pools = self.connection.pools.iter().filter_map(|name| ctx.pools.config(name));
+            let all = ctx.shared.pools.lock();
+            let pools = self.connection.pools.iter().filter_map(|name| all.config(name));
             assigned.pooled = pools.map(|pool| pool.range).collect();
+            drop(all);
             self.core.assigned = Some(Arc::new(assigned));
             self.announce(ctx);
         }
@@ -265,7 +269,8 @@ impl Established {
         let wants_domains = asked.iter().any(|attribute| matches!(attribute, Attribute::DnsDomain(_)));
         let wants_anchors = asked.iter().any(|attribute| matches!(attribute, Attribute::DnssecTa(_)));
         let mut attributes: Vec<Attribute> = Vec::new();
-        let pools = self.connection.pools.iter().filter_map(|name| ctx.pools.config(name));
+        let all = ctx.shared.pools.lock();
+        let pools = self.connection.pools.iter().filter_map(|name| all.config(name));
         for attribute in pools.flat_map(|pool| &pool.attributes) {
             let understood = match attribute {
                 Attribute::DnsDomain(_) => wants_domains,
@@ -278,6 +283,7 @@ impl Established {
                 attributes.push(attribute.clone());
             }
         }
+        drop(all);
         // RFC 8598 §3.2: domains come with name servers.
         let serves_names = attributes.iter().any(|one| matches!(one, Attribute::Ip4Dns(_) | Attribute::Ip6Dns(_)));
         attributes.retain(|one| serves_names || !matches!(one, Attribute::DnsDomain(_) | Attribute::DnssecTa(_)));

@@ -18,6 +18,7 @@ use super::channel::Spis;
 use super::established::Closed;
 use super::parts::Parts;
 use crate::engine::context::Context;
+use crate::engine::shared::Short;
 use crate::engine::{CloseReason, IkeState};
 use crate::wire::{Header, Message, Notify, NotifyType, Payload};
 
@@ -31,7 +32,7 @@ const PERIOD: Duration = Duration::from_secs(10);
 
 /// So many in each period, and no more.
 #[derive(Debug, Default)]
-struct Throttle {
+pub(crate) struct Throttle {
     since: Option<Instant>,
     count: u32,
 }
@@ -50,12 +51,11 @@ impl Throttle {
 #[derive(Debug, Default)]
 pub(crate) struct TokenMaker {
     secret: Option<Secret>,
-    shown: Throttle,
 }
 
 impl TokenMaker {
     pub(crate) fn new(secret: Option<Secret>) -> Self {
-        Self { secret, shown: Throttle::default() }
+        Self { secret }
     }
 
     /// The token for an IKE SA, for a message that it protects (§4.2).
@@ -70,14 +70,14 @@ impl TokenMaker {
     }
 
     /// The unprotected answer to a protected request of an IKE SA that we do not have (§4.5). The caller knows that
-    /// neither SPI is one of ours.
-    pub(crate) fn lost(&mut self, now: Instant, request: &Header) -> Option<Message> {
+    /// neither SPI is one of ours. `shown` limits how often.
+    pub(crate) fn lost(&self, now: Instant, request: &Header, shown: &Short<Throttle>) -> Option<Message> {
         if request.response || request.initiator_spi == 0 || request.responder_spi == 0 {
             return None;
         }
         let spis = Spis { initiator: request.initiator_spi, responder: request.responder_spi };
         let token = self.payload(spis)?;
-        if !self.shown.admits(now) {
+        if !shown.lock().admits(now) {
             return None;
         }
         let header = Header { response: true, from_initiator: !request.from_initiator, ..*request };

@@ -72,7 +72,7 @@ pub(crate) struct Established {
     /// Of the IKE SA whose IKE_AUTH proved who the peer is. Successors by rekeying have the same, resumed ones none.
     pub(super) channel_binding: Option<[u8; 32]>,
     /// What the tables know the peer by.
-    pub(super) key: PeerKey,
+    pub(crate) key: PeerKey,
     /// What the peer's proof rests on.
     pub(super) basis: Arc<Basis>,
     pub(super) state: IkeState,
@@ -249,7 +249,7 @@ impl Established {
         sa.original_initiator = role == Role::Initiator;
         sa.supersede(ctx, role);
         // Whatever ticket was left of an earlier IKE SA, this one gets its own.
-        ctx.tickets.drop_held(&sa.core.name, sa.core.path.remote.ip());
+        ctx.shared.tickets.lock().drop_held(&sa.core.name, sa.core.path.remote.ip());
         ctx.event(Event::IkeUp(sa.core.id));
         sa
     }
@@ -287,7 +287,11 @@ impl Established {
             ctx.child_owners.insert(*child_id, id);
             ctx.child_spis.insert(child.spi_in, id);
         }
-        ctx.pools.inherit(self.core.id, id);
+        // A peer whose IKE SA it was has it without interruption. One that has to go meanwhile is gone as this one.
+        if self.peer_key().is_some() && !ctx.shared.peers.succeed(&self.key, self.core.id, id) {
+            ctx.superseded.push(id);
+        }
+        ctx.shared.pools.lock().inherit(self.core.id, id);
         let by_us = new.channel.initiator;
         new.channel.count(if by_us { Counter::IkeRekeyInit } else { Counter::IkeRekeyResp });
         self.become_rekeyed();
@@ -403,13 +407,9 @@ impl Established {
         if !go {
             return;
         }
-        // One that this replaces goes when this has everything.
-        let later = |id: IkeSaId| ctx.reauthentications.contains(id);
-        let others = ctx.with_peer(&self.key).filter(|id| *id != self.core.id && !later(*id));
-        let others: Vec<IkeSaId> = others.collect();
         // A peer that initiates while we do says INITIAL_CONTACT without knowing that ours came up: it is told, or it would
         // keep an IKE SA that nobody has. A peer that restarted takes no notice.
-        ctx.superseded.extend(others);
+        ctx.take_over(&self.key, self.core.id);
     }
 
     // Getters.
@@ -935,8 +935,17 @@ impl Established {
     }
 
     /// Another one of the same peer takes its place.
-    pub(crate) fn replaced(&mut self, ctx: &mut Context, now: Instant) -> Closed {
-        self.farewell(ctx, now, CloseReason::Replaced)
+    pub(crate) fn superseded(&mut self, ctx: &mut Context, now: Instant) -> Result<(), Closed> {
+        if self.peer_key().is_none() {
+            // It is on its way out, or its successor goes.
+            return Ok(());
+        }
+        if ctx.reauthentications.contains(self.core.id) {
+            // It goes when the one that we make for it has everything; another shard does not know of that.
+            ctx.shared.peers.enter(&self.key, self.core.id);
+            return Ok(());
+        }
+        Err(self.farewell(ctx, now, CloseReason::Replaced))
     }
 
     /// Its ticket has made another one, so the peer has left this one (RFC 5723 §4.3.4).
@@ -1310,7 +1319,7 @@ impl Established {
             ctx.log("NET", 1, self.core.tag(), line);
         }
         self.core.path = path;
-        ctx.pools.moved(self.core.id, configuration::host(&path));
+        ctx.shared.pools.lock().moved(self.core.id, configuration::host(&path));
         self.move_children(ctx);
     }
 
@@ -1435,7 +1444,7 @@ impl Established {
         self.drop_tasks(ctx, "the IKE_SA closed");
         self.drop_peers_successor(ctx, now, false);
         ctx.bury(now, self.channel.local_spi(), self.channel.last_words());
-        ctx.pools.release(self.core.id);
+        ctx.shared.pools.lock().release(self.core.id);
         ctx.event(Event::IkeDown(Box::new(status), reason));
         Closed
     }

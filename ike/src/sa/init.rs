@@ -128,7 +128,9 @@ impl Over {
     pub(super) fn first(ctx: &Context, now: Instant, connection: &Connection, local: IpAddr, remote: IpAddr) -> Self {
         match connection.tcp {
             TcpPolicy::No => Self::Udp,
-            TcpPolicy::Fallback if ctx.networks.needs_stream(now, &udp_path(ctx, connection, local, remote)) => {
+            TcpPolicy::Fallback
+                if ctx.shared.networks.lock().needs_stream(now, &udp_path(ctx, connection, local, remote)) =>
+            {
                 Self::TcpAsBefore
             }
             TcpPolicy::Fallback => Self::UdpThenTcp,
@@ -426,7 +428,7 @@ impl Initiating {
         let reason = format!("the TCP connection failed: {reason}");
         if self.connection.tcp == TcpPolicy::Fallback {
             ctx.log("NET", 1, self.tag(), format!("{reason}, going on over UDP"));
-            ctx.networks.forget(&self.attempt.path);
+            ctx.shared.networks.lock().forget(&self.attempt.path);
             // The peer may be slow or down rather than behind a filter: UDP gets all of its time.
             let over = if self.attempt.over == Over::TcpAsBefore { Over::UdpThenTcp } else { Over::Udp };
             return self.restart(ctx, now, over);
@@ -482,11 +484,11 @@ impl Initiating {
             Ok(parts) => parts,
             Err(fault) => {
                 ctx.log("ENC", 1, self.tag(), format!("IKE_SA_INIT response ignored: {fault}"));
-                ctx.counters.of(&self.connection.name).count(Counter::Invalid);
+                ctx.shared.counters.of(&self.connection.name).count(Counter::Invalid);
                 return Some(IkeSa::Initiating(self));
             }
         };
-        ctx.counters.of(&self.connection.name).message(ExchangeType::IKE_SA_INIT, true, true);
+        ctx.shared.counters.of(&self.connection.name).message(ExchangeType::IKE_SA_INIT, true, true);
         if let Some(cookie) = parts.notify(NotifyType::COOKIE).filter(|_| parts.sa.is_none()) {
             // RFC 7296 §2.6: 1 to 64 octets. One puzzle at a time.
             let idle = self.attempt.solving.is_none();
@@ -799,7 +801,7 @@ impl Attempt {
         let retry = Retry::start(now, &policy, over_stream, ctx.rng.as_mut());
         let line = format!("sending IKE_SA_INIT request to {}", self.path.remote);
         ctx.log("NET", 2, Some((id, &connection.name)), line);
-        ctx.counters.of(&connection.name).message(ExchangeType::IKE_SA_INIT, false, false);
+        ctx.shared.counters.of(&connection.name).message(ExchangeType::IKE_SA_INIT, false, false);
         ctx.transmit(self.path, [request.clone()]);
         self.progress = Progress::Sent { request, retry };
     }
@@ -823,7 +825,7 @@ pub(super) fn float(ctx: &mut Context, now: Instant, connection: &Connection, co
     }
     if connection.tcp == TcpPolicy::Fallback {
         // Nothing of it is authentic yet, but at worst UDP is tried in vain, or TCP for an hour.
-        ctx.networks.note(now, &core.path);
+        ctx.shared.networks.lock().note(now, &core.path);
     }
 }
 

@@ -248,7 +248,7 @@ impl InitiatorIntermediate {
             None => {
                 let keys = crypto::ike_keys(&suite, secret, seed).map_err(|error| error.to_string())?;
                 let channel = Channel::new(suite, keys, spis, true, false).map_err(|error| error.to_string())?;
-                let mut channel = channel.counted(Some(ctx.counters.of(&self.core.name)));
+                let mut channel = channel.counted(Some(ctx.shared.counters.of(&self.core.name)));
                 channel.fragmentation = fragmentation;
                 self.channel = Some(channel);
                 Ok(())

@@ -262,7 +262,7 @@ impl ResponderIntermediate {
         // The customary place, behind the SA payload.
         answer.payloads.insert(1.min(answer.payloads.len()), Payload::Ke { group: self.suite.ke, data: public });
         self.material.ours = wire::encode(&answer);
-        ctx.counters.unnamed().message(ExchangeType::IKE_SA_INIT, false, true);
+        ctx.shared.counters.unnamed().message(ExchangeType::IKE_SA_INIT, false, true);
         ctx.transmit(self.core.path, [self.material.ours.clone()]);
         self.phase = Phase::Answered(pending);
         Some(IkeSa::ResponderIntermediate(self))
@@ -299,7 +299,7 @@ impl ResponderIntermediate {
         let keys = crypto::ike_keys(&self.suite, &secret, self.seed()).map_err(|error| error.to_string())?;
         let channel = Channel::new(self.suite, keys, self.spis, false, false);
         let channel = channel.map_err(|error| error.to_string())?;
-        let mut channel = channel.counted(Some(ctx.counters.unnamed()));
+        let mut channel = channel.counted(Some(ctx.shared.counters.unnamed()));
         channel.fragmentation = self.fragmentation;
         self.channel = Some(channel);
         Ok(())

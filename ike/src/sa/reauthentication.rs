@@ -30,7 +30,7 @@ impl Established {
         }
         self.reauthenticating = true;
         // RFC 5723 §6.2: a ticket would prove nothing anew.
-        ctx.tickets.drop_all_held(&self.core.name);
+        ctx.shared.tickets.lock().drop_all_held(&self.core.name);
         if !ctx.config.make_before_break && !self.rekeyless {
             self.queue.push_front(Task::DeleteIke { token: None, reason: CloseReason::Local });
             return;

@@ -207,7 +207,7 @@ impl Established {
         let channel = Channel::new(suite, keys, spis, true, true).map_err(|error| error.to_string())?;
         let channel = channel.counted(self.channel.tally.clone());
         let id = ctx.next_ike();
-        ctx.ike_spis.insert(offer.spi, id);
+        ctx.shared.spis.set(offer.spi, id);
         Ok(Successor { id, channel, lowest_nonce: offer.nonce.min(nr.clone()) })
     }
 

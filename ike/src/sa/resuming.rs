@@ -98,7 +98,7 @@ fn take_ticket(
     (local, remote): (IpAddr, IpAddr),
 ) -> Option<(Held, Path)> {
     let path = udp_path(ctx, connection, local, remote);
-    let held = ctx.tickets.take(now, connection, remote, &local_identity(connection, &path))?;
+    let held = ctx.shared.tickets.lock().take(now, connection, remote, &local_identity(connection, &path))?;
     Some((held, path))
 }
 
@@ -110,7 +110,7 @@ pub(super) fn has_ticket(
     (local, remote): (IpAddr, IpAddr),
 ) -> bool {
     let local_id = local_identity(connection, &udp_path(ctx, connection, local, remote));
-    ctx.tickets.has(now, connection, remote, &local_id)
+    ctx.shared.tickets.lock().has(now, connection, remote, &local_id)
 }
 
 impl Resuming {
@@ -350,7 +350,7 @@ impl Resuming {
     fn unanswered(mut self: Box<Self>, ctx: &mut Context, now: Instant) -> Option<IkeSa> {
         let (ticket, grant) = (std::mem::take(&mut self.held.ticket), self.held.grant.clone());
         let (ends, suite, d) = (self.held.ends, self.held.suite, self.held.d.duplicate());
-        ctx.tickets.hold(now, self.from_start.remote, Held { ticket, ends, suite, d, grant });
+        ctx.shared.tickets.lock().hold(now, self.from_start.remote, Held { ticket, ends, suite, d, grant });
         self.from_start(ctx, now, "no answer to the ticket")
     }
 

@@ -86,7 +86,8 @@ impl Established {
         let grant = Grant { ike_sa: self.core.id, connection, peer, basis };
         let keys = Keys { suite: self.channel.suite, spis: self.channel.spis, d: &self.channel.d };
         let lifetime = Duration::from_secs(seconds.into());
-        let issued = ctx.tickets.issue(now, ctx.rng.as_mut(), grant, &keys, lifetime);
+        let Context { shared, rng, .. } = ctx;
+        let issued = shared.tickets.lock().issue(now, rng.as_mut(), grant, &keys, lifetime);
         let (serial, ticket) = issued.ok_or("its identity is too long")?;
         self.ticket.given = Some(serial);
         ctx.log("IKE", 1, self.core.tag(), format!("ticket for the peer, good for {seconds}s"));
@@ -105,7 +106,7 @@ impl Established {
     /// The peer's ticket is no longer good.
     pub(super) fn withdraw_ticket(&mut self, ctx: &mut Context) {
         if let Some(serial) = self.ticket.given.take() {
-            ctx.tickets.revoke(serial);
+            ctx.shared.tickets.lock().revoke(serial);
         }
     }
 
@@ -165,7 +166,7 @@ impl Established {
         let (peer, basis, connection) = (self.peer.clone(), self.basis.clone(), self.connection.clone());
         let grant = Grant { ike_sa: self.core.id, connection, peer, basis };
         let (suite, d) = (self.channel.suite, self.channel.d.duplicate());
-        ctx.tickets.hold(now, self.core.path.remote.ip(), Held { ticket, ends, suite, d, grant });
+        ctx.shared.tickets.lock().hold(now, self.core.path.remote.ip(), Held { ticket, ends, suite, d, grant });
         true
     }
 

@@ -198,7 +198,7 @@ impl Established {
             return;
         }
         // §7.1: what is known of the network can shorten the wait.
-        let known = ctx.networks.needs_stream(now, &self.core.path) && self.transports.beside.is_none();
+        let known = ctx.shared.networks.lock().needs_stream(now, &self.core.path) && self.transports.beside.is_none();
         let wait = if known { Duration::ZERO } else { self.connection.tcp_delay };
         self.transports.stream_at.get_or_insert(after(now, wait));
     }
@@ -275,7 +275,7 @@ impl Established {
     /// The responder has followed: what the network lets through is known.
     pub(super) fn transport_agreed(&mut self, ctx: &mut Context, now: Instant) {
         if self.connection.tcp == TcpPolicy::Fallback {
-            ctx.networks.note(now, &self.core.path);
+            ctx.shared.networks.lock().note(now, &self.core.path);
         }
         self.transports.beside = None;
         if self.is_over_stream() {

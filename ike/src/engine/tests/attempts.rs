@@ -71,7 +71,7 @@ fn a_refusal_is_believed_in_the_end() {
     assert!(pair.sides[A].failed(1).is_none());
     pair.run(seconds(10));
     assert_eq!(pair.sides[A].failed(1).as_deref(), Some("received NO_PROPOSAL_CHOSEN notify error"));
-    assert!(pair.sides[A].engine.ctx.ike_spis.is_empty());
+    assert!(pair.sides[A].engine.ctx.own_spis() == 0);
 }
 
 // `keyingtries`: silence in IKE_AUTH begins another sequence, as silence in IKE_SA_INIT does.
@@ -143,5 +143,5 @@ fn a_stream_that_cannot_be_opened_again_ends_the_attempt() {
     pair.break_streams();
     pair.run(seconds(400));
     assert!(pair.sides[A].failed(1).is_some());
-    assert!(pair.sides[A].engine.ctx.ike_spis.is_empty() && pair.sides[A].engine.streams.is_empty());
+    assert!(pair.sides[A].engine.ctx.own_spis() == 0 && pair.sides[A].engine.ctx.shared.streams.is_empty());
 }

@@ -82,14 +82,14 @@ fn an_exhausted_pool_gives_internal_address_failure_and_keeps_the_ike_sa() {
         shares: crate::pool::Shares::Wanted,
         host: SocketAddr::new(ip("10.0.0.3"), 500),
     };
-    pair.sides[B].engine.ctx.pools.acquire(&["full".to_owned()], &holder, IkeSaId(99), wish).unwrap();
+    pair.sides[B].engine.ctx.shared.pools.lock().acquire(&["full".to_owned()], &holder, IkeSaId(99), wish).unwrap();
     connect(&mut pair);
     assert_eq!(pair.sides[A].failed(1).as_deref(), Some("received INTERNAL_ADDRESS_FAILURE notify error"));
     pair.assert_same(1, 0);
     assert_eq!((vips(&pair, A), vips(&pair, B)), Default::default());
 
     // §2.19: another try in CREATE_CHILD_SA, now that there is one.
-    pair.sides[B].engine.ctx.pools.release(IkeSaId(99));
+    pair.sides[B].engine.ctx.shared.pools.lock().release(IkeSaId(99));
     pair.initiate(A, 2);
     pair.run(seconds(3));
     assert!(pair.sides[A].done(2), "{:?}", pair.sides[A].failed(2));
@@ -325,7 +325,7 @@ fn a_new_ike_sa_that_replaces_the_old_gets_its_address() {
         pair.cut = true;
         let now = pair.now;
         pair.sides[A].engine.terminate(now, Target::Ike(id), true, 2).unwrap();
-        pair.sides[A].engine.ctx.former_addresses.clear();
+        pair.sides[A].engine.ctx.shared.former_addresses.lock().clear();
         pair.run(seconds(1));
         pair.cut = false;
         pair.sides[A].installed.clear();

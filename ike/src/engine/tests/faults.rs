@@ -209,7 +209,12 @@ fn failed_attempts_leave_nothing_behind() {
         let engine = &pair.sides[side].engine;
         assert_eq!(engine.counts(), (0, 0));
         let ctx = &engine.ctx;
-        assert!(ctx.ike_spis.is_empty() && ctx.child_spis.is_empty() && ctx.jobs.is_empty() && ctx.peers.is_empty());
+        assert!(
+            ctx.own_spis() == 0
+                && ctx.child_spis.is_empty()
+                && ctx.jobs.is_empty()
+                && ctx.shared.peers.all().is_empty()
+        );
         assert!(engine.inits.is_empty() && engine.timers.is_empty() && engine.upkeep.is_empty());
         assert!(ctx.tombstones.len() <= 1024);
     }

@@ -486,11 +486,11 @@ fn an_initiator_takes_no_other_answer_than_the_next_key_exchange() {
     for payloads in [Vec::new(), vec![Payload::Ke { group: Ke::ML_KEM_768, data: vec![0; 1087] }]] {
         let pair = answered_with(true, 44, &payloads);
         assert!(pair.sides[A].failed(2).is_some());
-        assert!(pair.sides[A].engine.sas.is_empty() && pair.sides[A].engine.ctx.ike_spis.is_empty());
+        assert!(pair.sides[A].engine.sas.is_empty() && pair.sides[A].engine.ctx.own_spis() == 0);
     }
     let pair = answered_with(true, 44, &[notify(NotifyType::NO_PROPOSAL_CHOSEN, Vec::new())]);
     assert!(pair.sides[A].failed(2).is_some());
-    assert_eq!((pair.sides[A].up().len(), pair.sides[A].engine.ctx.ike_spis.len()), (1, 1));
+    assert_eq!((pair.sides[A].up().len(), pair.sides[A].engine.ctx.own_spis()), (1, 1));
 }
 
 // Jobs of an IKE SA that ends while they run are dropped, and what was reserved is free again.
@@ -516,7 +516,7 @@ fn what_ends_in_the_middle_leaves_nothing_behind() {
                 for here in &pair.sides {
                     assert!(here.engine.ctx.jobs.is_empty());
                     assert_eq!(here.engine.ctx.child_spis.len(), here.installed.len());
-                    assert_eq!(here.engine.ctx.ike_spis.len(), here.engine.sas.len());
+                    assert_eq!(here.engine.ctx.own_spis(), here.engine.sas.len());
                 }
                 assert!(pair.sides[side].engine.sas.is_empty());
             }

@@ -81,32 +81,27 @@ fn forged_and_repeated_fragments_take_nothing() {
 // Fragments of all IKE SAs together have a limit, a lower one for peers that have not authenticated.
 #[test]
 fn waiting_fragments_of_all_have_a_limit() {
-    use crate::engine::upkeep::{Held, Upkeep};
-    let now = Instant::now();
-    let mut upkeep = Upkeep::default();
+    use crate::engine::upkeep::{Fragments, Held};
+    let fragments = Fragments::default();
     let of = |fragments, stranger| Held::new([None, None], fragments, stranger);
-    let mut held = Vec::new();
-    for n in 1..1000 {
-        let new = of(60_000, true);
-        if !upkeep.has_room(Held::default(), new) {
-            break;
-        }
-        held.push((n, upkeep.changed(now, IkeSaId(n), Held::default(), new)));
-    }
-    assert_eq!(held.len(), (8 << 20) / 60_000);
+    let none = Held::default();
+    let one = of(60_000, true);
+    let count = (1..1000).take_while(|_| fragments.exchange(none, one)).count();
+    assert_eq!(count, (8 << 20) / 60_000);
     // Those who authenticated have room still; who holds some may hold less, and not more.
-    assert!(upkeep.has_room(Held::default(), of(60_000, false)));
-    let (first, one) = held[0];
-    assert!(upkeep.has_room(one, of(50_000, true)));
-    assert!(!upkeep.has_room(one, of(160_000, true)));
-    assert!(upkeep.has_room(one, of(60_000, false)));
-    let peer = upkeep.changed(now, IkeSaId(first), one, of(60_000, false));
-    assert!(upkeep.has_room(Held::default(), of(60_000, true)));
-    upkeep.changed(now, IkeSaId(first), peer, Held::default());
-    for (n, one) in held.into_iter().skip(1) {
-        upkeep.changed(now, IkeSaId(n), one, Held::default());
+    assert!(fragments.exchange(none, of(60_000, false)) && fragments.exchange(of(60_000, false), none));
+    assert!(fragments.exchange(one, of(50_000, true)) && fragments.exchange(of(50_000, true), one));
+    let before = fragments.total();
+    assert!(!fragments.exchange(one, of(160_000, true)));
+    assert_eq!(fragments.total(), before, "what is refused changes nothing");
+    // One of them authenticates.
+    assert!(fragments.exchange(one, of(60_000, false)));
+    assert!(fragments.exchange(none, one));
+    assert!(fragments.exchange(of(60_000, false), none));
+    for _ in 0..count {
+        assert!(fragments.exchange(one, none));
     }
-    assert!(upkeep.is_empty() && upkeep.next_timeout().is_none());
+    assert_eq!(fragments.total(), 0);
 }
 
 // RFC 7383 §2.3: "MUST NOT … unless both peers have announced".

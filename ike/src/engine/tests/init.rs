@@ -58,7 +58,7 @@ fn requests_without_cookie_make_no_state() {
         pair.sides[B].engine.handle_message(now, path, &request.bytes);
     }
     assert_eq!(pair.sides[B].engine.counts(), (0, 0));
-    assert!(pair.sides[B].engine.ctx.ike_spis.is_empty());
+    assert!(pair.sides[B].engine.ctx.own_spis() == 0);
 }
 
 // RFC 7296 §2.6: a cookie is good for its nonce, address and SPI only.

@@ -65,6 +65,10 @@ use crate::crypto::parse_proposals;
 pub(super) struct TestRng(u64);
 
 impl TestRng {
+    pub(super) fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
     pub(super) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
@@ -490,6 +494,7 @@ impl Pair {
                 Output::OpenStream { stream, local, remote, .. } => self.open(side, stream, local, remote),
                 Output::CloseStream(stream) => self.close_stream(side, stream),
                 Output::Judgement(stream, judgement) => self.sides[side].judgements.push((stream, judgement)),
+                Output::Note(_) | Output::Initiate(_) => panic!("an engine alone has nobody to tell"),
             }
         }
     }
@@ -636,7 +641,7 @@ impl Pair {
             assert_eq!(known, children, "known Child SAs on side {side}");
             assert_eq!(here.engine.ctx.child_spis.len(), children, "leaked SPIs on side {side}");
             assert_eq!(here.engine.ctx.child_owners.len(), children, "leaked owners on side {side}");
-            assert_eq!(here.engine.ctx.ike_spis.len(), ikes, "leaked IKE SPIs on side {side}");
+            assert_eq!(here.engine.ctx.own_spis(), ikes, "leaked IKE SPIs on side {side}");
             assert!(here.engine.ctx.jobs.is_empty(), "jobs that linger");
             assert!(ikes > 0 || here.engine.places.is_empty(), "places that linger");
             assert!(ikes > 0 || here.engine.upkeep.is_empty(), "addresses or fragments that linger");

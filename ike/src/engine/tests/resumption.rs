@@ -20,7 +20,7 @@ fn with_ticket(seed: u64) -> Pair {
 
 fn with_ticket_of(pair: Pair) -> Pair {
     let pair = established(pair);
-    assert_eq!(pair.sides[B].engine.ctx.tickets.counts(), (1, 0));
+    assert_eq!(pair.sides[B].engine.ctx.shared.tickets.lock().counts(), (1, 0));
     assert!(pair.sides[A].logged("received a ticket"));
     pair
 }
@@ -31,7 +31,7 @@ fn lose(pair: &mut Pair) {
     pair.run(seconds(240));
     pair.cut = false;
     assert!(pair.sides[A].engine.sas.is_empty() && pair.sides[A].installed.is_empty());
-    assert_eq!(pair.sides[A].engine.ctx.tickets.counts().1, 1);
+    assert_eq!(pair.sides[A].engine.ctx.shared.tickets.lock().counts().1, 1);
 }
 
 /// Nobody can prove anything by credentials any more, though the engines do not know.
@@ -124,7 +124,7 @@ fn a_lost_ike_sa_is_resumed_by_its_ticket_alone() {
         assert!(pair.sides[B].down(CloseReason::Replaced));
         assert!(!pair.sides[A].logged("received DELETE"));
         // A ticket for the next time, and the one before is used up.
-        assert_eq!(pair.sides[B].engine.ctx.tickets.counts(), (1, 0));
+        assert_eq!(pair.sides[B].engine.ctx.shared.tickets.lock().counts(), (1, 0));
     }
 }
 
@@ -236,7 +236,7 @@ fn bad_tickets_get_a_refusal_and_no_state() {
     refused(&mut pair, &|ticket| ticket.push(0));
     refused(&mut pair, &|ticket| ticket.resize(60_000, 0));
     assert_eq!(pair.sides[B].engine.counts(), before);
-    assert_eq!(pair.sides[B].engine.ctx.tickets.counts(), (1, 0));
+    assert_eq!(pair.sides[B].engine.ctx.shared.tickets.lock().counts(), (1, 0));
     // The good one is good yet.
     come_back(&mut pair, 3);
     assert_eq!(resumed(&pair), [true, true]);
@@ -267,19 +267,19 @@ fn two_cannot_use_one_ticket() {
     lose(&mut pair);
     let now = pair.now;
     let connection = Arc::clone(&pair.sides[A].engine.ctx.connections[0]);
-    let held = pair.sides[A].engine.ctx.tickets.take(now, &connection, address(B), &id("a")).unwrap();
+    let held = pair.sides[A].engine.ctx.shared.tickets.lock().take(now, &connection, address(B), &id("a")).unwrap();
     let copy = |held: &HeldTicket| HeldTicket {
         ticket: held.ticket.clone(),
         d: held.d.duplicate(),
         grant: held.grant.clone(),
         ..*held
     };
-    pair.sides[A].engine.ctx.tickets.hold(now, address(B), copy(&held));
+    pair.sides[A].engine.ctx.shared.tickets.lock().hold(now, address(B), copy(&held));
     pair.delay = (Duration::ZERO, Duration::from_millis(10));
     pair.initiate(A, 2);
     pair.run(Duration::from_millis(21));
     // IKE_AUTH of the first is under way; the second begins, as a client that reuses a ticket would.
-    pair.sides[A].engine.ctx.tickets.hold(now, address(B), held);
+    pair.sides[A].engine.ctx.shared.tickets.lock().hold(now, address(B), held);
     let (want, local) = (Want { child: None, token: Some(3) }, address(A));
     let (id, sa) = resuming::begin(&mut pair.sides[A].engine.ctx, now, connection, want, local, address(B)).unwrap();
     assert!(matches!(sa, IkeSa::Resuming(_)));
@@ -293,12 +293,12 @@ fn two_cannot_use_one_ticket() {
 /// A, with another idea of what its ticket is for.
 fn with_held(pair: &mut Pair, local_id: &str, change: Tamper) {
     let (now, connection) = (pair.now, Arc::clone(&pair.sides[A].engine.ctx.connections[0]));
-    let mut held = pair.sides[A].engine.ctx.tickets.take(now, &connection, address(B), &id("a")).unwrap();
+    let mut held = pair.sides[A].engine.ctx.shared.tickets.lock().take(now, &connection, address(B), &id("a")).unwrap();
     let connection = Arc::new(Connection { local_id: Some(id(local_id)), ..resuming(A) });
     pair.sides[A].engine.set_connections(vec![Arc::clone(&connection)]);
     held.grant.connection = connection;
     change(&mut held);
-    pair.sides[A].engine.ctx.tickets.hold(now, address(B), held);
+    pair.sides[A].engine.ctx.shared.tickets.lock().hold(now, address(B), held);
 }
 
 type Tamper = fn(&mut HeldTicket);
@@ -438,7 +438,7 @@ fn a_ticket_ends_with_a_deleted_ike_sa() {
             pair.drain(by);
             pair.run(seconds(3));
             for side in &pair.sides {
-                assert_eq!(side.engine.ctx.tickets.counts(), (0, 0));
+                assert_eq!(side.engine.ctx.shared.tickets.lock().counts(), (0, 0));
             }
             come_back(&mut pair, 2);
             assert_from_start(&pair, 2, "deleted");
@@ -475,7 +475,7 @@ fn a_rekeyed_ike_sa_gets_another_ticket() {
         pair.sides[by].engine.rekey(now, Target::Ike(id), 7).unwrap();
         pair.drain(by);
         pair.run(seconds(9));
-        assert_eq!(pair.sides[B].engine.ctx.tickets.counts(), (1, 0), "{by}");
+        assert_eq!(pair.sides[B].engine.ctx.shared.tickets.lock().counts(), (1, 0), "{by}");
         // The runs are the same up to there, keys and all: it is a ticket that B gave, and has withdrawn.
         let answer = answer_to(&mut pair, &request, 2000, |_| ()).expect("an answer");
         assert!(says(&answer, NotifyType::TICKET_NACK).is_some(), "{by}");
@@ -601,8 +601,8 @@ fn silence_leads_to_a_full_authentication() {
     assert_from_start(&pair, 2, "silence");
     pair.assert_same(1, 1);
     // The IKE SA that is up has its own, and the other one is gone.
-    assert_eq!(pair.sides[A].engine.ctx.tickets.counts(), (0, 0));
-    assert_eq!(pair.sides[B].engine.ctx.tickets.counts(), (1, 0));
+    assert_eq!(pair.sides[A].engine.ctx.shared.tickets.lock().counts(), (0, 0));
+    assert_eq!(pair.sides[B].engine.ctx.shared.tickets.lock().counts(), (1, 0));
 }
 
 #[test]
@@ -744,7 +744,7 @@ fn a_half_open_resumption_hears_its_proof_only() {
         assert!(!pair.sides[B].logged("by ticket"), "{kind}");
         assert_eq!(pair.sides[B].logged("authentication of the peer failed"), kind > 0, "{kind}");
         // Nobody has used the ticket up.
-        assert_eq!(pair.sides[B].engine.ctx.tickets.counts(), (1, 0), "{kind}");
+        assert_eq!(pair.sides[B].engine.ctx.shared.tickets.lock().counts(), (1, 0), "{kind}");
     }
 }
 
@@ -854,7 +854,7 @@ fn tickets_are_given_to_clients_on_request() {
     let answer = ask(&mut pair, ExchangeType::INFORMATIONAL, &request);
     let ticket = answer.notify(NotifyType::TICKET_LT_OPAQUE).expect("a ticket");
     assert_eq!((ticket.protocol, ticket.spi.len()), (Protocol::NONE, 0));
-    assert_eq!(pair.sides[B].engine.ctx.tickets.counts(), (1, 0), "in place of the one before");
+    assert_eq!(pair.sides[B].engine.ctx.shared.tickets.lock().counts(), (1, 0), "in place of the one before");
     let mut pair = Pair::with(784, EngineConfig::default(), resuming(A), resuming(B));
     pair.initiate(B, 1);
     pair.run(seconds(3));
@@ -865,7 +865,7 @@ fn tickets_are_given_to_clients_on_request() {
     assert!(pair.sides[A].logged("the peer gives no ticket"));
     let answer = ask(&mut pair, ExchangeType::INFORMATIONAL, &request);
     assert!(answer.has(NotifyType::TICKET_NACK));
-    assert_eq!(pair.sides[B].engine.ctx.tickets.counts(), (0, 0));
+    assert_eq!(pair.sides[B].engine.ctx.shared.tickets.lock().counts(), (0, 0));
 }
 
 // RFC 5723 §4.1: with a rekey of the IKE SA the client has to ask again, under the successor.
@@ -910,7 +910,7 @@ fn an_address_as_identity_is_checked_again() {
     assert!(!pair.sides[A].done(2) && pair.sides[A].engine.sas.is_empty());
     // From where it was it is good yet.
     pair.nat = None;
-    assert_eq!(pair.sides[B].engine.ctx.tickets.counts(), (1, 0));
+    assert_eq!(pair.sides[B].engine.ctx.shared.tickets.lock().counts(), (1, 0));
 }
 
 // RFC 5723 §6.2: what was proved with credentials of before gives no ticket afterwards.
@@ -931,7 +931,7 @@ fn no_ticket_for_a_proof_of_before() {
     pair.sides[B].engine.forget_tickets();
     pair.run(seconds(20));
     assert!(pair.sides[A].done(1));
-    assert_eq!(pair.sides[B].engine.ctx.tickets.counts(), (0, 0));
+    assert_eq!(pair.sides[B].engine.ctx.shared.tickets.lock().counts(), (0, 0));
 }
 
 // RFC 5723 §7.1: a gateway's ticket of no use is ignored; one that is put off is asked for again.

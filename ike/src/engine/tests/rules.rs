@@ -379,7 +379,7 @@ fn a_rekey_of_the_ike_sa_without_key_exchange_is_refused() {
         Payload::Ke { group: Ke::X25519, data: vec![9; 32] },
     ];
     assert!(ask(&mut pair, ExchangeType::CREATE_CHILD_SA, &payloads).has(NotifyType::NO_PROPOSAL_CHOSEN));
-    assert_eq!((pair.sides[B].up().len(), pair.sides[B].engine.ctx.ike_spis.len()), (1, 1));
+    assert_eq!((pair.sides[B].up().len(), pair.sides[B].engine.ctx.own_spis()), (1, 1));
 }
 
 // §2.21.2: malformed or critical in IKE_AUTH: that error and nothing else, and no IKE SA.

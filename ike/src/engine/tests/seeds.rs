@@ -90,8 +90,8 @@ fn close_all(pair: &mut Pair) {
     pair.run(seconds(400));
     pair.assert_same(0, 0);
     for side in &pair.sides {
-        assert!(side.engine.ctx.child_spis.is_empty() && side.engine.ctx.ike_spis.is_empty());
-        assert!(side.engine.ctx.peers.is_empty() && side.engine.timers.is_empty());
+        assert!(side.engine.ctx.child_spis.is_empty() && side.engine.ctx.own_spis() == 0);
+        assert!(side.engine.ctx.shared.peers.all().is_empty() && side.engine.timers.is_empty());
     }
 }
 
