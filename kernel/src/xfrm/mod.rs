@@ -1,10 +1,11 @@
 //! The kernel's own IPsec (XFRM): states and policies by netlink, and what it says by itself.
 //!
-//! `codec` knows the octets, `socket` asks and answers, `suite` and `selectors` put the negotiated into the kernel's
-//! words, `tables` holds what is installed and keeps the kernel's databases like it, `plane` is the data plane, `events`
+//! `codec` knows the octets, `socket` asks and answers, `descriptions`, `suite` and `selectors` put the negotiated into
+//! the kernel's words, `tables` holds what is installed and keeps the kernel's databases like it, `plane` is the data plane, `events`
 //! the thread that listens.
 
 pub(crate) mod codec;
+mod descriptions;
 mod events;
 mod plane;
 mod priority;
@@ -24,7 +25,7 @@ use ipsec::transform::{Encr, Integ};
 
 pub(crate) use self::events::start;
 pub(crate) use self::plane::KernelPlane;
-use self::socket::XfrmSocket;
+use self::socket::{Databases as _, XfrmSocket};
 use self::tables::Tables;
 use crate::netlink::context;
 
@@ -127,5 +128,7 @@ const ACQUIRE_EXPIRES: &str = "2";
 /// Of no SA: a peer's SPIs and ours are random, and this one is for the loopback address.
 const PROBE_SPI: u32 = 0x100;
 
+#[cfg(test)]
+mod refusals;
 #[cfg(test)]
 mod tests;

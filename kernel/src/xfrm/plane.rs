@@ -11,7 +11,8 @@ use ipsec::plane::{
 use ipsec::selector::TrafficSelector;
 
 use super::Xfrm;
-use super::tables::{Links, Tables};
+use super::descriptions::Links;
+use super::tables::Tables;
 use crate::network::{Inner, lock};
 use crate::routes::{Owner, Routes, Via};
 

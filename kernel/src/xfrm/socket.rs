@@ -13,6 +13,30 @@ use super::codec::{
 };
 use crate::netlink::context;
 
+/// The SAD and SPD of one network namespace.
+pub(super) trait Databases {
+    /// Installs a state that is not there.
+    fn add_state(&mut self, state: &State, algorithms: &[(Algorithm, &[u8])]) -> io::Result<()>;
+    /// Removes a state; false when it was gone already.
+    fn delete_state(&mut self, id: StateId, mark: Mark) -> io::Result<bool>;
+    /// Moves a state to other ends, with its keys, counters and window. Where it keeps its name it is away for a moment.
+    fn move_state(&mut self, id: StateId, mark: Mark, to: &Ends) -> io::Result<()>;
+    /// One state; `None` when there is none of that name.
+    fn state(&mut self, id: StateId, mark: Mark) -> io::Result<Option<StateReport>>;
+    /// All states.
+    fn states(&mut self) -> io::Result<Vec<StateReport>>;
+    /// Installs a policy that is not there.
+    fn add_policy(&mut self, policy: &Policy) -> io::Result<()>;
+    /// Puts a policy in the place of the one of its name, if there is one, at once.
+    fn set_policy(&mut self, policy: &Policy) -> io::Result<()>;
+    /// Removes a policy; false when it was gone already.
+    fn delete_policy(&mut self, id: &PolicyId) -> io::Result<bool>;
+    /// The policy that somebody else has for the same packets; `None` when there is none.
+    fn foreign_policy(&mut self, id: &PolicyId) -> io::Result<Option<PolicyReport>>;
+    /// All policies but those of sockets.
+    fn policies(&mut self) -> io::Result<Vec<PolicyReport>>;
+}
+
 /// A connection to the SAD and SPD of one network namespace.
 pub(super) struct XfrmSocket {
     socket: Socket,
@@ -38,18 +62,39 @@ impl XfrmSocket {
         self.port
     }
 
-    pub(super) fn add_state(&mut self, state: &State, algorithms: &[(Algorithm, &[u8])]) -> io::Result<()> {
+    /// Sends a request and hands the answers to `each`, up to its acknowledgement or the end of its dump.
+    fn request(&mut self, message: Message, mut each: impl FnMut(u16, &[u8])) -> io::Result<()> {
+        self.sequence = self.sequence.wrapping_add(1);
+        let octets = message.finish(self.sequence);
+        self.socket.send_to(&octets, &SocketAddr::new(0, 0), 0)?;
+        loop {
+            let received = self.socket.recv_from(&mut self.buffer, 0);
+            let outcome = match received {
+                Ok((_, from)) if from.port_number() != 0 => None,
+                Ok(_) => read(&self.buffer, self.sequence, &mut each),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => None,
+                Err(e) => Some(Err(e)),
+            };
+            self.buffer.as_mut_slice().zeroize();
+            self.buffer.clear();
+            if let Some(outcome) = outcome {
+                return outcome;
+            }
+        }
+    }
+}
+
+impl Databases for XfrmSocket {
+    fn add_state(&mut self, state: &State, algorithms: &[(Algorithm, &[u8])]) -> io::Result<()> {
         let message = codec::put_state(REQUEST | ACK | CREATE | EXCLUSIVE, state, algorithms);
         self.request(message, |_, _| {})
     }
 
-    /// Removes a state; false when it was gone already.
-    pub(super) fn delete_state(&mut self, id: StateId, mark: Mark) -> io::Result<bool> {
+    fn delete_state(&mut self, id: StateId, mark: Mark) -> io::Result<bool> {
         found(self.request(codec::name_state(kind::DELETE_SA, REQUEST | ACK, id, mark), |_, _| {}))
     }
 
-    /// Moves a state to other ends, with its keys, counters and window. Where it keeps its name it is away for a moment.
-    pub(super) fn move_state(&mut self, id: StateId, mark: Mark, to: &Ends) -> io::Result<()> {
+    fn move_state(&mut self, id: StateId, mark: Mark, to: &Ends) -> io::Result<()> {
         let mut description = Zeroizing::new(Vec::new());
         self.request(codec::name_state(kind::GET_SA, REQUEST | ACK, id, mark), |kind, payload| {
             if kind == kind::NEW_SA {
@@ -81,8 +126,7 @@ impl XfrmSocket {
         })
     }
 
-    /// One state; `None` when there is none of that name.
-    pub(super) fn state(&mut self, id: StateId, mark: Mark) -> io::Result<Option<StateReport>> {
+    fn state(&mut self, id: StateId, mark: Mark) -> io::Result<Option<StateReport>> {
         let mut report = None;
         let message = codec::name_state(kind::GET_SA, REQUEST | ACK, id, mark);
         let asked = self.request(message, |kind, payload| {
@@ -93,8 +137,7 @@ impl XfrmSocket {
         Ok(found(asked)?.then_some(report).flatten())
     }
 
-    /// All states.
-    pub(super) fn states(&mut self) -> io::Result<Vec<StateReport>> {
+    fn states(&mut self) -> io::Result<Vec<StateReport>> {
         let mut reports = Vec::new();
         self.request(Message::new(kind::GET_SA, REQUEST | DUMP), |kind, payload| {
             if kind == kind::NEW_SA {
@@ -104,22 +147,19 @@ impl XfrmSocket {
         Ok(reports)
     }
 
-    pub(super) fn add_policy(&mut self, policy: &Policy) -> io::Result<()> {
+    fn add_policy(&mut self, policy: &Policy) -> io::Result<()> {
         self.request(codec::put_policy(kind::NEW_POLICY, REQUEST | ACK | CREATE | EXCLUSIVE, policy), |_, _| {})
     }
 
-    /// Puts a policy in the place of the one of its name, if there is one, at once.
-    pub(super) fn set_policy(&mut self, policy: &Policy) -> io::Result<()> {
+    fn set_policy(&mut self, policy: &Policy) -> io::Result<()> {
         self.request(codec::put_policy(kind::UPDATE_POLICY, REQUEST | ACK, policy), |_, _| {})
     }
 
-    /// Removes a policy; false when it was gone already.
-    pub(super) fn delete_policy(&mut self, id: &PolicyId) -> io::Result<bool> {
+    fn delete_policy(&mut self, id: &PolicyId) -> io::Result<bool> {
         found(self.request(codec::name_policy(kind::DELETE_POLICY, REQUEST | ACK, id, OWNER), |_, _| {}))
     }
 
-    /// The policy that somebody else has for the same packets; `None` when there is none.
-    pub(super) fn foreign_policy(&mut self, id: &PolicyId) -> io::Result<Option<PolicyReport>> {
+    fn foreign_policy(&mut self, id: &PolicyId) -> io::Result<Option<PolicyReport>> {
         let mut report = None;
         let asked = self.request(codec::name_policy(kind::GET_POLICY, REQUEST | ACK, id, 0), |kind, payload| {
             if kind == kind::NEW_POLICY {
@@ -129,8 +169,7 @@ impl XfrmSocket {
         Ok(found(asked)?.then_some(report).flatten())
     }
 
-    /// All policies but those of sockets.
-    pub(super) fn policies(&mut self) -> io::Result<Vec<PolicyReport>> {
+    fn policies(&mut self) -> io::Result<Vec<PolicyReport>> {
         let mut reports = Vec::new();
         // Without a body: the kernel wants none, whatever the structure for a single policy.
         self.request(Message::new(kind::GET_POLICY, REQUEST | DUMP), |kind, payload| {
@@ -139,27 +178,6 @@ impl XfrmSocket {
             }
         })?;
         Ok(reports)
-    }
-
-    /// Sends a request and hands the answers to `each`, up to its acknowledgement or the end of its dump.
-    fn request(&mut self, message: Message, mut each: impl FnMut(u16, &[u8])) -> io::Result<()> {
-        self.sequence = self.sequence.wrapping_add(1);
-        let octets = message.finish(self.sequence);
-        self.socket.send_to(&octets, &SocketAddr::new(0, 0), 0)?;
-        loop {
-            let received = self.socket.recv_from(&mut self.buffer, 0);
-            let outcome = match received {
-                Ok((_, from)) if from.port_number() != 0 => None,
-                Ok(_) => read(&self.buffer, self.sequence, &mut each),
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => None,
-                Err(e) => Some(Err(e)),
-            };
-            self.buffer.as_mut_slice().zeroize();
-            self.buffer.clear();
-            if let Some(outcome) = outcome {
-                return outcome;
-            }
-        }
     }
 }
 

@@ -6,23 +6,23 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use ipsec::plane::{
-    CopyDscp, Encapsulation, EspKeys, EspSuite, KernelOptions, Lifetime, Mark, Mode, Offload, PlaneError, PlaneEvent,
-    SaPair, Shunt, ShuntAction, TfcPadding, Trap, Usage,
+    Encapsulation, EspKeys, EspSuite, Lifetime, Mark, Mode, Offload, PlaneError, PlaneEvent, SaPair, Shunt,
+    ShuntAction, Trap, Usage,
 };
 use ipsec::selector::Flow;
 use rustix::io::Errno;
 
 use super::codec::{
-    Action, Direction, Ends, Event, Policy, PolicyId, Selector, State, StateId, StateReport, Template, extra_flag,
-    flag, offload,
+    Action, Direction, Ends, Event, Policy, PolicyId, Selector, State, StateId, StateReport, Template, flag,
 };
-use super::priority::{self, Purpose};
-use super::socket::{XfrmSocket, errno};
+use super::descriptions::{Links, ends, hull, inbound, outbound, policies, policy};
+use super::priority::Purpose;
+use super::socket::{Databases, XfrmSocket, errno};
 use super::{selectors, suite};
 
 /// The installed pairs, traps and shunts.
-pub(super) struct Tables {
-    socket: XfrmSocket,
+pub(super) struct Tables<D = XfrmSocket> {
+    databases: D,
     /// On the ESP packets that the kernel sends, so that they pass by the table of our routes.
     mark: u32,
     pairs: BTreeMap<u32, Pair>,
@@ -112,10 +112,10 @@ fn best(wishes: &[Wish]) -> Option<&Policy> {
     wishes.iter().rev().map(|wish| &wish.policy).min_by_key(|policy| policy.priority)
 }
 
-impl Tables {
-    pub(super) fn new(socket: XfrmSocket, mark: u32) -> Self {
+impl<D: Databases> Tables<D> {
+    pub(super) fn new(databases: D, mark: u32) -> Self {
         Self {
-            socket,
+            databases,
             mark,
             pairs: BTreeMap::new(),
             reqids: HashMap::new(),
@@ -129,16 +129,21 @@ impl Tables {
         }
     }
 
+    #[cfg(test)]
+    pub(super) fn databases(&mut self) -> &mut D {
+        &mut self.databases
+    }
+
     /// Removes states and policies that are ours and in no table; says how many.
     pub(super) fn remove_leftovers(&mut self) -> io::Result<(usize, usize)> {
-        let policies = self.socket.policies()?;
+        let policies = self.databases.policies()?;
         let mut removed = (0, 0);
         for policy in policies.iter().filter(|policy| policy.ours && !self.policies.contains_key(&policy.id)) {
-            removed.1 += usize::from(self.socket.delete_policy(&policy.id)?);
+            removed.1 += usize::from(self.databases.delete_policy(&policy.id)?);
         }
-        let states = self.socket.states()?;
+        let states = self.databases.states()?;
         for state in states.iter().filter(|state| state.ours && !self.states.contains_key(&state.id)) {
-            removed.0 += usize::from(self.socket.delete_state(state.id, state.mark)?);
+            removed.0 += usize::from(self.databases.delete_state(state.id, state.mark)?);
         }
         Ok(removed)
     }
@@ -225,7 +230,7 @@ impl Tables {
     fn add_state(&mut self, state: &State, suite: &EspSuite, keys: &EspKeys) -> Result<(), PlaneError> {
         let algorithms = suite::algorithms(suite, keys)?;
         let name = describe(state.id);
-        self.socket.add_state(state, &algorithms).map_err(|e| match errno(&e) {
+        self.databases.add_state(state, &algorithms).map_err(|e| match errno(&e) {
             Some(Errno::EXIST) => PlaneError::SpiInUse(state.id.spi),
             Some(Errno::NOSYS | Errno::PROTONOSUPPORT) => PlaneError::Unsupported {
                 plane: super::NAME,
@@ -236,7 +241,7 @@ impl Tables {
             },
             _ => system(format!("install the state of {name}"), e),
         })?;
-        let read_back = self.socket.state(state.id, state.mark);
+        let read_back = self.databases.state(state.id, state.mark);
         let complaint = match &read_back {
             Ok(Some(report)) => difference(state, report),
             Ok(None) => Some("it is gone".to_owned()),
@@ -253,7 +258,7 @@ impl Tables {
     }
 
     fn remove_state(&mut self, id: StateId, mark: Mark) {
-        if let Err(e) = self.socket.delete_state(id, mark) {
+        if let Err(e) = self.databases.delete_state(id, mark) {
             tracing::error!("remove the state of {}: {e}; it is tried again", describe(id));
             self.suspect = true;
         }
@@ -278,8 +283,8 @@ impl Tables {
         wishes.push(wish);
         let after = best(wishes).copied();
         let outcome = match (before, after) {
-            (None, Some(policy)) => add_policy(&mut self.socket, &policy),
-            (Some(before), Some(after)) if before != after => self.socket.set_policy(&after),
+            (None, Some(policy)) => add_policy(&mut self.databases, &policy),
+            (Some(before), Some(after)) if before != after => self.databases.set_policy(&after),
             _ => Ok(()),
         };
         if outcome.is_err() {
@@ -299,10 +304,10 @@ impl Tables {
         let outcome = match best(wishes).copied() {
             None => {
                 self.policies.remove(id);
-                self.socket.delete_policy(id).map(|_| ())
+                self.databases.delete_policy(id).map(|_| ())
             }
             after if after == before => Ok(()),
-            Some(after) => self.socket.set_policy(&after),
+            Some(after) => self.databases.set_policy(&after),
         };
         if let Err(e) = outcome {
             tracing::error!("change or remove a policy: {e}; it is tried again");
@@ -326,8 +331,8 @@ impl Tables {
             Sending::Retired => false,
         };
         let policies = pair.policies.clone();
-        let received = self.socket.move_state(inbound, marks.0, &to.reversed());
-        let sent = if sends { self.socket.move_state(outbound, marks.1, &to) } else { Ok(()) };
+        let received = self.databases.move_state(inbound, marks.0, &to.reversed());
+        let sent = if sends { self.databases.move_state(outbound, marks.1, &to) } else { Ok(()) };
         // What could not be moved keeps its name: the other may be that of somebody else's state.
         if let Some(pair) = self.pairs.get_mut(&spi_in) {
             if received.is_ok() {
@@ -359,7 +364,7 @@ impl Tables {
             }
         }
         match best(wishes).copied() {
-            Some(after) if before != Some(after) => self.socket.set_policy(&after),
+            Some(after) if before != Some(after) => self.databases.set_policy(&after),
             _ => Ok(()),
         }
     }
@@ -480,7 +485,7 @@ impl Tables {
         if (states, policies) != (0, 0) {
             tracing::warn!(states, policies, "removed what should not have been in the kernel any more");
         }
-        let there: HashMap<PolicyId, (u32, bool, Vec<u32>)> = (self.socket.policies()?.into_iter())
+        let there: HashMap<PolicyId, (u32, bool, Vec<u32>)> = (self.databases.policies()?.into_iter())
             .filter(|policy| policy.ours)
             .map(|policy| (policy.id, (policy.priority, policy.blocks, policy.reqids)))
             .collect();
@@ -491,23 +496,24 @@ impl Tables {
                 Action::Pass | Action::Drop => Vec::new(),
             };
             let outcome = match there.get(&policy.id) {
-                None => put_policy(&mut self.socket, policy),
+                None => put_policy(&mut self.databases, policy),
                 Some(policy_there) if *policy_there == (policy.priority, policy.action == Action::Drop, reqids) => {
                     continue;
                 }
-                Some(_) => self.socket.set_policy(policy),
+                Some(_) => self.databases.set_policy(policy),
             };
             outcome?;
             tracing::warn!(policy = %policy.id, "somebody removed or changed a policy of ours; it is put right");
         }
         let there: HashSet<StateId> =
-            (self.socket.states()?.into_iter()).filter(|state| state.ours).map(|state| state.id).collect();
+            (self.databases.states()?.into_iter()).filter(|state| state.ours).map(|state| state.id).collect();
         let mut events = Vec::new();
         for (spi_in, pair) in &mut self.pairs {
             let sends = matches!(pair.sending, Sending::Yes);
             // What a dump does not show while others change the database is asked for by name.
-            let mut exists =
-                |id: &StateId, mark| Ok::<_, io::Error>(there.contains(id) || self.socket.state(*id, mark)?.is_some());
+            let mut exists = |id: &StateId, mark| {
+                Ok::<_, io::Error>(there.contains(id) || self.databases.state(*id, mark)?.is_some())
+            };
             let whole = exists(&pair.inbound, pair.marks.0)? && (!sends || exists(&pair.outbound, pair.marks.1)?);
             if !whole && !pair.lost {
                 if events.len() >= LOST_AT_ONCE {
@@ -620,7 +626,7 @@ impl Tables {
         if self.read_at.is_some_and(|at| now.saturating_duration_since(at) < READ_EVERY) {
             return Ok(());
         }
-        let reports = self.socket.states().map_err(|e| system("read all counters".to_owned(), e))?;
+        let reports = self.databases.states().map_err(|e| system("read all counters".to_owned(), e))?;
         self.read_at = Some(now);
         for report in reports.iter().filter(|report| report.ours) {
             let Some(pair) = self.states.get(&report.id).and_then(|spi_in| self.pairs.get_mut(spi_in)) else {
@@ -642,7 +648,7 @@ impl Tables {
             Direction::In | Direction::Forward => (pair.inbound, pair.marks.0, received, true),
         };
         if installed {
-            let report = self.socket.state(id, mark);
+            let report = self.databases.state(id, mark);
             let report = report.map_err(|e| system(format!("read the counters of {}", describe(id)), e))?;
             if let Some(report) = report {
                 counter.note(&report);
@@ -690,12 +696,12 @@ impl Tables {
         let mut outcome = Ok(());
         for (_, pair) in std::mem::take(&mut self.pairs) {
             if matches!(pair.sending, Sending::Yes) {
-                outcome = outcome.and(self.socket.delete_state(pair.outbound, pair.marks.1).map(|_| ()));
+                outcome = outcome.and(self.databases.delete_state(pair.outbound, pair.marks.1).map(|_| ()));
             }
-            outcome = outcome.and(self.socket.delete_state(pair.inbound, pair.marks.0).map(|_| ()));
+            outcome = outcome.and(self.databases.delete_state(pair.inbound, pair.marks.0).map(|_| ()));
         }
         for (id, _) in std::mem::take(&mut self.policies) {
-            outcome = outcome.and(self.socket.delete_policy(&id).map(|_| ()));
+            outcome = outcome.and(self.databases.delete_policy(&id).map(|_| ()));
         }
         self.reqids.clear();
         self.states.clear();
@@ -707,8 +713,8 @@ impl Tables {
 }
 
 /// Installs a policy that is not there, unless somebody else's for the same packets would go before it.
-fn add_policy(socket: &mut XfrmSocket, policy: &Policy) -> io::Result<()> {
-    if let Some(other) = socket.foreign_policy(&policy.id)?
+fn add_policy(databases: &mut impl Databases, policy: &Policy) -> io::Result<()> {
+    if let Some(other) = databases.foreign_policy(&policy.id)?
         && other.priority <= policy.priority
     {
         return Err(io::Error::new(
@@ -716,174 +722,15 @@ fn add_policy(socket: &mut XfrmSocket, policy: &Policy) -> io::Result<()> {
             format!("another key manager has one for the same packets (priority {})", other.priority),
         ));
     }
-    put_policy(socket, policy)
+    put_policy(databases, policy)
 }
 
-fn put_policy(socket: &mut XfrmSocket, policy: &Policy) -> io::Result<()> {
-    match socket.add_policy(policy) {
+fn put_policy(databases: &mut impl Databases, policy: &Policy) -> io::Result<()> {
+    match databases.add_policy(policy) {
         // One of ours that could not be removed.
-        Err(e) if errno(&e) == Some(Errno::EXIST) => socket.set_policy(policy),
+        Err(e) if errno(&e) == Some(Errno::EXIST) => databases.set_policy(policy),
         outcome => outcome,
     }
-}
-
-/// Between which ends the packets travel that we send.
-fn ends(encapsulation: &Encapsulation) -> Result<Ends, PlaneError> {
-    match *encapsulation {
-        Encapsulation::None { local, remote } => Ok(Ends { source: local, destination: remote, ports: None }),
-        Encapsulation::Udp { local, remote } => {
-            Ok(Ends { source: local.ip(), destination: remote.ip(), ports: Some((local.port(), remote.port())) })
-        }
-        Encapsulation::Stream { .. } => {
-            Err(PlaneError::Unsupported { plane: super::NAME, what: "ESP in TCP streams".to_owned() })
-        }
-    }
-}
-
-/// Indices of the links that options name.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Links {
-    /// That policies are for; 0 is any.
-    pub(super) interface: u32,
-    /// That does a part of ESP.
-    pub(super) device: Option<u32>,
-}
-
-fn inbound(pair: &SaPair, ends: &Ends, selector: Option<Selector>, links: &Links) -> State {
-    let options = &pair.options;
-    let outbound = outbound(pair, ends, selector, links, 0);
-    let mut flags = outbound.flags;
-    if matches!(options.copy_dscp, CopyDscp::In | CopyDscp::Both) {
-        flags |= flag::DECAPSULATE_DSCP;
-    }
-    State {
-        id: StateId { destination: ends.source, spi: pair.spi_in },
-        source: ends.destination,
-        selector: selector.map(Selector::reversed),
-        replay_window: pair.replay_window,
-        encapsulation: ends.reversed().ports,
-        tfc_padding: 0,
-        flags,
-        extra_flags: 0,
-        offload: outbound.offload.map(|(device, what)| (device, what | offload::INBOUND)),
-        set_mark: options.set_mark_in,
-        mark: if options.mark_in_sa { options.mark_in } else { Mark::default() },
-        if_id: options.if_id_in,
-        ..outbound
-    }
-}
-
-fn outbound(pair: &SaPair, ends: &Ends, selector: Option<Selector>, links: &Links, mark: u32) -> State {
-    let options = &pair.options;
-    let mut flags = if selector.is_none() { flag::ANY_FAMILY } else { 0 };
-    if !pair.copy_df {
-        flags |= flag::NO_PMTU_DISCOVERY;
-    }
-    if !pair.copy_ecn {
-        flags |= flag::NO_ECN;
-    }
-    let mut lifetime = pair.lifetime;
-    if !pair.suite.esn {
-        // Sequence numbers must not come round (RFC 4303 §3.3.3).
-        let least = |limit: Option<u64>, most| Some(limit.map_or(most, |limit: u64| limit.min(most)));
-        lifetime.soft_packets = least(lifetime.soft_packets, LAST_SEQUENCE_NUMBERS);
-        lifetime.hard_packets = least(lifetime.hard_packets, u32::MAX.into());
-    }
-    State {
-        id: StateId { destination: ends.destination, spi: pair.spi_out },
-        source: ends.source,
-        reqid: pair.reqid,
-        mode: pair.mode,
-        selector,
-        lifetime,
-        // With 64-bit sequence numbers the kernel wants a window even for what it sends.
-        replay_window: u32::from(pair.suite.esn),
-        esn: pair.suite.esn,
-        encapsulation: ends.ports,
-        flags,
-        extra_flags: match options.copy_dscp {
-            CopyDscp::Out | CopyDscp::Both => 0,
-            CopyDscp::In | CopyDscp::No => extra_flag::NO_DSCP_OUTSIDE,
-        },
-        offload: links.device.map(|device| {
-            let family = if ends.destination.is_ipv6() { offload::IPV6 } else { 0 };
-            (device, if options.offload == Offload::Packet { family | offload::PACKET } else { family })
-        }),
-        tfc_padding: match pair.tfc {
-            TfcPadding::None => 0,
-            TfcPadding::Mtu => u32::MAX,
-            TfcPadding::To(length) => length.into(),
-        },
-        // Ours has its packets pass by the table of our routes.
-        set_mark: match options.set_mark_out {
-            configured if configured != Mark::default() => configured,
-            _ => Mark { value: mark, mask: u32::MAX },
-        },
-        mark: options.mark_out,
-        if_id: options.if_id_out,
-    }
-}
-
-/// What an SA in transport mode may carry, whichever policy leads to it: nobody else's packets by way of a peer's SA.
-/// In tunnel mode the policies see to that.
-fn hull(mode: Mode, selectors: &[Selector]) -> Result<Option<Selector>, PlaneError> {
-    if mode == Mode::Tunnel {
-        return Ok(None);
-    }
-    let mut all = selectors.iter().copied();
-    let Some(mut hull) = all.next() else { return Ok(None) };
-    for selector in all {
-        if (selector.source, selector.destination) != (hull.source, hull.destination) {
-            let what = "transport mode between several addresses with one Child SA".to_owned();
-            return Err(PlaneError::Unsupported { plane: super::NAME, what });
-        }
-        if selector.protocol != hull.protocol {
-            hull.protocol = 0;
-        }
-        hull.source_port = Default::default();
-        hull.destination_port = Default::default();
-    }
-    Ok(Some(hull))
-}
-
-fn policies(pair: &SaPair, ends: &Ends, selectors: &[Selector]) -> Vec<Policy> {
-    let options = &pair.options;
-    let [to_peer, to_us] = [*ends, ends.reversed()].map(|ends| Action::Protect(template(pair, &ends)));
-    let mut policies = Vec::new();
-    for selector in selectors {
-        // Inbound first: nothing that the peer may send already is dropped.
-        policies.push(policy(Direction::In, selector.reversed(), Purpose::Sa, to_us, options));
-        if pair.mode == Mode::Tunnel {
-            policies.push(policy(Direction::Forward, selector.reversed(), Purpose::Sa, to_us, options));
-        }
-        policies.push(policy(Direction::Out, *selector, Purpose::Sa, to_peer, options));
-    }
-    policies
-}
-
-fn template(pair: &SaPair, ends: &Ends) -> Template {
-    let nowhere = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
-    let (source, destination) = match pair.mode {
-        Mode::Tunnel => (ends.source, ends.destination),
-        // The kernel takes the packet's own.
-        Mode::Transport => (nowhere, nowhere),
-    };
-    Template { reqid: pair.reqid, mode: pair.mode, source, destination }
-}
-
-fn policy(
-    direction: Direction,
-    selector: Selector,
-    purpose: Purpose,
-    action: Action,
-    options: &KernelOptions,
-) -> Policy {
-    let (mark, if_id) = match direction {
-        Direction::Out => (options.mark_out, options.if_id_out),
-        Direction::In | Direction::Forward => (options.mark_in, options.if_id_in),
-    };
-    let priority = if options.priority == 0 { priority::of(&selector, purpose) } else { options.priority };
-    Policy { id: PolicyId { direction, selector, mark, if_id }, priority, action }
 }
 
 /// What the kernel understood otherwise than it was meant.
@@ -955,5 +802,3 @@ const ICMPV6: u8 = 58;
 const FEW: usize = 32;
 const READ_EVERY: Duration = Duration::from_millis(500);
 const LOST_AT_ONCE: usize = 256;
-/// From here on a successor is due.
-const LAST_SEQUENCE_NUMBERS: u64 = 0xf000_0000;

@@ -11,9 +11,10 @@ use ipsec::plane::{KernelOptions, Mode, PlaneError, PlaneEvent, Trap};
 use ipsec::selector::TrafficSelector;
 
 use super::codec::{self, Action, Direction, Policy, PolicyId, Port, Selector, Template, kind};
+use super::descriptions::Links;
 use super::selectors;
 use super::socket::{XfrmSocket, subscribe};
-use super::tables::{Links, Tables};
+use super::tables::Tables;
 use crate::netns::Namespace;
 
 fn network(text: &str) -> TrafficSelector {

@@ -6,6 +6,7 @@
 mod life;
 mod model;
 mod paths;
+mod refusals;
 mod rekey;
 mod selectors;
 mod shunts;
