@@ -1,5 +1,6 @@
 //! Everything of Latchkey that is Linux: sockets of IKE and ESP, the TUN device, routes, the kernel's IPsec by XFRM
-//! netlink, and the threads of the user-space ESP plane. The only crate with `unsafe`, each with its reason.
+//! netlink, and the threads of the user-space ESP plane. All `unsafe` is here, and at the C
+//! edge of `latch`, each with its reason.
 
 pub mod interfaces;
 mod netlink;

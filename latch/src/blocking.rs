@@ -54,6 +54,7 @@ pub struct Client {
 pub struct Latch {
     changes: watch::Receiver<Option<Change>>,
     created: Created,
+    protocol: u8,
     on_break: Disposition,
     holding: Holding,
 }
@@ -95,16 +96,16 @@ impl Client {
         wanted: impl Into<Wanted>,
     ) -> Result<Latch, ClientError> {
         let reference = SockRef::from(&socket);
-        let default = match reference.r#type() {
-            Ok(socket2::Type::DGRAM) => Disposition::Wait,
-            _ => Disposition::Reset,
+        let (protocol, default) = match reference.r#type() {
+            Ok(socket2::Type::DGRAM) => (UDP, Disposition::Wait),
+            _ => (TCP, Disposition::Reset),
         };
         session::bind_for(&reference, remote)?;
         let mut wanted = wanted.into();
         wanted.remote = Some(remote);
         let on_break = *wanted.on_break.get_or_insert(default);
         let created: Created = self.link.call(Call::Create(wanted), Some(socket.as_fd()))?;
-        Ok(Latch::new(&self.link, created, on_break))
+        Ok(Latch::new(&self.link, created, protocol, on_break))
     }
 
     /// Latches a bound TCP socket that will listen: call `listen` on it only afterwards.
@@ -175,15 +176,20 @@ impl AsFd for Client {
 }
 
 impl Latch {
-    fn new(link: &Arc<Link>, created: Created, on_break: Disposition) -> Self {
+    fn new(link: &Arc<Link>, created: Created, protocol: u8, on_break: Disposition) -> Self {
         let changes = link.state().registry.watch(created.latch);
         let holding = Holding { link: Arc::clone(link), latch: created.latch };
-        Self { changes, created, on_break, holding }
+        Self { changes, created, protocol, on_break, holding }
     }
 
     /// Number of the latch in the daemon.
     pub fn number(&self) -> u64 {
         self.created.latch
+    }
+
+    /// Upper-layer protocol of the connection: 6 for TCP, 17 for UDP.
+    pub fn protocol(&self) -> u8 {
+        self.protocol
     }
 
     /// Who is at the other end, and how it proved that.
@@ -253,7 +259,7 @@ impl ListenerLatch {
     pub fn accept(&self, accepted: impl AsFd) -> Result<Latch, ClientError> {
         let accept = Call::Accept(Accept { listener: self.number() });
         let created: Created = self.holding.link.call(accept, Some(accepted.as_fd()))?;
-        Ok(Latch::new(&self.holding.link, created, self.on_break))
+        Ok(Latch::new(&self.holding.link, created, TCP, self.on_break))
     }
 
     /// Number of the latch in the daemon.
@@ -290,6 +296,9 @@ impl Events {
         }
     }
 }
+
+const TCP: u8 = 6;
+const UDP: u8 = 17;
 
 /// A latch that is released when this is dropped.
 #[derive(Debug)]

@@ -17,5 +17,6 @@ pub mod middlebox;
 pub mod peer;
 pub mod pki;
 pub mod scene;
+pub mod talker;
 pub mod uml;
 pub mod wire;

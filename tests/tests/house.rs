@@ -50,7 +50,7 @@ fn arrows_point_one_way() {
 }
 
 #[test]
-fn unsafe_lives_in_kernel_alone() {
+fn unsafe_lives_in_kernel_and_at_the_c_edge() {
     for room in ["ipsec", "pad", "ike", "espintcp", "latch", "cli"] {
         let library = std::fs::read_to_string(root().join(room).join("src/lib.rs")).unwrap();
         assert!(library.contains("#![forbid(unsafe_code)]"), "{room} does not forbid unsafe code");

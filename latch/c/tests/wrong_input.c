@@ -1,0 +1,139 @@
+/*
+ * Wrong input with a daemon that is there: `wrong_input PEER ADDRESS PORT` of a service behind the tunnel. Every line of
+ * the output is what a wrong call gave. Ends with 0 if all were refused as they should be.
+ */
+#include <arpa/inet.h>
+#include <fcntl.h>
+#include <latchkey.h>
+#include <netinet/in.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+static int failures;
+
+static void expect(const char *what, int status, int expected)
+{
+    printf("%s: %s: %s\n", what, latchkey_status_name(status), latchkey_error());
+    if (status != expected || (status != LATCHKEY_OK && latchkey_error()[0] == 0)) {
+        printf("WRONG: %d expected\n", expected);
+        failures++;
+    }
+}
+
+static latchkey_client client;
+static latchkey_latch latch;
+
+/* Threads use one latch while another releases it. */
+static void *use(void *unused)
+{
+    (void)unused;
+    for (int i = 0; i < 300; i++) {
+        uint64_t number;
+        int state;
+        int status = latchkey_get_number(latch, LATCHKEY_NUMBER, &number);
+        if (status != LATCHKEY_OK && status != LATCHKEY_HANDLE)
+            return "get_number";
+        status = latchkey_state(latch, &state);
+        if (status != LATCHKEY_OK && status != LATCHKEY_HANDLE)
+            return "state";
+    }
+    return NULL;
+}
+
+int main(int argc, char **argv)
+{
+    struct sockaddr_in address = {.sin_family = AF_INET};
+    const struct sockaddr *remote = (struct sockaddr *)&address;
+    socklen_t length = sizeof(address);
+    struct latchkey_change change;
+    char small[2], large[4096];
+    size_t size;
+    uint64_t number;
+    int descriptor;
+    pthread_t threads[4];
+
+    if (argc != 4 || inet_pton(AF_INET, argv[2], &address.sin_addr) != 1)
+        return 64;
+    address.sin_port = htons((uint16_t)atoi(argv[3]));
+    struct latchkey_wanted wanted = LATCHKEY_WANTED(argv[1]);
+    expect("open", latchkey_open(getenv("LATCH_SOCKET"), &client), LATCHKEY_OK);
+    expect("not the socket", latchkey_open("/dev/null", &number), LATCHKEY_SYSTEM);
+
+    int fd = socket(AF_INET, SOCK_STREAM, 0), file = open("/dev/null", O_RDWR);
+    expect("no descriptor", latchkey_latch_socket(client, -1, remote, length, &wanted, &latch), LATCHKEY_SOCKET);
+    expect("a closed one", latchkey_latch_socket(client, 999, remote, length, &wanted, &latch), LATCHKEY_SOCKET);
+    expect("a file", latchkey_latch_socket(client, file, remote, length, &wanted, &latch), LATCHKEY_SYSTEM);
+    expect("no address", latchkey_latch_socket(client, fd, remote, 3, &wanted, &latch), LATCHKEY_ARGUMENT);
+    expect("nothing wanted", latchkey_latch_socket(client, fd, remote, length, NULL, &latch), LATCHKEY_ARGUMENT);
+    wanted.peer = "";
+    expect("nobody wanted", latchkey_latch_socket(client, fd, remote, length, &wanted, &latch), LATCHKEY_IDENTITY);
+    wanted.peer = "somebody.else";
+    expect("somebody else", latchkey_latch_socket(client, fd, remote, length, &wanted, &latch), LATCHKEY_WRONG_PEER);
+    wanted.peer = argv[1];
+    wanted.mode = "transport";
+    expect("another mode", latchkey_latch_socket(client, fd, remote, length, &wanted, &latch), LATCHKEY_WRONG_PROTECTION);
+    wanted.mode = NULL;
+    expect("a latch as a client", latchkey_latch_listener(client + 1000, fd, &wanted, &latch), LATCHKEY_HANDLE);
+    expect("a client as a latch", latchkey_release(client), LATCHKEY_HANDLE);
+    expect("a client as a listener", latchkey_accept(client, fd, &latch), LATCHKEY_HANDLE);
+    expect("not connected", latchkey_whois(client, fd, &latch), LATCHKEY_REFUSED);
+
+    expect("latch", latchkey_latch_socket(client, fd, remote, length, &wanted, &latch), LATCHKEY_OK);
+    expect("again", latchkey_latch_socket(client, fd, remote, length, &wanted, &number), LATCHKEY_EXISTS);
+    if (connect(fd, remote, length) != 0)
+        perror("connect"), failures++;
+    expect("a small buffer", latchkey_get(latch, LATCHKEY_PEER_ID, small, 2, &size), LATCHKEY_TOO_SMALL);
+    expect("the length", latchkey_get(latch, LATCHKEY_PEER_ID, NULL, 0, &size), LATCHKEY_TOO_SMALL);
+    if (size != strlen(argv[1]))
+        printf("WRONG: length %zu\n", size), failures++;
+    expect("a buffer", latchkey_get(latch, LATCHKEY_PEER_ID, large, size + 1, &size), LATCHKEY_OK);
+    if (strcmp(large, argv[1]) != 0)
+        printf("WRONG: %s\n", large), failures++;
+    expect("null buffer", latchkey_get(latch, LATCHKEY_PEER_ID, NULL, 7, &size), LATCHKEY_ARGUMENT);
+    expect("null length", latchkey_get(latch, LATCHKEY_PEER_ID, large, 7, NULL), LATCHKEY_ARGUMENT);
+    expect("no item", latchkey_get(latch, 4711, large, sizeof(large), &size), LATCHKEY_ARGUMENT);
+    expect("no certificate", latchkey_get(latch, LATCHKEY_CERTIFICATE, large, sizeof(large), &size), LATCHKEY_ABSENT);
+    expect("a number as a text", latchkey_get(latch, LATCHKEY_NUMBER, large, sizeof(large), &size), LATCHKEY_ARGUMENT);
+    expect("json", latchkey_get(latch, LATCHKEY_JSON, large, sizeof(large), &size), LATCHKEY_OK);
+    expect("no such binding", latchkey_channel_binding(latch, "tls-unique", large, sizeof(large), &size),
+           LATCHKEY_NO_BINDING);
+    expect("nothing happens", latchkey_wait(latch, 50, &change), LATCHKEY_TIMEOUT);
+    expect("nothing at all", latchkey_next(client, 0, &change), LATCHKEY_TIMEOUT);
+    expect("descriptor", latchkey_descriptor(client, &descriptor), LATCHKEY_OK);
+
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) {
+        /* The child neither uses nor ends what is its parent's. */
+        expect("the parent's latch", latchkey_release(latch), LATCHKEY_FORKED);
+        expect("the parent's client", latchkey_close(client), LATCHKEY_FORKED);
+        expect("its own client", latchkey_open(getenv("LATCH_SOCKET"), &client), LATCHKEY_OK);
+        fflush(stdout);
+        _exit(failures);
+    }
+    int ended;
+    waitpid(child, &ended, 0);
+    failures += !WIFEXITED(ended) || WEXITSTATUS(ended) != 0;
+    expect("still there", latchkey_wait(latch, 50, &change), LATCHKEY_TIMEOUT);
+    expect("who is there", latchkey_whois(client, fd, &number), LATCHKEY_OK);
+    expect("told, not held", latchkey_wait(number, 0, &change), LATCHKEY_HANDLE);
+    expect("forget", latchkey_release(number), LATCHKEY_OK);
+
+    for (int i = 0; i < 4; i++)
+        pthread_create(&threads[i], NULL, use, NULL);
+    expect("release", latchkey_release(latch), LATCHKEY_OK);
+    for (int i = 0; i < 4; i++) {
+        void *wrong;
+        pthread_join(threads[i], &wrong);
+        if (wrong != NULL)
+            printf("WRONG: %s in a thread\n", (char *)wrong), failures++;
+    }
+    expect("release twice", latchkey_release(latch), LATCHKEY_HANDLE);
+    expect("close", latchkey_close(client), LATCHKEY_OK);
+    expect("close twice", latchkey_close(client), LATCHKEY_HANDLE);
+    return failures != 0;
+}
