@@ -29,7 +29,7 @@ impl Networks {
         self.until.get(&key(path)).is_some_and(|until| *until > now)
     }
 
-    /// An answer came along this path, where `tcp` left the choice. That of IKE_SA_INIT is not authentic yet.
+    /// The peer has authenticated itself along this path, or followed us there; `tcp` left the choice.
     pub(crate) fn note(&mut self, now: Instant, path: &Path) {
         let key = key(path);
         self.forget(path);

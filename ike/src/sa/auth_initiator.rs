@@ -27,7 +27,7 @@ use super::resumption;
 use super::retry::{Retry, after};
 use super::tickets;
 use super::{Core, Established, IkeSa, Want, fail_wants, is_first_contact, local_identity, window};
-use crate::config::Connection;
+use crate::config::{Connection, TcpPolicy};
 use crate::engine::context::Context;
 use crate::engine::tickets::{Grant, method};
 use crate::engine::{CloseReason, Event, IkeSaStatus, IkeState, Job, JobId, JobOutcome, Judgement, Path, Transport};
@@ -627,6 +627,9 @@ impl InitiatorAuth {
             }
         }
         let Self { core, channel, connection, mut wants, material, offer, .. } = *self;
+        if connection.tcp == TcpPolicy::Fallback {
+            ctx.shared.networks.lock().note(now, &core.path);
+        }
         let binding = material.channel_binding(&channel, &peer, &basis);
         let mut established = Box::new(Established::new(
             ctx,

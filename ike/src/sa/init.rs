@@ -569,7 +569,7 @@ impl Initiating {
             falls_back: false,
         };
         let falls_back = attempt.over == Over::UdpThenTcp;
-        float(ctx, now, &connection, &mut core, falls_back);
+        float(ctx, &connection, &mut core, falls_back);
         let fragmentation =
             connection.fragmentation != Fragmentation::No && parts.has(NotifyType::IKEV2_FRAGMENTATION_SUPPORTED);
         let material = InitMaterial {
@@ -815,17 +815,13 @@ impl Attempt {
 /// RFC 7296 §2.23: from IKE_AUTH on both sides use the port for encapsulation, if there is a NAT; with MOBIKE also without
 /// one, since there may be one on another path (RFC 4555 §3.3). A network may drop that port alone; `falls_back` says that
 /// TCP is untried.
-pub(super) fn float(ctx: &mut Context, now: Instant, connection: &Connection, core: &mut Core, falls_back: bool) {
+pub(super) fn float(ctx: &Context, connection: &Connection, core: &mut Core, falls_back: bool) {
     let floats = core.nat.any() || (connection.mobike && core.nat.traversal);
     if floats && core.path.transport == Transport::Udp {
         core.falls_back = falls_back;
         core.path.transport = Transport::UdpEncap;
         core.path.local.set_port(ctx.config.nat_port);
         core.path.remote.set_port(ctx.config.nat_port);
-    }
-    if connection.tcp == TcpPolicy::Fallback {
-        // Nothing of it is authentic yet, but at worst UDP is tried in vain, or TCP for an hour.
-        ctx.shared.networks.lock().note(now, &core.path);
     }
 }
 

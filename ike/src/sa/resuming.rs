@@ -320,7 +320,7 @@ impl Resuming {
         let mut core =
             Core { id, name, path, nat, stream_originator, redirects, sequence, assigned: None, falls_back: false };
         let falls_back = connection.tcp == TcpPolicy::Fallback;
-        float(ctx, now, &connection, &mut core, falls_back);
+        float(ctx, &connection, &mut core, falls_back);
         let material = InitMaterial {
             ours: request,
             theirs: datagram.to_vec(),

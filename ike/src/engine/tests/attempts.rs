@@ -145,3 +145,43 @@ fn a_stream_that_cannot_be_opened_again_ends_the_attempt() {
     assert!(pair.sides[A].failed(1).is_some());
     assert!(pair.sides[A].engine.ctx.own_spis() == 0 && pair.sides[A].engine.ctx.shared.streams.is_empty());
 }
+
+// RFC 9329 §5.1: what is remembered of a network is what an authentic answer has shown. Anybody on the path can answer to
+// IKE_SA_INIT, and to IKE_AUTH without a proof.
+#[test]
+fn an_answer_that_nobody_has_proved_teaches_nothing_about_the_network() {
+    let udp = Path { local: SocketAddr::new(address(A), 500), remote: SocketAddr::new(address(B), 500), transport: Transport::Udp };
+    let needs_stream = |pair: &Pair| pair.sides[A].engine.ctx.shared.networks.lock().needs_stream(pair.now, &udp);
+    let with_memory = |seed: u64, udp_blocked: bool| {
+        let a = Connection { tcp: TcpPolicy::Fallback, ..connection(A) };
+        let mut pair = Pair::with(seed, EngineConfig::default(), a, connection(B));
+        pair.udp_blocked = udp_blocked;
+        pair
+    };
+    // Over a stream, by somebody who is not B.
+    let mut pair = with_memory(40, true);
+    pair.sides[B].credentials = shared_key("guessed");
+    pair.initiate(A, 1);
+    pair.run(seconds(30));
+    assert!(pair.sides[A].failed(1).is_some() && pair.sides[A].sent.len() > 2);
+    assert!(!needs_stream(&pair));
+    // B itself.
+    let mut pair = with_memory(41, true);
+    pair.initiate(A, 1);
+    while pair.sides[B].sent.is_empty() {
+        pair.run(Duration::from_millis(1));
+    }
+    pair.run(Duration::from_millis(10));
+    assert!(!needs_stream(&pair), "IKE_AUTH is on its way");
+    pair.run(seconds(30));
+    assert!(pair.sides[A].done(1) && needs_stream(&pair));
+    // The other way round: an answer over UDP does not take away what is known by then.
+    let mut pair = with_memory(42, false);
+    pair.sides[B].credentials = shared_key("guessed");
+    pair.initiate(A, 1);
+    let stream = Path { transport: Transport::Stream(StreamId(99)), ..udp };
+    pair.sides[A].engine.ctx.shared.networks.lock().note(pair.now, &stream);
+    pair.run(seconds(30));
+    assert!(pair.sides[A].failed(1).is_some() && pair.sides[A].streams.is_empty());
+    assert!(needs_stream(&pair));
+}
