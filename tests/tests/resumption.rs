@@ -4,9 +4,10 @@
 
 use std::time::Duration;
 
-use latchkey_tests::daemon::Daemon;
 use latchkey_tests::daemon::Kind::Latchkey;
+use latchkey_tests::daemon::{Daemon, Files};
 use latchkey_tests::host::wait_for;
+use latchkey_tests::pki::Authority;
 use latchkey_tests::scene::{Auth, Scene, Suite, configurations, hosts};
 
 /// The client gives a silent gateway up soon.
@@ -21,10 +22,18 @@ const SUITE: Suite = Suite {
 };
 
 /// A tunnel of a client that has a ticket, and how to start its gateway again.
-fn with_ticket() -> (Scene, impl Fn(&Scene) -> Daemon) {
+fn with_ticket() -> (Scene, impl Fn(&Scene) -> Daemon + use<>) {
+    with_ticket_over(&SUITE, "", &Files::new())
+}
+
+/// The same with more settings of the gateway, and files of the client's.
+fn with_ticket_over(suite: &Suite, settings: &str, files: &Files) -> (Scene, impl Fn(&Scene) -> Daemon + use<>) {
     let (host_a, host_b) = hosts();
-    let [(text_a, files_a), (text_b, files_b)] = configurations(&SUITE);
-    let b = Daemon::start(Latchkey, &host_b, &text_b, &files_b);
+    let [(text_a, mut files_a), (text_b, files_b)] = configurations(suite);
+    files_a.extend_from_slice(files);
+    let b = Daemon::start_empty(Latchkey, &host_b, settings);
+    b.write(&text_b, &files_b);
+    b.control(&["--load-all"]);
     let a = Daemon::start_empty(Latchkey, &host_a, IMPATIENT);
     a.write(&text_a, &files_a);
     a.control(&["--load-all"]);
@@ -87,4 +96,45 @@ fn a_client_of_a_restarted_gateway_authenticates() {
     assert!(scene.a.log().contains("the peer does not take the ticket"), "{}", scene.a.log());
     assert!(scene.b.log().contains("the ticket is none of ours"), "{}", scene.b.log());
     scene.passes();
+}
+
+/// Streams with TLS or without: cut off on both sides, and back over another stream by the ticket.
+fn resumes_over_streams(scene: &Scene) {
+    assert!(scene.a.sas().contains("transport=TCP"), "{}", scene.a.sas());
+    let both = "meta l4proto { tcp, udp } drop";
+    let chains =
+        ["input", "output"].map(|hook| format!("chain {hook} {{\ntype filter hook {hook} priority 0;\n{both};\n}}"));
+    scene.host_a.nft(&format!("table inet cut {{\n{}\n}}\n", chains.join("\n")));
+    wait_for("the client to give up", Duration::from_secs(60), || scene.a.established() == 0);
+    scene.host_a.check("nft", &["delete", "table", "inet", "cut"]);
+    scene.a.initiate("net");
+    assert!(is_resumed(&scene.a), "{}{}", scene.a.output(), scene.b.output());
+    assert!(scene.b.log().contains("by ticket successful, originally with a certificate"), "{}", scene.b.log());
+    assert!(scene.a.sas().contains("transport=TCP"), "{}", scene.a.sas());
+    scene.passes();
+}
+
+// RFC 9329 §7.3: resumption is not bound to a transport, and is the same over a stream.
+#[test]
+fn over_tcp() {
+    let connection = "session_resumption = yes\ndpd_delay = 1s\ntcp = yes\n";
+    let (scene, _) = with_ticket_over(&Suite { connection, ..SUITE }, "", &Files::new());
+    resumes_over_streams(&scene);
+}
+
+// RFC 9329 §7.3, Appendix A
+#[test]
+fn over_tls() {
+    let authority = Authority::new("TLS CA", &rcgen::PKCS_ECDSA_P256_SHA256);
+    let site = authority.issue_for_tls("b.example");
+    let folder = tempfile::tempdir().unwrap();
+    let (cert, key) = (folder.path().join("site.pem"), folder.path().join("site.key"));
+    std::fs::write(&cert, &site.certificate).unwrap();
+    std::fs::write(&key, &site.key).unwrap();
+    let settings =
+        format!("tcp_ports = no\ntls_ports = 443\ntls_cert = {}\ntls_key = {}\n", cert.display(), key.display());
+    let connection = "session_resumption = yes\ndpd_delay = 1s\ntcp = tls\n";
+    let files = vec![("x509ca/tls.pem".to_owned(), authority.certificate())];
+    let (scene, _) = with_ticket_over(&Suite { connection, ..SUITE }, &settings, &files);
+    resumes_over_streams(&scene);
 }

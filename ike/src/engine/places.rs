@@ -94,6 +94,7 @@ impl Engine {
         for id in self.places.at(remote) {
             self.with(id, |sa, ctx| match sa {
                 IkeSa::Initiating(sa) => sa.handle_unreachable(ctx, now, remote).map(IkeSa::Initiating),
+                IkeSa::Resuming(sa) => sa.handle_unreachable(ctx, now, remote),
                 IkeSa::Established(mut sa) => sa.handle_hint(ctx, now).is_ok().then_some(IkeSa::Established(sa)),
                 other => Some(other),
             });

@@ -12,7 +12,7 @@ use crate::sa::auth::{InitMaterial, IntAuth};
 use crate::sa::basis::readmits;
 use crate::sa::channel::{Channel, Spis};
 use crate::sa::fault::{Fault, notify};
-use crate::sa::init::NONCE_LENGTH;
+use crate::sa::first_request::NONCE_LENGTH;
 use crate::sa::nat::{self, Nat};
 use crate::sa::parts::Parts;
 use crate::sa::redirect::{Redirects, init_redirect};

@@ -12,29 +12,25 @@ use ipsec::transform::{Ke, Proposal, TransformType};
 use super::auth::{InitMaterial, IntAuth};
 use super::channel::Spis;
 use super::fault::{notify, notify_name};
+use super::first_request::{Due, FirstRequest, Lost, Over};
 use super::intermediate_initiator::Agreed;
 use super::nat::{self, Nat};
 use super::parts::Parts;
 use super::ppk;
 use super::redirect::{Redirected, Redirects};
 use super::resuming;
-use super::retry::{Due, Retry, after};
 use super::{Core, IkeSa, InitiatorIntermediate, Want, fail_wants};
-use crate::config::{Childless, Connection, Fragmentation, Retransmission, TcpPolicy};
+use crate::config::{Childless, Connection, Fragmentation};
 use crate::counters::Counter;
 use crate::crypto::{self, KeyDone, KeyExchange, KeyWork};
 use crate::engine::context::Context;
 use crate::engine::{CloseReason, Event, IkeSaId, IkeSaStatus, IkeState, Job, JobId, JobOutcome, Path, Transport};
-use crate::wire::{self, ExchangeType, Header, Message, NotifyType, Payload};
+use crate::wire::{ExchangeType, Header, Message, NotifyType, Payload};
 
 /// Hash algorithms that we verify (RFC 7427 §4): SHA2-256, SHA2-384, SHA2-512, Identity.
 const SIGNATURE_HASHES: [u16; 4] = [2, 3, 4, 5];
-/// Answers that make us send the request again, for one attempt: cookies and other groups.
-const MAX_RESTARTS: u8 = 4;
 /// Repetitions of a request after a refusal, before that is believed.
 const REFUSED_REPETITIONS: u32 = 1;
-/// Length of our nonces: at least half the key size of any PRF (RFC 7296 §2.10).
-pub(crate) const NONCE_LENGTH: usize = 32;
 
 /// An IKE SA whose IKE_SA_INIT request is out, or about to be.
 pub(crate) struct Initiating {
@@ -52,41 +48,24 @@ pub(crate) struct Initiating {
 
 /// One SPI's attempt.
 pub(super) struct Attempt {
-    spi: u64,
-    over: Over,
-    path: Path,
-    nonce: Vec<u8>,
+    pub(super) first: FirstRequest,
     method: Ke,
     ke: OurKe,
     /// What we say about redirects.
     redirect: Option<Payload>,
-    pub(super) cookie: Option<Vec<u8>>,
-    /// The puzzle over that cookie, which is being solved, and its solution.
+    /// The puzzle over a cookie, which is being solved, and its solution.
     pub(super) solving: Option<JobId>,
     pub(super) solution: Option<Vec<u8>>,
-    restarts: u8,
+    /// Another gateway's address is looked up.
+    redirecting: Option<JobId>,
     /// What an answer said against us, which anyone may have sent (RFC 7296 §2.21.1); and the repetitions done then.
     refusal: Option<(String, u32)>,
-    progress: Progress,
-    /// When to turn to TCP.
-    pub(super) tcp_at: Option<Instant>,
 }
 
 /// Our key pair.
 enum OurKe {
     Generating(JobId),
     Ready(KeyExchange),
-}
-
-enum Progress {
-    /// Waiting for the stream.
-    Opening { deadline: Instant },
-    /// Waiting for nothing but the key pair.
-    Generating { deadline: Instant },
-    /// Another gateway's address is looked up.
-    Redirecting { job: JobId, deadline: Instant },
-    /// The request, as sent.
-    Sent { request: Vec<u8>, retry: Retry },
 }
 
 /// Another sequence of tries (`keyingtries`).
@@ -111,36 +90,6 @@ pub(super) fn begin_over_tcp(ctx: &mut Context, core: &Core, connection: &Arc<Co
         redirects: core.redirects.clone(),
     };
     ctx.again.push(Again { from_start, sequence: core.sequence, needs_tcp: true });
-}
-
-/// What an attempt is made over.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Over {
-    Udp,
-    /// UDP, and TCP where that stays silent (RFC 9329 §5.1).
-    UdpThenTcp,
-    Tcp,
-    /// TCP because it was needed here before; UDP where that fails (RFC 9329 §5.1: prior knowledge).
-    TcpAsBefore,
-}
-
-impl Over {
-    pub(super) fn first(ctx: &Context, now: Instant, connection: &Connection, local: IpAddr, remote: IpAddr) -> Self {
-        match connection.tcp {
-            TcpPolicy::No => Self::Udp,
-            TcpPolicy::Fallback
-                if ctx.shared.networks.lock().needs_stream(now, &udp_path(ctx, connection, local, remote)) =>
-            {
-                Self::TcpAsBefore
-            }
-            TcpPolicy::Fallback => Self::UdpThenTcp,
-            TcpPolicy::Yes => Self::Tcp,
-        }
-    }
-
-    pub(super) fn is_tcp(self) -> bool {
-        matches!(self, Self::Tcp | Self::TcpAsBefore)
-    }
 }
 
 impl Initiating {
@@ -190,7 +139,7 @@ impl Initiating {
         needs_tcp: bool,
     ) -> Option<Box<Self>> {
         let Redirected { from: _, connection, wants, local, remote, redirects } = to;
-        let over = if needs_tcp { Over::Tcp } else { Over::first(ctx, now, &connection, local, remote) };
+        let over = if needs_tcp { Over::Tcp } else { Over::first(ctx, now, &connection, (local, remote)) };
         match Attempt::begin(ctx, now, id, &connection, (local, remote), over, &redirects) {
             Ok(attempt) => {
                 let name = ctx.connections.name(&connection.name);
@@ -211,13 +160,13 @@ impl Initiating {
         job: JobId,
         result: Result<(IpAddr, IpAddr), String>,
     ) -> Option<Box<Self>> {
-        if !matches!(self.attempt.progress, Progress::Redirecting { job: waiting, .. } if waiting == job) {
+        if self.attempt.redirecting != Some(job) {
             return Some(self);
         }
         match result {
             Ok((local, remote)) => {
                 (self.local, self.remote) = (local, remote);
-                let over = Over::first(ctx, now, &self.connection, local, remote);
+                let over = Over::first(ctx, now, &self.connection, (local, remote));
                 self.restart(ctx, now, over)
             }
             Err(reason) => {
@@ -232,14 +181,13 @@ impl Initiating {
     /// RFC 5685 §3: the gateway sends us elsewhere. Forged by somebody on the path it costs us this attempt, as would
     /// any other answer of theirs.
     fn redirected(mut self: Box<Self>, ctx: &mut Context, now: Instant, parts: &Parts) -> Option<Box<Self>> {
-        let here = self.attempt.path.remote.ip();
-        match self.redirects.follow(now, parts, &self.attempt.nonce, here) {
+        let here = self.attempt.first.path.remote.ip();
+        match self.redirects.follow(now, parts, &self.attempt.first.nonce, here) {
             Ok(gateway) => {
                 ctx.log("IKE", 0, self.tag(), format!("redirected to {gateway}"));
-                let job = ctx.job(self.id, Job::Resolve(gateway));
-                let deadline = after(now, super::retry::total(&ctx.config.retransmission));
-                self.attempt.tcp_at = None;
-                self.attempt.progress = Progress::Redirecting { job, deadline };
+                self.attempt.redirecting = Some(ctx.job(self.id, Job::Resolve(gateway)));
+                self.attempt.first.stay_on_udp();
+                self.attempt.first.prepare(now);
             }
             Err(reason) => ctx.log("IKE", 1, self.tag(), reason),
         }
@@ -251,18 +199,15 @@ impl Initiating {
     }
 
     pub(crate) fn spi(&self) -> u64 {
-        self.attempt.spi
+        self.attempt.first.spi
     }
 
     pub(crate) fn remote(&self) -> SocketAddr {
-        self.attempt.path.remote
+        self.attempt.first.path.remote
     }
 
     pub(crate) fn stream(&self) -> Option<StreamId> {
-        match self.attempt.path.transport {
-            Transport::Stream(stream) => Some(stream),
-            Transport::Udp | Transport::UdpEncap => None,
-        }
+        self.attempt.first.stream()
     }
 
     /// True when this will become the IKE SA that a request asks for.
@@ -279,14 +224,8 @@ impl Initiating {
         self.wants.push(want);
     }
 
-    pub(crate) fn next_timeout(&self) -> Option<Instant> {
-        let at = match &self.attempt.progress {
-            Progress::Opening { deadline }
-            | Progress::Generating { deadline }
-            | Progress::Redirecting { deadline, .. } => *deadline,
-            Progress::Sent { retry, .. } => retry.at,
-        };
-        Some(self.attempt.tcp_at.map_or(at, |tcp| tcp.min(at)))
+    pub(crate) fn next_timeout(&self) -> Instant {
+        self.attempt.first.next_timeout()
     }
 
     /// The connection's name.
@@ -299,12 +238,12 @@ impl Initiating {
             id: self.id,
             connection: self.name.to_string(),
             state: IkeState::Connecting,
-            path: self.attempt.path,
+            path: self.attempt.first.path,
             local_id: self.connection.local_id.clone(),
             remote_id: self.connection.remote.remote_id.as_exact().cloned(),
             peer: None,
             initiator: true,
-            initiator_spi: self.attempt.spi,
+            initiator_spi: self.attempt.first.spi,
             responder_spi: 0,
             nat_local: false,
             nat_remote: false,
@@ -321,44 +260,33 @@ impl Initiating {
     }
 
     pub(crate) fn handle_timeout(mut self: Box<Self>, ctx: &mut Context, now: Instant) -> Option<Box<Self>> {
-        if self.attempt.tcp_at.is_some_and(|at| at <= now) {
-            let line = format!("no answer over UDP, trying TCP port {}", self.connection.tcp_remote_port);
-            ctx.log("NET", 1, self.tag(), line);
-            return self.restart(ctx, now, Over::Tcp);
-        }
-        let tag = Some((self.id, self.connection.name.as_str()));
-        match &mut self.attempt.progress {
-            Progress::Opening { deadline } if *deadline <= now => {
-                self.give_up(ctx, now, "the TCP connection timed out")
+        match self.attempt.first.poll(ctx, now) {
+            Due::Nothing => Some(self),
+            Due::TurnToTcp => {
+                let line = format!("no answer over UDP, trying TCP port {}", self.connection.tcp_remote_port);
+                ctx.log("NET", 1, self.tag(), line);
+                self.restart(ctx, now, Over::Tcp)
             }
-            Progress::Generating { deadline } if *deadline <= now => {
-                self.give_up(ctx, now, "making a key pair took too long")
-            }
-            Progress::Redirecting { deadline, .. } if *deadline <= now => {
+            Due::NoStream => self.give_up(ctx, now, "the TCP connection timed out"),
+            Due::Unprepared if self.attempt.redirecting.is_some() => {
                 self.give_up(ctx, now, "the gateway that we were sent to is not found")
             }
-            Progress::Opening { .. } | Progress::Generating { .. } | Progress::Redirecting { .. } => Some(self),
-            Progress::Sent { request, retry } => match retry.poll(now, &ctx.config.retransmission, ctx.rng.as_mut()) {
-                Due::Nothing => Some(self),
-                // The peer has answered, and waits for the solution.
-                Due::Resend if self.attempt.solving.is_some() => Some(self),
-                Due::Resend => {
-                    let (count, request) = (retry.done, request.clone());
-                    if let Some(reason) = self.believed_refusal() {
-                        ctx.log("IKE", 1, tag, format!("establishing IKE_SA failed, {reason}"));
-                        self.abandon(ctx, &reason, CloseReason::Failed);
-                        return None;
-                    }
-                    ctx.log("IKE", 1, tag, format!("retransmit {count} of request with message ID 0"));
-                    ctx.transmit(self.attempt.path, [request]);
-                    Some(self)
+            Due::Unprepared => self.give_up(ctx, now, "making a key pair took too long"),
+            // The peer has answered, and waits for the solution.
+            Due::Repeat(_) if self.attempt.solving.is_some() => Some(self),
+            Due::Repeat(done) => {
+                if let Some(reason) = self.believed_refusal(done) {
+                    ctx.log("IKE", 1, self.tag(), format!("establishing IKE_SA failed, {reason}"));
+                    self.abandon(ctx, &reason, CloseReason::Failed);
+                    return None;
                 }
-                Due::GiveUp => {
-                    let line = format!("giving up after {} retransmits", retry.done);
-                    ctx.log("IKE", 1, tag, line);
-                    self.give_up(ctx, now, "the peer does not answer")
-                }
-            },
+                self.attempt.first.repeat(ctx, &self.connection);
+                Some(self)
+            }
+            Due::GiveUp(done) => {
+                ctx.log("IKE", 1, self.tag(), format!("giving up after {done} retransmits"));
+                self.give_up(ctx, now, "the peer does not answer")
+            }
         }
     }
 
@@ -369,9 +297,8 @@ impl Initiating {
         stream: StreamId,
         local: SocketAddr,
     ) -> Option<Box<Self>> {
-        if self.stream() == Some(stream) && self.attempt.is_opening() {
-            self.attempt.path.local = local;
-            self.attempt.prepared(ctx, now, self.id, &self.connection);
+        if self.attempt.first.stream_opened(now, stream, local) {
+            self.attempt.prepared(ctx, now, &self.connection);
         }
         Some(self)
     }
@@ -388,8 +315,8 @@ impl Initiating {
         match outcome {
             JobOutcome::KeyExchange(Ok(KeyDone::Generated(ke))) if waits => {
                 self.attempt.ke = OurKe::Ready(ke);
-                if matches!(self.attempt.progress, Progress::Generating { .. }) {
-                    self.attempt.send(ctx, now, self.id, &self.connection);
+                if self.attempt.first.is_preparing() {
+                    self.attempt.send(ctx, now, &self.connection);
                 }
                 Some(self)
             }
@@ -416,24 +343,14 @@ impl Initiating {
         stream: StreamId,
         reason: &str,
     ) -> Option<Box<Self>> {
-        if self.stream() != Some(stream) {
+        if self.attempt.redirecting.is_some() {
             return Some(self);
         }
-        if !self.attempt.is_opening() && self.attempt.restarts > 0 && self.attempt.may_restart() {
-            // The peer has told us what it wants to hear, and some close after that.
-            ctx.log("NET", 1, self.tag(), format!("the TCP connection was closed: {reason}, opening another"));
-            self.attempt.reopen(ctx, now, &self.connection);
-            return Some(self);
+        match self.attempt.first.stream_closed(ctx, now, &self.connection, stream, reason) {
+            Lost::Other | Lost::Reopened => Some(self),
+            Lost::Try(over) => self.restart(ctx, now, over),
+            Lost::Nothing => self.give_up(ctx, now, &format!("the TCP connection failed: {reason}")),
         }
-        let reason = format!("the TCP connection failed: {reason}");
-        if self.connection.tcp == TcpPolicy::Fallback {
-            ctx.log("NET", 1, self.tag(), format!("{reason}, going on over UDP"));
-            ctx.shared.networks.lock().forget(&self.attempt.path);
-            // The peer may be slow or down rather than behind a filter: UDP gets all of its time.
-            let over = if self.attempt.over == Over::TcpAsBefore { Over::UdpThenTcp } else { Over::Udp };
-            return self.restart(ctx, now, over);
-        }
-        self.give_up(ctx, now, &reason)
     }
 
     /// An ICMP error: no proof of anything, but a reason to try TCP now rather than later.
@@ -443,7 +360,7 @@ impl Initiating {
         now: Instant,
         remote: SocketAddr,
     ) -> Option<Box<Self>> {
-        if self.attempt.tcp_at.is_some() && self.attempt.path.remote == remote {
+        if self.attempt.first.may_turn_to_tcp() && self.attempt.first.path.remote == remote {
             ctx.log("NET", 1, self.tag(), format!("{remote} is unreachable over UDP, trying TCP"));
             return self.restart(ctx, now, Over::Tcp);
         }
@@ -467,17 +384,7 @@ impl Initiating {
         datagram: &[u8],
     ) -> Option<IkeSa> {
         let header = message.header;
-        let expected = header.response
-            && header.exchange == ExchangeType::IKE_SA_INIT
-            && header.message_id == 0
-            && !header.from_initiator;
-        let sent = matches!(self.attempt.progress, Progress::Sent { .. });
-        // An answer comes from where the request went (§2.11).
-        if !expected
-            || !sent
-            || path.remote != self.attempt.path.remote
-            || path.transport != self.attempt.path.transport
-        {
+        if !self.attempt.first.is_answered_by(&header, &path, ExchangeType::IKE_SA_INIT) {
             return Some(IkeSa::Initiating(self));
         }
         let parts = match Parts::collect(message.payloads) {
@@ -489,11 +396,10 @@ impl Initiating {
             }
         };
         ctx.shared.counters.of(&self.connection.name).message(ExchangeType::IKE_SA_INIT, true, true);
-        if let Some(cookie) = parts.notify(NotifyType::COOKIE).filter(|_| parts.sa.is_none()) {
-            // RFC 7296 §2.6: 1 to 64 octets. One puzzle at a time.
-            let idle = self.attempt.solving.is_none();
-            if idle && (1..=64).contains(&cookie.data.len()) && self.attempt.may_restart() {
-                self.attempt.demanded(ctx, now, self.id, &self.connection, &cookie.data, &parts);
+        if parts.has(NotifyType::COOKIE) && parts.sa.is_none() {
+            // One puzzle at a time.
+            if self.attempt.solving.is_none() && self.attempt.first.takes_cookie(&parts) {
+                self.attempt.demanded(ctx, now, self.id, &self.connection, &parts);
             }
             return Some(IkeSa::Initiating(self));
         }
@@ -552,15 +458,17 @@ impl Initiating {
             ctx.log("IKE", 1, self.tag(), ppk::UNUSED.to_owned());
         }
         ctx.log("CFG", 1, self.tag(), format!("selected proposal: {}", crypto::names::proposals(answer)));
-        let spis = Spis { initiator: self.attempt.spi, responder: header.responder_spi };
+        let spis = Spis { initiator: self.attempt.first.spi, responder: header.responder_spi };
         let fake = self.connection.force_encapsulation;
-        let nat = Nat::detect(&parts, spis.initiator, spis.responder, &self.attempt.path, fake);
-        let Self { id, name, connection, wants, local, remote, sequence, redirects, attempt } = *self;
-        let (Progress::Sent { request, .. }, OurKe::Ready(ke)) = (attempt.progress, attempt.ke) else { return None };
+        let nat = Nat::detect(&parts, spis.initiator, spis.responder, &self.attempt.first.path, fake);
+        let Self { id, name, connection, wants, sequence, redirects, attempt, .. } = *self;
+        let Attempt { first, ke, .. } = attempt;
+        let (path, ni, falls_back) = (first.path, first.nonce.clone(), first.over == Over::UdpThenTcp);
+        let (Some(request), OurKe::Ready(ke)) = (first.into_octets(), ke) else { return None };
         let mut core = Core {
             id,
             name,
-            path: attempt.path,
+            path,
             nat,
             stream_originator: true,
             redirects,
@@ -568,14 +476,13 @@ impl Initiating {
             assigned: None,
             falls_back: false,
         };
-        let falls_back = attempt.over == Over::UdpThenTcp;
         float(ctx, &connection, &mut core, falls_back);
         let fragmentation =
             connection.fragmentation != Fragmentation::No && parts.has(NotifyType::IKEV2_FRAGMENTATION_SUPPORTED);
         let material = InitMaterial {
             ours: request,
             theirs: datagram.to_vec(),
-            ni: attempt.nonce,
+            ni,
             nr: nr.clone(),
             peer_hashes: parts.signature_hashes().filter(|_| ctx.config.signature_authentication),
             announced: parts.auth_announcements(),
@@ -585,7 +492,6 @@ impl Initiating {
             intermediate: IntAuth::default(),
             use_ppk,
         };
-        let _ = (local, remote);
         let work = KeyWork::Agree { ours: ke, peer: public.clone() };
         let agreed = Agreed { suite, spis, fragmentation, childless };
         Some(InitiatorIntermediate::begin(ctx, now, core, agreed, connection, wants, material, work))
@@ -596,7 +502,7 @@ impl Initiating {
         let group = <[u8; 2]>::try_from(data).ok().map(|two| Ke(u16::from_be_bytes(two)));
         let group = group.filter(|group| offers(&proposals(&self.connection), *group));
         let group = group.filter(|group| *group != self.attempt.method && crypto::supported(*group));
-        let Some(group) = group.filter(|_| self.attempt.may_restart()) else {
+        let Some(group) = group.filter(|_| self.attempt.first.may_restart()) else {
             return self.refused(ctx, "the peer asks for a key exchange method that we do not offer".to_owned());
         };
         let line = format!(
@@ -607,8 +513,7 @@ impl Initiating {
         ctx.log("IKE", 1, self.tag(), line);
         self.attempt.method = group;
         self.attempt.ke = OurKe::Generating(ctx.key_work(self.id, KeyWork::Generate(group)));
-        let total = super::retry::total(&ctx.config.retransmission);
-        self.attempt.progress = Progress::Generating { deadline: after(now, total) };
+        self.attempt.first.prepare(now);
         Some(self)
     }
 
@@ -616,22 +521,18 @@ impl Initiating {
     /// repetitions have brought nothing better (RFC 7296 §2.21.1).
     fn refused(mut self: Box<Self>, ctx: &mut Context, reason: String) -> Option<Box<Self>> {
         ctx.log("IKE", 1, self.tag(), reason.clone());
-        let done = match &self.attempt.progress {
-            Progress::Sent { retry, .. } if self.stream().is_none() => retry.done,
-            _ => {
-                self.abandon(ctx, &reason, CloseReason::Failed);
-                return None;
-            }
+        let Some(done) = self.attempt.first.repetitions().filter(|_| self.stream().is_none()) else {
+            self.abandon(ctx, &reason, CloseReason::Failed);
+            return None;
         };
         self.attempt.refusal.get_or_insert((reason, done));
         Some(self)
     }
 
     /// What was said against us, if the peer had its chance to say something else.
-    fn believed_refusal(&self) -> Option<String> {
+    fn believed_refusal(&self, done: u32) -> Option<String> {
         let (reason, at) = self.attempt.refusal.as_ref()?;
-        let Progress::Sent { retry, .. } = &self.attempt.progress else { return None };
-        (retry.done > at.saturating_add(REFUSED_REPETITIONS)).then(|| reason.clone())
+        (done > at.saturating_add(REFUSED_REPETITIONS)).then(|| reason.clone())
     }
 
     /// A sequence of repetitions is over: another one, or the end.
@@ -656,7 +557,7 @@ impl Initiating {
                 self.abandon(ctx, reason, CloseReason::Timeout);
                 return None;
             }
-            let over = Over::first(ctx, now, &self.connection, self.local, self.remote);
+            let over = Over::first(ctx, now, &self.connection, (self.local, self.remote));
             return self.restart(ctx, now, over);
         }
         ctx.log("IKE", 1, self.tag(), format!("establishing IKE_SA failed, {reason}"));
@@ -670,7 +571,7 @@ impl Initiating {
         match Attempt::begin(ctx, now, self.id, &self.connection, ends, over, &self.redirects) {
             Ok(attempt) => {
                 let old = std::mem::replace(&mut self.attempt, attempt);
-                ctx.release_ike_spi(old.spi);
+                ctx.release_ike_spi(old.first.spi);
                 Some(self)
             }
             Err(reason) => {
@@ -691,88 +592,43 @@ impl Attempt {
         now: Instant,
         id: IkeSaId,
         connection: &Connection,
-        (local, remote): (IpAddr, IpAddr),
+        ends: (IpAddr, IpAddr),
         over: Over,
         redirects: &Redirects,
     ) -> Result<Self, String> {
         let method = methods(&proposals(connection)).into_iter().find(|method| crypto::supported(*method));
         let method = method.ok_or_else(|| "no proposal has a key exchange method that we support".to_owned())?;
         let ke = OurKe::Generating(ctx.key_work(id, KeyWork::Generate(method)));
-        let nonce = ctx.random(NONCE_LENGTH);
-        let spi = ctx.reserve_ike_spi(id);
-        let path = match over {
-            Over::Tcp | Over::TcpAsBefore => {
-                let remote = SocketAddr::new(remote, connection.tcp_remote_port);
-                let transport = Transport::Stream(ctx.open_stream(connection, local, remote));
-                Path { local: SocketAddr::new(local, 0), remote, transport }
-            }
-            Over::Udp | Over::UdpThenTcp => udp_path(ctx, connection, local, remote),
-        };
-        let total = super::retry::total(&ctx.config.retransmission);
-        let mut attempt = Self {
-            spi,
-            over,
-            path,
-            nonce,
-            method,
-            ke,
-            cookie: None,
-            redirect: redirects.payload(),
-            solving: None,
-            solution: None,
-            restarts: 0,
-            refusal: None,
-            progress: Progress::Opening { deadline: after(now, total) },
-            tcp_at: None,
-        };
-        if over == Over::UdpThenTcp {
-            attempt.tcp_at = Some(after(now, connection.tcp_delay));
-        }
+        let first = FirstRequest::begin(ctx, now, id, connection, ends, over, ctx.config.retransmission);
+        let redirect = redirects.payload();
+        let mut attempt =
+            Self { first, method, ke, redirect, solving: None, solution: None, redirecting: None, refusal: None };
         if !over.is_tcp() {
-            attempt.prepared(ctx, now, id, connection);
+            attempt.prepared(ctx, now, connection);
         }
         Ok(attempt)
     }
 
-    /// Goes on with the same attempt over another stream, to say there what the peer has asked for (RFC 9329 §6.3).
-    fn reopen(&mut self, ctx: &mut Context, now: Instant, connection: &Connection) {
-        let total = super::retry::total(&ctx.config.retransmission);
-        self.path.transport = Transport::Stream(ctx.open_stream(connection, self.path.local.ip(), self.path.remote));
-        self.progress = Progress::Opening { deadline: after(now, total) };
-    }
-
-    pub(super) fn is_opening(&self) -> bool {
-        matches!(self.progress, Progress::Opening { .. })
-    }
-
     /// The path is there; the request goes as soon as the key pair, or a puzzle's solution, is there too.
-    fn prepared(&mut self, ctx: &mut Context, now: Instant, id: IkeSaId, connection: &Connection) {
-        match self.ke {
-            OurKe::Ready(_) if self.solving.is_none() => self.send(ctx, now, id, connection),
-            OurKe::Ready(_) | OurKe::Generating(_) => {
-                let total = super::retry::total(&ctx.config.retransmission);
-                self.progress = Progress::Generating { deadline: after(now, total) };
-            }
+    fn prepared(&mut self, ctx: &mut Context, now: Instant, connection: &Connection) {
+        if self.solving.is_none() {
+            self.send(ctx, now, connection);
         }
     }
 
     /// Builds and sends the request with what the answers so far asked for.
-    pub(super) fn send(&mut self, ctx: &mut Context, now: Instant, id: IkeSaId, connection: &Connection) {
+    pub(super) fn send(&mut self, ctx: &mut Context, now: Instant, connection: &Connection) {
         let OurKe::Ready(ke) = &self.ke else { return };
         let offered = proposals(connection);
         let intermediate = offers_additional(&offered);
         let mut payloads = Vec::new();
-        // RFC 7296 §2.6: the cookie comes first, the rest is the same as before.
-        if let Some(cookie) = &self.cookie {
-            payloads.push(notify(NotifyType::COOKIE, cookie.clone()));
-        }
         // RFC 8019 §7.1.2
         payloads.extend(self.solution.clone().map(Payload::PuzzleSolution));
         payloads.push(Payload::Sa(offered));
         payloads.push(Payload::Ke { group: ke.method(), data: ke.public().to_vec() });
-        payloads.push(Payload::Nonce(self.nonce.clone()));
+        payloads.push(Payload::Nonce(self.first.nonce.clone()));
         let fake = connection.force_encapsulation;
-        payloads.extend(nat::payloads(self.spi, 0, &self.path, fake));
+        payloads.extend(nat::payloads(self.first.spi, 0, &self.first.path, fake));
         payloads.extend(self.redirect.clone());
         payloads.extend(capabilities(ctx, connection.fragmentation != Fragmentation::No));
         if ppk::of_connection(ctx, connection).is_some() {
@@ -781,34 +637,7 @@ impl Attempt {
         if intermediate {
             payloads.push(notify(NotifyType::INTERMEDIATE_EXCHANGE_SUPPORTED, Vec::new()));
         }
-        let header = Header {
-            initiator_spi: self.spi,
-            responder_spi: 0,
-            major: 2,
-            minor: 0,
-            exchange: ExchangeType::IKE_SA_INIT,
-            from_initiator: true,
-            response: false,
-            message_id: 0,
-        };
-        let request = wire::encode(&Message { header, payloads });
-        let over_stream = matches!(self.path.transport, Transport::Stream(_));
-        let mut policy: Retransmission = ctx.config.retransmission;
-        if self.tcp_at.is_some() {
-            // RFC 9329 §5.1: at least one repetition over UDP before TCP.
-            policy.timeout = policy.timeout.min(connection.tcp_delay / 2);
-        }
-        let retry = Retry::start(now, &policy, over_stream, ctx.rng.as_mut());
-        let line = format!("sending IKE_SA_INIT request to {}", self.path.remote);
-        ctx.log("NET", 2, Some((id, &connection.name)), line);
-        ctx.shared.counters.of(&connection.name).message(ExchangeType::IKE_SA_INIT, false, false);
-        ctx.transmit(self.path, [request.clone()]);
-        self.progress = Progress::Sent { request, retry };
-    }
-
-    fn may_restart(&mut self) -> bool {
-        self.restarts = self.restarts.saturating_add(1);
-        self.restarts <= MAX_RESTARTS
+        self.first.send(ctx, now, connection, ExchangeType::IKE_SA_INIT, payloads);
     }
 }
 
@@ -871,24 +700,4 @@ fn offers_additional(proposals: &[Proposal]) -> bool {
 /// True when one of the proposals has this key exchange method.
 pub(crate) fn offers(proposals: &[Proposal], method: Ke) -> bool {
     method != Ke::NONE && methods(proposals).contains(&method)
-}
-
-/// The path over UDP, by the configured ports.
-pub(super) fn udp_path(ctx: &Context, connection: &Connection, local: IpAddr, remote: IpAddr) -> Path {
-    let port = |port: u16| if port == 0 { ctx.config.port } else { port };
-    let (local_port, remote_port) = (port(connection.local_port), port(connection.remote_port));
-    // Messages to and from the encapsulation port carry the non-ESP marker from the beginning (RFC 3948 §2.2).
-    if local_port == ctx.config.nat_port || remote_port == ctx.config.nat_port {
-        let local_port = if local_port == ctx.config.port { ctx.config.nat_port } else { local_port };
-        return Path {
-            local: SocketAddr::new(local, local_port),
-            remote: SocketAddr::new(remote, remote_port),
-            transport: Transport::UdpEncap,
-        };
-    }
-    Path {
-        local: SocketAddr::new(local, local_port),
-        remote: SocketAddr::new(remote, remote_port),
-        transport: Transport::Udp,
-    }
 }

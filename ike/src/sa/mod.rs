@@ -20,6 +20,7 @@ pub(crate) mod created;
 pub(crate) mod established;
 pub(crate) mod exchanges;
 pub(crate) mod fault;
+pub(crate) mod first_request;
 pub(crate) mod followup;
 pub(crate) mod informational;
 pub(crate) mod init;
@@ -310,7 +311,7 @@ impl IkeSa {
 
     pub(crate) fn next_timeout(&self, ctx: &Context) -> Option<Instant> {
         match self {
-            Self::Initiating(sa) => sa.next_timeout(),
+            Self::Initiating(sa) => Some(sa.next_timeout()),
             Self::Resuming(sa) => Some(sa.next_timeout()),
             Self::InitiatorIntermediate(sa) => Some(sa.next_timeout()),
             Self::ResponderIntermediate(sa) => Some(sa.next_timeout()),

@@ -15,7 +15,7 @@ use crate::engine::{IkeSaId, Job};
 use crate::wire::NotifyType;
 
 impl Attempt {
-    /// Sends the request again with the cookie, now or when the puzzle is solved. A puzzle that we do not solve is
+    /// Sends the request again with the cookie that it has taken, now or when the puzzle is solved. A puzzle that we do not solve is
     /// ignored: the cookie alone may be enough.
     pub(super) fn demanded(
         &mut self,
@@ -23,24 +23,23 @@ impl Attempt {
         now: Instant,
         id: IkeSaId,
         connection: &Connection,
-        cookie: &[u8],
         parts: &Parts,
     ) {
-        self.cookie = Some(cookie.to_vec());
         self.solution = None;
-        let Some(notify) = parts.notify(NotifyType::PUZZLE) else { return self.send(ctx, now, id, connection) };
+        let Some(notify) = parts.notify(NotifyType::PUZZLE) else { return self.send(ctx, now, connection) };
         let tag = Some((id, connection.name.as_str()));
-        match puzzle(&notify.data, cookie, connection, ctx.config.puzzles.limit) {
+        let cookie = self.first.cookie.clone().unwrap_or_default();
+        match puzzle(&notify.data, &cookie, connection, ctx.config.puzzles.limit) {
             Ok(puzzle) => {
                 let line = format!("received a puzzle of {} bits, solving it", puzzle.difficulty);
                 ctx.log("IKE", 1, tag, line);
                 // The peer is there; only the work takes time.
-                self.tcp_at = None;
+                self.first.stay_on_udp();
                 self.solving = Some(ctx.job(id, Job::SolvePuzzle(puzzle)));
             }
             Err(reason) => {
                 ctx.log("IKE", 1, tag, format!("received a puzzle, ignored: {reason}"));
-                self.send(ctx, now, id, connection);
+                self.send(ctx, now, connection);
             }
         }
     }
@@ -59,8 +58,8 @@ impl Attempt {
         ctx.log("IKE", 1, Some((id, connection.name.as_str())), line.to_owned());
         self.solution = solution;
         // Otherwise it goes with the stream.
-        if !self.is_opening() {
-            self.send(ctx, now, id, connection);
+        if !self.first.is_opening() {
+            self.send(ctx, now, connection);
         }
     }
 }

@@ -11,24 +11,22 @@ use ipsec::plane::StreamId;
 use super::auth::{InitMaterial, IntAuth};
 use super::channel::{Channel, Spis};
 use super::fault::{notify, notify_name};
-use super::init::{Again, CHILDLESS_IKEV2_SUPPORTED, NONCE_LENGTH, Over, float, udp_path};
+use super::first_request::{Due, FirstRequest, Lost, Over, udp_path};
+use super::init::{Again, CHILDLESS_IKEV2_SUPPORTED, float};
 use super::nat::{self, Nat};
 use super::parts::Parts;
 use super::redirect::{Redirected, Redirects};
-use super::retry::{Due, Retry, after};
 use super::{Core, IkeSa, Initiating, InitiatorAuth, Want, fail_wants, local_identity};
-use crate::config::{Connection, Fragmentation, Retransmission, TcpPolicy};
+use crate::config::{Connection, Fragmentation, Retransmission};
 use crate::crypto::{self, KeySeed};
 use crate::engine::context::Context;
 use crate::engine::tickets::Held;
-use crate::engine::{CloseReason, Event, IkeSaId, IkeSaStatus, IkeState, Path, Transport};
-use crate::wire::{self, ExchangeType, Header, Message, NotifyType, Payload};
+use crate::engine::{CloseReason, Event, IkeSaId, IkeSaStatus, IkeState, Path};
+use crate::wire::{ExchangeType, Message, NotifyType, Payload};
 
 /// The first wait for an answer, at most, and the repetitions: a gateway that knows tickets no more is silent.
 const FIRST_WAIT: Duration = Duration::from_secs(2);
 const REPETITIONS: u32 = 1;
-/// Cookies for one attempt.
-const MAX_RESTARTS: u8 = 4;
 
 /// An IKE SA whose IKE_SESSION_RESUME request is out, or about to be.
 pub(crate) struct Resuming {
@@ -39,19 +37,7 @@ pub(crate) struct Resuming {
     from_start: Redirected,
     sequence: u32,
     held: Held,
-    spi: u64,
-    path: Path,
-    nonce: Vec<u8>,
-    cookie: Option<Vec<u8>>,
-    restarts: u8,
-    progress: Progress,
-}
-
-enum Progress {
-    /// Waiting for the stream.
-    Opening { deadline: Instant },
-    /// The request, as sent.
-    Sent { request: Vec<u8>, retry: Retry },
+    first: FirstRequest,
 }
 
 /// Begins an IKE SA: with a ticket if we have one from that gateway, from the start otherwise. `None` when it failed at
@@ -64,13 +50,13 @@ pub(crate) fn begin(
     local: IpAddr,
     remote: IpAddr,
 ) -> Option<(IkeSaId, IkeSa)> {
-    let Some((held, path)) = take_ticket(ctx, now, &connection, (local, remote)) else {
+    let Some(held) = take_ticket(ctx, now, &connection, (local, remote)) else {
         let sa = Initiating::begin(ctx, now, connection, want, local, remote)?;
         return Some((sa.id(), IkeSa::Initiating(sa)));
     };
     let (from, redirects) = (ctx.next_ike(), Redirects::of_initiator(ctx));
     let from_start = Redirected { from, connection, wants: vec![want], local, remote, redirects };
-    let sa = Resuming::begin(ctx, now, from, Again { from_start, sequence: 1, needs_tcp: false }, held, path);
+    let sa = Resuming::begin(ctx, now, from, Again { from_start, sequence: 1, needs_tcp: false }, held);
     Some((from, IkeSa::Resuming(sa)))
 }
 
@@ -79,9 +65,9 @@ pub(crate) fn again(ctx: &mut Context, now: Instant, again: Again) -> Option<(Ik
     let Redirected { connection, local, remote, .. } = &again.from_start;
     let ticket = if again.needs_tcp { None } else { take_ticket(ctx, now, connection, (*local, *remote)) };
     match ticket {
-        Some((held, path)) => {
+        Some(held) => {
             let id = ctx.next_ike();
-            Some((id, IkeSa::Resuming(Resuming::begin(ctx, now, id, again, held, path))))
+            Some((id, IkeSa::Resuming(Resuming::begin(ctx, now, id, again, held))))
         }
         None => {
             let sa = Initiating::again(ctx, now, again)?;
@@ -90,16 +76,10 @@ pub(crate) fn again(ctx: &mut Context, now: Instant, again: Again) -> Option<(Ik
     }
 }
 
-/// The ticket for a gateway, and the path to it over UDP.
-fn take_ticket(
-    ctx: &mut Context,
-    now: Instant,
-    connection: &Connection,
-    (local, remote): (IpAddr, IpAddr),
-) -> Option<(Held, Path)> {
-    let path = udp_path(ctx, connection, local, remote);
-    let held = ctx.shared.tickets.lock().take(now, connection, remote, &local_identity(connection, &path))?;
-    Some((held, path))
+/// The ticket for a gateway.
+fn take_ticket(ctx: &mut Context, now: Instant, connection: &Connection, ends: (IpAddr, IpAddr)) -> Option<Held> {
+    let path = udp_path(ctx, connection, ends.0, ends.1);
+    ctx.shared.tickets.lock().take(now, connection, ends.1, &local_identity(connection, &path))
 }
 
 /// True when an IKE SA with this gateway would begin with a ticket.
@@ -114,39 +94,37 @@ pub(super) fn has_ticket(
 }
 
 impl Resuming {
-    fn begin(ctx: &mut Context, now: Instant, id: IkeSaId, again: Again, held: Held, udp: Path) -> Box<Self> {
+    fn begin(ctx: &mut Context, now: Instant, id: IkeSaId, again: Again, held: Held) -> Box<Self> {
         let Again { from_start, sequence, .. } = again;
         let connection = &from_start.connection;
         let line = format!("resuming IKE_SA {}[{}] with {}", connection.name, id.0, from_start.remote);
         ctx.log("IKE", 0, Some((id, &connection.name)), line);
-        let deadline = after(now, super::retry::total(&policy(ctx)));
         // RFC 9329 §7.3: the transport is chosen as for an IKE SA from scratch.
-        let opens = Over::first(ctx, now, connection, from_start.local, from_start.remote).is_tcp();
-        let path = if opens {
-            let local = SocketAddr::new(from_start.local, 0);
-            let remote = SocketAddr::new(from_start.remote, connection.tcp_remote_port);
-            Path { local, remote, transport: Transport::Stream(ctx.open_stream(connection, local.ip(), remote)) }
-        } else {
-            udp
-        };
+        let ends = (from_start.local, from_start.remote);
+        let over = Over::first(ctx, now, connection, ends);
         let name = ctx.connections.name(&connection.name);
-        let mut sa = Box::new(Self {
-            id,
-            name,
-            from_start,
-            sequence,
-            held,
-            spi: ctx.reserve_ike_spi(id),
-            path,
-            nonce: ctx.random(NONCE_LENGTH),
-            cookie: None,
-            restarts: 0,
-            progress: Progress::Opening { deadline },
-        });
-        if !opens {
-            sa.send(ctx, now);
-        }
+        let first = FirstRequest::begin(ctx, now, id, connection, ends, over, policy(ctx));
+        let mut sa = Box::new(Self { id, name, from_start, sequence, held, first });
+        sa.send_over_udp(ctx, now);
         sa
+    }
+
+    /// Sends the request where there is no stream to wait for.
+    fn send_over_udp(&mut self, ctx: &mut Context, now: Instant) {
+        if self.first.is_preparing() {
+            self.send(ctx, now);
+        }
+    }
+
+    /// The same ticket over another transport: none has reached the gateway, or its answer has not reached us.
+    fn restart(mut self: Box<Self>, ctx: &mut Context, now: Instant, over: Over) -> Option<IkeSa> {
+        let ends = (self.from_start.local, self.from_start.remote);
+        let connection = &self.from_start.connection;
+        let first = FirstRequest::begin(ctx, now, self.id, connection, ends, over, policy(ctx));
+        let old = std::mem::replace(&mut self.first, first);
+        ctx.release_ike_spi(old.spi);
+        self.send_over_udp(ctx, now);
+        Some(IkeSa::Resuming(self))
     }
 
     pub(crate) fn name(&self) -> Arc<str> {
@@ -154,18 +132,15 @@ impl Resuming {
     }
 
     pub(crate) fn spi(&self) -> u64 {
-        self.spi
+        self.first.spi
     }
 
     pub(crate) fn remote(&self) -> SocketAddr {
-        self.path.remote
+        self.first.path.remote
     }
 
     pub(crate) fn stream(&self) -> Option<StreamId> {
-        match self.path.transport {
-            Transport::Stream(stream) => Some(stream),
-            Transport::Udp | Transport::UdpEncap => None,
-        }
+        self.first.stream()
     }
 
     /// True when this will become the IKE SA that a request asks for.
@@ -184,10 +159,7 @@ impl Resuming {
     }
 
     pub(crate) fn next_timeout(&self) -> Instant {
-        match &self.progress {
-            Progress::Opening { deadline } => *deadline,
-            Progress::Sent { retry, .. } => retry.at,
-        }
+        self.first.next_timeout()
     }
 
     pub(crate) fn status(&self) -> IkeSaStatus {
@@ -195,12 +167,12 @@ impl Resuming {
             id: self.id,
             connection: self.from_start.connection.name.clone(),
             state: IkeState::Connecting,
-            path: self.path,
+            path: self.first.path,
             local_id: Some(self.held.grant.peer.local_id.clone()),
             remote_id: Some(self.held.grant.peer.id.clone()),
             peer: None,
             initiator: true,
-            initiator_spi: self.spi,
+            initiator_spi: self.first.spi,
             responder_spi: 0,
             nat_local: false,
             nat_remote: false,
@@ -216,34 +188,18 @@ impl Resuming {
         }
     }
 
-    /// Builds and sends the request (§4.3.2): the cookie, if one was asked for, comes first.
+    /// Builds and sends the request (§4.3.2).
     fn send(&mut self, ctx: &mut Context, now: Instant) {
-        let connection = &self.from_start.connection;
-        let mut payloads = Vec::new();
-        payloads.extend(self.cookie.clone().map(|cookie| notify(NotifyType::COOKIE, cookie)));
-        payloads.push(Payload::Nonce(self.nonce.clone()));
-        payloads.push(notify(NotifyType::TICKET_OPAQUE, self.held.ticket.clone()));
-        payloads.extend(nat::payloads(self.spi, 0, &self.path, connection.force_encapsulation));
-        payloads.extend(self.from_start.redirects.payload());
+        let Self { from_start, held, first, .. } = self;
+        let connection = &from_start.connection;
+        let mut payloads = vec![Payload::Nonce(first.nonce.clone())];
+        payloads.push(notify(NotifyType::TICKET_OPAQUE, held.ticket.clone()));
+        payloads.extend(nat::payloads(first.spi, 0, &first.path, connection.force_encapsulation));
+        payloads.extend(from_start.redirects.payload());
         if connection.fragmentation != Fragmentation::No {
             payloads.push(notify(NotifyType::IKEV2_FRAGMENTATION_SUPPORTED, Vec::new()));
         }
-        let header = Header {
-            initiator_spi: self.spi,
-            responder_spi: 0,
-            major: 2,
-            minor: 0,
-            exchange: ExchangeType::IKE_SESSION_RESUME,
-            from_initiator: true,
-            response: false,
-            message_id: 0,
-        };
-        let request = wire::encode(&Message { header, payloads });
-        let retry = Retry::start(now, &policy(ctx), self.stream().is_some(), ctx.rng.as_mut());
-        let line = format!("sending IKE_SESSION_RESUME request to {}", self.path.remote);
-        ctx.log("NET", 2, self.tag(), line);
-        ctx.transmit(self.path, [request.clone()]);
-        self.progress = Progress::Sent { request, retry };
+        first.send(ctx, now, connection, ExchangeType::IKE_SESSION_RESUME, payloads);
     }
 
     /// Handles an unprotected message with our SPI.
@@ -256,13 +212,7 @@ impl Resuming {
         datagram: &[u8],
     ) -> Option<IkeSa> {
         let header = message.header;
-        let expected = header.response
-            && header.exchange == ExchangeType::IKE_SESSION_RESUME
-            && header.message_id == 0
-            && !header.from_initiator;
-        let sent = matches!(self.progress, Progress::Sent { .. });
-        // An answer comes from where the request went (RFC 7296 §2.11).
-        if !expected || !sent || path.remote != self.path.remote || path.transport != self.path.transport {
+        if !self.first.is_answered_by(&header, &path, ExchangeType::IKE_SESSION_RESUME) {
             return Some(IkeSa::Resuming(self));
         }
         let parts = match Parts::collect(message.payloads) {
@@ -275,11 +225,8 @@ impl Resuming {
         if let Some(nr) = parts.nonce.clone().filter(|_| header.responder_spi != 0) {
             return self.accept(ctx, now, header.responder_spi, &parts, nr, datagram);
         }
-        if let Some(cookie) = parts.notify(NotifyType::COOKIE) {
-            // RFC 7296 §2.6: 1 to 64 octets.
-            if (1..=64).contains(&cookie.data.len()) && self.restarts < MAX_RESTARTS {
-                self.restarts = self.restarts.saturating_add(1);
-                self.cookie = Some(cookie.data.clone());
+        if parts.has(NotifyType::COOKIE) {
+            if self.first.takes_cookie(&parts) {
                 self.send(ctx, now);
             }
             return Some(IkeSa::Resuming(self));
@@ -291,7 +238,9 @@ impl Resuming {
             Some(error) => format!("received {} notify error", notify_name(error.kind)),
             None => return Some(IkeSa::Resuming(self)),
         };
-        self.from_start(ctx, now, &reason)
+        // Where UDP was silent and this came over a stream, there is no need to try that again.
+        let needs_tcp = self.first.over.is_tcp();
+        self.from_start(ctx, now, &reason, needs_tcp)
     }
 
     /// Both nonces make new keys out of the old SK_d (§5.1).
@@ -304,27 +253,35 @@ impl Resuming {
         nr: Vec<u8>,
         datagram: &[u8],
     ) -> Option<IkeSa> {
-        let spis = Spis { initiator: self.spi, responder: responder_spi };
+        let spis = Spis { initiator: self.first.spi, responder: responder_spi };
         let suite = self.held.suite;
-        let seed = KeySeed { ni: &self.nonce, nr: &nr, spi_i: spis.initiator, spi_r: spis.responder };
+        let seed = KeySeed { ni: &self.first.nonce, nr: &nr, spi_i: spis.initiator, spi_r: spis.responder };
         let keys = crypto::resumed_ike_keys(&suite, &self.held.d, seed).ok();
         let channel = keys.and_then(|keys| Channel::new(suite, keys, spis, true, false).ok());
-        let Some(mut channel) = channel else { return self.from_start(ctx, now, "the PRF is not supported") };
-        let Self { id, name, from_start, sequence, held, path, nonce, progress, .. } = *self;
-        let Progress::Sent { request, .. } = progress else { return None };
+        let Some(mut channel) = channel else { return self.from_start(ctx, now, "the PRF is not supported", false) };
+        let Self { id, name, from_start, sequence, held, first } = *self;
+        let (path, ni, falls_back) = (first.path, first.nonce.clone(), first.over == Over::UdpThenTcp);
+        let request = first.into_octets()?;
         let Redirected { connection, wants, redirects, .. } = from_start;
         let nat = Nat::detect(parts, spis.initiator, spis.responder, &path, connection.force_encapsulation);
         channel.fragmentation =
             connection.fragmentation != Fragmentation::No && parts.has(NotifyType::IKEV2_FRAGMENTATION_SUPPORTED);
-        let stream_originator = matches!(path.transport, Transport::Stream(_));
-        let mut core =
-            Core { id, name, path, nat, stream_originator, redirects, sequence, assigned: None, falls_back: false };
-        let falls_back = connection.tcp == TcpPolicy::Fallback;
+        let mut core = Core {
+            id,
+            name,
+            path,
+            nat,
+            stream_originator: true,
+            redirects,
+            sequence,
+            assigned: None,
+            falls_back: false,
+        };
         float(ctx, &connection, &mut core, falls_back);
         let material = InitMaterial {
             ours: request,
             theirs: datagram.to_vec(),
-            ni: nonce,
+            ni,
             nr,
             peer_hashes: None,
             announced: None,
@@ -339,11 +296,11 @@ impl Resuming {
     }
 
     /// Goes on with IKE_SA_INIT.
-    fn from_start(self: Box<Self>, ctx: &mut Context, now: Instant, reason: &str) -> Option<IkeSa> {
+    fn from_start(self: Box<Self>, ctx: &mut Context, now: Instant, reason: &str, needs_tcp: bool) -> Option<IkeSa> {
         ctx.log("IKE", 1, self.tag(), format!("{reason}, authenticating from the start"));
-        let Self { id, from_start, sequence, spi, .. } = *self;
-        ctx.release_ike_spi(spi);
-        Initiating::begin_as(ctx, now, id, from_start, sequence, false).map(IkeSa::Initiating)
+        let Self { id, from_start, sequence, first, .. } = *self;
+        ctx.release_ike_spi(first.spi);
+        Initiating::begin_as(ctx, now, id, from_start, sequence, needs_tcp).map(IkeSa::Initiating)
     }
 
     /// The same after silence: the ticket was not used, and is for the next attempt, should this one fail (§4.3.1).
@@ -351,25 +308,37 @@ impl Resuming {
         let (ticket, grant) = (std::mem::take(&mut self.held.ticket), self.held.grant.clone());
         let (ends, suite, d) = (self.held.ends, self.held.suite, self.held.d.duplicate());
         ctx.shared.tickets.lock().hold(now, self.from_start.remote, Held { ticket, ends, suite, d, grant });
-        self.from_start(ctx, now, "no answer to the ticket")
+        self.from_start(ctx, now, "no answer to the ticket", false)
     }
 
     pub(crate) fn handle_timeout(mut self: Box<Self>, ctx: &mut Context, now: Instant) -> Option<IkeSa> {
-        let policy = policy(ctx);
-        match &mut self.progress {
-            Progress::Opening { deadline } if *deadline <= now => self.unanswered(ctx, now),
-            Progress::Opening { .. } => Some(IkeSa::Resuming(self)),
-            Progress::Sent { request, retry } => match retry.poll(now, &policy, ctx.rng.as_mut()) {
-                Due::Nothing => Some(IkeSa::Resuming(self)),
-                Due::Resend => {
-                    let (count, request) = (retry.done, request.clone());
-                    ctx.log("IKE", 1, self.tag(), format!("retransmit {count} of request with message ID 0"));
-                    ctx.transmit(self.path, [request]);
-                    Some(IkeSa::Resuming(self))
-                }
-                Due::GiveUp => self.unanswered(ctx, now),
-            },
+        match self.first.poll(ctx, now) {
+            Due::Nothing => Some(IkeSa::Resuming(self)),
+            Due::TurnToTcp => {
+                let port = self.from_start.connection.tcp_remote_port;
+                ctx.log("NET", 1, self.tag(), format!("no answer to the ticket over UDP, trying TCP port {port}"));
+                self.restart(ctx, now, Over::Tcp)
+            }
+            Due::Repeat(_) => {
+                self.first.repeat(ctx, &self.from_start.connection);
+                Some(IkeSa::Resuming(self))
+            }
+            Due::NoStream | Due::Unprepared | Due::GiveUp(_) => self.unanswered(ctx, now),
         }
+    }
+
+    /// An ICMP error: no proof of anything, but a reason to try TCP now rather than later.
+    pub(crate) fn handle_unreachable(
+        self: Box<Self>,
+        ctx: &mut Context,
+        now: Instant,
+        remote: SocketAddr,
+    ) -> Option<IkeSa> {
+        if !self.first.may_turn_to_tcp() || self.first.path.remote != remote {
+            return Some(IkeSa::Resuming(self));
+        }
+        ctx.log("NET", 1, self.tag(), format!("{remote} is unreachable over UDP, trying TCP"));
+        self.restart(ctx, now, Over::Tcp)
     }
 
     pub(crate) fn handle_stream_opened(
@@ -379,25 +348,27 @@ impl Resuming {
         stream: StreamId,
         local: SocketAddr,
     ) -> Option<IkeSa> {
-        if self.stream() == Some(stream) && matches!(self.progress, Progress::Opening { .. }) {
-            self.path.local = local;
+        if self.first.stream_opened(now, stream, local) {
             self.send(ctx, now);
         }
         Some(IkeSa::Resuming(self))
     }
 
     pub(crate) fn handle_stream_closed(
-        self: Box<Self>,
+        mut self: Box<Self>,
         ctx: &mut Context,
         now: Instant,
         stream: StreamId,
         reason: &str,
     ) -> Option<IkeSa> {
-        if self.stream() != Some(stream) {
-            return Some(IkeSa::Resuming(self));
+        match self.first.stream_closed(ctx, now, &self.from_start.connection, stream, reason) {
+            Lost::Other | Lost::Reopened => Some(IkeSa::Resuming(self)),
+            Lost::Try(over) => self.restart(ctx, now, over),
+            Lost::Nothing => {
+                ctx.log("NET", 1, self.tag(), format!("the TCP connection failed: {reason}"));
+                self.unanswered(ctx, now)
+            }
         }
-        ctx.log("NET", 1, self.tag(), format!("the TCP connection failed: {reason}"));
-        self.unanswered(ctx, now)
     }
 
     /// Ends before anything came up.

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use ipsec::plane::StreamId;
 
 use super::established::{Active, Closed, Established, Task};
-use super::init::udp_path;
+use super::first_request::udp_path;
 use super::mobility::Errand;
 use super::retry::{Retry, after};
 use crate::config::{Retransmission, TcpPolicy};

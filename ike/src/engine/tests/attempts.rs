@@ -150,7 +150,11 @@ fn a_stream_that_cannot_be_opened_again_ends_the_attempt() {
 // IKE_SA_INIT, and to IKE_AUTH without a proof.
 #[test]
 fn an_answer_that_nobody_has_proved_teaches_nothing_about_the_network() {
-    let udp = Path { local: SocketAddr::new(address(A), 500), remote: SocketAddr::new(address(B), 500), transport: Transport::Udp };
+    let udp = Path {
+        local: SocketAddr::new(address(A), 500),
+        remote: SocketAddr::new(address(B), 500),
+        transport: Transport::Udp,
+    };
     let needs_stream = |pair: &Pair| pair.sides[A].engine.ctx.shared.networks.lock().needs_stream(pair.now, &udp);
     let with_memory = |seed: u64, udp_blocked: bool| {
         let a = Connection { tcp: TcpPolicy::Fallback, ..connection(A) };

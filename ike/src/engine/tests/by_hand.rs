@@ -47,7 +47,7 @@ impl NonceRng {
 impl Rng for NonceRng {
     fn fill(&mut self, buffer: &mut [u8]) {
         self.inner.fill(buffer);
-        if buffer.len() == crate::sa::init::NONCE_LENGTH
+        if buffer.len() == crate::sa::first_request::NONCE_LENGTH
             && let Ok(octet) = u8::try_from(self.first.0.load(Ordering::Relaxed))
         {
             buffer[0] = octet;

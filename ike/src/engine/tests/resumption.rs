@@ -796,6 +796,127 @@ fn over_tcp() {
     pair.assert_same(1, 1);
 }
 
+/// With a ticket, after the loss of the IKE SA, where the transport is ours to choose.
+fn falling_back(seed: u64) -> Pair {
+    let tcp_delay = Duration::from_millis(1500);
+    let of = |side| Connection { tcp: TcpPolicy::Fallback, tcp_delay, ..resuming(side) };
+    let mut pair = with_ticket_of(Pair::with(seed, EngineConfig::default(), of(A), of(B)));
+    lose(&mut pair);
+    pair.sides[A].sent.clear();
+    pair
+}
+
+/// What A has sent over UDP and over streams.
+fn transports(pair: &Pair) -> (usize, usize) {
+    let streams = pair.sides[A].sent.iter().filter(|sent| matches!(sent.path.transport, Transport::Stream(_))).count();
+    (pair.sides[A].sent.len() - streams, streams)
+}
+
+// RFC 9329 §5.1, §7.3: UDP that stays silent leads to TCP, with the same ticket but another SPI and nonce.
+#[test]
+fn a_ticket_falls_back_to_tcp() {
+    let mut pair = falling_back(790);
+    take_credentials(&mut pair);
+    pair.udp_blocked = true;
+    come_back(&mut pair, 2);
+    assert_eq!(resumed(&pair), [true, true], "{:#?}", lines(&pair.sides[A]));
+    assert!(matches!(pair.sides[A].only().path.transport, Transport::Stream(_)));
+    let requests = plain(&pair.sides[A]);
+    assert!(requests.iter().all(|request| request.header.exchange == ExchangeType::IKE_SESSION_RESUME));
+    let [first, repeated, over_tcp] = &requests[..] else { panic!("{requests:#?}") };
+    assert_eq!(first, repeated);
+    assert_ne!(first.header.initiator_spi, over_tcp.header.initiator_spi);
+    assert_ne!(first.payloads[0], over_tcp.payloads[0], "the nonce");
+    assert_eq!(says(first, NotifyType::TICKET_OPAQUE), says(over_tcp, NotifyType::TICKET_OPAQUE));
+    pair.assert_same(1, 1);
+    // That is remembered: the next one begins with TCP.
+    pair.tcp_blocked = true;
+    pair.break_streams();
+    lose(&mut pair);
+    pair.tcp_blocked = false;
+    pair.sides[A].sent.clear();
+    come_back(&mut pair, 3);
+    assert_eq!((resumed(&pair), transports(&pair).0), ([true, true], 0));
+    pair.assert_same(1, 1);
+}
+
+// An ICMP error hastens that.
+#[test]
+fn an_unreachable_port_hastens_a_tickets_fallback() {
+    let mut pair = falling_back(791);
+    pair.udp_blocked = true;
+    pair.initiate(A, 2);
+    let now = pair.now;
+    pair.sides[A].engine.handle_unreachable(now, "10.0.0.9:500".parse().unwrap());
+    assert!(pair.sides[A].streams.is_empty());
+    pair.sides[A].engine.handle_unreachable(now, "10.0.0.2:500".parse().unwrap());
+    pair.drain(A);
+    pair.run(seconds(1));
+    assert!(pair.sides[A].done(2));
+    assert_eq!(resumed(&pair), [true, true]);
+}
+
+// A port that is closed is no end: UDP gets its time, and then an authentication from the start.
+#[test]
+fn a_ticket_survives_a_closed_port() {
+    let mut pair = falling_back(792);
+    (pair.udp_blocked, pair.tcp_blocked) = (true, true);
+    pair.initiate(A, 2);
+    pair.run(seconds(3));
+    pair.udp_blocked = false;
+    pair.run(seconds(10));
+    assert!(pair.sides[A].done(2), "{:#?}", lines(&pair.sides[A]));
+    assert_eq!(resumed(&pair), [true, true]);
+    assert_eq!(pair.sides[A].only().path.transport, Transport::Udp);
+    pair.assert_same(1, 1);
+    let mut pair = falling_back(793);
+    (pair.udp_blocked, pair.tcp_blocked) = (true, true);
+    pair.initiate(A, 2);
+    pair.run(seconds(400));
+    assert!(pair.sides[A].failed(2).is_some());
+    (pair.udp_blocked, pair.tcp_blocked) = (false, false);
+    // Nobody has answered, so the ticket is good yet; and nothing else is left.
+    assert_eq!(pair.sides[A].engine.ctx.shared.tickets.lock().counts(), (0, 1));
+    assert!(pair.sides[A].engine.ctx.own_spis() == 0 && pair.sides[A].engine.ctx.shared.streams.is_empty());
+    come_back(&mut pair, 3);
+    assert_eq!(resumed(&pair), [true, true]);
+}
+
+// A refusal over a stream: IKE_SA_INIT goes over a stream too, where UDP was silent.
+#[test]
+fn a_refusal_over_tcp_leads_to_ike_sa_init_over_tcp() {
+    let mut pair = falling_back(794);
+    pair.sides[B].engine.forget_tickets();
+    pair.udp_blocked = true;
+    come_back(&mut pair, 2);
+    assert_from_start(&pair, 2, "the peer does not take the ticket");
+    assert!(matches!(pair.sides[A].only().path.transport, Transport::Stream(_)));
+    let over_udp = transports(&pair).0;
+    assert_eq!(over_udp, 2, "IKE_SESSION_RESUME, twice");
+    pair.assert_same(1, 1);
+}
+
+// A stream that breaks in the middle of it, at any moment.
+#[test]
+fn a_stream_that_breaks_costs_the_ticket_at_most() {
+    for seed in 0..30 {
+        let of = |side| Connection { tcp: TcpPolicy::Yes, keyingtries: 3, ..resuming(side) };
+        let mut pair = with_ticket_of(Pair::with(2000 + seed, EngineConfig::default(), of(A), of(B)));
+        pair.tcp_blocked = true;
+        pair.break_streams();
+        lose(&mut pair);
+        pair.tcp_blocked = false;
+        pair.initiate(A, 2);
+        let wait = pair.rng.below(100);
+        pair.run(Duration::from_millis(wait));
+        pair.break_streams();
+        pair.run(seconds(60));
+        assert!(pair.sides[A].done(2), "seed {seed}: {:#?}", lines(&pair.sides[A]));
+        pair.run(seconds(400));
+        pair.assert_same(1, 1);
+    }
+}
+
 // RFC 5723 §4.3.2: from any address, with the NAT that is there now.
 #[test]
 fn behind_a_nat_that_was_not_there() {
