@@ -46,6 +46,33 @@ pub trait FlowGuard: Send + Sync {
     }
 }
 
+/// What the operating system lets pass of a latched flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Passage {
+    /// Nothing.
+    None,
+    /// What SAs of this class carry.
+    Class(ClassId),
+}
+
+/// The operating system's own barrier around latched flows, beside the packet check: it keeps them from all ways past the
+/// tunnel, is there where the system does ESP and nobody checks packets, and outlives the process.
+///
+/// Calls return when the system has done what they ask. They are short, and may come from any thread.
+pub trait FlowBarrier: Send + Sync {
+    /// From now on, packets of the flow pass as said and not otherwise, but for those of the tunnel's device, which the
+    /// packet check sees. Replaces what was said of the flow before. When it fails, what was said before still holds.
+    fn set(&self, flow: &Flow, passage: Passage) -> Result<(), String>;
+    /// The flow's latch is gone, but what is left of its connection may still send: all stays until [`Self::lift`].
+    fn abandon(&self, flow: &Flow);
+    /// Flows without a latch whose barrier still stands: abandoned ones, and those of an earlier process.
+    fn abandoned(&self) -> Vec<Flow>;
+    /// Takes the barrier of an abandoned flow away: no connection is left that it could be about.
+    fn lift(&self, flow: &Flow);
+    /// True where the system does ESP, so that the packet check does not see all packets.
+    fn stands_alone(&self) -> bool;
+}
+
 /// The guard of a plane without latches.
 #[derive(Debug, Default)]
 pub struct NoLatches;

@@ -22,7 +22,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use ipsec::datapath::{DataPath, DropReason, Inbound};
-use ipsec::guard::FlowGuard;
+use ipsec::guard::{FlowBarrier, FlowGuard};
 use ipsec::plane::{DataPlane, Encapsulation, PlaneEvent, StreamId};
 use tokio::sync::mpsc;
 
@@ -34,7 +34,7 @@ use crate::socket::{Header, OuterSocket, keep_flow_label, pass_by_policies};
 use crate::threads;
 use crate::tun::{Tun, TunWriter};
 use crate::watch::{self, Own};
-use crate::xfrm::{self, Xfrm};
+use crate::xfrm::{self, Latches, Xfrm};
 
 /// How to set the network up.
 #[derive(Clone, Debug)]
@@ -68,7 +68,7 @@ pub enum PlaneChoice {
     Auto,
     /// The kernel; without ESP in it the network does not start.
     Kernel,
-    /// User space, the only one that enforces latches.
+    /// User space, whose packet check enforces latches of every kind.
     #[default]
     UserSpace,
 }
@@ -162,6 +162,8 @@ pub(crate) struct Inner {
     filter: InterfaceFilter,
     /// The kernel's databases, where it does ESP.
     pub(crate) xfrm: Option<Arc<Xfrm>>,
+    /// Its policies for latched flows, where it has any policies.
+    pub(crate) latches: Option<Arc<Latches>>,
     /// Why who does ESP does it.
     pub(crate) plane_reason: &'static str,
 }
@@ -223,9 +225,14 @@ impl Network {
         let mut netlink = Netlink::open()?;
         let tun = Arc::new(Tun::new(&config.tun_name, config.tun_mtu, &mut netlink)?);
         let tun_name = tun.name().to_owned();
-        if xfrm.is_some() {
-            tun.pass_by_policies();
-        }
+        tun.pass_by_policies();
+        let latches = match Latches::open(tun.index(), xfrm.is_some()) {
+            Ok(latches) => Some(Arc::new(latches)),
+            Err(error) => {
+                tracing::info!(%error, "the kernel cannot help with latches");
+                None
+            }
+        };
         let route_numbers = (config.route_table, config.route_priority, mark);
         let routes = Routes::new(Netlink::open()?, tun.index(), route_numbers, config.install_routes)?;
         warn_of_strict_reverse_paths();
@@ -252,6 +259,7 @@ impl Network {
             tun_index: tun.index(),
             filter: config.interfaces,
             xfrm,
+            latches,
             plane_reason,
         });
         // From here on, dropping `inner` cleans up.
@@ -260,7 +268,7 @@ impl Network {
         let own = Own { link: tun.index(), table: config.route_table };
         lock(&inner.threads).push(watch::start(&shared, own)?);
         if let Some(xfrm) = &inner.xfrm {
-            lock(&inner.threads).push(xfrm::start(&shared, xfrm)?);
+            lock(&inner.threads).push(xfrm::start(&shared, xfrm, inner.latches.as_ref())?);
         }
         Ok((Self { inner }, receiver))
     }
@@ -270,9 +278,14 @@ impl Network {
         Box::new(Planes::new(&self.inner))
     }
 
-    /// True where the kernel does ESP, so that nobody compares its packets with latches.
+    /// True where the kernel does ESP, so that nobody but its own policies compares packets with latches.
     pub fn leaves_esp_to_the_kernel(&self) -> bool {
         self.inner.xfrm.is_some()
+    }
+
+    /// The kernel's barrier around latched flows; `None` where it has no policies.
+    pub fn barrier(&self) -> Option<Arc<dyn FlowBarrier>> {
+        self.inner.latches.as_ref().map(|latches| Arc::clone(latches) as _)
     }
 
     /// Port of plain IKE, as bound.
@@ -600,7 +613,7 @@ fn choose_plane(choice: PlaneChoice, mark: u32) -> io::Result<(Option<Arc<Xfrm>>
         PlaneChoice::Kernel => Ok((Some(Xfrm::open(mark)?), "configured")),
         PlaneChoice::Auto => match Xfrm::open(mark) {
             Ok(xfrm) => {
-                tracing::info!("the kernel does ESP; latches cannot be had");
+                tracing::info!("the kernel does ESP");
                 Ok((Some(xfrm), "the kernel has ESP"))
             }
             Err(error) => {

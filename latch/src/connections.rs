@@ -1,4 +1,4 @@
-//! The system's TCP connections, from procfs.
+//! The system's TCP and UDP connections, from procfs.
 
 use std::collections::HashSet;
 use std::fs;
@@ -8,13 +8,14 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use ipsec::selector::Flow;
 
 const TCP: u8 = 6;
+const UDP: u8 = 17;
 
-/// All TCP connections of this network namespace in any state, TIME_WAIT included.
-pub(crate) fn tcp() -> io::Result<HashSet<Flow>> {
+/// All TCP and UDP connections of this network namespace in any state, TIME_WAIT included.
+pub(crate) fn all() -> io::Result<HashSet<Flow>> {
     let mut connections = HashSet::new();
-    for table in ["/proc/thread-self/net/tcp", "/proc/thread-self/net/tcp6"] {
-        match fs::read_to_string(table) {
-            Ok(text) => connections.extend(text.lines().skip(1).filter_map(flow)),
+    for (table, protocol) in [("tcp", TCP), ("tcp6", TCP), ("udp", UDP), ("udp6", UDP)] {
+        match fs::read_to_string(format!("/proc/thread-self/net/{table}")) {
+            Ok(text) => connections.extend(text.lines().skip(1).filter_map(|line| flow(protocol, line))),
             // A system without IPv6.
             Err(error) if error.kind() == io::ErrorKind::NotFound && table.ends_with('6') => {}
             Err(error) => return Err(error),
@@ -24,11 +25,11 @@ pub(crate) fn tcp() -> io::Result<HashSet<Flow>> {
 }
 
 /// A line begins with a number and both ends, as in `0: 0100007F:0050 0200007F:C350`.
-fn flow(line: &str) -> Option<Flow> {
+fn flow(protocol: u8, line: &str) -> Option<Flow> {
     let mut fields = line.split_ascii_whitespace().skip(1);
     let (local, local_port) = end(fields.next()?)?;
     let (remote, remote_port) = end(fields.next()?)?;
-    Some(Flow { protocol: TCP, local, local_port, remote, remote_port })
+    Some(Flow { protocol, local, local_port, remote, remote_port })
 }
 
 /// An address is one or four 32-bit words in the byte order of the processor, read as those are.
@@ -73,18 +74,18 @@ mod tests {
                 remote_port: flow.local_port,
                 ..flow
             };
-            let connections = tcp().unwrap();
+            let connections = all().unwrap();
             assert!(connections.contains(&flow) && connections.contains(&mirrored), "{flow}");
             socket2::SockRef::from(&near).set_linger(Some(std::time::Duration::ZERO)).unwrap();
             drop((near, listener));
-            assert!(!tcp().unwrap().contains(&flow));
+            assert!(!all().unwrap().contains(&flow));
         }
     }
 
     #[test]
     fn lines_that_are_none_are_skipped() {
         for line in ["", "0:", "0: 0100007F:0050", "0: 01:50 02:50", "0: 0100007F 0200007F", "0: zz00007F:0 0:0"] {
-            assert_eq!(flow(line), None, "{line}");
+            assert_eq!(flow(TCP, line), None, "{line}");
         }
     }
 }

@@ -14,6 +14,9 @@
 //! * A listener latch gives each new inbound flow to its port a latch before its first packet passes, or drops that
 //!   packet. What has no latch does not leave from that port.
 //!
+//! * Where the operating system has a barrier ([`FlowBarrier`]), a flow's is up before its latch is there, changes before
+//!   its holder hears of the change, and stays after the latch until [`Database::lift_abandoned`].
+//!
 //! # What a class pins
 //!
 //! Two [`Class`]es are equal when these are: the peer's identity, our identity, the kind of proof (shared key or
@@ -39,7 +42,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry;
-use ipsec::guard::{ClassId, Direction, FlowGuard, Verdict};
+use ipsec::guard::{ClassId, Direction, FlowBarrier, FlowGuard, Passage, Verdict};
 use ipsec::plane::{EspSuite, Mode};
 use ipsec::selector::{Flow, TrafficSelector};
 use ipsec::transform::{Encr, Integ};
@@ -74,6 +77,17 @@ pub enum LatchState {
     Broken,
     /// Closed by the administrator, no packet passes; or released.
     Closed,
+}
+
+/// What keeps a latched flow's packets from going otherwise than the latch says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protector {
+    /// The check of each packet in the tunnel. What goes past the tunnel is beyond it.
+    Engine,
+    /// That, and the system's barrier for what goes past the tunnel, which outlives the daemon.
+    EngineAndSystem,
+    /// The system's barrier, where the system does ESP.
+    System,
 }
 
 /// What becomes of a connection when its latch breaks (RFC 5660 §5.5).
@@ -205,6 +219,14 @@ pub enum LatchError {
     /// SAs of other classes cover the flow too (RFC 5660 §2.3, "MUST NOT create").
     #[error("SAs of different peers cover {0}")]
     Conflict(String),
+    /// The system does ESP and has no barrier for the flow.
+    #[error("the system cannot enforce a latch of {flow}: {reason}")]
+    Unenforced {
+        /// The flow.
+        flow: String,
+        /// What is missing.
+        reason: String,
+    },
     /// The flow is not one connection: an address is unspecified or multicast, a port is 0, or the families differ.
     #[error("{0} is not one connection")]
     NotAConnection(String),
@@ -227,12 +249,45 @@ pub struct Database {
     observer: OnceLock<Observer>,
     /// What non-first fragments, which have no ports, are checked against.
     pairs: DashMap<Pair, PairPins>,
+    barrier: OnceLock<Arc<dyn FlowBarrier>>,
 }
 
 impl Database {
     /// An empty one.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Sets the operating system's barrier around latched flows; once, before the first latch.
+    pub fn set_barrier(&self, barrier: Arc<dyn FlowBarrier>) {
+        // A second one would be a second network of one database.
+        let _ = self.barrier.set(barrier);
+    }
+
+    /// True where packets pass that the packet check does not see, and latches stand on the system's barrier alone.
+    pub fn system_does_esp(&self) -> bool {
+        self.barrier.get().is_some_and(|barrier| barrier.stands_alone())
+    }
+
+    /// Takes away the barriers of flows that are no longer latched, and whose connection `has_ended`.
+    pub fn lift_abandoned(&self, has_ended: impl Fn(&Flow) -> bool) {
+        let Some(barrier) = self.barrier.get() else { return };
+        let ended: Vec<Flow> = barrier.abandoned().into_iter().filter(has_ended).collect();
+        // No latch is made meanwhile for one of them.
+        let control = self.control();
+        for flow in ended.iter().filter(|flow| !control.by_flow.contains_key(flow)) {
+            barrier.lift(flow);
+        }
+    }
+
+    /// Flows that are no longer latched and whose barrier still stands.
+    pub fn abandoned(&self) -> Vec<Flow> {
+        self.barrier.get().map(|barrier| barrier.abandoned()).unwrap_or_default()
+    }
+
+    /// What enforces a connection latch; `None` if there is none of this number.
+    pub fn protector(&self, latch: LatchId) -> Option<Protector> {
+        self.control().latches.get(&latch).map(|latch| latch.protector)
     }
 
     /// The number of a class; equal classes have equal numbers, numbers are never reused.
@@ -414,6 +469,7 @@ impl Database {
         };
         let class = self.class(number).ok_or_else(|| LatchError::NoSa(flow.to_string()))?;
         request.admits(&flow, &class)?;
+        let protector = self.raise_barrier(&flow, number)?;
         let latch = Latch {
             flow,
             number,
@@ -421,6 +477,7 @@ impl Database {
             condition: Condition::Established,
             on_break: request.on_break,
             listener: None,
+            protector,
             binding: control.binding(&flow),
             holder: Arc::from(holder),
         };
@@ -518,6 +575,9 @@ impl Database {
             }
         }
         self.latched.fetch_sub(1, Ordering::SeqCst);
+        if let Some(barrier) = self.barrier.get() {
+            barrier.abandon(&gone.flow);
+        }
         drop(control);
         self.observe(&gone.alert(latch, LatchState::Closed, "released".to_owned()));
     }
@@ -671,6 +731,30 @@ impl Database {
             pins.add(pin);
             pins.subtract(before);
         }
+        if let Some(barrier) = self.barrier.get().filter(|_| latch.protector != Protector::Engine) {
+            let passage = match condition {
+                Condition::Established => Passage::Class(latch.number),
+                _ => Passage::None,
+            };
+            if let Err(reason) = barrier.set(&latch.flow, passage) {
+                // The one before holds: at most, packets of the latched class pass.
+                tracing::error!(flow = %latch.flow, reason, "changing the system's barrier around a latched flow");
+            }
+        }
+    }
+
+    /// Before a flow's latch is there. Where the packet check sees all packets, it is enough without.
+    fn raise_barrier(&self, flow: &Flow, number: ClassId) -> Result<Protector, LatchError> {
+        let Some(barrier) = self.barrier.get() else { return Ok(Protector::Engine) };
+        match barrier.set(flow, Passage::Class(number)) {
+            Ok(()) if barrier.stands_alone() => Ok(Protector::System),
+            Ok(()) => Ok(Protector::EngineAndSystem),
+            Err(reason) if barrier.stands_alone() => Err(LatchError::Unenforced { flow: flow.to_string(), reason }),
+            Err(reason) => {
+                tracing::warn!(%flow, reason, "a latched flow has no barrier of the system");
+                Ok(Protector::Engine)
+            }
+        }
     }
 
     fn insert(&self, control: &mut Control, latch: Latch) -> (LatchId, Alert) {
@@ -708,6 +792,7 @@ impl Database {
         }
         let (on_break, holder) = (listening.request.on_break, Arc::clone(&listening.holder));
         let condition = Condition::Established;
+        let Ok(protector) = self.raise_barrier(flow, number) else { return Verdict::Drop };
         let latch = Latch {
             flow: *flow,
             number,
@@ -715,6 +800,7 @@ impl Database {
             condition,
             on_break,
             listener: Some(parent),
+            protector,
             binding: control.binding(flow),
             holder: Arc::clone(&holder),
         };
@@ -1062,6 +1148,7 @@ struct Latch {
     on_break: OnBreak,
     /// The listener latch that it came from, until somebody takes it.
     listener: Option<LatchId>,
+    protector: Protector,
     /// Or why there is none.
     binding: Result<[u8; 32], &'static str>,
     holder: Holder,

@@ -15,7 +15,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::database::{Algorithms, Class, LatchError, LatchState, OnBreak};
+use crate::database::{Algorithms, Class, LatchError, LatchState, OnBreak, Protector};
 
 /// Version of the protocol that this crate speaks.
 pub const VERSION: u32 = 1;
@@ -339,7 +339,7 @@ pub enum Code {
     NoSuchLatch,
     /// Too many latches or connections.
     Limit,
-    /// The daemon cannot enforce latches, as it is configured.
+    /// The daemon cannot enforce the latch, as it is configured.
     Unenforced,
     /// The system refused something.
     System,
@@ -376,6 +376,24 @@ pub struct Created {
     pub peer: Peer,
     /// How the packets are protected.
     pub protection: Protection,
+    /// What enforces the latch; not told by older daemons.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guard: Option<Guard>,
+}
+
+/// What keeps a latched connection's packets from going otherwise.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Guard {
+    /// The daemon's check of each packet in the tunnel, and the socket's binding to it: the system has no policies.
+    Engine,
+    /// That, and policies of the system that drop what goes past the tunnel and outlive the daemon.
+    EngineAndSystem,
+    /// Policies of the system alone, since it does ESP.
+    System,
+    /// One that this crate does not know.
+    #[serde(other)]
+    Other,
 }
 
 /// Answer to `inquire`.
@@ -393,6 +411,9 @@ pub struct Inquired {
     pub peer: Peer,
     /// How the packets are protected.
     pub protection: Protection,
+    /// What enforces the latch, where there is one; not told by older daemons.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guard: Option<Guard>,
 }
 
 /// Answer to `listen`.
@@ -572,8 +593,19 @@ impl From<LatchError> for Refusal {
             LatchError::Broken(_) | LatchError::NotAccepted(_) => Code::NotAccepted,
             LatchError::Conflict(_) => Code::Conflict,
             LatchError::NotAConnection(_) => Code::Socket,
+            LatchError::Unenforced { .. } => Code::Unenforced,
         };
         Self::new(code, error.to_string())
+    }
+}
+
+impl From<Protector> for Guard {
+    fn from(protector: Protector) -> Self {
+        match protector {
+            Protector::Engine => Self::Engine,
+            Protector::EngineAndSystem => Self::EngineAndSystem,
+            Protector::System => Self::System,
+        }
     }
 }
 

@@ -52,9 +52,9 @@ use crate::database::{
     Alert, Class, Database, LatchError, LatchId, LatchState, Listed, Listener, OnBreak, Request, Subject,
 };
 use crate::protocol::{
-    Accept, Bind, Call, ChannelBinding, Code, Created, Hello, Initiate, Inquire, Inquired, LatchEvent, LatchInfo, List,
-    ListedLatch, Listening, Listing, Named, Peer, Protection, Refusal, Release, ServerMessage, UNIQUE_BINDING, VERSION,
-    Wanted, Welcome, encode,
+    Accept, Bind, Call, ChannelBinding, Code, Created, Guard, Hello, Initiate, Inquire, Inquired, LatchEvent,
+    LatchInfo, List, ListedLatch, Listening, Listing, Named, Peer, Protection, Refusal, Release, ServerMessage,
+    UNIQUE_BINDING, VERSION, Wanted, Welcome, encode,
 };
 use crate::seqpacket::{self, Datagram, SeqPacket};
 
@@ -185,19 +185,20 @@ fn event(alert: &Alert) -> LatchEvent {
     }
 }
 
-/// Releases what listeners latched and nobody took, once there is no connection under it. Twice in a row, since the system
-/// has the connection only after the packet passed that made the latch.
+/// Releases what listeners latched and nobody took, and lifts the system's barriers that no latch needs any more, once there
+/// is no connection under them. Twice in a row, since the system has a connection only after the packet passed that made
+/// the latch.
 async fn sweep(database: Arc<Database>) {
     let mut suspects = HashSet::new();
     let mut turns = interval(SWEEP);
     loop {
         turns.tick().await;
-        let unaccepted = database.unaccepted();
-        if unaccepted.is_empty() {
+        let (unaccepted, abandoned) = (database.unaccepted(), database.abandoned());
+        if unaccepted.is_empty() && abandoned.is_empty() {
             suspects.clear();
             continue;
         }
-        let connections = match tokio::task::spawn_blocking(connections::tcp).await {
+        let connections = match tokio::task::spawn_blocking(connections::all).await {
             Ok(Ok(connections)) => connections,
             Ok(Err(error)) => {
                 tracing::warn!(%error, "the system's connections cannot be read: latches without one stay");
@@ -205,11 +206,12 @@ async fn sweep(database: Arc<Database>) {
             }
             Err(_) => continue,
         };
-        let ended: HashSet<LatchId> =
-            unaccepted.iter().filter(|(_, flow)| !connections.contains(flow)).map(|(latch, _)| *latch).collect();
-        for latch in ended.intersection(&suspects) {
+        let flows = unaccepted.iter().map(|(_, flow)| flow).chain(&abandoned);
+        let ended: HashSet<Flow> = flows.copied().filter(|flow| !connections.contains(flow)).collect();
+        for (latch, _) in unaccepted.iter().filter(|(_, flow)| ended.contains(flow) && suspects.contains(flow)) {
             database.release(*latch);
         }
+        database.lift_abandoned(|flow| ended.contains(flow) && suspects.contains(flow));
         suspects = ended;
     }
 }
@@ -424,7 +426,8 @@ impl Connection {
         tracing::debug!(latch = latch.0, %local, %remote, "latch ESTABLISHED");
         self.latches.insert(latch, Held { socket, permit, protocol, on_break: request.on_break });
         let (peer, protection) = describe(&class);
-        Ok(Created { latch: latch.0, local, remote, peer, protection })
+        let guard = self.guard(latch);
+        Ok(Created { latch: latch.0, local, remote, peer, protection, guard })
     }
 
     fn lacks_sa(&self, flow: &Flow, initiate: Initiate) -> bool {
@@ -442,6 +445,11 @@ impl Connection {
 
     fn listen(&mut self, wanted: &Wanted, descriptor: Option<OwnedFd>) -> Result<Listening, Refusal> {
         self.enforced()?;
+        if self.shared.database.system_does_esp() {
+            let message = "the kernel does ESP here, and its policies give no connection a latch by its first packet: \
+                           latch the accepted connections, or set plane = userspace";
+            return Err(Refusal::new(Code::Unenforced, message));
+        }
         if wanted.remote.is_some() {
             return Err(Refusal::new(Code::Malformed, "a listener has no remote"));
         }
@@ -485,7 +493,8 @@ impl Connection {
         let (latch, class) = accepted?;
         self.latches.insert(latch, Held { socket, permit, protocol, on_break });
         let (peer, protection) = describe(&class);
-        Ok(Created { latch: latch.0, local, remote, peer, protection })
+        let guard = self.guard(latch);
+        Ok(Created { latch: latch.0, local, remote, peer, protection, guard })
     }
 
     fn enforced(&self) -> Result<(), Refusal> {
@@ -544,13 +553,14 @@ impl Connection {
         };
         let flow = flow(protocol, local, remote);
         let found = self.shared.database.find(&flow);
+        let guard = found.as_ref().and_then(|(latch, ..)| self.guard(*latch));
         let latch = found.as_ref().map(|(latch, state, _)| LatchInfo { number: latch.0, state: (*state).into() });
         let class = found.map(|(_, _, class)| class).or_else(|| self.shared.database.peer_of(&flow));
         let class = class.ok_or_else(|| {
             Refusal::new(Code::NoSa, format!("no SA protects {flow}, or SAs of more than one class do"))
         })?;
         let (peer, protection) = describe(&class);
-        Ok(Inquired { local, remote, protocol, latch, peer, protection })
+        Ok(Inquired { local, remote, protocol, latch, peer, protection, guard })
     }
 
     fn show(&self, latch: LatchId) -> Result<Inquired, Refusal> {
@@ -566,7 +576,12 @@ impl Connection {
             latch: Some(LatchInfo { number: latch.0, state: state.into() }),
             peer,
             protection,
+            guard: self.guard(latch),
         })
+    }
+
+    fn guard(&self, latch: LatchId) -> Option<Guard> {
+        self.shared.database.protector(latch).map(Guard::from)
     }
 
     fn administer(

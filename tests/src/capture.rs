@@ -8,7 +8,7 @@ use tempfile::TempDir;
 
 use crate::host::{Host, Process, wait_for};
 
-/// All packets that leave by one device. What comes in is left out: the kernel shows there what it has decrypted, too.
+/// All packets of one direction on one device, mostly those that leave. What comes in is left out: the kernel shows there what it has decrypted, too.
 pub struct Capture {
     process: Process,
     file: PathBuf,
@@ -18,10 +18,19 @@ pub struct Capture {
 impl Capture {
     /// Starts to listen.
     pub fn start(host: &Host, device: &str) -> Self {
+        Self::of(host, device, "out")
+    }
+
+    /// What comes out of a tunnel's device, to be delivered to a host.
+    pub fn delivered(host: &Host, device: &str) -> Self {
+        Self::of(host, device, "in")
+    }
+
+    fn of(host: &Host, device: &str, direction: &str) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("packets");
         let path = file.to_str().unwrap();
-        let args = ["-Z", "root", "-i", device, "-Q", "out", "--immediate-mode", "-U", "-w", path];
+        let args = ["-Z", "root", "-i", device, "-Q", direction, "--immediate-mode", "-U", "-w", path];
         let process = host.spawn("tcpdump", &args);
         wait_for("tcpdump", Duration::from_secs(20), || file.metadata().is_ok_and(|file| file.len() >= 24));
         Self { process, file, _directory: directory }
@@ -39,6 +48,12 @@ impl Capture {
         let errors = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success() || errors.contains("truncated"), "tcpdump {expression}: {errors}");
         String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    /// True when this stands in a packet so far.
+    pub fn contains(&self, text: &str) -> bool {
+        let octets = std::fs::read(&self.file).unwrap();
+        octets.windows(text.len()).any(|window| window == text.as_bytes())
     }
 
     /// Fails if anything went out that is neither IKE nor ESP nor the link's own.

@@ -1,7 +1,7 @@
 //! Daemons under test: ours and strongSwan's, with one configuration language and one control program.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -93,39 +93,22 @@ impl Daemon {
             ),
         )
         .unwrap();
-        let program = match kind {
-            Kind::Latchkey | Kind::LatchkeyKernel => program("latchkeyd"),
-            Kind::Strongswan | Kind::StrongswanKernel => PathBuf::from("/usr/sbin/charon-systemd"),
-        };
-        assert!(
-            program.exists(),
-            "{} is missing: apt-get install strongswan-swanctl charon-systemd libcharon-extra-plugins \
-             libstrongswan-extra-plugins",
-            program.display()
-        );
-        let output = fs::File::create(root.join("output")).unwrap();
-        let process = host
-            .command(program.to_str().unwrap(), &[])
-            .env("STRONGSWAN_CONF", root.join("strongswan.conf"))
-            .env("SWANCTL_DIR", root.join("swanctl"))
-            .env("RUST_LOG", std::env::var("LATCHKEY_TEST_LOG").unwrap_or_else(|_| "debug".to_owned()))
-            .env("RUST_BACKTRACE", "1")
-            .stdin(Stdio::null())
-            .stdout(output.try_clone().unwrap())
-            .stderr(output)
-            .spawn()
-            .unwrap();
-        let mut daemon = Self { kind, process, directory };
+        let mut daemon = Self { kind, process: spawn(kind, host, root), directory };
+        daemon.wait_for_start();
+        daemon
+    }
+
+    fn wait_for_start(&mut self) {
         let start = Instant::now();
-        while !daemon.path("vici").exists() {
+        while !self.path("vici").exists() {
             assert!(
-                daemon.process.try_wait().unwrap().is_none() && start.elapsed() < Duration::from_secs(60),
-                "{kind:?} did not start: {}",
-                daemon.output()
+                self.process.try_wait().unwrap().is_none() && start.elapsed() < Duration::from_secs(60),
+                "{:?} did not start: {}",
+                self.kind,
+                self.output()
             );
             thread::sleep(Duration::from_millis(20));
         }
-        daemon
     }
 
     /// Writes `swanctl.conf` and the files beside it.
@@ -227,6 +210,21 @@ impl Daemon {
         ticks as f64 / 100.0
     }
 
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        // `ip netns exec` replaces itself, so the process is the daemon.
+        self.process.id()
+    }
+
+    /// Starts it again with the same files, after its end.
+    pub fn restart(&mut self, host: &Host) {
+        self.process.wait().unwrap();
+        let _ = fs::remove_file(self.path("vici"));
+        self.process = spawn(self.kind, host, self.directory.path());
+        self.wait_for_start();
+        self.control(&["--load-all"]);
+    }
+
     /// True while it runs.
     pub fn is_running(&mut self) -> bool {
         self.process.try_wait().unwrap().is_none()
@@ -252,6 +250,30 @@ impl Daemon {
             thread::sleep(Duration::from_millis(20));
         }
     }
+}
+
+fn spawn(kind: Kind, host: &Host, root: &Path) -> Child {
+    let program = match kind {
+        Kind::Latchkey | Kind::LatchkeyKernel => program("latchkeyd"),
+        Kind::Strongswan | Kind::StrongswanKernel => PathBuf::from("/usr/sbin/charon-systemd"),
+    };
+    assert!(
+        program.exists(),
+        "{} is missing: apt-get install strongswan-swanctl charon-systemd libcharon-extra-plugins \
+         libstrongswan-extra-plugins",
+        program.display()
+    );
+    let output = fs::File::options().create(true).append(true).open(root.join("output")).unwrap();
+    host.command(program.to_str().unwrap(), &[])
+        .env("STRONGSWAN_CONF", root.join("strongswan.conf"))
+        .env("SWANCTL_DIR", root.join("swanctl"))
+        .env("RUST_LOG", std::env::var("LATCHKEY_TEST_LOG").unwrap_or_else(|_| "debug".to_owned()))
+        .env("RUST_BACKTRACE", "1")
+        .stdin(Stdio::null())
+        .stdout(output.try_clone().unwrap())
+        .stderr(output)
+        .spawn()
+        .unwrap()
 }
 
 impl Drop for Daemon {

@@ -20,3 +20,4 @@ pub mod scene;
 pub mod talker;
 pub mod uml;
 pub mod wire;
+pub mod witness;

@@ -10,10 +10,10 @@ use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use latchkey_tests::daemon::Kind::Latchkey;
-use latchkey_tests::daemon::{Daemon, Files, program};
-use latchkey_tests::host::{Host, link, wait_for};
-use latchkey_tests::pki::Authority;
+use latchkey_tests::daemon::{Daemon, program};
+use latchkey_tests::host::{Host, wait_for};
 use latchkey_tests::scene::{Scene, Suite, configurations, hosts};
+use latchkey_tests::witness::Three;
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -92,68 +92,20 @@ fn latchkey(daemon: &Daemon, host: &Host, args: &[&str]) -> String {
     host.check(program("latchkey").to_str().unwrap(), &all)
 }
 
-/// One end of the world of certificates: connections to some peers, each for the same networks.
-fn certified(
-    authority: &Authority,
-    own: (&str, &str),
-    local_ts: &str,
-    peers: &[(&str, &str, &str, &str)],
-) -> (String, Files) {
-    let (id, address) = own;
-    let mut text = "connections {\n".to_owned();
-    for (peer, local, remote, remote_ts) in peers {
-        let local = if local.is_empty() { address } else { local };
-        text += &format!(
-            "to-{peer} {{\nlocal_addrs = {local}\nremote_addrs = {remote}\nversion = 2\nlocal {{\nauth = pubkey\n\
-             id = {id}.example\ncerts = cert.pem\n}}\nremote {{\nauth = pubkey\nid = {peer}.example\n}}\nchildren {{\n\
-             net-{peer} {{\nlocal_ts = {local_ts}\nremote_ts = {remote_ts}\nesp_proposals = aes128gcm16\n}}\n}}\n}}\n"
-        );
-    }
-    let credential = authority.issue(&format!("{id}.example"), &rcgen::PKCS_ECDSA_P256_SHA256);
-    let files = vec![
-        ("x509/cert.pem".to_owned(), credential.certificate),
-        ("x509ca/ca.pem".to_owned(), authority.certificate()),
-        ("private/key.pem".to_owned(), credential.key),
-    ];
-    (text + "}\n", files)
-}
-
 // RFC 5660 §2.3.2, its hosts A, B and C: A connects to a service of B, both ends latched; C, whom both admit and whose
 // certificate is of the same authority, first claims B's address to A, then A's address to B.
 #[test]
 fn the_example_of_rfc_5660_with_hosts_a_b_and_c() {
-    let (host_a, host_b) = hosts();
-    let host_c = Host::new();
-    link(&host_a, "198.51.100.1/24", &host_c, "198.51.100.3/24");
-    link(&host_b, "203.0.113.2/24", &host_c, "203.0.113.3/24");
-    let authority = Authority::new("test CA", &rcgen::PKCS_ECDSA_P256_SHA256);
-    let (net_a, net_b) = ("10.1.0.0/24", "10.2.0.0/24");
-    let (of_a, files_a) = certified(
-        &authority,
-        ("a", "192.0.2.1"),
-        net_a,
-        &[("b", "", "192.0.2.2", net_b), ("c", "198.51.100.1", "198.51.100.3", net_b)],
-    );
-    let (of_b, files_b) = certified(
-        &authority,
-        ("b", "192.0.2.2"),
-        net_b,
-        &[("a", "", "192.0.2.1", net_a), ("c", "203.0.113.2", "203.0.113.3", net_a)],
-    );
-    let (as_b, files_c) =
-        certified(&authority, ("c", "198.51.100.3"), "10.2.0.1/32", &[("a", "", "198.51.100.1", net_a)]);
-    let (as_a, _) = certified(&authority, ("c", "203.0.113.3"), "10.1.0.1/32", &[("b", "", "203.0.113.2", net_b)]);
-    let of_c = as_b.trim_end().trim_end_matches('}').to_owned() + as_a.trim_start_matches("connections {\n");
-    let b = Daemon::start(Latchkey, &host_b, &of_b, &files_b);
-    let c = Daemon::start(Latchkey, &host_c, &of_c, &files_c);
-    let a = Daemon::start(Latchkey, &host_a, &of_a, &files_a);
+    let three = Three::start(Latchkey, |text| text);
+    let Three { a, b, c, host_a, host_b, .. } = &three;
+    let wires = three.wires();
 
-    let mut server = Netcat::start(&b, &host_b, "nc", &["-l", "--peer", "a.example", "10.2.0.1", "4000"]);
+    let mut server = Netcat::start(b, host_b, "nc", &["-l", "--peer", "a.example", "10.2.0.1", "4000"]);
     server.tells("listening on 10.2.0.1:4000 for a.example");
-    assert!(latchkey(&b, &host_b, &["latches"]).contains("listener     tcp  10.2.0.1:4000 - *  a.example"));
+    assert!(latchkey(b, host_b, &["latches"]).contains("listener     tcp  10.2.0.1:4000 - *  a.example"));
     // There is no SA yet: the latch has one made.
     let connect = ["--peer", "b.example", "-s", "10.1.0.1", "10.2.0.1", "4000"];
-    let mut client = Netcat::start(&a, &host_a, "nc", &connect);
+    let mut client = Netcat::start(a, host_a, "nc", &connect);
     client.tells("b.example by certificate, to us as a.example; tunnel mode, ENCR_AES_GCM_16 128 bits");
     server.tells("a.example by certificate, to us as b.example");
     talk(&mut client, &mut server, "first");
@@ -170,14 +122,16 @@ fn the_example_of_rfc_5660_with_hosts_a_b_and_c() {
     client.tells("the latch is broken: an SA of c.example claims");
     client.ends();
     // B has not been attacked yet: it waits for the peer, and its latch stands.
-    assert!(latchkey(&b, &host_b, &["latches"]).contains("established  tcp  10.2.0.1:4000 - 10.1.0.1:"));
+    assert!(latchkey(b, host_b, &["latches"]).contains("established  tcp  10.2.0.1:4000 - 10.1.0.1:"));
     c.initiate("net-b");
     server.tells("the latch is broken: an SA of c.example claims");
     server.ends();
     // The witness is C's own tunnels: nothing of the latched connection came out of them.
     let sas = c.sas();
     assert_eq!(sas.matches("packets-in=0 ").count(), 2, "{sas}");
-    drop((client, server, a, b, c));
+    wires.saw_nothing_of("port 4000", "from here");
+    wires.saw("esp or udp port 4500");
+    drop((client, server));
 }
 
 // RFC 5660 §2.1, §2.3, §6.2: a narrow SA for one connection, what the tools say of it, and the administrator's close.

@@ -33,8 +33,8 @@ const COMMAND_QUEUE: usize = 64;
 /// Events that a slow VICI client may fall behind.
 const EVENT_QUEUE: usize = 1024;
 
-/// Why there are no latches where the kernel does ESP.
-const UNENFORCED: &str = "the kernel does ESP here and compares no packet with latches: set plane = userspace";
+/// Why there are no latches where the kernel does ESP and has no policies for them.
+const UNENFORCED: &str = "the kernel does ESP here, and takes no policies for latches: set plane = userspace";
 
 /// How to run.
 #[derive(Clone, Debug, Default)]
@@ -74,6 +74,11 @@ pub async fn run(options: DaemonOptions) -> anyhow::Result<()> {
     let database = Arc::new(Database::new());
     let (network, from_network) =
         Network::start(network_config(&config), Arc::clone(&database) as _).await.context("opening the network")?;
+    let barrier = network.barrier();
+    let unenforced = network.leaves_esp_to_the_kernel() && barrier.is_none();
+    if let Some(barrier) = barrier {
+        database.set_barrier(barrier);
+    }
     let (into_plane, into_streams) = (network.clone(), network.clone());
     let (streams, from_streams) = Streams::new(
         StreamLimits::default(),
@@ -134,7 +139,8 @@ pub async fn run(options: DaemonOptions) -> anyhow::Result<()> {
     let latches = latch::server::serve(
         latch::server::ServerConfig {
             path: config.latch_socket.clone(),
-            device: Some(network.tun_name().to_owned()),
+            // Where the kernel does ESP, packets do not go through the tunnel's device.
+            device: (!network.leaves_esp_to_the_kernel()).then(|| network.tun_name().to_owned()),
             initiator: Some(latch::server::Initiator::new({
                 let control = control.clone();
                 move |flow, narrow| {
@@ -142,7 +148,7 @@ pub async fn run(options: DaemonOptions) -> anyhow::Result<()> {
                     Box::pin(async move { control.initiate_flow(flow, narrow).await })
                 }
             })),
-            unenforced: network.leaves_esp_to_the_kernel().then(|| UNENFORCED.to_owned()),
+            unenforced: unenforced.then(|| UNENFORCED.to_owned()),
         },
         database,
     )

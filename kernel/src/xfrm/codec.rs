@@ -264,6 +264,8 @@ pub(super) struct Policy {
 pub(super) struct PolicyReport {
     pub(super) id: PolicyId,
     pub(super) ours: bool,
+    /// Of a latch, ours or a predecessor's.
+    pub(super) of_latch: bool,
     pub(super) priority: u32,
     /// Drops what it selects.
     pub(super) blocks: bool,
@@ -286,6 +288,8 @@ pub(super) enum Event {
     StatesFlushed,
     /// Policies of ours were removed or changed.
     PoliciesChanged,
+    /// Policies of latches were removed.
+    LatchesChanged,
     /// Somebody installed or changed a policy.
     Policy(PolicyReport),
 }
@@ -294,6 +298,8 @@ pub(super) enum Event {
 /// does not look at it: it compares it only where it compares whole selectors, so a policy of ours is never one of another
 /// key manager's.
 pub(super) const OWNER: u32 = 0x4c74_4b79;
+/// Stands there in policies of latches ("LtLa").
+pub(super) const LATCH_OWNER: u32 = 0x4c74_4c61;
 
 /// Length of `struct nlmsghdr`.
 pub(super) const HEADER: usize = 16;
@@ -302,6 +308,7 @@ const ENCAP_ESP_IN_UDP: u16 = 2;
 const AF_INET: u16 = 2;
 const AF_INET6: u16 = 10;
 const NAME: usize = 64;
+const POLICY_BLOCK: u8 = 1;
 /// No message that we build is longer; a buffer that grows would leave parts of keys behind.
 const ROOM: usize = 4096;
 
@@ -577,9 +584,9 @@ pub(super) fn name_state(kind: u16, flags: u16, id: StateId, mark: Mark) -> Mess
 }
 
 /// Installs a policy, or with `UPDATE_POLICY` puts it in the place of what has its name.
-pub(super) fn put_policy(kind: u16, flags: u16, policy: &Policy) -> Message {
+pub(super) fn put_policy(kind: u16, flags: u16, policy: &Policy, owner: u32) -> Message {
     let mut message = Message::new(kind, flags);
-    policy_info(&mut message, policy);
+    policy_info(&mut message, policy, owner);
     if let Action::Protect(template) = policy.action {
         message.attribute(attribute::TEMPLATE, |message| put_template(message, policy, &template));
     }
@@ -589,16 +596,16 @@ pub(super) fn put_policy(kind: u16, flags: u16, policy: &Policy) -> Message {
 }
 
 /// `struct xfrm_userpolicy_info`.
-fn policy_info(message: &mut Message, policy: &Policy) {
-    message.selector(Some(&policy.id.selector));
+fn policy_info(message: &mut Message, policy: &Policy, owner: u32) {
+    message.selector_of(owner, Some(&policy.id.selector));
     message.lifetime(&Lifetime::default());
     message.zeros(32);
     message.u32(policy.priority);
     // The kernel chooses the index.
     message.u32(0);
     message.u8(policy.id.direction as u8);
-    // XFRM_POLICY_ALLOW or XFRM_POLICY_BLOCK.
-    message.u8(u8::from(policy.action == Action::Drop));
+    // XFRM_POLICY_ALLOW is 0.
+    message.u8(if policy.action == Action::Drop { POLICY_BLOCK } else { 0 });
     // No flags, and the rest of the structure.
     message.zeros(1 + 1 + 4);
 }
@@ -621,7 +628,8 @@ fn put_template(message: &mut Message, policy: &Policy, template: &Template) {
     }
 }
 
-/// `DELETE_POLICY` or `GET_POLICY` of one policy: ours ([`OWNER`]) or what others have by the same name (0).
+/// `DELETE_POLICY` or `GET_POLICY` of one policy: ours ([`OWNER`], [`LATCH_OWNER`]) or what others have by the same name
+/// (0).
 pub(super) fn name_policy(kind: u16, flags: u16, id: &PolicyId, user: u32) -> Message {
     let mut message = Message::new(kind, flags);
     message.selector_of(user, Some(&id.selector));
@@ -649,7 +657,7 @@ pub(crate) fn bypass(ipv6: bool, inbound: bool) -> Vec<u8> {
     let direction = if inbound { Direction::In } else { Direction::Out };
     let id = PolicyId { direction, selector, mark: Mark::default(), if_id: 0 };
     let mut message = Message::new(0, 0);
-    policy_info(&mut message, &Policy { id, priority: 0, action: Action::Pass });
+    policy_info(&mut message, &Policy { id, priority: 0, action: Action::Pass }, OWNER);
     message.octets.get(HEADER..).unwrap_or_default().to_vec()
 }
 
@@ -890,7 +898,8 @@ fn policy_report(reader: &mut Reader<'_>) -> Option<PolicyReport> {
     // A policy for either family at once has none: it is not ours, and nothing is compared with it.
     let selector = selector?;
     let id = PolicyId { direction, selector, mark: Mark::default(), if_id: 0 };
-    Some(PolicyReport { id, ours: user == OWNER, priority, blocks: action == 1, reqids: Vec::new() })
+    let (ours, of_latch) = (user == OWNER, user == LATCH_OWNER);
+    Some(PolicyReport { id, ours, of_latch, priority, blocks: action == POLICY_BLOCK, reqids: Vec::new() })
 }
 
 fn template_reqids(mut templates: Reader<'_>) -> Vec<u32> {
@@ -945,10 +954,14 @@ pub(super) fn event(kind: u16, payload: &[u8]) -> Option<Event> {
                     removed = policy_report(&mut value);
                 }
             }
-            removed?.ours.then_some(Event::PoliciesChanged)
+            match removed? {
+                removed if removed.of_latch => Some(Event::LatchesChanged),
+                removed => removed.ours.then_some(Event::PoliciesChanged),
+            }
         }
         kind::NEW_POLICY | kind::UPDATE_POLICY => match policy(payload)? {
             report if report.ours => Some(Event::PoliciesChanged),
+            report if report.of_latch => Some(Event::LatchesChanged),
             report => Some(Event::Policy(report)),
         },
         _ => None,

@@ -8,22 +8,28 @@ use netlink_sys::Socket;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use zeroize::Zeroize as _;
 
+use super::codec::Event;
+use super::latches::Latches;
 use super::{Xfrm, codec, socket};
 use crate::netlink::context;
 use crate::network::{Shared, lock};
 
 /// Subscribes in the network namespace of the calling thread, and starts the thread. It ends when `shared.stop` becomes
 /// readable.
-pub(crate) fn start(shared: &Arc<Shared>, xfrm: &Arc<Xfrm>) -> io::Result<JoinHandle<()>> {
+pub(crate) fn start(
+    shared: &Arc<Shared>,
+    xfrm: &Arc<Xfrm>,
+    latches: Option<&Arc<Latches>>,
+) -> io::Result<JoinHandle<()>> {
     let socket = socket::subscribe()?;
-    let (shared, xfrm) = (Arc::clone(shared), Arc::clone(xfrm));
+    let (shared, xfrm, latches) = (Arc::clone(shared), Arc::clone(xfrm), latches.map(Arc::clone));
     thread::Builder::new()
         .name("latchkey-xfrm".into())
-        .spawn(move || listen(&shared, &xfrm, &socket))
+        .spawn(move || listen(&shared, &xfrm, latches.as_deref(), &socket))
         .map_err(|e| context(e, "start a thread"))
 }
 
-fn listen(shared: &Shared, xfrm: &Xfrm, socket: &Socket) {
+fn listen(shared: &Shared, xfrm: &Xfrm, latches: Option<&Latches>, socket: &Socket) {
     // States come with their keys.
     let mut buffer = Vec::with_capacity(1 << 16);
     loop {
@@ -43,14 +49,18 @@ fn listen(shared: &Shared, xfrm: &Xfrm, socket: &Socket) {
         if !descriptors[0].revents().is_empty() {
             return;
         }
+        let mut latches_changed = false;
         loop {
             match socket.recv_from(&mut buffer, 0) {
-                Ok((_, from)) if from.port_number() == 0 => hear(shared, xfrm, &buffer),
+                Ok((_, from)) if from.port_number() == 0 => {
+                    latches_changed |= hear(shared, xfrm, latches, &buffer);
+                }
                 Ok(_) => {}
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
                 Err(e) if e.raw_os_error() == Some(NO_BUFFERS) => {
                     tracing::warn!("events of the kernel's IPsec were lost: {e}; its databases are looked through");
                     lock(&xfrm.tables).suspect();
+                    latches_changed = true;
                 }
                 Err(e) => {
                     tracing::error!("{e}; the kernel's IPsec events are no longer heard");
@@ -59,6 +69,9 @@ fn listen(shared: &Shared, xfrm: &Xfrm, socket: &Socket) {
             }
             buffer.as_mut_slice().zeroize();
             buffer.clear();
+        }
+        if let Some(latches) = latches.filter(|_| latches_changed) {
+            latches.put_right();
         }
         let mut tables = lock(&xfrm.tables);
         tables.look_after_waiting();
@@ -73,15 +86,19 @@ fn listen(shared: &Shared, xfrm: &Xfrm, socket: &Socket) {
     }
 }
 
-fn hear(shared: &Shared, xfrm: &Xfrm, datagram: &[u8]) {
+/// True when policies of latches may be gone.
+fn hear(shared: &Shared, xfrm: &Xfrm, latches: Option<&Latches>, datagram: &[u8]) -> bool {
+    let mut latches_changed = false;
     // What we asked for ourselves is no news.
-    for received in codec::messages(datagram).filter(|received| received.port != xfrm.port) {
-        let event = codec::event(received.kind, received.payload);
-        let event = event.and_then(|event| lock(&xfrm.tables).translate(&event));
-        if let Some(event) = event {
+    let ours = |port| port == xfrm.port || latches.is_some_and(|latches| latches.port == port);
+    for received in codec::messages(datagram).filter(|received| !ours(received.port)) {
+        let Some(event) = codec::event(received.kind, received.payload) else { continue };
+        latches_changed |= matches!(event, Event::LatchesChanged | Event::PoliciesChanged);
+        if let Some(event) = lock(&xfrm.tables).translate(&event) {
             shared.events.plane(event);
         }
     }
+    latches_changed
 }
 
 const NO_BUFFERS: i32 = rustix::io::Errno::NOBUFS.raw_os_error();

@@ -1,12 +1,13 @@
 //! The kernel's own IPsec (XFRM): states and policies by netlink, and what it says by itself.
 //!
 //! `codec` knows the octets, `socket` asks and answers, `descriptions`, `suite` and `selectors` put the negotiated into
-//! the kernel's words, `tables` holds what is installed and keeps the kernel's databases like it, `plane` is the data plane, `events`
-//! the thread that listens.
+//! the kernel's words, `tables` holds what is installed and keeps the kernel's databases like it, `plane` is the data plane, `latches`
+//! keeps latched flows apart, `events` is the thread that listens.
 
 pub(crate) mod codec;
 mod descriptions;
 mod events;
+mod latches;
 mod plane;
 mod priority;
 mod selectors;
@@ -24,6 +25,7 @@ use ipsec::secret::Secret;
 use ipsec::transform::{Encr, Integ};
 
 pub(crate) use self::events::start;
+pub(crate) use self::latches::Latches;
 pub(crate) use self::plane::KernelPlane;
 use self::socket::{Databases as _, XfrmSocket};
 use self::tables::Tables;

@@ -12,6 +12,7 @@ use ipsec::selector::TrafficSelector;
 
 use super::Xfrm;
 use super::descriptions::Links;
+use super::latches::Described;
 use super::tables::Tables;
 use crate::network::{Inner, lock};
 use crate::routes::{Owner, Routes, Via};
@@ -67,19 +68,27 @@ impl DataPlane for KernelPlane {
         // In transport mode packets have the outer addresses already.
         let selectors = (pair.mode == Mode::Tunnel).then(|| (pair.local_ts.clone(), pair.remote_ts.clone()));
         let (spi_in, encapsulation) = (pair.spi_in, pair.encapsulation);
+        let described = Described::of(&pair);
         // Before the routes: one of them may take the place of a route into the tunnel's device.
         self.tables().install(pair, &links)?;
+        if let (Some(latches), Some(pair)) = (&self.network.latches, described) {
+            latches.installed(&pair);
+        }
         let Some((local_ts, remote_ts)) = selectors else { return Ok(()) };
         let via = Via::Towards(encapsulation.remote());
-        self.routes().add(owner, via, encapsulation.local(), &local_ts, &remote_ts).map_err(|e| {
+        let added = self.routes().add(owner, via, encapsulation.local(), &local_ts, &remote_ts);
+        added.map_err(|e| {
             // It was there a moment ago.
-            let _ = self.tables().delete(spi_in);
+            let _ = self.delete(spi_in);
             system(format!("install the routes of SA {spi_in:08x}"), e)
         })
     }
 
     fn migrate(&mut self, spi_in: u32, to: Encapsulation) -> Result<(), PlaneError> {
         self.tables().migrate(spi_in, &to)?;
+        if let Some(latches) = &self.network.latches {
+            latches.moved(spi_in, &to);
+        }
         self.routes().redirect(Owner::Pair(spi_in), Via::Towards(to.remote()));
         Ok(())
     }
@@ -89,6 +98,10 @@ impl DataPlane for KernelPlane {
     }
 
     fn delete(&mut self, spi_in: u32) -> Result<(), PlaneError> {
+        // First, while its `reqid` cannot be anybody else's.
+        if let Some(latches) = &self.network.latches {
+            latches.removed(spi_in);
+        }
         self.tables().delete(spi_in)?;
         self.routes().remove(Owner::Pair(spi_in));
         Ok(())
@@ -139,6 +152,9 @@ impl DataPlane for KernelPlane {
     }
 
     fn shutdown(&mut self) -> Result<(), PlaneError> {
+        if let Some(latches) = &self.network.latches {
+            latches.all_removed();
+        }
         // The network removes its routes by itself.
         self.tables().clear().map_err(|e| system("remove the kernel's states and policies".to_owned(), e))
     }

@@ -147,6 +147,7 @@ impl Databases for Double {
         let report = |policy: &Policy| PolicyReport {
             id: policy.id,
             ours: true,
+            of_latch: false,
             priority: policy.priority,
             blocks: policy.action == Action::Drop,
             reqids: match policy.action {

@@ -9,7 +9,8 @@ use rustix::io::Errno;
 use zeroize::{Zeroize as _, Zeroizing};
 
 use super::codec::{
-    self, Algorithm, Ends, Message, OWNER, Policy, PolicyId, PolicyReport, State, StateId, StateReport, kind,
+    self, Algorithm, Ends, LATCH_OWNER, Message, OWNER, Policy, PolicyId, PolicyReport, State, StateId, StateReport,
+    kind,
 };
 use crate::netlink::context;
 
@@ -44,17 +45,28 @@ pub(super) struct XfrmSocket {
     /// Kept from answer to answer; wiped after each, since dumps of states hold keys.
     buffer: Vec<u8>,
     port: u32,
+    /// Of the policies that it installs and removes.
+    owner: u32,
 }
 
 impl XfrmSocket {
     /// Connects to the databases of the calling thread's network namespace.
     pub(super) fn open() -> io::Result<Self> {
+        Self::open_as(OWNER)
+    }
+
+    /// The same for policies of latches.
+    pub(super) fn open_for_latches() -> io::Result<Self> {
+        Self::open_as(LATCH_OWNER)
+    }
+
+    fn open_as(owner: u32) -> io::Result<Self> {
         let mut socket = Socket::new(NETLINK_XFRM).map_err(|e| context(e, "open an XFRM netlink socket"))?;
         let address = socket.bind_auto().map_err(|e| context(e, "bind an XFRM netlink socket"))?;
         // Errors come with the kernel's own words, and without a copy of our request, which may hold keys.
         socket.set_ext_ack(true)?;
         socket.set_cap_ack(true)?;
-        Ok(Self { socket, sequence: 0, buffer: Vec::with_capacity(BUFFER), port: address.port_number() })
+        Ok(Self { socket, sequence: 0, buffer: Vec::with_capacity(BUFFER), port: address.port_number(), owner })
     }
 
     /// What the kernel's news name as asker when it was us.
@@ -148,15 +160,16 @@ impl Databases for XfrmSocket {
     }
 
     fn add_policy(&mut self, policy: &Policy) -> io::Result<()> {
-        self.request(codec::put_policy(kind::NEW_POLICY, REQUEST | ACK | CREATE | EXCLUSIVE, policy), |_, _| {})
+        let flags = REQUEST | ACK | CREATE | EXCLUSIVE;
+        self.request(codec::put_policy(kind::NEW_POLICY, flags, policy, self.owner), |_, _| {})
     }
 
     fn set_policy(&mut self, policy: &Policy) -> io::Result<()> {
-        self.request(codec::put_policy(kind::UPDATE_POLICY, REQUEST | ACK, policy), |_, _| {})
+        self.request(codec::put_policy(kind::UPDATE_POLICY, REQUEST | ACK, policy, self.owner), |_, _| {})
     }
 
     fn delete_policy(&mut self, id: &PolicyId) -> io::Result<bool> {
-        found(self.request(codec::name_policy(kind::DELETE_POLICY, REQUEST | ACK, id, OWNER), |_, _| {}))
+        found(self.request(codec::name_policy(kind::DELETE_POLICY, REQUEST | ACK, id, self.owner), |_, _| {}))
     }
 
     fn foreign_policy(&mut self, id: &PolicyId) -> io::Result<Option<PolicyReport>> {

@@ -678,6 +678,7 @@ impl<D: Databases> Tables<D> {
                 self.suspect = true;
                 None
             }
+            Event::LatchesChanged => None,
             Event::Policy(other) => {
                 let ours = self.policies.get(&other.id).and_then(|wishes| best(wishes));
                 if ours.is_some_and(|ours| other.priority <= ours.priority) {

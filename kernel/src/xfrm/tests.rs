@@ -36,7 +36,7 @@ fn tables() -> Tables {
 }
 
 /// A namespace with the address 10.1.0.1 and a route to everywhere.
-fn host() -> Namespace {
+pub(super) fn host() -> Namespace {
     let host = Namespace::new().expect("these tests make network namespaces: run them as root");
     let far = Namespace::new().unwrap();
     crate::netns::veth(&host, "eth0", &far, "eth0").unwrap();
@@ -48,7 +48,7 @@ fn host() -> Namespace {
     host
 }
 
-fn ip(arguments: &str) -> String {
+pub(super) fn ip(arguments: &str) -> String {
     let output = Command::new("ip").args(arguments.split(' ')).output().expect("apt-get install iproute2");
     assert!(output.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()
@@ -275,7 +275,7 @@ fn truncated_messages_are_no_messages() {
     let id = PolicyId { direction: Direction::Forward, selector, mark: Default::default(), if_id: 4 };
     let template = Template { reqid: 9, mode: Mode::Tunnel, source: address, destination: address };
     let policy = Policy { id, priority: 5, action: Action::Protect(template) };
-    let octets = codec::put_policy(kind::NEW_POLICY, 0, &policy).finish(1);
+    let octets = codec::put_policy(kind::NEW_POLICY, 0, &policy, codec::OWNER).finish(1);
     let received = codec::messages(&octets).next().unwrap();
     let report = codec::policy(received.payload).unwrap();
     assert_eq!((report.id, report.priority, report.ours, report.reqids), (id, 5, true, vec![9]));

@@ -687,10 +687,16 @@ proptest! {
     #[test]
     fn the_database_agrees_with_a_simple_model(steps in prop::collection::vec(step(), 1..60)) {
         let (mut database, classes) = database();
+        let barrier: Arc<FakeBarrier> = Arc::default();
+        database.set_barrier(Arc::clone(&barrier) as _);
         let told: Arc<Mutex<Vec<Alert>>> = Arc::default();
         let holder = || -> Box<dyn Fn(Alert) + Send + Sync> {
-            let told = Arc::clone(&told);
-            Box::new(move |alert| told.lock().unwrap().push(alert))
+            let (told, barrier) = (Arc::clone(&told), Arc::clone(&barrier));
+            Box::new(move |alert| {
+                let open = matches!(barrier.passage(&alert.flow), Some(Passage::Class(_)));
+                assert_eq!(open, alert.state == LatchState::Established, "told before the system does as it says");
+                told.lock().unwrap().push(alert);
+            })
         };
         let pattern = |wanted: usize| if wanted == 3 { IdentityPattern::any() } else { IdentityPattern::exact(identity(wanted)) };
         let mut model = Model::default();
@@ -839,6 +845,8 @@ proptest! {
                         database.intern(class(n));
                     }
                     model = Model::default();
+                    barrier.restart();
+                    database.set_barrier(Arc::clone(&barrier) as _);
                 }
             }
             let alerts: Vec<_> = told.lock().unwrap().drain(..).map(|alert| (alert.latch, alert.state)).collect();
@@ -854,10 +862,22 @@ proptest! {
                         prop_assert_eq!(database.check(Direction::Inbound, &flow(n), number), verdict);
                     }
                 }
-                let admitted = model.latches.iter().all(|l| l.state() == LatchState::Established && Some(l.class) == class);
-                let fragment = Flow { local_port: 0, remote_port: 0, ..flow(0) };
+                let tcp = model.latches.iter().filter(|l| l.flow != UDP_FLOW);
+                let admitted = tcp.into_iter().all(|l| l.state() == LatchState::Established && Some(l.class) == class);
+                let fragment = Flow { protocol: 6, local_port: 0, remote_port: 0, ..flow(0) };
                 let verdict = if admitted { Verdict::Pass } else { Verdict::Drop };
                 prop_assert_eq!(database.check(Direction::Inbound, &fragment, number), verdict);
+            }
+            // RFC 5660 §2 (13, 14): the system lets pass what the latch does, and what was latched once not at all.
+            for n in 0..ALL_FLOWS {
+                let passage = barrier.passage(&flow(n));
+                match model.latches.iter().find(|l| l.flow == n) {
+                    Some(latch) if latch.condition == Condition::Established => {
+                        prop_assert_eq!(passage, Some(Passage::Class(classes[latch.class])));
+                    }
+                    Some(_) => prop_assert_eq!(passage, Some(Passage::None)),
+                    None => prop_assert!(matches!(passage, None | Some(Passage::None))),
+                }
             }
             let listed: Vec<_> = database.list().into_iter().map(|(id, flow, state, _)| (id, flow, state)).collect();
             let modelled: Vec<_> = model.latches.iter().map(|l| (l.id, flow(l.flow), l.state())).collect();
@@ -871,7 +891,104 @@ proptest! {
         }
         prop_assert!(database.pairs.is_empty() && database.flows.is_empty() && database.ports.is_empty());
         prop_assert_eq!(database.latched.load(Ordering::SeqCst), 0);
+        database.lift_abandoned(|_| true);
+        prop_assert!(barrier.flows.lock().unwrap().is_empty());
     }
+}
+
+/// The system's barrier: what passes of each flow, and whether its latch is gone.
+#[derive(Default)]
+struct FakeBarrier {
+    flows: Mutex<BTreeMap<Flow, (Passage, bool)>>,
+    refuses: AtomicBool,
+    alone: bool,
+}
+
+impl FakeBarrier {
+    fn passage(&self, flow: &Flow) -> Option<Passage> {
+        self.flows.lock().unwrap().get(flow).map(|(passage, _)| *passage)
+    }
+
+    fn restart(&self) {
+        self.flows.lock().unwrap().values_mut().for_each(|state| *state = (Passage::None, true));
+    }
+}
+
+impl FlowBarrier for FakeBarrier {
+    fn set(&self, flow: &Flow, passage: Passage) -> Result<(), String> {
+        if self.refuses.load(Ordering::SeqCst) {
+            return Err("refused".to_owned());
+        }
+        self.flows.lock().unwrap().insert(*flow, (passage, false));
+        Ok(())
+    }
+
+    fn abandon(&self, flow: &Flow) {
+        if let Some(state) = self.flows.lock().unwrap().get_mut(flow) {
+            *state = (Passage::None, true);
+        }
+    }
+
+    fn abandoned(&self) -> Vec<Flow> {
+        let flows = self.flows.lock().unwrap();
+        flows.iter().filter(|(_, (_, abandoned))| *abandoned).map(|(flow, _)| *flow).collect()
+    }
+
+    fn lift(&self, flow: &Flow) {
+        self.flows.lock().unwrap().remove(flow);
+    }
+
+    fn stands_alone(&self) -> bool {
+        self.alone
+    }
+}
+
+// RFC 5660 §2.3 (27): without anything that enforces it, there is no latch.
+#[test]
+fn where_the_system_does_esp_there_is_no_latch_without_its_barrier() {
+    for alone in [true, false] {
+        let (database, classes) = database();
+        let barrier = Arc::new(FakeBarrier { alone, ..FakeBarrier::default() });
+        database.set_barrier(Arc::clone(&barrier) as _);
+        install(&database, 1, classes[0]);
+        barrier.refuses.store(true, Ordering::SeqCst);
+        let refused = database.create(flow(1), &any(), ignore());
+        if alone {
+            assert!(matches!(&refused, Err(LatchError::Unenforced { reason, .. }) if reason == "refused"));
+            assert!(database.list().is_empty());
+        } else {
+            assert_eq!(database.protector(refused.unwrap().0), Some(Protector::Engine), "it is told");
+        }
+        barrier.refuses.store(false, Ordering::SeqCst);
+        let (latch, _) = database.create(flow(2), &any(), ignore()).unwrap();
+        let protector = if alone { Protector::System } else { Protector::EngineAndSystem };
+        assert_eq!(database.protector(latch), Some(protector));
+        // The system fails at the worst moment: what it has demands the latched class, and the packet check drops all.
+        barrier.refuses.store(true, Ordering::SeqCst);
+        assert_eq!(database.before_install(classes[1], &everything(), &everything()).len(), 1 + usize::from(!alone));
+        assert_eq!(barrier.passage(&flow(2)), Some(Passage::Class(classes[0])));
+        assert_eq!(database.check(Direction::Outbound, &flow(2), Some(classes[1])), Verdict::Drop);
+    }
+}
+
+// RFC 5660 §2 (14): what was made for a latch goes with its connection, and not before.
+#[test]
+fn the_system_s_barrier_stays_until_the_connection_has_ended() {
+    let (database, classes) = database();
+    let barrier: Arc<FakeBarrier> = Arc::default();
+    database.set_barrier(Arc::clone(&barrier) as _);
+    install(&database, 1, classes[0]);
+    let (latch, _) = database.create(flow(1), &any(), ignore()).unwrap();
+    database.release(latch);
+    assert_eq!(database.abandoned(), [flow(1)]);
+    database.lift_abandoned(|_| false);
+    assert_eq!(barrier.passage(&flow(1)), Some(Passage::None), "its last packets");
+    let (latch, _) = database.create(flow(1), &any(), ignore()).unwrap();
+    database.lift_abandoned(|_| true);
+    assert_eq!(barrier.passage(&flow(1)), Some(Passage::Class(classes[0])), "a new latch has it");
+    database.release(latch);
+    database.lift_abandoned(|flow| flow.remote_port == 5001);
+    assert_eq!(barrier.passage(&flow(1)), None);
 }
 
 /// Few addresses, so that ranges meet, at both ends of either family.
@@ -952,8 +1069,10 @@ proptest! {
 }
 
 /// Flows 0 to 2 are to many remote ports, 3 and 4 to our port 80 besides, where a listener may be.
+/// Flows that listeners have nothing to do with; one of them is UDP.
 const FLOWS: usize = 3;
 const ALL_FLOWS: usize = 5;
+const UDP_FLOW: usize = 0;
 
 fn listener() -> Listener {
     Listener { protocol: 6, local: Some(flow(0).local), ipv4: true, ipv6: false, port: 80 }
@@ -991,12 +1110,16 @@ fn in_scope(scope: usize, flow: usize) -> bool {
 }
 
 fn scope_ts(scope: usize) -> Vec<TrafficSelector> {
-    if scope == ALL_FLOWS { everything() } else { vec![port(flow(scope).remote_port)] }
+    if scope == ALL_FLOWS {
+        return everything();
+    }
+    let Flow { protocol, remote_port, .. } = flow(scope);
+    vec![TrafficSelector { protocol, ..port(remote_port) }]
 }
 
 fn flow(n: usize) -> Flow {
     Flow {
-        protocol: 6,
+        protocol: if n == UDP_FLOW { 17 } else { 6 },
         local: "192.0.2.1".parse().unwrap(),
         local_port: if n < FLOWS { 40_000 } else { 80 },
         remote: "198.51.100.1".parse().unwrap(),

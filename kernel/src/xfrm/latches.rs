@@ -1,0 +1,548 @@
+//! Policies of the kernel for latched flows (RFC 5660 §2.3): its barrier against every packet of theirs that is not under
+//! an SA of the latched class.
+//!
+//! Each flow has a policy for each direction, for its five-tuple alone, which goes before those of SAs and of other key
+//! managers. Where the kernel does ESP the policies demand the `reqid` of the class's SAs, in both directions; where user
+//! space does, and whenever a latch is not ESTABLISHED or its class has no SA, they drop all. What goes through the
+//! tunnel's device passes them by.
+//!
+//! # Invariants
+//!
+//! * They stay when the process ends, however it ends. A successor finds them, lets nothing pass, and takes each away when
+//!   the system has no connection left that it is about ([`FlowBarrier::abandoned`]).
+//! * A policy never names a `reqid` that no SA of its class has: a number may come to stand for another class.
+//!
+//! # What they do not reach
+//!
+//! ICMP errors about a flow are no packets of it: the system's own rules for them hold. A policy that somebody
+//! installed with priority 0 before goes first.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::{Mutex, MutexGuard};
+
+use ipsec::guard::{ClassId, FlowBarrier, Passage};
+use ipsec::plane::{Encapsulation, Mark, Mode, SaPair};
+use ipsec::selector::Flow;
+
+use super::codec::{Action, Direction, Ends, Policy, PolicyId, Port, Selector, Template};
+use super::priority::{self, Purpose};
+use super::socket::{Databases as _, XfrmSocket};
+use super::{descriptions, selectors};
+use crate::network::lock;
+
+/// The barrier.
+pub(crate) struct Latches {
+    state: Mutex<State>,
+    /// As whom the kernel's news name us.
+    pub(super) port: u32,
+    kernel_does_esp: bool,
+}
+
+struct State {
+    socket: XfrmSocket,
+    /// Index of the tunnel's device.
+    tun: u32,
+    flows: BTreeMap<Flow, Barrier>,
+    abandoned: BTreeSet<Flow>,
+    /// The kernel's SAs by inbound SPI.
+    paths: BTreeMap<u32, Path>,
+    last_path: u64,
+}
+
+#[derive(Clone, Copy)]
+struct Barrier {
+    passage: Passage,
+    /// What the kernel's policies do for outbound and for inbound packets.
+    actions: [Action; 2],
+}
+
+/// A pair of SAs, as far as it says which packets take it.
+struct Path {
+    class: ClassId,
+    reqid: u32,
+    mode: Mode,
+    selectors: Vec<Selector>,
+    ends: Ends,
+    order: u64,
+    /// Its packets need marks or interfaces, which a latch's policies do not say.
+    special: bool,
+}
+
+impl Latches {
+    /// Connects to the policies of the calling thread's network namespace, and closes what a predecessor left.
+    pub(crate) fn open(tun: u32, kernel_does_esp: bool) -> io::Result<Self> {
+        let mut socket = XfrmSocket::open_for_latches()?;
+        let port = socket.port();
+        let mut left = BTreeSet::new();
+        for report in socket.policies()?.iter().filter(|report| report.of_latch) {
+            match flow(&report.id) {
+                Some(flow) => {
+                    left.insert(flow);
+                }
+                // Of a tunnel's device that is no more.
+                None => {
+                    socket.delete_policy(&report.id)?;
+                }
+            }
+        }
+        let mut state =
+            State { socket, tun, flows: BTreeMap::new(), abandoned: left, paths: BTreeMap::new(), last_path: 0 };
+        for flow in state.abandoned.clone() {
+            state.put(&flow, Barrier { passage: Passage::None, actions: [Action::Drop; 2] })?;
+        }
+        if !state.abandoned.is_empty() {
+            tracing::info!(flows = state.abandoned.len(), "latched flows of an earlier daemon stay closed");
+        }
+        Ok(Self { state: Mutex::new(state), port, kernel_does_esp })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+
+    /// The kernel has this pair: flows of its class may take it.
+    pub(super) fn installed(&self, pair: &Described) {
+        let mut state = self.state();
+        state.last_path += 1;
+        let path = Path {
+            class: pair.class,
+            reqid: pair.reqid,
+            mode: pair.mode,
+            selectors: pair.selectors.clone(),
+            ends: pair.ends,
+            order: state.last_path,
+            special: pair.special,
+        };
+        state.paths.insert(pair.spi_in, path);
+        state.follow(pair.spi_in);
+    }
+
+    /// It is about to move to other ends.
+    pub(super) fn moved(&self, spi_in: u32, to: &Encapsulation) {
+        let mut state = self.state();
+        if let (Some(path), Ok(ends)) = (state.paths.get_mut(&spi_in), descriptions::ends(to)) {
+            path.ends = ends;
+            state.follow(spi_in);
+        }
+    }
+
+    /// It goes.
+    pub(super) fn removed(&self, spi_in: u32) {
+        let mut state = self.state();
+        let Some(gone) = state.paths.remove(&spi_in) else { return };
+        state.follow_class(gone.class, &gone.selectors);
+    }
+
+    /// All go.
+    pub(super) fn all_removed(&self) {
+        let mut state = self.state();
+        for gone in std::mem::take(&mut state.paths).into_values() {
+            state.follow_class(gone.class, &gone.selectors);
+        }
+    }
+
+    /// Somebody was at the kernel's policies: puts all of ours there again.
+    pub(super) fn put_right(&self) {
+        let mut state = self.state();
+        for (flow, barrier) in state.flows.clone() {
+            if let Err(error) = state.put(&flow, barrier) {
+                tracing::error!(%flow, %error, "putting back the policies of a latched flow");
+            }
+        }
+        for flow in state.abandoned.clone() {
+            if let Err(error) = state.put(&flow, CLOSED) {
+                tracing::error!(%flow, %error, "putting back the policies of a flow that was latched");
+            }
+        }
+    }
+}
+
+/// What is kept of a pair.
+pub(super) struct Described {
+    spi_in: u32,
+    class: ClassId,
+    reqid: u32,
+    mode: Mode,
+    selectors: Vec<Selector>,
+    ends: Ends,
+    special: bool,
+}
+
+impl Described {
+    /// `None` where the kernel could not carry it anyway.
+    pub(super) fn of(pair: &SaPair) -> Option<Self> {
+        let (options, none) = (&pair.options, Mark::default());
+        let special = options.mark_in != none
+            || options.mark_out != none
+            || (options.if_id_in, options.if_id_out) != (0, 0)
+            || options.interface.is_some();
+        Some(Self {
+            spi_in: pair.spi_in,
+            class: pair.class,
+            reqid: pair.reqid,
+            mode: pair.mode,
+            selectors: selectors::outbound(&pair.local_ts, &pair.remote_ts, 0).ok()?,
+            ends: descriptions::ends(&pair.encapsulation).ok()?,
+            special,
+        })
+    }
+}
+
+impl FlowBarrier for Latches {
+    fn set(&self, flow: &Flow, passage: Passage) -> Result<(), String> {
+        let mut state = self.state();
+        if !state.flows.contains_key(flow) && state.flows.len() + state.abandoned.len() >= MOST {
+            return Err(format!("the system has policies for {MOST} latched flows, and takes no more"));
+        }
+        let actions = state.actions(flow, passage)?;
+        state.put(flow, Barrier { passage, actions }).map_err(|e| format!("install the policies of {flow}: {e}"))?;
+        state.abandoned.remove(flow);
+        state.flows.insert(*flow, Barrier { passage, actions });
+        Ok(())
+    }
+
+    fn abandon(&self, flow: &Flow) {
+        let mut state = self.state();
+        if state.flows.remove(flow).is_some() {
+            state.abandoned.insert(*flow);
+            // Nobody looks after the `reqid` any more.
+            if let Err(error) = state.put(flow, CLOSED) {
+                tracing::error!(%flow, %error, "closing a flow that is no longer latched");
+            }
+        }
+    }
+
+    fn abandoned(&self) -> Vec<Flow> {
+        self.state().abandoned.iter().copied().collect()
+    }
+
+    fn lift(&self, flow: &Flow) {
+        let mut state = self.state();
+        if state.abandoned.remove(flow)
+            && let Err(error) = state.take_away(flow)
+        {
+            tracing::error!(%flow, %error, "removing the policies of a flow that is no longer latched");
+        }
+    }
+
+    fn stands_alone(&self) -> bool {
+        self.kernel_does_esp
+    }
+}
+
+impl State {
+    /// Those flows that may take this pair, or have taken it, take the best there is.
+    fn follow(&mut self, spi_in: u32) {
+        if let Some((class, selectors)) = self.paths.get(&spi_in).map(|path| (path.class, path.selectors.clone())) {
+            self.follow_class(class, &selectors);
+        }
+    }
+
+    fn follow_class(&mut self, class: ClassId, selectors: &[Selector]) {
+        let of_class = |barrier: &Barrier| barrier.passage == Passage::Class(class);
+        let concerned: Vec<(Flow, Barrier)> = self
+            .flows
+            .iter()
+            .filter(|(flow, barrier)| of_class(barrier) && selectors.iter().any(|selector| includes(selector, flow)))
+            .map(|(flow, barrier)| (*flow, *barrier))
+            .collect();
+        for (flow, barrier) in concerned {
+            let actions = self.actions(&flow, barrier.passage).unwrap_or(CLOSED.actions);
+            if actions == barrier.actions {
+                continue;
+            }
+            let barrier = Barrier { actions, ..barrier };
+            match self.put(&flow, barrier) {
+                Ok(()) => {
+                    self.flows.insert(flow, barrier);
+                }
+                // What it had demands an SA of its class, or drops all.
+                Err(error) => tracing::error!(%flow, %error, "changing the policies of a latched flow"),
+            }
+        }
+    }
+
+    /// What the policies of a flow have to do; fails where its SAs are such that they cannot say it.
+    fn actions(&self, flow: &Flow, passage: Passage) -> Result<[Action; 2], String> {
+        let Passage::Class(class) = passage else { return Ok(CLOSED.actions) };
+        let fits = |path: &Path| {
+            let of_flow = path.selectors.iter().filter(|selector| includes(selector, flow));
+            of_flow.map(|selector| priority::of(selector, Purpose::Sa)).min()
+        };
+        let of_class = self.paths.values().filter(|path| path.class == class);
+        // As the kernel chooses among the policies of SAs.
+        let best = of_class
+            .filter_map(|path| Some((fits(path)?, std::cmp::Reverse(path.order), path)))
+            .min_by_key(|(priority, order, _)| (*priority, *order));
+        match best {
+            // User space may carry it.
+            None => Ok(CLOSED.actions),
+            Some((.., path)) if path.special => {
+                Err(format!("the SA of {flow} needs marks or an interface, which latches do not know"))
+            }
+            Some((.., path)) => Ok([path.template(false), path.template(true)].map(Action::Protect)),
+        }
+    }
+
+    fn put(&mut self, flow: &Flow, barrier: Barrier) -> io::Result<()> {
+        if let Some(id) = through(flow, self.tun) {
+            self.socket.set_policy(&Policy { id, priority: THROUGH_THE_TUNNEL, action: Action::Pass })?;
+        }
+        for (direction, action) in DIRECTIONS.into_iter().zip(barrier.actions) {
+            self.socket.set_policy(&Policy { id: id(flow, direction), priority: OF_A_LATCH, action })?;
+        }
+        Ok(())
+    }
+
+    fn take_away(&mut self, flow: &Flow) -> io::Result<()> {
+        let ids = DIRECTIONS.into_iter().map(|direction| id(flow, direction)).chain(through(flow, self.tun));
+        for id in ids {
+            self.socket.delete_policy(&id)?;
+        }
+        Ok(())
+    }
+}
+
+impl Path {
+    fn template(&self, inbound: bool) -> Template {
+        let ends = if inbound { self.ends.reversed() } else { self.ends };
+        let (source, destination) = match self.mode {
+            Mode::Tunnel => (ends.source, ends.destination),
+            Mode::Transport => (IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V4(Ipv4Addr::UNSPECIFIED)),
+        };
+        Template { reqid: self.reqid, mode: self.mode, source, destination }
+    }
+}
+
+fn id(flow: &Flow, direction: Direction) -> PolicyId {
+    let prefix = if flow.local.is_ipv4() { 32 } else { 128 };
+    let exactly = |port| Port { port, mask: u16::MAX };
+    let outbound = Selector {
+        source: (flow.local, prefix),
+        destination: (flow.remote, prefix),
+        protocol: flow.protocol,
+        source_port: exactly(flow.local_port),
+        destination_port: exactly(flow.remote_port),
+        interface: 0,
+    };
+    let selector = if direction == Direction::Out { outbound } else { outbound.reversed() };
+    PolicyId { direction, selector, mark: Mark::default(), if_id: 0 }
+}
+
+/// What lets IPv6 packets into the tunnel's device, which has no switch for it.
+fn through(flow: &Flow, tun: u32) -> Option<PolicyId> {
+    let mut id = id(flow, Direction::Out);
+    id.selector.interface = tun;
+    flow.local.is_ipv6().then_some(id)
+}
+
+/// The flow that a policy of a latch is for; `None` where it is about one interface.
+fn flow(id: &PolicyId) -> Option<Flow> {
+    let outbound = if id.direction == Direction::Out { id.selector } else { id.selector.reversed() };
+    (outbound.interface == 0).then_some(Flow {
+        protocol: outbound.protocol,
+        local: outbound.source.0,
+        local_port: outbound.source_port.port,
+        remote: outbound.destination.0,
+        remote_port: outbound.destination_port.port,
+    })
+}
+
+/// True when an outbound selector is about a flow's packets.
+fn includes(selector: &Selector, flow: &Flow) -> bool {
+    let port = |wanted: Port, port: u16| port & wanted.mask == wanted.port & wanted.mask;
+    (selector.protocol == 0 || selector.protocol == flow.protocol)
+        && within(selector.source, flow.local)
+        && within(selector.destination, flow.remote)
+        && port(selector.source_port, flow.local_port)
+        && port(selector.destination_port, flow.remote_port)
+}
+
+fn within((network, prefix): (IpAddr, u8), address: IpAddr) -> bool {
+    let same = |network: u128, address: u128, bits: u32| {
+        (network ^ address).checked_shr(bits.saturating_sub(prefix.into())).unwrap_or(0) == 0
+    };
+    match (network, address) {
+        (IpAddr::V4(network), IpAddr::V4(address)) => same(network.to_bits().into(), address.to_bits().into(), 32),
+        (IpAddr::V6(network), IpAddr::V6(address)) => same(network.to_bits(), address.to_bits(), 128),
+        _ => false,
+    }
+}
+
+const DIRECTIONS: [Direction; 2] = [Direction::Out, Direction::In];
+const CLOSED: Barrier = Barrier { passage: Passage::None, actions: [Action::Drop; 2] };
+/// Before policies of SAs, whatever their selectors (`priority`).
+const OF_A_LATCH: u32 = 1;
+const THROUGH_THE_TUNNEL: u32 = 0;
+/// The kernel looks through the policies of two hosts one by one.
+const MOST: usize = 4096;
+
+#[cfg(test)]
+mod tests {
+    //! On this machine's own kernel, in namespaces; with ESP in a guest (`tests/tests/kernel/latches.rs`).
+    #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
+
+    use std::net::UdpSocket;
+
+    use super::*;
+    use crate::xfrm::tests::{host, ip};
+
+    const TUN: u32 = 77;
+
+    fn udp_flow(local_port: u16) -> Flow {
+        let (local, remote) = ("10.1.0.1".parse().unwrap(), "10.2.0.1".parse().unwrap());
+        Flow { protocol: 17, local, local_port, remote, remote_port: 7001 }
+    }
+
+    fn sends(local_port: u16) -> bool {
+        let socket = UdpSocket::bind(("10.1.0.1", local_port)).unwrap();
+        socket.send_to(b"x", "10.2.0.1:7001").is_ok()
+    }
+
+    fn pair(spi_in: u32, class: u32, reqid: u32, destination: (&str, u8)) -> Described {
+        let selector = Selector {
+            source: ("10.1.0.0".parse().unwrap(), 24),
+            destination: (destination.0.parse().unwrap(), destination.1),
+            protocol: 0,
+            source_port: Port::default(),
+            destination_port: Port::default(),
+            interface: 0,
+        };
+        let (source, destination) = ("192.0.2.1".parse().unwrap(), "192.0.2.2".parse().unwrap());
+        Described {
+            spi_in,
+            class: ClassId(class),
+            reqid,
+            mode: Mode::Tunnel,
+            selectors: vec![selector],
+            ends: Ends { source, destination, ports: None },
+            special: false,
+        }
+    }
+
+    /// `reqid`s that the policies demand of outbound and inbound packets; `None` is that they drop all.
+    fn demanded() -> Vec<Option<String>> {
+        let text = ip("xfrm policy");
+        let each = text.split("src 10.").skip(1);
+        each.map(|policy| Some(policy.split_once("reqid ")?.1.split(' ').next()?.to_owned())).collect()
+    }
+
+    // RFC 5660 §2 (13): whatever becomes of the daemon, nothing of the flow leaves in clear; other flows are not touched.
+    #[test]
+    fn what_is_latched_is_kept_in_even_when_the_process_is_gone() {
+        host()
+            .run(|| {
+                let latches = Latches::open(TUN, false).unwrap();
+                assert!(sends(7000));
+                latches.set(&udp_flow(7000), Passage::Class(ClassId(1))).unwrap();
+                assert!(!sends(7000), "it leaves by another way than the tunnel");
+                assert!(sends(7002), "another flow");
+                // Killed.
+                drop(latches);
+                assert!(!sends(7000));
+                let successor = Latches::open(TUN + 1, false).unwrap();
+                assert!(!sends(7000));
+                assert_eq!(successor.abandoned(), [udp_flow(7000)]);
+                successor.lift(&udp_flow(7000));
+                assert!(sends(7000));
+                assert_eq!((ip("xfrm policy").as_str(), successor.abandoned().len()), ("", 0));
+            })
+            .unwrap();
+    }
+
+    #[test]
+    fn a_released_flow_is_closed_until_it_is_lifted() {
+        host()
+            .run(|| {
+                let latches = Latches::open(TUN, true).unwrap();
+                latches.installed(&pair(1, 1, 40, ("10.2.0.0", 24)));
+                latches.set(&udp_flow(7000), Passage::Class(ClassId(1))).unwrap();
+                latches.lift(&udp_flow(7000));
+                assert_eq!(demanded(), [Some("40".to_owned()), Some("40".to_owned())], "it is latched");
+                latches.abandon(&udp_flow(7000));
+                assert_eq!(demanded(), [None, None]);
+                // A new latch takes it over.
+                latches.set(&udp_flow(7000), Passage::Class(ClassId(1))).unwrap();
+                assert_eq!((demanded()[0].as_deref(), latches.abandoned().len()), (Some("40"), 0));
+                latches.abandon(&udp_flow(7000));
+                latches.lift(&udp_flow(7000));
+                assert_eq!(ip("xfrm policy"), "");
+            })
+            .unwrap();
+    }
+
+    // RFC 5660 §2: SAs of the class come and go; no other SA is ever demanded, and without one nothing passes.
+    #[test]
+    fn the_policies_follow_the_sas_of_the_class() {
+        host()
+            .run(|| {
+                let latches = Latches::open(TUN, true).unwrap();
+                let both = |reqid: Option<u32>| {
+                    let reqid = reqid.map(|reqid| reqid.to_string());
+                    assert_eq!(demanded(), [reqid.clone(), reqid]);
+                };
+                latches.set(&udp_flow(7000), Passage::Class(ClassId(1))).unwrap();
+                both(None);
+                latches.installed(&pair(1, 1, 40, ("10.2.0.0", 24)));
+                both(Some(40));
+                assert!(ip("xfrm policy").contains("tmpl src 192.0.2.1 dst 192.0.2.2"));
+                // Another class, for whatever; and its own for other packets.
+                latches.installed(&pair(2, 2, 41, ("10.2.0.1", 32)));
+                latches.installed(&pair(3, 1, 42, ("10.3.0.0", 24)));
+                both(Some(40));
+                // As the kernel chooses: the narrower one, of equal ones the newest.
+                latches.installed(&pair(4, 1, 43, ("10.2.0.1", 32)));
+                both(Some(43));
+                latches.installed(&pair(5, 1, 44, ("10.2.0.0", 24)));
+                both(Some(43));
+                latches.removed(4);
+                both(Some(44));
+                let (local, remote) = ("192.0.2.1".parse().unwrap(), "198.51.100.2".parse().unwrap());
+                latches.moved(5, &Encapsulation::None { local, remote });
+                assert!(ip("xfrm policy").contains("tmpl src 192.0.2.1 dst 198.51.100.2"));
+                latches.set(&udp_flow(7000), Passage::None).unwrap();
+                both(None);
+                latches.set(&udp_flow(7000), Passage::Class(ClassId(1))).unwrap();
+                latches.removed(5);
+                both(Some(40));
+                // Somebody empties the kernel's databases.
+                ip("xfrm policy flush");
+                latches.put_right();
+                both(Some(40));
+                latches.removed(1);
+                both(None);
+                let special = Described { special: true, ..pair(6, 1, 45, ("10.2.0.0", 24)) };
+                latches.installed(&special);
+                both(None);
+                assert!(latches.set(&udp_flow(7005), Passage::Class(ClassId(1))).unwrap_err().contains("marks"));
+                latches.all_removed();
+                both(None);
+            })
+            .unwrap();
+    }
+
+    #[test]
+    fn ipv6_packets_may_go_into_the_tunnel_s_device() {
+        host()
+            .run(|| {
+                let latches = Latches::open(TUN, false).unwrap();
+                let (local, remote) = ("fd01::1".parse().unwrap(), "fd02::1".parse().unwrap());
+                let flow = Flow { local, remote, ..udp_flow(7000) };
+                latches.set(&flow, Passage::Class(ClassId(1))).unwrap();
+                let policies = ip("xfrm policy");
+                assert_eq!((policies.matches("action block").count(), policies.matches("dir out").count()), (2, 2));
+                assert!(policies.contains(&format!("dev if{TUN}")), "{policies}");
+                drop(latches);
+                // The device of the successor is another one.
+                let successor = Latches::open(TUN + 1, false).unwrap();
+                let policies = ip("xfrm policy");
+                assert!(policies.contains(&format!("dev if{}", TUN + 1)), "{policies}");
+                assert!(!policies.contains(&format!("dev if{TUN} ")), "{policies}");
+                successor.lift(&flow);
+                assert_eq!(ip("xfrm policy"), "");
+            })
+            .unwrap();
+    }
+}
