@@ -211,11 +211,8 @@ impl Wires {
     pub fn of(hosts: &[&Host]) -> Self {
         let captures = hosts.iter().flat_map(|host| {
             let links = host.check("ip", &["-o", "link", "show", "type", "veth"]);
-            let devices: Vec<String> = links
-                .lines()
-                .map(|line| line.split_whitespace().nth(1).unwrap().split('@').next().unwrap().to_owned())
-                .collect();
-            devices.into_iter().map(|device| Capture::start(host, &device)).collect::<Vec<_>>()
+            let names = links.lines().map(|line| line.split_whitespace().nth(1).unwrap().split('@').next().unwrap());
+            names.map(|name| Capture::start(host, name)).collect::<Vec<_>>()
         });
         Self(captures.collect())
     }
