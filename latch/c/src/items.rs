@@ -76,6 +76,8 @@ fn told(entry: &Entry) -> Result<Cow<'_, Inquired>, Failure> {
             latch: Some(LatchInfo { number: latch.number(), state: latch.state() }),
             peer: latch.peer_identity().clone(),
             protection: latch.protection().clone(),
+            // No item asks for it.
+            guard: None,
         })),
         Entry::Listener(_) | Entry::Client(_) => Err(absent()),
     }

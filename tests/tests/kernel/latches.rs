@@ -37,10 +37,9 @@ fn a_latched_connection_stays_with_its_peer_and_never_leaves_in_clear() {
         three.c.initiate("net-a");
         tcp.says("alert broken an SA of c.example claims");
         udp.says("alert broken an SA of c.example claims");
-        let _ = three.host_c.run(
-            "sh",
-            &["-c", "echo FORGED | socat -u - UDP4-DATAGRAM:10.1.0.1:40008,bind=10.2.0.1:7,reuseaddr"],
-        );
+        let _ = three
+            .host_c
+            .run("sh", &["-c", "echo FORGED | socat -u - UDP4-DATAGRAM:10.1.0.1:40008,bind=10.2.0.1:7,reuseaddr"]);
         tcp.is_silenced();
         udp.is_silenced();
         three.c.control(&["--terminate", "--ike", "to-a"]);
