@@ -193,7 +193,7 @@ pub fn append_esp(out: &mut BytesMut, packet: &[u8]) -> bool {
 }
 
 /// The Length field before an ESP packet; `None` where [`frame_esp`] gives that.
-pub fn esp_length(packet: &[u8]) -> Option<u16> {
+fn esp_length(packet: &[u8]) -> Option<u16> {
     frame_length(packet.len()).filter(|_| packet.first_chunk::<4>().is_some_and(|spi| *spi != NON_ESP_MARKER))
 }
 

@@ -24,12 +24,16 @@ use tracing::{debug, trace, warn};
 use crate::codec::{Deframer, frame_ike};
 use crate::tls::{TlsClient, TlsServer};
 use duplex::Duplex;
+use pace::Pace;
+use queue::EspQueue;
 use reader::Reader;
 use standing::Standing;
 use strangers::{StrangerSlot, Strangers};
 use writer::Writer;
 
 mod duplex;
+mod pace;
+mod queue;
 mod reader;
 mod socket;
 mod standing;
@@ -49,7 +53,7 @@ pub struct StreamLimits {
     pub max_unauthenticated: usize,
     /// Streams that nobody vouched for, of one IPv4 address or one IPv6 /64.
     pub max_unauthenticated_per_address: usize,
-    /// Outgoing messages queued on one stream, IKE and ESP each.
+    /// Outgoing IKE messages queued on one stream.
     pub queue: usize,
     /// Time to connect as originator.
     pub connect: Duration,
@@ -78,6 +82,8 @@ impl Default for StreamLimits {
     }
 }
 
+pub use queue::EspSender;
+
 /// What is done to each socket before it is used.
 pub type Prepare = Arc<dyn Fn(BorrowedFd<'_>) -> io::Result<()> + Send + Sync>;
 
@@ -96,8 +102,8 @@ pub enum StreamEvent {
         remote: SocketAddr,
         /// The peer opened it.
         accepted: bool,
-        /// Queue for ESP packets (SPI first); framing is done by the writer.
-        esp: mpsc::Sender<Bytes>,
+        /// Where ESP packets for it go in.
+        esp: EspSender,
     },
     /// An IKE message.
     Ike {
@@ -550,9 +556,9 @@ impl Inner {
 
     async fn serve(self: Arc<Self>, established: Established, mut ends: Ends) -> String {
         let Established { number, socket, local, remote, deframer, accepted, evicted } = established;
-        let (esp_sender, esp) = mpsc::channel(self.limits.queue.max(1));
+        let esp = Arc::new(EspQueue::default());
         let opened =
-            StreamEvent::Opened { stream: number, local, remote, accepted: accepted.is_some(), esp: esp_sender };
+            StreamEvent::Opened { stream: number, local, remote, accepted: accepted.is_some(), esp: esp.sender() };
         tokio::select! {
             biased;
             sent = self.events.send(opened) => if sent.is_err() { return "nobody listens to events".into() },

@@ -20,7 +20,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use bytes::Bytes;
 use ipsec::datapath::{DataPath, DropReason, Inbound};
 use ipsec::guard::{FlowBarrier, FlowGuard};
 use ipsec::plane::{DataPlane, Encapsulation, PlaneEvent, StreamId};
@@ -143,6 +142,9 @@ impl StreamWorth {
     }
 }
 
+/// Takes an ESP packet (SPI first) for a stream, without waiting; false when it was dropped, as a network does.
+pub type StreamSink = Box<dyn Fn(&[u8]) -> bool + Send + Sync>;
+
 /// Handle of the running network. Cloning it is cheap; the threads stop with the last clone, or earlier by
 /// [`Self::shutdown`].
 #[derive(Clone)]
@@ -180,7 +182,7 @@ pub(crate) struct Shared {
     pub(crate) events: Events,
     /// Readable when the threads shall stop.
     pub(crate) stop: OwnedFd,
-    streams: RwLock<HashMap<StreamId, mpsc::Sender<Bytes>>>,
+    streams: RwLock<HashMap<StreamId, StreamSink>>,
 }
 
 /// The sockets of both families.
@@ -387,8 +389,8 @@ impl Network {
         }
     }
 
-    /// ESP for this stream goes into `sink` from now on (try_send; a full queue drops, as a network does).
-    pub fn attach_stream(&self, stream: StreamId, sink: mpsc::Sender<Bytes>) {
+    /// ESP for this stream goes into `sink` from now on.
+    pub fn attach_stream(&self, stream: StreamId, sink: StreamSink) {
         self.inner.shared.streams.write().unwrap_or_else(PoisonError::into_inner).insert(stream, sink);
     }
 
@@ -510,8 +512,7 @@ impl Shared {
     /// Queues an ESP packet for a stream.
     pub(crate) fn send_to_stream(&self, stream: StreamId, packet: &[u8]) {
         let streams = self.streams.read().unwrap_or_else(PoisonError::into_inner);
-        let sent = streams.get(&stream).map(|sink| sink.try_send(Bytes::copy_from_slice(packet)));
-        if !matches!(sent, Some(Ok(()))) {
+        if !streams.get(&stream).is_some_and(|sink| sink(packet)) {
             tracing::trace!(stream = stream.0, "packet for a stream dropped");
         }
     }

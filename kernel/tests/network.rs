@@ -6,7 +6,6 @@ use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use ipsec::datapath::DropReason;
 use ipsec::guard::{ClassId, NoLatches};
 use ipsec::plane::{
@@ -404,12 +403,12 @@ fn traffic_passes_in_a_stream() {
     plane_a.install(sa_pair(&a, &b, 0x1000, over(&a, &b))).unwrap();
     plane_b.install(sa_pair(&b, &a, 0x1000, over(&b, &a))).unwrap();
     for (from, to) in [(&a, &b), (&b, &a)] {
-        let (sink, mut packets) = mpsc::channel::<Bytes>(64);
-        from.network.attach_stream(stream, sink);
+        let (sink, packets) = std::sync::mpsc::sync_channel::<Vec<u8>>(64);
+        from.network.attach_stream(stream, Box::new(move |packet| sink.try_send(packet.to_vec()).is_ok()));
         let (network, local, remote) = (to.network.clone(), to.nat(), from.nat());
         std::thread::spawn(move || {
-            while let Some(packet) = packets.blocking_recv() {
-                network.esp_from_stream(stream, local, remote, &mut packet.to_vec());
+            while let Ok(mut packet) = packets.recv() {
+                network.esp_from_stream(stream, local, remote, &mut packet);
             }
         });
     }

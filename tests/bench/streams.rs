@@ -26,13 +26,14 @@ fn main() {
     let settings = format!("tls_ports = 443\ntls_cert = {}\ntls_key = {}\n", cert.display(), key.display());
 
     println!("AES-128-GCM, {SECONDS} s of iperf3 TCP through a router; pings of 64 octets every 10 ms meanwhile");
-    println!("{:<28} {:>8} {:>12} {:>14} {:>14}", "", "loss %", "Mbit/s", "ping ms, med.", "ping ms, max.");
-    for loss in ["", "numgen random mod 1000 < 1 drop;", "numgen random mod 100 < 1 drop;"] {
-        let label = match loss {
-            "" => "0",
-            loss if loss.contains("1000") => "0.1",
-            _ => "1",
-        };
+    println!("{:<28} {:>16} {:>10} {:>14} {:>14}", "", "path", "Mbit/s", "ping ms, med.", "ping ms, max.");
+    for (label, loss, kbit) in [
+        ("free", "", 0),
+        ("10 Mbit/s", "", 10_000),
+        ("2 Mbit/s", "", 2000),
+        ("0.1 % loss", "numgen random mod 1000 < 1 drop;", 0),
+        ("1 % loss", "numgen random mod 100 < 1 drop;", 0),
+    ] {
         for (name, connection) in [
             ("plain TCP, no tunnel", ""),
             ("Latchkey over UDP", "tcp = no\nencap = yes\n"),
@@ -51,8 +52,11 @@ fn main() {
             if !loss.is_empty() {
                 road.drop_forwarded(loss);
             }
+            if kbit > 0 {
+                road.slow_down(kbit);
+            }
             let (rate, median, longest) = throughput(&road, ends);
-            println!("{name:<28} {label:>8} {rate:>12.0} {median:>14.2} {longest:>14.1}");
+            println!("{name:<28} {label:>16} {rate:>10.1} {median:>14.2} {longest:>14.1}");
         }
     }
     set_up();

@@ -280,7 +280,7 @@ impl Core {
         let now = Instant::now();
         match event {
             StreamEvent::Opened { stream, local, accepted, esp, .. } => {
-                self.network.attach_stream(StreamId(stream), esp);
+                self.network.attach_stream(StreamId(stream), Box::new(move |packet| esp.send(packet)));
                 if !accepted {
                     self.engine.handle_stream_opened(now, StreamId(stream), local);
                 }

@@ -1,16 +1,22 @@
 //! A connected socket, in TLS or not.
 
-use tokio::io::{AsyncRead, AsyncWrite};
+use std::io::{self, IoSlice};
+use std::pin::Pin;
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll};
+
+use socket2::SockRef;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 use tokio::net::TcpStream;
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio_rustls::TlsStream;
+
+use super::lock;
 
 /// What both are.
 pub(super) trait Octets: AsyncRead + AsyncWrite + Send + Unpin {}
 
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Octets for T {}
-
-pub(super) type ReadHalf = Box<dyn AsyncRead + Send + Unpin>;
-pub(super) type WriteHalf = Box<dyn AsyncWrite + Send + Unpin>;
 
 pub(super) enum Duplex {
     Plain(TcpStream),
@@ -29,12 +35,69 @@ impl Duplex {
         match self {
             Self::Plain(socket) => {
                 let (read, write) = socket.into_split();
-                (Box::new(read), Box::new(write))
+                (ReadHalf::Plain(read), WriteHalf::Plain(write))
             }
             Self::Tls(stream) => {
-                let (read, write) = tokio::io::split(stream);
-                (Box::new(read), Box::new(write))
+                let shared = Arc::new(Mutex::new(*stream));
+                (ReadHalf::Tls(shared.clone()), WriteHalf::Tls(shared))
             }
+        }
+    }
+}
+
+/// Both halves of a stream in TLS; held for one step of either.
+type Shared = Arc<Mutex<TlsStream<TcpStream>>>;
+
+pub(super) enum ReadHalf {
+    Plain(OwnedReadHalf),
+    Tls(Shared),
+}
+
+impl AsyncRead for ReadHalf {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Plain(socket) => Pin::new(socket).poll_read(cx, buffer),
+            Self::Tls(shared) => Pin::new(&mut *lock(shared)).poll_read(cx, buffer),
+        }
+    }
+}
+
+pub(super) enum WriteHalf {
+    Plain(OwnedWriteHalf),
+    Tls(Shared),
+}
+
+impl WriteHalf {
+    /// Octets that TCP holds unsent before a write waits.
+    pub(super) fn limit_unsent(&self, octets: u32) -> io::Result<()> {
+        match self {
+            Self::Plain(socket) => SockRef::from(socket.as_ref()).set_tcp_notsent_lowat(octets),
+            Self::Tls(shared) => SockRef::from(lock(shared).get_ref().0).set_tcp_notsent_lowat(octets),
+        }
+    }
+
+    pub(super) async fn write_vectored(&mut self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
+        match self {
+            Self::Plain(socket) => socket.write_vectored(pieces).await,
+            Self::Tls(shared) => {
+                std::future::poll_fn(|cx| Pin::new(&mut *lock(shared)).poll_write_vectored(cx, pieces)).await
+            }
+        }
+    }
+
+    /// TLS may still hold what it has sealed.
+    pub(super) async fn flush(&mut self) -> io::Result<()> {
+        match self {
+            Self::Plain(_) => Ok(()),
+            Self::Tls(shared) => std::future::poll_fn(|cx| Pin::new(&mut *lock(shared)).poll_flush(cx)).await,
+        }
+    }
+
+    /// FIN; in TLS after close_notify.
+    pub(super) async fn shutdown(&mut self) -> io::Result<()> {
+        match self {
+            Self::Plain(socket) => socket.shutdown().await,
+            Self::Tls(shared) => std::future::poll_fn(|cx| Pin::new(&mut *lock(shared)).poll_shutdown(cx)).await,
         }
     }
 }

@@ -8,12 +8,10 @@ use std::time::Duration;
 use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 
-use super::{Prepare, StreamLimits};
+use super::{Pace, Prepare, StreamLimits};
 
 /// Connections that wait for `accept`.
 const BACKLOG: i32 = 1024;
-/// Octets that TCP holds unsent before the writer waits, so that IKE does not queue behind megabytes of ESP.
-const UNSENT: u32 = 128 * 1024;
 /// Keep-alives only find dead connections early; they never count as the peer's liveness (RFC 9329 §6.7).
 const KEEPALIVE: TcpKeepalive =
     TcpKeepalive::new().with_time(Duration::from_secs(60)).with_interval(Duration::from_secs(15)).with_retries(4);
@@ -50,7 +48,7 @@ pub(super) fn prepare(socket: &TcpStream, limits: &StreamLimits) -> io::Result<(
     socket.set_tcp_nodelay(true)?;
     socket.set_tcp_keepalive(&KEEPALIVE)?;
     socket.set_tcp_user_timeout(Some(limits.write))?;
-    socket.set_tcp_notsent_lowat(UNSENT)
+    socket.set_tcp_notsent_lowat(Pace::default().unsent())
 }
 
 fn socket(address: SocketAddr, prepare: Option<&Prepare>) -> io::Result<Socket> {
@@ -115,6 +113,6 @@ mod tests {
         assert!(socket.tcp_nodelay().unwrap());
         assert!(socket.keepalive().unwrap());
         assert_eq!(socket.tcp_user_timeout().unwrap(), Some(limits.write));
-        assert_eq!(socket.tcp_notsent_lowat().unwrap(), UNSENT);
+        assert_eq!(socket.tcp_notsent_lowat().unwrap(), Pace::default().unsent());
     }
 }

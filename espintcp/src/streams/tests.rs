@@ -493,9 +493,16 @@ async fn ike_goes_before_queued_esp() {
     let (stream, queue) = host.next_stream().await;
 
     // The peer does not read: fill its window, our send buffer and the queue.
-    let packet = Bytes::from([&7u32.to_be_bytes()[..], &[0; 1396]].concat());
+    let packet = [&7u32.to_be_bytes()[..], &[0; 1396]].concat();
     let mut sent = 0;
-    while timeout(SHORT, queue.send(packet.clone())).await.is_ok() {
+    loop {
+        while queue.send(&packet) {
+            sent += 1;
+        }
+        sleep(SHORT).await;
+        if !queue.send(&packet) {
+            break;
+        }
         sent += 1;
     }
     assert!(host.streams.send_ike(stream, b"urgent"));
@@ -506,8 +513,9 @@ async fn ike_goes_before_queued_esp() {
         before += 1;
     }
     let after = sent - before;
+    // RFC 8289: of what has waited for so long some may be dropped, but not before it was tried for a while.
     assert!(after >= 200, "{before} ESP packets before the IKE message, {after} behind it");
-    for _ in 0..after {
+    for _ in 0..after / 2 {
         assert_eq!(read_frame(&mut peer, &mut deframer).await, Frame::Esp(BytesMut::from(&packet[..])));
     }
 }
@@ -519,8 +527,10 @@ async fn a_peer_that_never_reads_is_closed_and_holds_nobody_up() {
     deaf.write_all(&PREFIX).await.unwrap();
     let (stream, queue) = host.next_stream().await;
     let flood = tokio::spawn(async move {
-        let packet = Bytes::from(vec![1; 60_000]);
-        while queue.send(packet.clone()).await.is_ok() {}
+        loop {
+            queue.send(&[1; 60_000]);
+            sleep(Duration::from_millis(1)).await;
+        }
     });
 
     let (mut other, other_stream) = host.opened().await;
@@ -533,7 +543,7 @@ async fn a_peer_that_never_reads_is_closed_and_holds_nobody_up() {
     }
     let reason = host.closed(stream).await;
     assert!(reason == "the peer does not read" || reason.contains("timed out"), "{reason}");
-    flood.await.unwrap();
+    flood.abort();
 }
 
 #[tokio::test]
@@ -543,9 +553,10 @@ async fn what_is_no_esp_packet_is_not_written() {
     peer.write_all(&PREFIX).await.unwrap();
     let (_, queue) = host.next_stream().await;
     // RFC 9329 §3.2: SPI 0 would be read as an IKE message.
-    for packet in [vec![0; 40], vec![1; 3], vec![1; 65_534], vec![2; 8]] {
-        queue.send(packet.into()).await.unwrap();
+    for packet in [&[0; 40][..], &[1; 3], &[1; 65_534]] {
+        assert!(!queue.send(packet));
     }
+    assert!(queue.send(&[2; 8]));
     let frame = read_frame(&mut peer, &mut Deframer::without_prefix()).await;
     assert_eq!(frame, Frame::Esp(BytesMut::from(&[2; 8][..])));
 }
@@ -718,7 +729,7 @@ impl Host {
         self.next_stream().await.0
     }
 
-    async fn next_stream(&mut self) -> (u64, mpsc::Sender<Bytes>) {
+    async fn next_stream(&mut self) -> (u64, EspSender) {
         match self.next().await {
             StreamEvent::Opened { stream, esp, .. } => (stream, esp),
             other => panic!("not opened: {other:?}"),

@@ -1,0 +1,97 @@
+//! How fast a stream takes octets, and how much may wait for it accordingly: what lies unsent in the system's buffer holds up
+//! what comes behind it, an IKE message too, and at 2 Mbit/s a buffer that is right for a gigabit is half a second long.
+
+use std::time::{Duration, Instant};
+
+/// Bounds of what TCP holds unsent. The upper one is what a gigabit needs while the writer is being woken.
+const UNSENT: (u32, u32) = (8 * 1024, 128 * 1024);
+/// How long the rate is measured.
+const WINDOW: Duration = Duration::from_millis(100);
+/// What is unsent is worth about so many of these in a second.
+const PER_SECOND: u64 = 100;
+/// The queue holds so many times as much.
+const QUEUE: usize = 8;
+
+/// The rate of one stream.
+#[derive(Debug)]
+pub(super) struct Pace {
+    unsent: u32,
+    /// Since when there has always been more to write than was taken, and octets taken since.
+    busy: Option<(Instant, u64)>,
+}
+
+impl Default for Pace {
+    fn default() -> Self {
+        Self { unsent: UNSENT.1, busy: None }
+    }
+}
+
+impl Pace {
+    /// Octets that TCP may hold unsent before the writer waits (TCP_NOTSENT_LOWAT): of about 10 ms.
+    pub(super) fn unsent(&self) -> u32 {
+        self.unsent
+    }
+
+    /// Octets for one write.
+    pub(super) fn batch(&self) -> usize {
+        usize::try_from(self.unsent / 2).unwrap_or(usize::MAX)
+    }
+
+    /// Octets of ESP that may wait for the writer: of about 80 ms.
+    pub(super) fn queue(&self) -> usize {
+        usize::try_from(self.unsent).unwrap_or(usize::MAX).saturating_mul(QUEUE)
+    }
+
+    /// So many octets were taken, and there are more, or not. True when the others have changed.
+    pub(super) fn wrote(&mut self, now: Instant, octets: usize, more: bool) -> bool {
+        let Some((since, before)) = self.busy else {
+            self.busy = more.then_some((now, 0));
+            return false;
+        };
+        let octets = before.saturating_add(u64::try_from(octets).unwrap_or(u64::MAX));
+        let time = now.saturating_duration_since(since);
+        if time < WINDOW {
+            self.busy = more.then_some((since, octets));
+            return false;
+        }
+        self.busy = more.then_some((now, 0));
+        let rate = octets.saturating_mul(1000) / u64::try_from(time.as_millis()).unwrap_or(u64::MAX).max(1);
+        let wanted = u32::try_from(rate / PER_SECOND).unwrap_or(u32::MAX).clamp(UNSENT.0, UNSENT.1);
+        let unsent = wanted.checked_next_power_of_two().unwrap_or(UNSENT.1).min(UNSENT.1);
+        unsent != std::mem::replace(&mut self.unsent, unsent)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A stream that takes so many octets in each 5 ms, for a second.
+    fn run(pace: &mut Pace, start: Instant, octets: usize) -> u32 {
+        for turn in 0..200 {
+            pace.wrote(start + Duration::from_millis(5 * turn), octets, true);
+        }
+        pace.unsent()
+    }
+
+    #[test]
+    fn what_may_wait_follows_the_rate() {
+        let (mut pace, mut now) = (Pace::default(), Instant::now());
+        assert_eq!(pace.unsent(), 128 * 1024);
+        // 1, 10, 50 Mbit/s and a gigabit, and back.
+        for (octets, unsent) in [(625, 8), (6250, 16), (31_250, 64), (625_000, 128), (625, 8)] {
+            assert_eq!(run(&mut pace, now, octets), unsent * 1024, "{octets}");
+            now += Duration::from_secs(1);
+            assert_eq!((pace.batch(), pace.queue()), (unsent as usize * 512, unsent as usize * 8192));
+        }
+    }
+
+    #[test]
+    fn a_stream_that_is_given_little_says_nothing_of_its_rate() {
+        let (mut pace, start) = (Pace::default(), Instant::now());
+        for turn in 0..1000 {
+            assert!(!pace.wrote(start + Duration::from_millis(5 * turn), 100, turn % 10 == 0));
+        }
+        assert_eq!(pace.unsent(), 128 * 1024);
+    }
+}
