@@ -78,8 +78,10 @@ pub struct Connection {
     pub tcp_remote_port: u16,
     /// `tcp` with TLS (RFC 9329 Appendix A): the name that the peer's TLS certificate must have.
     pub tls: Option<String>,
-    /// `tcp_probe_udp`: how often an IKE SA with MOBIKE that `fallback` took to TCP tries UDP again; zero never.
+    /// `tcp_probe_udp`: how often an IKE SA that `fallback` took to TCP tries UDP again; zero never.
     pub tcp_probe_udp: Duration,
+    /// `tcp_reauth_udp`: it does so also where it cannot move by MOBIKE, with another IKE SA that takes its place.
+    pub tcp_reauth_udp: bool,
     /// `vips`: virtual addresses to ask for; an unspecified one is any of its family.
     pub vips: Vec<IpAddr>,
     /// `pools`: where the peer's virtual address comes from; with one, the peer must ask for an address.

@@ -18,6 +18,17 @@ fn seconds(seconds: u64) -> Duration {
     Duration::from_secs(seconds)
 }
 
+/// A connection over TLS, the settings of its responder, with the files in this folder, and the authority that it needs.
+fn tls_site(folder: &std::path::Path, connection: &'static str) -> (Suite, String, Authority) {
+    let authority = Authority::new("TLS CA", &rcgen::PKCS_ECDSA_P256_SHA256);
+    let site = authority.issue_for_tls("b.example");
+    let (cert, key) = (folder.join("site.pem"), folder.join("site.key"));
+    std::fs::write(&cert, &site.certificate).unwrap();
+    std::fs::write(&key, &site.key).unwrap();
+    let settings = format!("tls_ports = 443\ntls_cert = {}\ntls_key = {}\n", cert.display(), key.display());
+    (Suite { connection, ..Suite::DEFAULT }, settings, authority)
+}
+
 /// The best time of three, as the machine may be busy: each on a road of its own, with nothing known of the network.
 fn set_up_time(filter: &str, enough: Duration) -> Duration {
     let mut best = Duration::MAX;
@@ -78,6 +89,26 @@ fn a_file_survives_a_filter_that_comes_and_goes() {
     transfer.arrives_whole();
     assert_eq!(road.a.child_spis("INSTALLED"), spis, "the Child SA is the same");
     // The stream is closed when it is over.
+    wait_for("no TCP connection", seconds(10), || road.host_a.check("ss", &["-Htn", "dport", "=", ":4500"]).is_empty());
+    road.passes();
+}
+
+// RFC 9329 §5, §9: without MOBIKE another IKE SA takes the place of the one over TCP, before that goes.
+#[test]
+fn without_mobike_a_file_survives_the_way_back_to_udp() {
+    let connection = "mobike = no\ntcp_probe_udp = 1s\ntcp_reauth_udp = yes\n";
+    let road = Road::start(&Suite { connection, ..Suite::DEFAULT }, B);
+    road.drop_forwarded("meta l4proto udp drop; ip protocol esp drop;");
+    road.a.initiate("net");
+    assert!(road.is_over_tcp());
+    road.slow_down(10_000);
+    let mut transfer = road.transfer(8 << 20);
+    wait_for("an attempt in vain", seconds(20), || road.a.log().contains("still"));
+    assert!(transfer.goes_on() && road.is_over_tcp());
+    road.allow();
+    road.wait_for_transport(false);
+    assert!(transfer.goes_on());
+    transfer.arrives_whole();
     wait_for("no TCP connection", seconds(10), || road.host_a.check("ss", &["-Htn", "dport", "=", ":4500"]).is_empty());
     road.passes();
 }
@@ -166,6 +197,36 @@ fn a_file_survives_loss() {
     }
 }
 
+/// The median of some pings through the tunnel, in milliseconds.
+fn median_ping(road: &Road) -> f64 {
+    let pings = road.host_a.check("ping", &["-i", "0.1", "-c", "15", "-W", "5", "-I", INNER_A, INNER_B]);
+    let times = pings.split("time=").skip(1).filter_map(|rest| rest.split(' ').next()?.parse().ok());
+    let mut times: Vec<f64> = times.collect();
+    times.sort_by(f64::total_cmp);
+    *times.get(times.len() / 2).unwrap()
+}
+
+// RFC 9329 §9.1, RFC 8289: on a narrow path what is in the tunnel does not wait for seconds behind a transfer.
+#[test]
+fn a_transfer_over_a_narrow_path_leaves_room_for_others() {
+    let folder = tempfile::tempdir().unwrap();
+    let (suite, settings, authority) = tls_site(folder.path(), "tcp = tls\ndpd_delay = 5s\n");
+    for (suite, settings) in [(&OVER_TCP, ""), (&suite, settings.as_str())] {
+        let road = Road::with(suite, B, settings);
+        std::fs::write(road.a.path("swanctl/x509ca/ca.pem"), authority.certificate()).unwrap();
+        road.a.control(&["--load-creds"]);
+        road.a.initiate("net");
+        road.slow_down(2000);
+        let mut transfer = road.transfer(2 << 20);
+        sleep(seconds(1));
+        let median = median_ping(&road);
+        eprintln!("{median} ms");
+        assert!(transfer.goes_on());
+        // A queue of 256 packets and what TCP holds unsent by default would be two seconds.
+        assert!(median < 400.0, "{median} ms");
+    }
+}
+
 // RFC 9329 §2, §5: several ports, also one that gets through where 4500 does not.
 #[test]
 fn port_443_is_served_as_well() {
@@ -199,19 +260,10 @@ fn messages_are_no_longer_than_over_udp() {
 // RFC 9329 Appendix A: on port 443, where a probe finds a web site; the certificate is checked before a word is said.
 #[test]
 fn over_tls_beside_a_web_server() {
-    let authority = Authority::new("TLS CA", &rcgen::PKCS_ECDSA_P256_SHA256);
-    let site = authority.issue_for_tls("b.example");
     let folder = tempfile::tempdir().unwrap();
-    let (cert, key) = (folder.path().join("site.pem"), folder.path().join("site.key"));
-    std::fs::write(&cert, &site.certificate).unwrap();
-    std::fs::write(&key, &site.key).unwrap();
-    let settings = format!(
-        "tcp_ports = no\ntls_ports = 443\ntls_web = 127.0.0.1:8080\ntls_cert = {}\ntls_key = {}\n",
-        cert.display(),
-        key.display()
-    );
-    let suite = Suite { connection: "tcp = fallback-tls\ndpd_delay = 5s\ntcp_probe_udp = 1h\n", ..Suite::DEFAULT };
-    let road = Road::with(&suite, B, &settings);
+    let (suite, settings, authority) =
+        tls_site(folder.path(), "tcp = fallback-tls\ndpd_delay = 5s\ntcp_probe_udp = 1h\n");
+    let road = Road::with(&suite, B, &format!("{settings}tcp_ports = no\ntls_web = 127.0.0.1:8080\n"));
     road.drop_forwarded(
         "meta l4proto udp drop; tcp dport 443 accept; tcp sport 443 accept; meta l4proto { tcp, esp } drop;",
     );

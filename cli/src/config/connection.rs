@@ -165,6 +165,7 @@ fn read_connection(
     let tcp_remote_port = options.port("tcp_remote_port", if in_tls { 443 } else { 4500 });
     let tls_name = options.text("tls_server_name").map(str::to_owned);
     let tcp_probe_udp = options.time("tcp_probe_udp").unwrap_or(DEFAULT_TCP_PROBE_UDP);
+    let tcp_reauth_udp = options.boolean("tcp_reauth_udp", false);
     let redirect_to = options.parsed("redirect_to", Gateway::parse, "an address or a host name");
     let phases: &[(&[&str], RedirectPhase)] = &[(&["auth"], RedirectPhase::Auth), (&["init"], RedirectPhase::Init)];
     let redirect_phase = options.choice("redirect_phase", RedirectPhase::Auth, phases);
@@ -242,6 +243,7 @@ fn read_connection(
         tcp_remote_port,
         tls,
         tcp_probe_udp,
+        tcp_reauth_udp,
         vips,
         pools,
         split_dns,
@@ -1333,7 +1335,7 @@ mod tests {
         let outcome = read(
             "local_addrs = 192.0.2.1\n remote_addrs = gw.example.com, 198.51.100.0/24
              proposals = aes256gcm16-prfsha384-ecp384, aes128-sha256-x25519
-             tcp = yes\n tcp_delay = 700ms\n tcp_probe_udp = 5m\n tcp_remote_port = 443\n fragmentation = force\n unique = replace\n keyingtries = 0
+             tcp = yes\n tcp_delay = 700ms\n tcp_probe_udp = 5m\n tcp_reauth_udp = yes\n tcp_remote_port = 443\n fragmentation = force\n unique = replace\n keyingtries = 0
              local { auth = psk\n id = a.example }
              remote { auth = psk\n id = *.example }
              children { net { local_ts = 10.1.0.0/16[tcp/80], dynamic[udp]\n remote_ts = 10.2.0.1-10.2.0.9
@@ -1358,6 +1360,7 @@ mod tests {
         assert_eq!((connection.tcp, connection.tcp_remote_port, connection.keyingtries), (TcpPolicy::Yes, 443, 0));
         let times = (connection.tcp_delay, connection.tcp_probe_udp);
         assert_eq!(times, (Duration::from_millis(700), Duration::from_secs(300)));
+        assert!(connection.tcp_reauth_udp);
         let child = &connection.children[0];
         assert_eq!((child.local_ts.len(), child.remote_ts.len(), child.mode), (2, 1, Mode::Transport));
         assert_eq!((child.close_action, child.dpd_action), (StartAction::Trap, DpdAction::Restart));

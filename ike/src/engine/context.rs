@@ -25,6 +25,7 @@ use crate::engine::triggers::Triggers;
 use crate::sa::Established;
 use crate::sa::crash::TokenMaker;
 use crate::sa::init::Again;
+use crate::sa::reauthentication::Replacement;
 use crate::sa::redirect::Redirected;
 use crate::sa::retry::after;
 
@@ -110,7 +111,7 @@ pub(crate) struct Context {
     /// What to initiate again: an IKE SA that ended is to be replaced.
     pub(crate) reinitiate: Vec<Initiate>,
     /// What is to take the place of an IKE SA before that goes.
-    pub(crate) replacements: Vec<(IkeSaId, Vec<Initiate>)>,
+    pub(crate) replacements: Vec<Replacement>,
     pub(crate) tokens: TokenMaker,
     /// What goes on at another gateway.
     pub(crate) redirected: Vec<Redirected>,

@@ -1343,8 +1343,8 @@ impl Engine {
                     self.begin_again(now, request);
                 }
             }
-            for (old, requests) in replacements {
-                self.replace(now, old, requests);
+            for replacement in replacements {
+                self.replace(now, replacement);
             }
         }
     }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
 use super::{Engine, IkeSaId, Initiate};
-use crate::sa::reauthentication::Reauthentication;
+use crate::sa::reauthentication::{Reauthentication, Replacement};
 use crate::sa::{IkeSa, Initiating, Want};
 
 /// IKE SAs that others are being made for, and those of them for which something may have changed.
@@ -37,6 +37,19 @@ impl Reauthentications {
 
     pub(crate) fn get_mut(&mut self, old: IkeSaId) -> Option<&mut Reauthentication> {
         self.by_old.get_mut(&old)
+    }
+
+    /// True for an attempt that is to bring an IKE SA back from a stream to UDP.
+    pub(crate) fn is_return(&self, new: IkeSaId) -> bool {
+        let entry = self.by_new.get(&new).and_then(|old| self.by_old.get(old));
+        entry.is_some_and(|entry| entry.returns)
+    }
+
+    /// The peer may have the new IKE SA, and we have not.
+    pub(crate) fn answer_is_lost(&mut self, new: IkeSaId) {
+        if let Some(entry) = self.by_new.get(&new).and_then(|old| self.by_old.get_mut(old)) {
+            entry.answer_lost = true;
+        }
     }
 
     /// What was one IKE SA goes on as another one, whichever end it is.
@@ -77,13 +90,17 @@ enum Progress {
     Done,
     /// The peer refuses it a Child SA that the old one has.
     Lacks,
-    Failed,
+    Failed {
+        /// The peer may have it.
+        answer_lost: bool,
+    },
 }
 
 impl Engine {
     /// Begins what is to take the place of an IKE SA: always an attempt of its own, as any other IKE SA with that peer would go
     /// on existing without this.
-    pub(super) fn replace(&mut self, now: Instant, old: IkeSaId, requests: Vec<Initiate>) {
+    pub(super) fn replace(&mut self, now: Instant, replacement: Replacement) {
+        let Replacement { old, requests, returns } = replacement;
         let requests: Vec<Initiate> =
             requests.into_iter().filter_map(|request| self.as_configured_now(request)).collect();
         if let Some(entry) = self.ctx.reauthentications.get_mut(old) {
@@ -95,15 +112,18 @@ impl Engine {
         let mut wants = requests.iter().map(|request| Want { child: request.child.clone(), token: None });
         let attempt = requests.first().zip(wants.next()).and_then(|(request, want)| {
             let Initiate { connection, local, remote, .. } = request.clone();
-            Initiating::begin(&mut self.ctx, now, connection, want, local, remote)
+            let begin = if returns { Initiating::back_to_udp } else { Initiating::begin };
+            begin(&mut self.ctx, now, connection, want, local, remote)
         });
         let Some(mut attempt) = attempt else {
-            self.finish_reauthentication(now, old, &Progress::Failed);
+            self.finish_reauthentication(now, old, &Progress::Failed { answer_lost: false });
             return;
         };
         wants.for_each(|want| attempt.add_want(want));
         let new = attempt.id();
-        self.ctx.reauthentications.begin(old, Reauthentication { new, waits: false, rest: Vec::new() });
+        self.ctx
+            .reauthentications
+            .begin(old, Reauthentication { new, waits: false, rest: Vec::new(), returns, answer_lost: false });
         self.insert(new, IkeSa::Initiating(attempt), None);
     }
 
@@ -130,9 +150,9 @@ impl Engine {
                         entry.waits = true;
                     }
                 }
-                Progress::Done | Progress::Failed => {
+                Progress::Done | Progress::Failed { .. } => {
                     let ended = self.ctx.reauthentications.end(old);
-                    if matches!(progress, Progress::Failed) && !self.sas.contains_key(&old) {
+                    if matches!(progress, Progress::Failed { .. }) && !self.sas.contains_key(&old) {
                         self.ctx.reinitiate.extend(ended.into_iter().flat_map(|entry| entry.rest));
                     }
                 }
@@ -147,7 +167,7 @@ impl Engine {
 
     fn progress_of(&self, old: IkeSaId, entry: &Reauthentication) -> Progress {
         let new = match self.sas.get(&entry.new).map(|slot| &slot.sa) {
-            None => return Progress::Failed,
+            None => return Progress::Failed { answer_lost: entry.answer_lost },
             Some(IkeSa::Established(new)) if new.has_all() => new,
             Some(_) => return Progress::Under,
         };
@@ -170,7 +190,10 @@ impl Engine {
                 Progress::Under => {}
                 Progress::Done => return sa.reauthenticated(ctx, now),
                 Progress::Lacks => sa.succeeded_in_part(ctx, now),
-                Progress::Failed => sa.reauthentication_failed(ctx, now),
+                Progress::Failed { answer_lost } if !sa.is_reauthenticating() => {
+                    return sa.return_failed(ctx, now, *answer_lost);
+                }
+                Progress::Failed { .. } => sa.reauthentication_failed(ctx, now),
             }
             Ok(())
         });

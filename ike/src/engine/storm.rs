@@ -177,6 +177,7 @@ fn connection(side: usize, options: u8) -> Connection {
         tcp_delay: Duration::from_secs(6),
         tls: None,
         tcp_probe_udp: Duration::from_secs(60),
+        tcp_reauth_udp: false,
         tcp_remote_port: 4500,
         vips: Vec::new(),
         pools: Vec::new(),

@@ -1431,6 +1431,8 @@ impl Established {
         self.leave_ticket(ctx, now, reason);
         if self.reauthenticating && !self.makes_first {
             ctx.reinitiate.extend(self.everything_again());
+        } else if reason == CloseReason::Peer {
+            self.leave_to_return(ctx);
         }
         self.go_elsewhere(ctx);
         let ids: Vec<ChildSaId> = self.children.keys().copied().collect();

@@ -25,6 +25,8 @@ pub(super) enum Over {
     Udp,
     /// UDP, and TCP where that stays silent (RFC 9329 §5.1).
     UdpThenTcp,
+    /// UDP, and nothing where that stays as silent: there is an IKE SA over TCP.
+    UdpOrNothing,
     Tcp,
     /// TCP because it was needed here before; UDP where that fails (RFC 9329 §5.1: prior knowledge).
     TcpAsBefore,
@@ -52,6 +54,11 @@ impl Over {
     pub(super) fn is_tcp(self) -> bool {
         matches!(self, Self::Tcp | Self::TcpAsBefore)
     }
+
+    /// True where something else is next if UDP stays silent for `tcp_delay`.
+    pub(super) fn doubts_udp(self) -> bool {
+        matches!(self, Self::UdpThenTcp | Self::UdpOrNothing)
+    }
 }
 
 /// One SPI's request. Another transport means another SPI and another nonce (RFC 9329 §5.1), so another of these.
@@ -65,7 +72,7 @@ pub(super) struct FirstRequest {
     restarts: u8,
     policy: Retransmission,
     stage: Stage,
-    /// When to turn to TCP.
+    /// When to turn to TCP, or to give up.
     tcp_at: Option<Instant>,
 }
 
@@ -123,7 +130,7 @@ impl FirstRequest {
         } else {
             (udp_path(ctx, connection, local, remote), Stage::Preparing { deadline })
         };
-        let tcp_at = (over == Over::UdpThenTcp).then(|| after(now, connection.tcp_delay));
+        let tcp_at = over.doubts_udp().then(|| after(now, connection.tcp_delay));
         if tcp_at.is_some() {
             // RFC 9329 §5.1: at least one repetition over UDP before TCP.
             policy.timeout = policy.timeout.min(connection.tcp_delay / 2);
@@ -147,7 +154,7 @@ impl FirstRequest {
         matches!(self.stage, Stage::Preparing { .. })
     }
 
-    /// True while UDP is tried and TCP may come next.
+    /// True while UDP is tried and TCP, or nothing, may come next.
     pub(super) fn may_turn_to_tcp(&self) -> bool {
         self.tcp_at.is_some()
     }

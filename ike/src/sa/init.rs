@@ -31,6 +31,8 @@ use crate::wire::{ExchangeType, Header, Message, NotifyType, Payload};
 const SIGNATURE_HASHES: [u16; 4] = [2, 3, 4, 5];
 /// Repetitions of a request after a refusal, before that is believed.
 const REFUSED_REPETITIONS: u32 = 1;
+/// Why an attempt ended that was to bring an IKE SA back from a stream.
+const NO_UDP: &str = "there is no answer over UDP";
 
 /// An IKE SA whose IKE_SA_INIT request is out, or about to be.
 pub(crate) struct Initiating {
@@ -79,6 +81,11 @@ pub(crate) struct Again {
 
 /// Begins an attempt again over TCP that came to nothing on the port for encapsulation.
 pub(super) fn begin_over_tcp(ctx: &mut Context, core: &Core, connection: &Arc<Connection>, wants: Vec<Want>) {
+    if ctx.reauthentications.is_return(core.id) {
+        ctx.log("NET", 1, core.tag(), format!("no answer over UDP port {} still", core.path.remote.port()));
+        ctx.reauthentications.answer_is_lost(core.id);
+        return fail_wants(ctx, &connection.name, &wants, NO_UDP);
+    }
     let line = format!("no answer over UDP port {}, trying TCP", core.path.remote.port());
     ctx.log("NET", 1, core.tag(), line);
     let from_start = Redirected {
@@ -102,12 +109,36 @@ impl Initiating {
         local: IpAddr,
         remote: IpAddr,
     ) -> Option<Box<Self>> {
+        let over = Over::first(ctx, now, &connection, (local, remote));
+        Self::begin_afresh(ctx, now, connection, want, (local, remote), over)
+    }
+
+    /// Begins what is to take the place of an IKE SA over TCP, if UDP gets through.
+    pub(crate) fn back_to_udp(
+        ctx: &mut Context,
+        now: Instant,
+        connection: Arc<Connection>,
+        want: Want,
+        local: IpAddr,
+        remote: IpAddr,
+    ) -> Option<Box<Self>> {
+        Self::begin_afresh(ctx, now, connection, want, (local, remote), Over::UdpOrNothing)
+    }
+
+    fn begin_afresh(
+        ctx: &mut Context,
+        now: Instant,
+        connection: Arc<Connection>,
+        want: Want,
+        (local, remote): (IpAddr, IpAddr),
+        over: Over,
+    ) -> Option<Box<Self>> {
         let id = ctx.next_ike();
         let line = format!("initiating IKE_SA {}[{}] to {remote}", connection.name, id.0);
         ctx.log("IKE", 0, Some((id, &connection.name)), line);
         let redirects = Redirects::of_initiator(ctx);
         let to = Redirected { from: id, connection, wants: vec![want], local, remote, redirects };
-        Self::begin_as(ctx, now, id, to, 1, false)
+        Self::begin_over(ctx, now, id, to, 1, over)
     }
 
     /// Begins again at another gateway, for what is configured now.
@@ -138,8 +169,20 @@ impl Initiating {
         sequence: u32,
         needs_tcp: bool,
     ) -> Option<Box<Self>> {
+        let first = |ctx: &Context| Over::first(ctx, now, &to.connection, (to.local, to.remote));
+        let over = if needs_tcp { Over::Tcp } else { first(ctx) };
+        Self::begin_over(ctx, now, id, to, sequence, over)
+    }
+
+    fn begin_over(
+        ctx: &mut Context,
+        now: Instant,
+        id: IkeSaId,
+        to: Redirected,
+        sequence: u32,
+        over: Over,
+    ) -> Option<Box<Self>> {
         let Redirected { from: _, connection, wants, local, remote, redirects } = to;
-        let over = if needs_tcp { Over::Tcp } else { Over::first(ctx, now, &connection, (local, remote)) };
         match Attempt::begin(ctx, now, id, &connection, (local, remote), over, &redirects) {
             Ok(attempt) => {
                 let name = ctx.connections.name(&connection.name);
@@ -212,7 +255,10 @@ impl Initiating {
 
     /// True when this will become the IKE SA that a request asks for.
     pub(crate) fn serves(&self, connection: &Connection, remote: IpAddr) -> bool {
-        self.connection.authenticates_as(connection) && (self.remote == remote || self.redirects.came_from(remote))
+        // One that may come to nothing while there is another is nobody else's.
+        self.attempt.first.over != Over::UdpOrNothing
+            && self.connection.authenticates_as(connection)
+            && (self.remote == remote || self.redirects.came_from(remote))
     }
 
     /// The addresses that [`Self::serves`] may agree to.
@@ -262,6 +308,7 @@ impl Initiating {
     pub(crate) fn handle_timeout(mut self: Box<Self>, ctx: &mut Context, now: Instant) -> Option<Box<Self>> {
         match self.attempt.first.poll(ctx, now) {
             Due::Nothing => Some(self),
+            Due::TurnToTcp if self.attempt.first.over == Over::UdpOrNothing => self.stay_on_tcp(ctx),
             Due::TurnToTcp => {
                 let line = format!("no answer over UDP, trying TCP port {}", self.connection.tcp_remote_port);
                 ctx.log("NET", 1, self.tag(), line);
@@ -361,10 +408,20 @@ impl Initiating {
         remote: SocketAddr,
     ) -> Option<Box<Self>> {
         if self.attempt.first.may_turn_to_tcp() && self.attempt.first.path.remote == remote {
+            if self.attempt.first.over == Over::UdpOrNothing {
+                return self.stay_on_tcp(ctx);
+            }
             ctx.log("NET", 1, self.tag(), format!("{remote} is unreachable over UDP, trying TCP"));
             return self.restart(ctx, now, Over::Tcp);
         }
         Some(self)
+    }
+
+    fn stay_on_tcp(self: Box<Self>, ctx: &mut Context) -> Option<Box<Self>> {
+        let line = format!("no answer over UDP from {} still", self.attempt.first.path.remote);
+        ctx.log("NET", 1, self.tag(), line);
+        self.abandon(ctx, NO_UDP, CloseReason::Timeout);
+        None
     }
 
     /// Ends before anything came up.
@@ -463,7 +520,7 @@ impl Initiating {
         let nat = Nat::detect(&parts, spis.initiator, spis.responder, &self.attempt.first.path, fake);
         let Self { id, name, connection, wants, sequence, redirects, attempt, .. } = *self;
         let Attempt { first, ke, .. } = attempt;
-        let (path, ni, falls_back) = (first.path, first.nonce.clone(), first.over == Over::UdpThenTcp);
+        let (path, ni, falls_back) = (first.path, first.nonce.clone(), first.over.doubts_udp());
         let (Some(request), OurKe::Ready(ke)) = (first.into_octets(), ke) else { return None };
         let mut core = Core {
             id,

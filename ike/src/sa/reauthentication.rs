@@ -20,6 +20,20 @@ pub(crate) struct Reauthentication {
     pub(crate) waits: bool,
     /// What is begun anew if the new one comes to nothing, the old one having ended meanwhile.
     pub(crate) rest: Vec<Initiate>,
+    /// It is to bring an IKE SA back from a stream to UDP.
+    pub(crate) returns: bool,
+    /// Its proof went out, and no answer came: the peer may have it.
+    pub(crate) answer_lost: bool,
+}
+
+/// An IKE SA that another one is to be made for.
+#[derive(Debug)]
+pub(crate) struct Replacement {
+    pub(crate) old: IkeSaId,
+    /// What the new one is asked for.
+    pub(crate) requests: Vec<Initiate>,
+    /// Only if UDP gets through.
+    pub(crate) returns: bool,
 }
 
 impl Established {
@@ -38,7 +52,7 @@ impl Established {
         let line = format!("reauthenticating IKE_SA {}[{}]", self.core.name, self.core.id.0);
         ctx.log("IKE", 0, self.core.tag(), line);
         self.makes_first = true;
-        ctx.replacements.push((self.core.id, self.everything_again()));
+        ctx.replacements.push(Replacement { old: self.core.id, requests: self.everything_again(), returns: false });
     }
 
     /// The peer refuses to rekey this IKE SA, or one of its Child SAs, with NO_ADDITIONAL_SAS: a new IKE SA with its Child
@@ -107,6 +121,11 @@ impl Established {
         self.reauthenticating = false;
         self.queue.push_front(Task::DeleteIke { token: None, reason: CloseReason::Local });
         self.pump(ctx, now)
+    }
+
+    /// True while a new IKE SA is wanted for its own sake.
+    pub(crate) fn is_reauthenticating(&self) -> bool {
+        self.reauthenticating
     }
 
     /// There will be no new IKE SA: this one goes on, and tries again.

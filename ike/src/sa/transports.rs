@@ -2,7 +2,8 @@
 //! the same message; and while a stream carries what UDP could not, UDP is tried again now and then.
 //!
 //! Only the initiator of the first IKE SA does this, with MOBIKE, and where `tcp` leaves it the choice. The responder
-//! follows what it is asked for in UPDATE_SA_ADDRESSES.
+//! follows what it is asked for in UPDATE_SA_ADDRESSES. Without MOBIKE all goes along one transport for the life of an IKE SA
+//! (§5), so the way back to UDP is another IKE SA, which takes the place of this one if UDP carries it.
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
@@ -12,6 +13,7 @@ use ipsec::plane::StreamId;
 use super::established::{Active, Closed, Established, Task};
 use super::first_request::udp_path;
 use super::mobility::Errand;
+use super::reauthentication::Replacement;
 use super::retry::{Retry, after};
 use crate::config::{Retransmission, TcpPolicy};
 use crate::engine::context::Context;
@@ -74,6 +76,15 @@ impl Established {
         self.connection.tcp == TcpPolicy::Fallback && self.moves_by_mobike()
     }
 
+    /// True where another IKE SA over UDP may take the place of this one.
+    fn may_return_anew(&self) -> bool {
+        let connection = &self.connection;
+        connection.tcp == TcpPolicy::Fallback
+            && connection.tcp_reauth_udp
+            && self.original_initiator
+            && !self.moves_by_mobike()
+    }
+
     fn is_over_stream(&self) -> bool {
         matches!(self.core.path.transport, Transport::Stream(_))
     }
@@ -97,7 +108,7 @@ impl Established {
     fn probe_at(&self) -> Option<Instant> {
         let interval = self.connection.tcp_probe_udp;
         let idle = self.is_over_stream() && self.is_current() && self.stream_is_usable() && !self.has_task_or_request();
-        if interval.is_zero() || !idle || !self.chooses_transport() {
+        if interval.is_zero() || !idle || !(self.chooses_transport() || self.may_return_anew()) {
             return None;
         }
         let times = 1_u32.checked_shl(self.transports.failures).unwrap_or(LONGEST_PROBE_WAIT).min(LONGEST_PROBE_WAIT);
@@ -107,7 +118,11 @@ impl Established {
     pub(super) fn handle_transports_timeout(&mut self, ctx: &mut Context, now: Instant) {
         if self.probe_at().is_some_and(|at| at <= now) {
             self.transports.probed_at = Some(now);
-            self.queue.push_back(Task::ProbeUdp);
+            if self.chooses_transport() {
+                self.queue.push_back(Task::ProbeUdp);
+            } else {
+                self.return_anew(ctx);
+            }
         }
         if self.transports.stream_at.is_some_and(|at| at <= now) {
             self.transports.stream_at = None;
@@ -116,6 +131,34 @@ impl Established {
     }
 
     // From a stream to UDP.
+
+    /// Another IKE SA is tried over UDP, and takes the place of this one when it has its Child SAs.
+    fn return_anew(&mut self, ctx: &mut Context) {
+        let line = format!("trying UDP to {} again, with another IKE_SA", self.core.path.remote.ip());
+        ctx.log("NET", 1, self.core.tag(), line);
+        // Forgotten with this IKE SA if it comes to something.
+        self.transports.failures = self.transports.failures.saturating_add(1);
+        ctx.replacements.push(Replacement { old: self.core.id, requests: self.everything_again(), returns: true });
+    }
+
+    /// The peer ends this one, maybe for the other one, which may come to nothing all the same.
+    pub(super) fn leave_to_return(&self, ctx: &mut Context) {
+        if let Some(entry) = ctx.reauthentications.get_mut(self.core.id).filter(|entry| entry.returns) {
+            entry.rest = self.everything_again();
+        }
+    }
+
+    /// That came to nothing. If the peer thinks otherwise, it sends under the newest Child SAs, which only it has: so there
+    /// are newer ones.
+    pub(crate) fn return_failed(&mut self, ctx: &mut Context, now: Instant, answer_lost: bool) -> Result<(), Closed> {
+        if answer_lost {
+            let live = self.children.values().filter(|child| child.is_live()).map(|child| child.id);
+            let rekey = |id| Task::RekeyChild { id, token: None, group: None, tries: 0 };
+            let rekeys: Vec<Task> = live.map(rekey).collect();
+            self.queue.extend(rekeys);
+        }
+        self.pump(ctx, now)
+    }
 
     /// An empty INFORMATIONAL request over UDP: it moves nothing, and if UDP does not answer it goes along the stream.
     pub(super) fn start_udp_probe(&mut self, ctx: &mut Context, now: Instant) -> Result<(), Closed> {

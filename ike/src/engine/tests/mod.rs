@@ -289,6 +289,7 @@ pub(super) fn connection(side: usize) -> Connection {
         tcp_remote_port: 4500,
         tls: None,
         tcp_probe_udp: Duration::from_secs(60),
+        tcp_reauth_udp: false,
         vips: Vec::new(),
         pools: Vec::new(),
         split_dns: SplitDns::default(),

@@ -354,6 +354,164 @@ fn a_blocked_port_costs_no_more_than_the_delay_before_tcp() {
     }
 }
 
+/// Without MOBIKE nothing moves an IKE SA.
+fn immobile(side: usize) -> Connection {
+    Connection { mobike: false, tcp_reauth_udp: true, ..of(side) }
+}
+
+/// For so long; at each moment each side has a Child SA that works.
+fn run_without_a_gap(pair: &mut Pair, time: Duration) {
+    let end = pair.now + time;
+    while pair.now < end {
+        pair.run(Duration::from_millis(20));
+        for side in &pair.sides {
+            assert!(side.sending().is_some(), "a gap: {:#?}", side.events);
+        }
+    }
+}
+
+fn attempts_to_return(pair: &Pair) -> usize {
+    let tried = |event: &&Event| matches!(event, Event::Log { message, .. } if message.contains("with another IKE_SA"));
+    pair.sides[A].events.iter().filter(tried).count()
+}
+
+// RFC 9329 §5: all goes over TCP until the IKE SA is deleted; §2, §9: which another one over UDP sees to.
+#[test]
+fn without_mobike_another_ike_sa_leads_back_to_udp() {
+    for unique in [Unique::No, Unique::Never, Unique::Replace] {
+        let with = |side| Connection { unique: if side == B { unique } else { Unique::No }, ..immobile(side) };
+        let mut pair = Pair::with(871, EngineConfig::default(), with(A), with(B));
+        pair.udp_blocked = true;
+        let mut pair = established(pair);
+        assert!(over_tcp(&pair));
+        let before = pair.sides[A].only().initiator_spi;
+        pair.udp_blocked = false;
+        if unique == Unique::Replace {
+            // The peer deletes the old one as soon as it answers.
+            pair.run(seconds(70));
+        } else {
+            run_without_a_gap(&mut pair, seconds(70));
+        }
+        assert_eq!(pair.sides[A].only().path.transport, Transport::Udp, "{unique:?} {:#?}", pair.sides[A].events);
+        assert!(pair.sides.iter().all(|side| side.streams.is_empty()), "{unique:?}");
+        assert_ne!(pair.sides[A].only().initiator_spi, before);
+        pair.assert_same(1, 1);
+        run_without_a_gap(&mut pair, seconds(400));
+        assert_eq!(attempts_to_return(&pair), 1);
+    }
+}
+
+#[test]
+fn without_udp_the_ike_sa_over_tcp_stays() {
+    let mut pair = up_over_tcp(872, immobile);
+    let before = spis(&pair);
+    run_without_a_gap(&mut pair, seconds(70));
+    assert_eq!(attempts_to_return(&pair), 1);
+    pair.assert_same(1, 1);
+    // Less and less often.
+    pair.run(seconds(3600));
+    assert!((4..=8).contains(&attempts_to_return(&pair)), "{}", attempts_to_return(&pair));
+    assert_eq!(spis(&pair), before);
+    assert!(over_tcp(&pair));
+    // Whatever is asked for meanwhile is had over TCP.
+    let mut pair = up_over_tcp(873, immobile);
+    while attempts_to_return(&pair) == 0 {
+        pair.run(Duration::from_millis(500));
+    }
+    pair.initiate(A, 2);
+    pair.run(seconds(10));
+    assert!(pair.sides[A].done(2));
+    pair.assert_same(1, 2);
+    assert!(over_tcp(&pair));
+}
+
+#[test]
+fn a_return_that_only_begins_leaves_the_ike_sa_over_tcp() {
+    for seed in 874..877 {
+        let mut pair = pair_of(seed, |side| Connection { force_encapsulation: true, ..immobile(side) });
+        pair.udp_blocked = true;
+        let mut pair = established(pair);
+        let before = spis(&pair);
+        pair.udp_blocked = false;
+        // IKE_SA_INIT gets through on port 500, and nothing on 4500.
+        pair.run(seconds(58));
+        without_port_4500(&mut pair, |_| true);
+        assert_eq!(attempts_to_return(&pair), 1);
+        assert!(pair.sides[A].logged("no answer over UDP port 4500 still"));
+        pair.run(seconds(40));
+        assert_eq!(pair.sides[A].only().initiator_spi, before.0);
+        assert!(over_tcp(&pair));
+        pair.assert_same(1, 1);
+    }
+}
+
+/// For five seconds nothing is delivered on the port for encapsulation to these sides.
+fn without_port_4500(pair: &mut Pair, to_whom: fn(usize) -> bool) {
+    for _ in 0..10_000 {
+        pair.deliveries.retain(|_, delivery| {
+            !matches!(delivery, Delivery::Message { to, path, .. }
+                if path.transport == Transport::UdpEncap && to_whom(*to))
+        });
+        pair.run(Duration::from_micros(500));
+    }
+}
+
+// The peer has another IKE SA, and its answer is lost: what it sends goes into Child SAs that both know, all the same.
+#[test]
+fn a_return_whose_answer_is_lost_breaks_nothing() {
+    let with = |side| Connection { force_encapsulation: true, dpd_delay: seconds(20), ..immobile(side) };
+    let mut pair = up_over_tcp(877, with);
+    let before = pair.sides[A].only().initiator_spi;
+    pair.udp_blocked = false;
+    pair.run(seconds(58));
+    without_port_4500(&mut pair, |to| to == A);
+    assert!(pair.sides[A].logged("no answer over UDP port 4500 still"));
+    assert_eq!(pair.sides[B].up().len(), 2);
+    pair.udp_blocked = true;
+    pair.run(seconds(1));
+    pair.assert_traffic_flows();
+    pair.run(seconds(300));
+    assert_eq!(pair.sides[A].only().initiator_spi, before);
+    assert!(over_tcp(&pair));
+    pair.assert_same(1, 1);
+}
+
+// The same with a peer that has ended the old one for it.
+#[test]
+fn a_return_whose_answer_is_lost_with_the_old_ike_sa_begins_anew() {
+    let with = |side| {
+        let unique = if side == B { Unique::Replace } else { Unique::No };
+        Connection { force_encapsulation: true, dpd_delay: seconds(20), unique, ..immobile(side) }
+    };
+    let mut pair = up_over_tcp(878, with);
+    pair.udp_blocked = false;
+    pair.run(seconds(58));
+    without_port_4500(&mut pair, |to| to == A);
+    assert!(pair.sides[A].logged("no answer over UDP port 4500 still"));
+    pair.udp_blocked = true;
+    pair.run(seconds(300));
+    assert!(over_tcp(&pair));
+    pair.assert_same(1, 1);
+}
+
+// A peer that keeps what it has refuses another one; and nobody tries who was told not to.
+#[test]
+fn a_return_that_is_refused_or_not_wanted_changes_nothing() {
+    let keeps = |side| Connection { unique: Unique::Keep, ..immobile(side) };
+    let unwanted = |side| Connection { tcp_reauth_udp: false, ..immobile(side) };
+    let unwanted_at_all = |side| Connection { tcp_probe_udp: Duration::ZERO, ..immobile(side) };
+    for (of, tries) in [(keeps as fn(usize) -> Connection, 1), (unwanted, 0), (unwanted_at_all, 0)] {
+        let mut pair = up_over_tcp(880, of);
+        let before = spis(&pair);
+        pair.udp_blocked = false;
+        run_without_a_gap(&mut pair, seconds(100));
+        assert_eq!(attempts_to_return(&pair), tries);
+        assert_eq!(spis(&pair), before);
+        assert!(over_tcp(&pair));
+        pair.assert_same(1, 1);
+    }
+}
+
 // RFC 9329 §7.1: ignored over a stream, where a NAT does no harm.
 #[test]
 fn no_nats_allowed_means_nothing_over_a_stream() {
