@@ -7,6 +7,7 @@ pub mod config;
 pub mod control;
 pub mod daemon;
 pub mod demo;
+pub mod exec;
 pub mod latches;
 pub mod tree;
 pub mod vici;

@@ -534,6 +534,11 @@ impl Database {
         Ok((id, class))
     }
 
+    /// What becomes of the connections of a listener latch when theirs break.
+    pub fn listener_disposition(&self, listener: LatchId) -> Option<OnBreak> {
+        self.control().listeners.get(&listener).map(|listening| listening.request.on_break)
+    }
+
     /// Latches that listener latches made and nobody has taken. Who serves listeners releases those whose flow has no
     /// connection any more.
     pub fn unaccepted(&self) -> Vec<(LatchId, Flow)> {

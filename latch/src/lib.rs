@@ -3,6 +3,7 @@
 //!
 //! * [`database`]: latches, congruence classes, conflicts; no IO.
 //! * [`protocol`], [`server`]: how applications ask, over a Unix socket.
+//! * [`exec`]: the rules by which connections of unmodified programs are latched.
 //! * [`client`]: the library that applications use, on tokio; [`blocking`]: the same for programs without a runtime.
 
 #![forbid(unsafe_code)]
@@ -11,6 +12,7 @@ pub mod blocking;
 pub mod client;
 mod connections;
 pub mod database;
+pub mod exec;
 pub mod protocol;
 mod seqpacket;
 pub mod server;

@@ -20,6 +20,9 @@ use crate::database::{Algorithms, Class, LatchError, LatchState, OnBreak, Protec
 /// Version of the protocol that this crate speaks.
 pub const VERSION: u32 = 1;
 
+/// What this crate knows beyond the first form of [`VERSION`]: `docs/latch-protocol.md` says what came with which.
+pub const REVISION: u32 = 2;
+
 /// Longest message in octets, in both directions.
 pub const MAX_MESSAGE: usize = 64 * 1024;
 
@@ -98,6 +101,9 @@ pub struct Wanted {
     /// Whether SAs are made for the latch.
     #[serde(default)]
     pub initiate: Initiate,
+    /// Of `listen` only: no alerts of the latches that the listener makes. Who accepts them hears of them all the same.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub quiet: bool,
     /// Where the socket will connect to; left out when it is connected, and by a listener.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub remote: Option<SocketAddr>,
@@ -359,6 +365,9 @@ impl fmt::Display for Code {
 pub struct Welcome {
     /// Version of the protocol that will be spoken.
     pub version: u32,
+    /// The daemon's [`REVISION`]; 1 if it does not say.
+    #[serde(default = "first_revision")]
+    pub revision: u32,
     /// Name and version of the daemon.
     pub server: String,
 }
@@ -721,6 +730,10 @@ pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, Refusal> {
 
 fn arguments<T: DeserializeOwned>(value: Value) -> Result<T, Refusal> {
     serde_json::from_value(value).map_err(|error| Refusal::new(Code::Malformed, format!("arguments: {error}")))
+}
+
+fn first_revision() -> u32 {
+    1
 }
 
 fn no_arguments() -> Value {

@@ -53,8 +53,8 @@ use crate::database::{
 };
 use crate::protocol::{
     Accept, Bind, Call, ChannelBinding, Code, Created, Guard, Hello, Initiate, Inquire, Inquired, LatchEvent,
-    LatchInfo, List, ListedLatch, Listening, Listing, Named, Peer, Protection, Refusal, Release, ServerMessage,
-    UNIQUE_BINDING, VERSION, Wanted, Welcome, encode,
+    LatchInfo, List, ListedLatch, Listening, Listing, Named, Peer, Protection, REVISION, Refusal, Release,
+    ServerMessage, UNIQUE_BINDING, VERSION, Wanted, Welcome, encode,
 };
 use crate::seqpacket::{self, Datagram, SeqPacket};
 
@@ -302,7 +302,6 @@ struct Held {
     socket: Arc<Socket>,
     permit: OwnedSemaphorePermit,
     protocol: u8,
-    on_break: OnBreak,
 }
 
 impl Connection {
@@ -400,11 +399,14 @@ impl Connection {
             return Err(Refusal::new(Code::Version, message));
         }
         self.welcomed = true;
-        Ok(Welcome { version: VERSION, server: format!("latchkey {}", env!("CARGO_PKG_VERSION")) })
+        Ok(Welcome { version: VERSION, revision: REVISION, server: format!("latchkey {}", env!("CARGO_PKG_VERSION")) })
     }
 
     async fn create(&mut self, wanted: &Wanted, descriptor: Option<OwnedFd>) -> Result<Created, Refusal> {
         self.enforced()?;
+        if wanted.quiet {
+            return Err(Refusal::new(Code::Malformed, "only a listener is quiet"));
+        }
         let (socket, protocol, local, remote) = connection_socket(needed(descriptor)?)?;
         let request = request(wanted, protocol)?;
         let remote = match (remote, wanted.remote.map(canonical)) {
@@ -424,7 +426,7 @@ impl Connection {
         }
         let (latch, class) = self.shared.database.create(flow, &request, holder)?;
         tracing::debug!(latch = latch.0, %local, %remote, "latch ESTABLISHED");
-        self.latches.insert(latch, Held { socket, permit, protocol, on_break: request.on_break });
+        self.latches.insert(latch, Held { socket, permit, protocol });
         let (peer, protection) = describe(&class);
         let guard = self.guard(latch);
         Ok(Created { latch: latch.0, local, remote, peer, protection, guard })
@@ -457,9 +459,12 @@ impl Connection {
         let request = request(wanted, TCP)?;
         let permit = self.permit()?;
         self.bind(&socket)?;
-        let (on_break, alerts) = (request.on_break, self.alerts.clone());
+        let alerts = (!wanted.quiet).then(|| self.alerts.clone());
         let holder = Box::new(move |alert: Alert| {
-            let _ = alerts.send(alert);
+            // A holder that wants no alerts need not read them either.
+            if let Some(alerts) = &alerts {
+                let _ = alerts.send(alert);
+            }
         });
         let both = local.is_ipv6() && local.ip().is_unspecified() && !socket.only_v6().unwrap_or(false);
         let listener = Listener {
@@ -471,14 +476,15 @@ impl Connection {
         };
         let latch = self.shared.database.create_listener(listener, request, holder)?;
         tracing::debug!(latch = latch.0, %local, "latch LISTENER");
-        self.latches.insert(latch, Held { socket: Arc::new(socket), permit, protocol: TCP, on_break });
+        self.latches.insert(latch, Held { socket: Arc::new(socket), permit, protocol: TCP });
         Ok(Listening { latch: latch.0, local })
     }
 
     fn accept(&mut self, accept: &Accept, descriptor: Option<OwnedFd>) -> Result<Created, Refusal> {
         let listener = LatchId(accept.listener);
-        let Some(on_break) = self.latches.get(&listener).map(|held| held.on_break) else {
-            return Err(no_such_latch(listener));
+        // Whoever has the accepted socket may take its latch: a listener may be shared by processes.
+        let Some(on_break) = self.shared.database.listener_disposition(listener) else {
+            return Err(Refusal::new(Code::NoSuchLatch, format!("there is no listener latch {}", listener.0)));
         };
         let (socket, protocol, local, remote) = connection_socket(needed(descriptor)?)?;
         let Some(remote) = remote else { return Err(Refusal::new(Code::Socket, "the socket is not connected")) };
@@ -491,7 +497,7 @@ impl Connection {
             reset(&socket);
         }
         let (latch, class) = accepted?;
-        self.latches.insert(latch, Held { socket, permit, protocol, on_break });
+        self.latches.insert(latch, Held { socket, permit, protocol });
         let (peer, protection) = describe(&class);
         let guard = self.guard(latch);
         Ok(Created { latch: latch.0, local, remote, peer, protection, guard })
@@ -637,7 +643,7 @@ impl Connection {
         // A socket that is not connected says so; it is reset below.
         let _ = held.socket.shutdown(std::net::Shutdown::Both);
         tokio::spawn(async move {
-            let Held { socket, permit, protocol, on_break: _ } = held;
+            let Held { socket, permit, protocol } = held;
             let deadline = Instant::now() + LINGER;
             let mut pause = Duration::from_millis(5);
             // The kernel forgets the peer's address when the connection has come to its end.

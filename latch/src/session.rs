@@ -2,11 +2,11 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use rustix::net::SocketAddrUnix;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use socket2::{Domain, Protocol, Socket, Type};
@@ -218,13 +218,11 @@ pub(crate) fn bind_for(socket: &Socket, remote: SocketAddr) -> Result<(), Client
 
 /// The address from which the kernel would reach `remote`, with port 0. Sends nothing.
 pub(crate) fn source_for(remote: SocketAddr) -> io::Result<SocketAddr> {
-    let unspecified = match remote.ip() {
-        IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
-        IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
-    };
-    let probe = std::net::UdpSocket::bind((unspecified, 0))?;
-    probe.connect(remote)?;
-    Ok(SocketAddr::new(probe.local_addr()?.ip(), 0))
+    // Past the C library: `latchkey exec` puts functions of ours before its own, and they call this.
+    let family = if remote.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let probe = rustix::net::socket_with(family, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
+    rustix::net::connect(&probe, &remote)?;
+    Ok(SocketAddr::new(SocketAddr::try_from(rustix::net::getsockname(&probe)?)?.ip(), 0))
 }
 
 pub(crate) fn bound_socket(

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use latchkey::commands::{self, CheckArguments, DaemonArguments};
+use latchkey::exec::{self, ExecArguments};
 use latchkey::latches::{self, LatchArguments, LatchesArguments, NetcatArguments, WhoisArguments};
 
 /// Latchkey: IKEv2 over UDP and TCP, and connections that are pinned to the IPsec peer.
@@ -33,6 +34,11 @@ enum Command {
     Latch(LatchArguments),
     /// Move standard input and output over a TCP connection that is latched to an IPsec peer.
     Nc(NetcatArguments),
+    /// Run a program with its connections latched as rules say, though it knows nothing of latches.
+    ///
+    /// A rule's connection is to that peer, or fails before a packet leaves; standard error says why. What this cannot
+    /// do is in docs/exec.md.
+    Exec(ExecArguments),
     /// Say who is at the other end of a flow through the tunnel, as IKE proved it.
     Whois(WhoisArguments),
     /// Run the daemon (as `latchkeyd` does).
@@ -46,6 +52,7 @@ fn main() -> ExitCode {
         Command::Latches(arguments) => commands::talk(latches::latches(&arguments)),
         Command::Latch(arguments) => commands::talk(latches::latch(&arguments)),
         Command::Nc(arguments) => commands::talk(latches::netcat(&arguments)),
+        Command::Exec(arguments) => exec::exec(&arguments),
         Command::Whois(arguments) => commands::talk(latches::whois(&arguments)),
         Command::Daemon(arguments) => commands::daemon(arguments),
     };

@@ -161,6 +161,7 @@ pub(crate) unsafe fn wanted(pointer: *const WantedArgument) -> Result<Wanted, Fa
         replay_protection: given.replay_protection != 0,
         on_break,
         initiate,
+        quiet: false,
         remote: None,
     })
 }

@@ -8,14 +8,15 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
+use socket2::SockRef;
 
 use super::link::{dial, poll, send};
-use crate::protocol::{Call, Hello, ServerMessage, VERSION, Welcome};
+use crate::protocol::{Call, Hello, ServerMessage, VERSION, Wanted, Welcome};
 use crate::seqpacket::receive_now;
 use crate::session::{self, ClientError, system};
 
 /// Makes a latch (`create`, `listen` or `accept` of the socket) on a connection to the daemon of its own, and gives that
-/// connection with the daemon's answer.
+/// connection with the daemon's answer. A socket that is not bound is bound as [`super::Client::latch_socket`] does.
 ///
 /// Whoever has a copy of the descriptor, a forked process for one, holds the latch; it is released when the last copy is
 /// closed. Nobody reads the daemon's alerts, so the disposition should be one under which the system tells what happens.
@@ -26,6 +27,9 @@ pub fn hold<T: DeserializeOwned>(
     patience: Duration,
 ) -> Result<(OwnedFd, T), ClientError> {
     let deadline = Instant::now().checked_add(patience);
+    if let Call::Create(Wanted { remote: Some(remote), .. }) = call {
+        session::bind_for(&SockRef::from(&socket), *remote)?;
+    }
     let daemon = dial(path)?;
     let hello = Call::Hello(Hello { version: VERSION });
     let welcome: Welcome = session::result(hello.name(), ask(daemon.as_fd(), 1, &hello, None, deadline)?)?;

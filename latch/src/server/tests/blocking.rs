@@ -177,3 +177,35 @@ async fn a_latch_that_a_descriptor_holds_goes_with_its_last_copy() {
     drop(copy);
     house.no_latches().await;
 }
+
+// `latchkey exec`: processes that share a listener need not share a connection to the daemon.
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_has_the_accepted_socket_takes_the_latch_that_a_quiet_listener_made() {
+    let house = House::with_sa().await;
+    let class = Some(house.class("peer.example"));
+    let socket = bound();
+    let wanted = Wanted { quiet: true, ..Wanted::from("peer.example") };
+    let (listener, listening): (OwnedFd, crate::protocol::Listening) =
+        hold(&house.path, &Call::Listen(wanted.clone()), socket.as_fd(), PATIENCE).unwrap();
+    socket.listen(16).unwrap();
+    let far = std::net::TcpStream::connect(listening.local).unwrap();
+    let near = flow(TCP, far.peer_addr().unwrap(), far.local_addr().unwrap());
+    let (accepted, _) = socket.accept().unwrap();
+    let accept =
+        |listener| hold::<Created>(&house.path, &Call::Accept(Accept { listener }), accepted.as_fd(), PATIENCE);
+    assert_eq!(refusal(accept(listening.latch)), Code::NotAccepted, "it came under no SA");
+    assert_eq!(house.database.check(Direction::Inbound, &near, class), Verdict::Pass);
+    assert_eq!(refusal(accept(listening.latch + 1)), Code::NoSuchLatch);
+    let (held, created) = accept(listening.latch).unwrap();
+    assert_eq!(created.peer.id.text, "peer.example");
+    assert_eq!(refusal(accept(listening.latch)), Code::NotAccepted, "it is taken");
+    // The default of a listener is kept: a break resets.
+    conflict(&house);
+    assert!((&accepted).read(&mut [0; 4]).is_err(), "and is no orderly end");
+    // The listener's holder has heard nothing of all this, as it wanted.
+    assert!(!readable(&listener, Duration::from_millis(50)));
+    drop((held, listener));
+    house.no_latches().await;
+    let create = hold::<Created>(&house.path, &Call::Create(wanted), bound().as_fd(), PATIENCE);
+    assert_eq!(refusal(create), Code::Malformed, "only a listener is quiet");
+}

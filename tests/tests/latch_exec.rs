@@ -1,0 +1,261 @@
+//! `latchkey exec`: curl, socat, bash and Python, unmodified, over real tunnels.
+
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use latchkey_tests::daemon::Kind::Latchkey;
+use latchkey_tests::daemon::{Daemon, program};
+use latchkey_tests::host::{Host, Process};
+use latchkey_tests::scene::{Scene, Suite};
+use latchkey_tests::talker::Talker;
+
+fn command(daemon: &Daemon, host: &Host, rules: &[&str], program: &[&str]) -> Command {
+    let socket = daemon.latch_socket();
+    let mut all = vec!["exec"];
+    if !rules.iter().any(|rule| rule.starts_with("--socket")) {
+        all.extend_from_slice(&["--socket", socket.to_str().unwrap()]);
+    }
+    for rule in rules {
+        if !rule.starts_with("--") {
+            all.push("--rule");
+        }
+        all.push(rule);
+    }
+    all.push("--");
+    all.extend_from_slice(program);
+    host.command(latchkey_tests::daemon::program("latchkey").to_str().unwrap(), &all)
+}
+
+fn run(daemon: &Daemon, host: &Host, rules: &[&str], program: &[&str]) -> Output {
+    command(daemon, host, rules, program).stdin(Stdio::null()).output().unwrap()
+}
+
+fn text(octets: &[u8]) -> String {
+    String::from_utf8_lossy(octets).into_owned()
+}
+
+fn python(daemon: &Daemon, host: &Host, rules: &[&str], script: &str) -> String {
+    let output = run(daemon, host, rules, &["/usr/bin/python3", "-c", script]);
+    let (out, errors) = (text(&output.stdout), text(&output.stderr));
+    assert!(output.status.success(), "{out}{errors}{}", daemon.output());
+    out + &errors
+}
+
+fn echo_server(host: &Host, port: u16) -> Process {
+    let server = host.spawn("socat", &[&format!("TCP4-LISTEN:{port},bind=10.2.0.1,reuseaddr,fork"), "EXEC:cat"]);
+    host.wait_for_listener(port);
+    server
+}
+
+/// Counts the packets to B's port 4000 that A's programs send, by whatever way.
+fn count(host: &Host) {
+    host.nft(
+        "table inet witness {\ncounter sent { }\nchain o {\ntype filter hook output priority 0;\n\
+         ip daddr 10.2.0.1 tcp dport 4000 counter name sent;\n}\n}\n",
+    );
+}
+
+fn counted(host: &Host) -> u64 {
+    let counters = host.check("nft", &["list", "counter", "inet", "witness", "sent"]);
+    counters.split("packets ").nth(1).and_then(|rest| rest.split(' ').next()?.parse().ok()).unwrap()
+}
+
+fn latches(daemon: &Daemon, host: &Host) -> String {
+    let socket = daemon.latch_socket();
+    host.check(program("latchkey").to_str().unwrap(), &["latches", "--socket", socket.to_str().unwrap()])
+}
+
+/// Connects without blocking, as event loops do, and again to see what has become of it; then twenty at once.
+const EVENT_LOOP: &str = r#"
+import asyncio, errno, select, socket, subprocess
+s = socket.socket()
+s.setblocking(False)
+code = s.connect_ex(("10.2.0.1", 4000))
+assert code in (0, errno.EINPROGRESS), code
+poll = select.poll()
+poll.register(s, select.POLLOUT)
+assert poll.poll(20000)
+assert s.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
+assert s.connect_ex(("10.2.0.1", 4000)) in (0, errno.EISCONN)
+assert s.connect_ex(("10.2.0.1", 4001)) == errno.EISCONN
+s.setblocking(True)
+# A child that closes everything does not end the connection; nor does one that is forked and closes it.
+subprocess.run(["true"], check=True)
+import os
+if os.fork() == 0:
+    s.close()
+    os._exit(0)
+os.wait()
+# A duplicate lives on when the first is closed.
+d = s.dup()
+s.close()
+d.sendall(b"duplicate")
+assert d.recv(100) == b"duplicate"
+d.close()
+async def one(n):
+    reader, writer = await asyncio.open_connection("10.2.0.1", 4000)
+    writer.write(b"%d\n" % n)
+    line = await reader.readline()
+    writer.close()
+    return int(line)
+async def many():
+    return await asyncio.gather(*(one(n) for n in range(20)))
+assert asyncio.run(many()) == list(range(20))
+print("all went well")
+"#;
+
+const DATAGRAMS: &str = r#"
+import errno, socket
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+s.settimeout(10)
+s.connect(("10.2.0.1", 4002))
+s.send(b"datagram")
+assert s.recv(100) == b"datagram"
+s.sendto(b"again", ("10.2.0.1", 4002))
+assert s.recv(100) == b"again"
+u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+for send in (lambda: u.sendto(b"x", ("10.2.0.1", 4002)), lambda: u.sendmsg([b"x"], [], 0, ("10.2.0.1", 4002))):
+    try:
+        send()
+        print("it was sent")
+    except OSError as error:
+        assert error.errno == errno.EOPNOTSUPP, error
+t = socket.socket()
+try:
+    t.sendto(b"x", socket.MSG_FASTOPEN, ("10.2.0.1", 4000))
+    print("it was sent")
+except OSError as error:
+    assert error.errno == errno.EOPNOTSUPP, error
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.syscall(425, 4, ctypes.create_string_buffer(120)) == -1 and ctypes.get_errno() == errno.ENOSYS
+print("all went well")
+"#;
+
+// RFC 5660 §2: the right peer works, and nothing is sent to the wrong one.
+#[test]
+fn unmodified_programs_reach_the_right_peer_and_send_nothing_to_another() {
+    let scene = Scene::works(Latchkey, Latchkey, &Suite::default());
+    let (a, host_a, host_b) = (&scene.a, &scene.host_a, &scene.host_b);
+    let _server = echo_server(host_b, 4000);
+    let _datagrams = host_b.spawn("socat", &["UDP4-LISTEN:4002,bind=10.2.0.1,fork", "EXEC:cat"]);
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("file"), "what curl fetches\n").unwrap();
+    let directory = folder.path().to_str().unwrap();
+    let args = ["-m", "http.server", "--bind", "10.2.0.1", "--directory", directory, "8000"];
+    let _web = host_b.spawn("/usr/bin/python3", &args);
+    host_b.wait_for_listener(8000);
+    count(host_a);
+
+    // Somebody else: refused before the first packet, with the reason; the errno is EACCES.
+    let rule = ["tcp:4000=c.example"];
+    let output = run(a, host_a, &rule, &["socat", "-u", "/dev/null", "TCP4:10.2.0.1:4000"]);
+    let errors = text(&output.stderr);
+    assert!(!output.status.success() && errors.contains("latchkey: connect to 10.2.0.1:4000 (tcp): "), "{errors}");
+    assert!(errors.contains("(wrong-peer)") && errors.contains("Permission denied"), "{errors}");
+    // Nobody there to ask: ENETDOWN.
+    let nowhere = ["--socket=/nonexistent/latch.sock", "tcp:4000=b.example"];
+    let output = run(a, host_a, &nowhere, &["socat", "-u", "/dev/null", "TCP4:10.2.0.1:4000"]);
+    let errors = text(&output.stderr);
+    assert!(errors.contains("connecting to /nonexistent/latch.sock") && errors.contains("Network is down"), "{errors}");
+    // A rule that refuses, and none where that is the default.
+    for rules in [&["tcp:4000 refuse", "tcp:1=%any"][..], &["tcp:1=%any", "--default=refuse"]] {
+        let output = run(a, host_a, rules, &["socat", "-u", "/dev/null", "TCP4:10.2.0.1:4000"]);
+        assert!(text(&output.stderr).contains("a rule refuses it"), "{}", text(&output.stderr));
+    }
+    assert_eq!(counted(host_a), 0);
+
+    let said = python(a, host_a, &["tcp:4000-4001=b.example", "--default=refuse"], EVENT_LOOP);
+    assert!(said.contains("all went well"), "{said}");
+    assert!(counted(host_a) > 0);
+    let said = python(a, host_a, &["udp:10.2.0.0/24:*=b.example", "tcp:4000=b.example"], DATAGRAMS);
+    assert!(said.contains("all went well") && !said.contains("it was sent"), "{said}");
+    let output = run(a, host_a, &["tcp:8000=*.example"], &["curl", "-s", "http://10.2.0.1:8000/file"]);
+    assert_eq!(text(&output.stdout), "what curl fetches\n", "{}", text(&output.stderr));
+    // bash duplicates the socket to another number.
+    let script = "exec 3<>/dev/tcp/10.2.0.1/4000; echo from bash >&3; read -r line <&3; echo \"got $line\"";
+    let output = run(a, host_a, &["tcp:4000=b.example"], &["bash", "-c", script]);
+    assert_eq!(text(&output.stdout), "got from bash\n", "{}", text(&output.stderr));
+    // What no rule is for passes, without the daemon.
+    let pass = ["--socket=/nonexistent/latch.sock", "tcp:1=b.example"];
+    let output = run(a, host_a, &pass, &["curl", "-s", "http://10.2.0.1:8000/file"]);
+    assert_eq!(text(&output.stdout), "what curl fetches\n", "{}", text(&output.stderr));
+    latchkey_tests::host::wait_for("the end of all latches", std::time::Duration::from_secs(30), || {
+        latches(a, host_a).is_empty()
+    });
+}
+
+#[test]
+fn a_server_accepts_latched_peers_alone_and_a_break_resets_what_it_serves() {
+    let scene = Scene::works(Latchkey, Latchkey, &Suite::default());
+    let (a, b, host_a, host_b) = (&scene.a, &scene.b, &scene.host_a, &scene.host_b);
+    // It forks for each connection, and its parent closes its own descriptor.
+    let listen = "TCP4-LISTEN:4000,bind=10.2.0.1,reuseaddr,fork";
+    let server = command(b, host_b, &["listen:4000=a.example"], &["socat", listen, "EXEC:cat"]);
+    let _server = Talker::start(server, b.path("server"));
+    host_b.wait_for_listener(4000);
+    assert!(latches(b, host_b).contains("listener     tcp  10.2.0.1:4000 - *  a.example"));
+    let client = command(a, host_a, &["tcp:4000=b.example"], &["socat", "-d", "-", "TCP4:10.2.0.1:4000"]);
+    let mut client = Talker::start(client, a.path("client"));
+    for word in ["first\n", "second\n"] {
+        client.types(word);
+        client.prints(word);
+    }
+    assert!(latches(b, host_b).contains("established  tcp  10.2.0.1:4000 - "), "{}", latches(b, host_b));
+    // One who does not come through the tunnel does not get in.
+    let stranger = host_b.run("socat", &["-u", "/dev/null", "TCP4:10.2.0.1:4000,connect-timeout=2"]);
+    assert!(!stranger.status.success());
+
+    let number = latches(a, host_a).split_whitespace().next().unwrap().to_owned();
+    let socket = a.latch_socket();
+    let args = ["latch", "break", &number, "--socket", socket.to_str().unwrap()];
+    host_a.check(program("latchkey").to_str().unwrap(), &args);
+    client.tells("Connection reset by peer");
+    client.ends();
+    // A second listener on a latched port is refused with the errno of a port in use.
+    let twice = command(b, host_b, &["listen:4000=a.example"], &["socat", &format!("{listen},reuseport"), "-"]);
+    Talker::start(twice, b.path("twice")).tells("Address already in use");
+}
+
+#[test]
+fn what_cannot_be_hooked_is_refused_before_it_starts() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    fs::write(path("main.c"), "int main(void) { return 0; }\n").unwrap();
+    let compiled = Command::new("cc").args(["-static", "-o", &path("static"), &path("main.c")]).status();
+    assert!(compiled.unwrap().success(), "apt-get install gcc libc6-dev");
+    fs::copy("/bin/true", path("setuid")).unwrap();
+    fs::set_permissions(path("setuid"), fs::Permissions::from_mode(0o4755)).unwrap();
+    fs::write(path("script"), format!("#!{}\n", path("static"))).unwrap();
+    fs::set_permissions(path("script"), fs::Permissions::from_mode(0o755)).unwrap();
+    let latchkey = |args: &[&str]| {
+        let output = Command::new(program("latchkey")).arg("exec").args(args).output().unwrap();
+        (output.status.success(), text(&output.stderr))
+    };
+    for (name, reason) in [
+        (path("static"), "linked statically"),
+        (path("script"), "linked statically"),
+        (path("setuid"), "setuid or setgid"),
+        (path("main.c"), "not a program"),
+        ("no-such-program-at-all".to_owned(), "no-such-program-at-all is not there"),
+    ] {
+        let (success, said) = latchkey(&["--rule", "tcp:1=%any", "--", &name]);
+        assert!(!success && said.contains(reason), "{name}: {said}");
+    }
+    for (args, reason) in [
+        (&["--", "true"][..], "there is no rule"),
+        (&["--rule", "tcp:x=%any", "--", "true"], "\"tcp:x=%any\": \"x\" is not a port"),
+        (&["--rules-file", "/nonexistent", "--", "true"], "reading /nonexistent"),
+        (&["--rule", "tcp:1=%any", "--library", "/nonexistent", "--", "true"], "liblatchkey_preload.so is not there"),
+    ] {
+        let (success, said) = latchkey(args);
+        assert!(!success && said.contains(reason), "{args:?}: {said}");
+    }
+    let (success, said) = latchkey(&["--rule", "tcp:1=%any", "--", "true"]);
+    assert!(success, "{said}");
+    assert!(Path::new(&path("static")).exists());
+}
