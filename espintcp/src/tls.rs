@@ -89,6 +89,8 @@ impl TlsServer {
             .with_protocol_versions(&[&TLS13])?
             .with_no_client_auth()
             .with_single_cert(chain, key)?;
+        // Sessions are kept by the clients, so that however many come back can resume theirs.
+        config.ticketer = aws_lc_rs::Ticketer::new()?;
         config.alpn_protocols = vec![ALPN.to_vec()];
         Ok(Self { acceptor: Arc::new(config).into(), web })
     }

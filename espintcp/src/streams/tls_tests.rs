@@ -3,6 +3,7 @@
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio_rustls::TlsConnector;
+use tokio_rustls::rustls::HandshakeKind;
 use tokio_rustls::rustls::pki_types::ServerName;
 
 use super::*;
@@ -81,7 +82,6 @@ async fn two_hosts_talk_in_tls() {
     let (mut server, address) = Host::server(StreamLimits::default(), &chain, &key, None).await;
     let mut host = Host::new(StreamLimits::default());
     let tls = client(&authority, "vpn.example");
-    // The second resumes the first one's session.
     for number in 1..=2 {
         host.streams.open_tls(number, any_local(), address, tls.clone());
         assert!(host.streams.send_ike(number, b"hello"));
@@ -98,6 +98,29 @@ async fn two_hosts_talk_in_tls() {
         assert_eq!(server.closed().await, "the peer closed it");
         assert_eq!(host.closed().await, "closed by this side");
     }
+}
+
+// RFC 9329 Appendix A, B.3: a stream that takes the place of another resumes its session, however many others came
+// meanwhile; who does not know it begins anew.
+#[tokio::test]
+async fn a_later_stream_resumes_the_session() {
+    let (authority, chain, key) = certified("vpn.example");
+    let (mut server, address) = Host::server(StreamLimits::default(), &chain, &key, None).await;
+    let mut host = Host::new(StreamLimits::default());
+    let tls = client(&authority, "vpn.example");
+    host.streams.open_tls(1, any_local(), address, tls.clone());
+    assert!(host.streams.send_ike(1, b"hello"));
+    host.opened().await;
+    let (stream, _) = server.opened().await;
+    server.ike().await;
+    // What the server says after the handshake has come when this has.
+    assert!(server.streams.send_ike(stream, b"welcome"));
+    assert_eq!(host.ike().await, b"welcome");
+    let kind = async |tls: &TlsClient| visit(&tls.connector, address).await.get_ref().1.handshake_kind();
+    for _ in 0..300 {
+        assert_eq!(kind(&client(&authority, "vpn.example")).await, Some(HandshakeKind::Full));
+    }
+    assert_eq!(kind(&tls).await, Some(HandshakeKind::Resumed));
 }
 
 // By the peer's own PKI: another authority's certificate, or one for another name, is none.
