@@ -238,6 +238,7 @@ impl Network {
         let route_numbers = (config.route_table, config.route_priority, mark);
         let routes = Routes::new(Netlink::open()?, tun.index(), route_numbers, config.install_routes)?;
         warn_of_strict_reverse_paths();
+        tell_of_ecn();
 
         let (sender, receiver) = mpsc::channel(EVENTS);
         let shared = Arc::new(Shared {
@@ -634,6 +635,15 @@ fn warn_of_strict_reverse_paths() {
         tracing::warn!(
             "net.ipv4.conf.*.rp_filter is 1 (strict): where a tunnel covers its peer's own address, the system will \
              drop the peer's packets; set it to 2"
+        );
+    }
+}
+
+/// RFC 9329 §9.5: the TCP connection that carries a tunnel should not be ECN-capable, and there is no switch for one socket.
+fn tell_of_ecn() {
+    if std::fs::read_to_string("/proc/sys/net/ipv4/tcp_ecn").is_ok_and(|value| value.trim() == "1") {
+        tracing::info!(
+            "net.ipv4.tcp_ecn is 1: TCP streams with IKE and ESP ask for ECN; 2 does not, 0 refuses it as well"
         );
     }
 }

@@ -29,6 +29,15 @@ fn tls_site(folder: &std::path::Path, connection: &'static str) -> (Suite, Strin
     (Suite { connection, ..Suite::DEFAULT }, settings, authority)
 }
 
+/// A road with such a connection and all that it needs.
+fn over_tls(folder: &std::path::Path, connection: &'static str, remote: &str) -> Road {
+    let (suite, settings, authority) = tls_site(folder, connection);
+    let road = Road::with(&suite, remote, &settings);
+    std::fs::write(road.a.path("swanctl/x509ca/ca.pem"), authority.certificate()).unwrap();
+    road.a.control(&["--load-creds"]);
+    road
+}
+
 /// The best time of three, as the machine may be busy: each on a road of its own, with nothing known of the network.
 fn set_up_time(filter: &str, enough: Duration) -> Duration {
     let mut best = Duration::MAX;
@@ -41,6 +50,7 @@ fn set_up_time(filter: &str, enough: Duration) -> Duration {
         assert!(road.is_over_tcp(), "{}", road.a.sas());
         road.passes();
         if best < enough {
+            road.transfer(1 << 20).arrives_whole();
             break;
         }
     }
@@ -72,14 +82,26 @@ fn where_only_port_4500_is_dropped_tcp_is_used() {
 #[test]
 fn a_file_survives_a_filter_that_comes_and_goes() {
     let suite = Suite { connection: "dpd_delay = 1s\ntcp_probe_udp = 2s\n", ..Suite::DEFAULT };
-    let road = Road::start(&suite, B);
+    survives_a_filter(&Road::start(&suite, B), "meta l4proto udp drop; ip protocol esp drop;");
+}
+
+// The same with a network that says so, and with TLS.
+#[test]
+fn in_tls_a_file_survives_a_filter_that_rejects() {
+    let folder = tempfile::tempdir().unwrap();
+    let connection = "tcp = fallback-tls\ndpd_delay = 1s\ntcp_probe_udp = 2s\n";
+    let road = over_tls(folder.path(), connection, B);
+    survives_a_filter(&road, "meta l4proto { udp, esp } reject with icmp type admin-prohibited;");
+}
+
+fn survives_a_filter(road: &Road, filter: &str) {
     road.a.initiate("net");
     assert!(!road.is_over_tcp());
     road.slow_down(10_000);
     let spis = road.a.child_spis("INSTALLED");
     let mut transfer = road.transfer(8 << 20);
     sleep(seconds(1));
-    road.drop_forwarded("meta l4proto udp drop; ip protocol esp drop;");
+    road.drop_forwarded(filter);
     road.wait_for_transport(true);
     let before = transfer.arrived();
     wait_for("octets over TCP", seconds(30), || transfer.arrived() > before);
@@ -89,7 +111,9 @@ fn a_file_survives_a_filter_that_comes_and_goes() {
     transfer.arrives_whole();
     assert_eq!(road.a.child_spis("INSTALLED"), spis, "the Child SA is the same");
     // The stream is closed when it is over.
-    wait_for("no TCP connection", seconds(10), || road.host_a.check("ss", &["-Htn", "dport", "=", ":4500"]).is_empty());
+    wait_for("no TCP connection", seconds(10), || {
+        road.host_a.check("ss", &["-Htn", "( dport = :4500 or dport = :443 )"]).is_empty()
+    });
     road.passes();
 }
 
@@ -170,6 +194,44 @@ fn a_file_survives_a_relay_that_does_its_worst() {
     assert_eq!(road.a.child_spis("INSTALLED"), spis, "the Child SA is the same");
 }
 
+// RFC 9329 Appendix A: what befalls a stream befalls one in TLS: pieces, delays, damage, holes, resets, loss, another
+// mapping. Each new stream resumes the session.
+#[test]
+fn in_tls_a_file_survives_the_same() {
+    let folder = tempfile::tempdir().unwrap();
+    let connection = "tcp = tls\ndpd_delay = 5s\n";
+    let road = over_tls(folder.path(), connection, ROUTER);
+    let mut relay = Relay::start(&road.router, &format!("{ROUTER}:443"), &format!("{B}:443"));
+    relay.tell("octets");
+    road.a.initiate("net");
+    road.passes();
+    relay.tell("pass");
+    road.slow_down(10_000);
+    let spis = road.a.child_spis("INSTALLED");
+    let mut transfer = road.transfer(6 << 20);
+    for what in ["octets", "merge", "delay 40", "corrupt", "pass", "corrupt", "hold", "pass"] {
+        assert!(transfer.goes_on(), "not before {what}");
+        relay.tell(what);
+        sleep(Duration::from_millis(500));
+    }
+    road.host_a.check("ss", &["-K", "dport", "=", ":443"]);
+    transfer.arrives_whole();
+    assert_eq!(road.a.child_spis("INSTALLED"), spis, "the Child SA is the same");
+
+    let road = over_tls(folder.path(), connection, B);
+    road.router.masquerade(&road.outside);
+    road.a.initiate("net");
+    road.drop_forwarded("numgen random mod 100 < 1 drop;");
+    road.slow_down(10_000);
+    let transfer = road.transfer(4 << 20);
+    sleep(seconds(1));
+    road.router.ip(&["addr", "del", "192.0.2.254/24", "dev", &road.outside]);
+    road.router.ip(&["addr", "add", "192.0.2.77/24", "dev", &road.outside]);
+    road.host_b.ip(&["route", "replace", "default", "via", "192.0.2.77"]);
+    transfer.arrives_whole();
+    assert!(road.b.sas().contains("remote-host=192.0.2.77"), "{}", road.b.sas());
+}
+
 // RFC 9329 §6.1: what is damaged is noticed by its check, or by what no longer parses after it.
 #[test]
 fn a_corrupted_stream_is_closed_and_opened_again() {
@@ -210,11 +272,7 @@ fn median_ping(road: &Road) -> f64 {
 #[test]
 fn a_transfer_over_a_narrow_path_leaves_room_for_others() {
     let folder = tempfile::tempdir().unwrap();
-    let (suite, settings, authority) = tls_site(folder.path(), "tcp = tls\ndpd_delay = 5s\n");
-    for (suite, settings) in [(&OVER_TCP, ""), (&suite, settings.as_str())] {
-        let road = Road::with(suite, B, settings);
-        std::fs::write(road.a.path("swanctl/x509ca/ca.pem"), authority.certificate()).unwrap();
-        road.a.control(&["--load-creds"]);
+    for road in [Road::start(&OVER_TCP, B), over_tls(folder.path(), "tcp = tls\ndpd_delay = 5s\n", B)] {
         road.a.initiate("net");
         road.slow_down(2000);
         let mut transfer = road.transfer(2 << 20);
@@ -356,6 +414,9 @@ fn tshark_reads_our_stream() {
     std::process::Command::new("kill").args(["-s", "INT", &capture.0.id().to_string()]).status().unwrap();
     capture.wait_at_most(seconds(20));
 
+    // RFC 9329 §9.5: by default we do not ask for ECN.
+    let asking = road.host_a.check("tshark", &["-r", &wire, "-Y", "tcp.flags.syn == 1 && tcp.flags.ece == 1"]);
+    assert_eq!(asking, "");
     let complaints = road.host_a.check("tshark", &["-r", &wire, "-Y", "_ws.malformed || tcp.analysis.out_of_order"]);
     assert_eq!(complaints, "");
     let follow = road.host_a.check("tshark", &["-r", &wire, "-q", "-z", "follow,tcp,raw,0"]);
