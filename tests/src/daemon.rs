@@ -294,7 +294,7 @@ pub fn program(name: &str) -> PathBuf {
     let directory = this.parent().unwrap();
     let directory = if directory.ends_with("deps") { directory.parent().unwrap() } else { directory };
     let program = directory.join(name);
-    assert!(program.exists(), "{} is missing: cargo build --workspace", program.display());
+    assert!(program.exists(), "{} is missing: cargo build --workspace --lib --bins --examples", program.display());
     program
 }
 
