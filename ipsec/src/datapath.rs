@@ -588,9 +588,13 @@ impl DataPath {
         if view.is_source_routed() || !sa.selects(&flow, view.shows_ports()) {
             return Err(DropReason::Selectors);
         }
-        let class = Some(sa.class);
-        let admitted = self.guard.check(Direction::Inbound, &view.guarded(flow), class) == Verdict::Pass
-            && view.quoted_flow().is_none_or(|quoted| self.guard.check_error(&quoted, class) == Verdict::Pass);
+        let (class, guarded) = (Some(sa.class), view.guarded(flow));
+        let verdict = match view.begins_connection() {
+            true => self.guard.check(Direction::Inbound, &guarded, class),
+            false => self.guard.check_later(&guarded, class),
+        };
+        let admitted = verdict == Verdict::Pass
+            && view.quoted_flow().is_none_or(|quoted| self.guard.check_later(&quoted, class) == Verdict::Pass);
         if admitted { Ok(()) } else { Err(DropReason::Latch) }
     }
 

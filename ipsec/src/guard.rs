@@ -39,9 +39,9 @@ pub trait FlowGuard: Send + Sync {
     /// that one packet up to some tenths of a second after a latch broke, still under the SA and class that it named.
     fn check(&self, direction: Direction, flow: &Flow, class: Option<ClassId>) -> Verdict;
 
-    /// Says whether an ICMP error about `flow`, ours, may pass that came under an SA of `class`. Unlike a packet of the
-    /// flow it begins nothing.
-    fn check_error(&self, flow: &Flow, class: Option<ClassId>) -> Verdict {
+    /// Says whether a packet about `flow`, ours, may pass that came under an SA of `class` and begins nothing: an ICMP error,
+    /// or a TCP segment that is not a connection's first.
+    fn check_later(&self, flow: &Flow, class: Option<ClassId>) -> Verdict {
         self.check(Direction::Inbound, flow, class)
     }
 }

@@ -298,6 +298,16 @@ impl<'a> Packet<'a> {
         }
     }
 
+    /// False for TCP segments other than the first of a connection: a SYN alone (RFC 9293 §3.5). Of fragments that show no
+    /// header nobody can say.
+    pub fn begins_connection(&self) -> bool {
+        if self.protocol != protocol::TCP || self.ports.is_none() {
+            return true;
+        }
+        let flags = self.upper_at.checked_add(TCP_FLAGS_AT).and_then(|at| self.bytes.get(at));
+        flags.is_some_and(|flags| flags & (TCP_FIN | TCP_SYN | TCP_RST | TCP_ACK) == TCP_SYN)
+    }
+
     /// For a received ICMP error: the flow of our packet that it quotes, and acts upon. `None` for all other packets, and
     /// where the quotation is too short to tell.
     pub fn quoted_flow(&self) -> Option<Flow> {
@@ -608,6 +618,11 @@ const LOOSE_SOURCE_ROUTE: u8 = 131;
 const STRICT_SOURCE_ROUTE: u8 = 137;
 /// Octets of an ICMP error before the packet that it quotes (RFC 792, RFC 4443 §3).
 const ICMP_HEADER_LEN: usize = 8;
+const TCP_FLAGS_AT: usize = 13;
+const TCP_FIN: u8 = 0x01;
+const TCP_SYN: u8 = 0x02;
+const TCP_RST: u8 = 0x04;
+const TCP_ACK: u8 = 0x10;
 
 fn array<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
     bytes.get(at..)?.first_chunk().copied()

@@ -1,6 +1,6 @@
 //! The system's TCP and UDP connections, from procfs.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -9,10 +9,21 @@ use ipsec::selector::Flow;
 
 const TCP: u8 = 6;
 const UDP: u8 = 17;
+/// `TCP_SYN_SENT` as it stands there.
+const SYN_SENT: &str = "02";
 
-/// All TCP and UDP connections of this network namespace in any state, TIME_WAIT included.
-pub(crate) fn all() -> io::Result<HashSet<Flow>> {
-    let mut connections = HashSet::new();
+/// How far a connection is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Progress {
+    /// Its first packet has been sent.
+    Opening,
+    /// Further, TIME_WAIT included.
+    Open,
+}
+
+/// All TCP and UDP connections of this network namespace.
+pub(crate) fn all() -> io::Result<HashMap<Flow, Progress>> {
+    let mut connections = HashMap::new();
     for (table, protocol) in [("tcp", TCP), ("tcp6", TCP), ("udp", UDP), ("udp6", UDP)] {
         match fs::read_to_string(format!("/proc/thread-self/net/{table}")) {
             Ok(text) => connections.extend(text.lines().skip(1).filter_map(|line| flow(protocol, line))),
@@ -24,12 +35,13 @@ pub(crate) fn all() -> io::Result<HashSet<Flow>> {
     Ok(connections)
 }
 
-/// A line begins with a number and both ends, as in `0: 0100007F:0050 0200007F:C350`.
-fn flow(protocol: u8, line: &str) -> Option<Flow> {
+/// A line begins with a number, both ends and the state, as in `0: 0100007F:0050 0200007F:C350 01`.
+fn flow(protocol: u8, line: &str) -> Option<(Flow, Progress)> {
     let mut fields = line.split_ascii_whitespace().skip(1);
     let (local, local_port) = end(fields.next()?)?;
     let (remote, remote_port) = end(fields.next()?)?;
-    Some(Flow { protocol, local, local_port, remote, remote_port })
+    let progress = if fields.next()? == SYN_SENT { Progress::Opening } else { Progress::Open };
+    Some((Flow { protocol, local, local_port, remote, remote_port }, progress))
 }
 
 /// An address is one or four 32-bit words in the byte order of the processor, read as those are.
@@ -75,16 +87,18 @@ mod tests {
                 ..flow
             };
             let connections = all().unwrap();
-            assert!(connections.contains(&flow) && connections.contains(&mirrored), "{flow}");
+            assert!(connections.get(&flow) == Some(&Progress::Open) && connections.contains_key(&mirrored), "{flow}");
             socket2::SockRef::from(&near).set_linger(Some(std::time::Duration::ZERO)).unwrap();
             drop((near, listener));
-            assert!(!all().unwrap().contains(&flow));
+            assert!(!all().unwrap().contains_key(&flow));
         }
     }
 
     #[test]
     fn lines_that_are_none_are_skipped() {
-        for line in ["", "0:", "0: 0100007F:0050", "0: 01:50 02:50", "0: 0100007F 0200007F", "0: zz00007F:0 0:0"] {
+        for line in
+            ["", "0:", "0: 0100007F:0050", "0: 01:50 02:50 01", "0: 0100007F 0200007F 01", "0: zz00007F:0 0:0 01"]
+        {
             assert_eq!(flow(TCP, line), None, "{line}");
         }
     }

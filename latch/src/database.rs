@@ -382,14 +382,24 @@ impl Database {
     /// SAs that live. To be called after `removed`.
     pub fn peer_is_dead(&self, class: ClassId) {
         let Some(dead) = self.class(class) else { return };
-        let mut control = self.control();
-        let same = |class: &Class| (&class.peer.id, &class.peer.local_id) == (&dead.peer.id, &dead.peer.local_id);
-        if control.sas.values().any(|sa| self.class(sa.class).is_some_and(|class| same(&class))) {
-            return;
+        let control = self.control();
+        let lives = |sa: &CoveringSa| self.class(sa.class).is_some_and(|class| class.is_between_the_ends_of(&dead));
+        if !control.sas.values().any(lives) {
+            self.lose(control, &dead, format!("{} is dead", dead.peer.id));
         }
-        let ids: Vec<LatchId> =
-            control.latches.iter().filter(|(_, latch)| same(&latch.class)).map(|(id, _)| *id).collect();
-        let reason = format!("{} is dead", dead.peer.id);
+    }
+
+    /// The peer of this class has lost all that it knew of us (RFC 5660 §2, "has rebooted"): breaks its latches for good,
+    /// since its ends of their connections are no more.
+    pub fn peer_restarted(&self, class: ClassId) {
+        if let Some(restarted) = self.class(class) {
+            self.lose(self.control(), &restarted, format!("{} has restarted", restarted.peer.id));
+        }
+    }
+
+    fn lose(&self, mut control: MutexGuard<'_, Control>, lost: &Class, reason: String) {
+        let latches = control.latches.iter().filter(|(_, latch)| latch.class.is_between_the_ends_of(lost));
+        let ids: Vec<LatchId> = latches.map(|(id, _)| *id).collect();
         let broken: Vec<_> =
             ids.into_iter().filter_map(|id| self.mark(&mut control, id, Condition::Dead, reason.clone())).collect();
         drop(control);
@@ -432,6 +442,14 @@ impl Database {
     /// The administrator closes a latch: CLOSED until its holder releases it; false if there is no such connection latch.
     pub fn close(&self, latch: LatchId, reason: &str) -> bool {
         self.end(latch, Condition::Closed, reason)
+    }
+
+    /// The connections of these latches have ended while their holders kept the sockets (RFC 5660 §2.3): CLOSED until they
+    /// release them.
+    pub fn ended(&self, latches: &[LatchId]) {
+        for latch in latches {
+            self.end(*latch, Condition::Closed, ENDED);
+        }
     }
 
     fn end(&self, latch: LatchId, condition: Condition, reason: &str) -> bool {
@@ -822,6 +840,16 @@ impl Database {
         self.flows.get(flow).map(|pin| *pin)
     }
 
+    /// There is a listener latch that a fragment's packet could be for.
+    fn is_listened_for_somewhere(&self, fragment: &Flow) -> bool {
+        let there = |protocol: &u8| fragment.protocol == IPV6_FRAGMENT || fragment.protocol == *protocol;
+        // Few listeners, and few fragments.
+        self.ports
+            .iter()
+            .filter(|entry| there(&entry.key().0))
+            .any(|entry| entry.value().iter().any(|listener| listener.has(fragment.local)))
+    }
+
     fn is_listened_for(&self, flow: &Flow) -> bool {
         let there = self.ports.get(&(flow.protocol, flow.local_port));
         there.is_some_and(|listeners| listeners.iter().any(|listener| listener.takes(flow)))
@@ -845,13 +873,18 @@ impl Database {
 impl FlowGuard for Database {
     /// A flow with both ports 0 is a non-first fragment (RFC 4301 §7) or a packet without ports. If there are latches
     /// between its addresses with its protocol, it may belong to any of them: it passes only if all of them are
-    /// ESTABLISHED and of its class. One BROKEN latch therefore stops all non-first fragments between two hosts.
+    /// ESTABLISHED and of its class. One BROKEN latch therefore stops all non-first fragments between two hosts. Before the
+    /// first latch between them, none gets to an address with a listener latch.
     fn check(&self, direction: Direction, flow: &Flow, class: Option<ClassId>) -> Verdict {
         if self.latched.load(Ordering::Acquire) == 0 {
             return Verdict::Pass;
         }
         if flow.local_port == 0 && flow.remote_port == 0 {
-            let admitted = self.pairs.get(&Pair::of(flow)).is_none_or(|pins| pins.admit(class));
+            let admitted = match self.pairs.get(&Pair::of(flow)) {
+                Some(pins) => pins.admit(class),
+                // It would wait for the first fragment, which may come under another class and make a latch.
+                None => direction == Direction::Outbound || !self.is_listened_for_somewhere(flow),
+            };
             return if admitted { Verdict::Pass } else { Verdict::Drop };
         }
         match self.pin(flow) {
@@ -861,7 +894,7 @@ impl FlowGuard for Database {
         }
     }
 
-    fn check_error(&self, flow: &Flow, class: Option<ClassId>) -> Verdict {
+    fn check_later(&self, flow: &Flow, class: Option<ClassId>) -> Verdict {
         if self.latched.load(Ordering::Acquire) > 0 && self.pin(flow).is_none() && self.is_listened_for(flow) {
             return Verdict::Drop;
         }
@@ -876,6 +909,11 @@ impl fmt::Debug for Database {
 }
 
 impl Class {
+    /// Of the same two identities.
+    fn is_between_the_ends_of(&self, other: &Self) -> bool {
+        (&self.peer.id, &self.peer.local_id) == (&other.peer.id, &other.peer.local_id)
+    }
+
     fn pinned(&self) -> (&Identity, &Identity, Credential<'_>, Mode, EspSuite, bool) {
         let credential = match &self.peer.proof {
             Proof::PreSharedKey => Credential::SharedKey,
@@ -987,6 +1025,9 @@ impl fmt::Display for Listener {
 type Holder = Arc<dyn Fn(Alert) + Send + Sync>;
 
 struct Observer(Box<dyn Fn(&Alert) + Send + Sync>);
+
+/// Reason of [`Database::ended`].
+pub const ENDED: &str = "its connection has ended";
 
 /// Latches of one listener that nobody has taken: a peer that opens connections without end gets no more.
 const MAX_WAITING: usize = 4096;

@@ -12,6 +12,8 @@
 //! * when the holder releases the latch, or its connection ends while the process lives on, the TCP connection is shut
 //!   down in both directions. What the application wrote before still goes out, under the latch; after [`LINGER`] at
 //!   the latest the rest is thrown away with a reset. Then the latch is released;
+//! * when the connection has ended, and the holder keeps the socket, the latch is CLOSED, the holder told, and the latch
+//!   released ([`SWEEP`]);
 //! * a listener that is released is shut down, which resets what nobody has accepted. Latches that it made and nobody
 //!   took go when the system has no connection for them any more ([`SWEEP`]);
 //! * when the server is dropped, latches stay in the database and nobody can release them: fail closed.
@@ -47,9 +49,9 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, mpsc};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, interval, sleep, timeout};
 
-use crate::connections;
+use crate::connections::{self, Progress};
 use crate::database::{
-    Alert, Class, Database, LatchError, LatchId, LatchState, Listed, Listener, OnBreak, Request, Subject,
+    Alert, Class, Database, ENDED, LatchError, LatchId, LatchState, Listed, Listener, OnBreak, Request, Subject,
 };
 use crate::protocol::{
     Accept, Bind, Call, ChannelBinding, Code, Created, Guard, Hello, Initiate, Inquire, Inquired, LatchEvent,
@@ -96,8 +98,8 @@ const INITIATION: Duration = Duration::from_secs(60);
 /// How long a released TCP connection may take to deliver what was written before and to close.
 pub const LINGER: Duration = Duration::from_secs(60);
 
-/// How often latches that nobody took from their listener are compared with the system's connections.
-pub const SWEEP: Duration = Duration::from_secs(5);
+/// How often latches are compared with the system's connections.
+pub const SWEEP: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 5 });
 
 /// Serves until the returned guard is dropped, which removes the socket.
 ///
@@ -185,17 +187,18 @@ fn event(alert: &Alert) -> LatchEvent {
     }
 }
 
-/// Releases what listeners latched and nobody took, and lifts the system's barriers that no latch needs any more, once there
-/// is no connection under them. Twice in a row, since the system has a connection only after the packet passed that made
-/// the latch.
+/// Compares latches with the system's connections: releases what listeners latched and nobody took, ends what holders keep
+/// after their connection, and lifts the system's barriers that no latch needs any more, once there is no connection. Twice in
+/// a row, since the system has a connection only after the packet passed that made the latch.
 async fn sweep(database: Arc<Database>) {
-    let mut suspects = HashSet::new();
+    let (mut suspects, mut opened) = (HashSet::new(), HashSet::new());
     let mut turns = interval(SWEEP);
     loop {
         turns.tick().await;
-        let (unaccepted, abandoned) = (database.unaccepted(), database.abandoned());
-        if unaccepted.is_empty() && abandoned.is_empty() {
+        let (latches, abandoned) = (database.list(), database.abandoned());
+        if latches.is_empty() && abandoned.is_empty() {
             suspects.clear();
+            opened.clear();
             continue;
         }
         let connections = match tokio::task::spawn_blocking(connections::all).await {
@@ -206,12 +209,29 @@ async fn sweep(database: Arc<Database>) {
             }
             Err(_) => continue,
         };
-        let flows = unaccepted.iter().map(|(_, flow)| flow).chain(&abandoned);
-        let ended: HashSet<Flow> = flows.copied().filter(|flow| !connections.contains(flow)).collect();
-        for (latch, _) in unaccepted.iter().filter(|(_, flow)| ended.contains(flow) && suspects.contains(flow)) {
+        let unaccepted = database.unaccepted();
+        let waiting: HashSet<LatchId> = unaccepted.iter().map(|(latch, _)| *latch).collect();
+        let held: Vec<(LatchId, Flow)> = latches
+            .iter()
+            .map(|(latch, flow, ..)| (*latch, *flow))
+            .filter(|(latch, _)| !waiting.contains(latch))
+            .collect();
+        let is_open = |flow: &Flow| connections.get(flow) == Some(&Progress::Open);
+        // One that has no connection yet is about to have one.
+        let before: HashSet<LatchId> = std::mem::take(&mut opened);
+        opened.extend(
+            held.iter().filter(|(latch, flow)| before.contains(latch) || is_open(flow)).map(|(latch, _)| *latch),
+        );
+        let of_latches = unaccepted.iter().chain(held.iter().filter(|(latch, _)| opened.contains(latch)));
+        let flows = of_latches.map(|(_, flow)| flow).chain(&abandoned);
+        let ended: HashSet<Flow> = flows.copied().filter(|flow| !connections.contains_key(flow)).collect();
+        let is_over = |flow: &Flow| ended.contains(flow) && suspects.contains(flow);
+        for (latch, _) in unaccepted.iter().filter(|(_, flow)| is_over(flow)) {
             database.release(*latch);
         }
-        database.lift_abandoned(|flow| ended.contains(flow) && suspects.contains(flow));
+        let over: Vec<LatchId> = held.iter().filter(|(_, flow)| is_over(flow)).map(|(latch, _)| *latch).collect();
+        database.ended(&over);
+        database.lift_abandoned(is_over);
         suspects = ended;
     }
 }
@@ -311,6 +331,9 @@ impl Connection {
                 biased;
                 Some(alert) = alerts.recv() => {
                     let Alert { latch, state, reason, listener, flow: _ } = alert;
+                    if state == LatchState::Closed && reason == ENDED {
+                        self.let_go(latch);
+                    }
                     let listener = listener.map(|listener| listener.0);
                     encode(&ServerMessage::Alert { latch: latch.0, state: state.into(), reason, listener })
                 }

@@ -272,3 +272,45 @@ fn two_clients_behind_one_nat_have_their_own_latches() {
     wires.saw_nothing();
     drop((first, second, a, b, c));
 }
+
+// RFC 5660 §2: a peer that says in IKE that it knows nothing of us any more (INITIAL_CONTACT) has restarted, and so has what
+// held its end.
+#[test]
+fn a_peer_that_restarted_breaks_the_latch() {
+    let mut three = Three::start(Latchkey, |text| text);
+    let _echo = Echo::start(&three.host_b, "10.2.0.1");
+    let talk = Talk { on_break: "wait", ..Talk::default() };
+    let talker = Talker::start(&three.a, &three.host_a, &talk);
+    talker.talks();
+    three.b.signal("KILL");
+    three.b.restart(&three.host_b);
+    three.b.initiate("net-a");
+    talker.says("alert broken b.example has restarted");
+    talker.is_silenced();
+}
+
+// RFC 5660 §4: both ends connect to each other at once, each from the port that the other connects to (RFC 9293 §3.5): one
+// connection, with a latch of the same SAs at each end.
+#[test]
+fn a_simultaneous_open_is_latched_at_each_end() {
+    let three = Three::start(Latchkey, |text| text);
+    let Three { a, b, host_a, host_b, .. } = &three;
+    a.initiate("net-b");
+    let wires = three.wires();
+    // Neither hears the other before both have sent their SYN.
+    let deaf = "table inet deaf {\nchain i {\ntype filter hook input priority 0;\niifname \"lk0\" drop;\n}\n}\n";
+    host_a.nft(deaf);
+    host_b.nft(deaf);
+    let one = Talker::start(a, host_a, &Talk::default());
+    let talk = Talk { peer: "a.example", local: "10.2.0.1:7", remote: "10.1.0.1:40007", ..Talk::default() };
+    let other = Talker::start(b, host_b, &talk);
+    for host in [host_a, host_b] {
+        wait_for("a SYN", PATIENCE, || !host.check("ss", &["-Htn", "state", "syn-sent"]).is_empty());
+    }
+    for host in [host_a, host_b] {
+        host.check("nft", &["delete", "table", "inet", "deaf"]);
+    }
+    one.talks();
+    other.talks();
+    wires.saw_nothing();
+}

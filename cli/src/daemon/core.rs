@@ -703,8 +703,10 @@ impl Core {
                 }
                 let class = self.children.get(child.id).map(|installed| installed.class);
                 self.remove(child.id);
-                if let Some(class) = class.filter(|_| reason == CloseReason::Timeout) {
-                    self.database.peer_is_dead(class);
+                match (class, reason) {
+                    (Some(class), CloseReason::Timeout) => self.database.peer_is_dead(class),
+                    (Some(class), CloseReason::Restarted) => self.database.peer_restarted(class),
+                    _ => {}
                 }
                 if let Some(connection) = connection {
                     self.restart_if_configured(&connection, &name, reason);
@@ -768,7 +770,8 @@ impl Core {
             | CloseReason::Rekeyed
             | CloseReason::Failed
             | CloseReason::Expired
-            | CloseReason::Replaced => false,
+            | CloseReason::Replaced
+            | CloseReason::Restarted => false,
         };
         if wanted && self.stopping.is_none() {
             // What is wrong has been logged.
@@ -789,7 +792,8 @@ impl Core {
             | CloseReason::Rekeyed
             | CloseReason::Failed
             | CloseReason::Expired
-            | CloseReason::Replaced => false,
+            | CloseReason::Replaced
+            | CloseReason::Restarted => false,
         };
         if again {
             self.initiate(Some(connection), Some(child), None);

@@ -488,6 +488,8 @@ pub enum CloseReason {
     Expired,
     /// Another IKE SA of the same peer replaced it.
     Replaced,
+    /// The peer says, authenticated, that it has lost it: INITIAL_CONTACT (RFC 7296 §2.4), or the token of RFC 6290.
+    Restarted,
 }
 
 /// What to initiate.

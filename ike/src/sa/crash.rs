@@ -150,6 +150,6 @@ impl Established {
         }
         self.reauthenticating = true;
         self.keep_ticket(ctx, now);
-        Err(self.close(ctx, now, CloseReason::Replaced))
+        Err(self.close(ctx, now, CloseReason::Restarted))
     }
 }

@@ -945,7 +945,9 @@ impl Established {
             ctx.shared.peers.enter(&self.key, self.core.id);
             return Ok(());
         }
-        Err(self.farewell(ctx, now, CloseReason::Replaced))
+        // Without INITIAL_CONTACT only `unique = replace` ends it.
+        let replaced = self.connection.unique == Unique::Replace;
+        Err(self.farewell(ctx, now, if replaced { CloseReason::Replaced } else { CloseReason::Restarted }))
     }
 
     /// Its ticket has made another one, so the peer has left this one (RFC 5723 §4.3.4).

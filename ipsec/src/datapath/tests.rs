@@ -629,6 +629,38 @@ fn an_icmp_error_about_a_latched_flow_passes_under_its_class_only() {
     }
 }
 
+/// Lets pass what begins a connection.
+struct Beginnings;
+
+impl FlowGuard for Beginnings {
+    fn check(&self, _: Direction, _: &Flow, _: Option<ClassId>) -> Verdict {
+        Verdict::Pass
+    }
+
+    fn check_later(&self, _: &Flow, _: Option<ClassId>) -> Verdict {
+        Verdict::Drop
+    }
+}
+
+// RFC 5660 §5.1: a SYN makes a latch, and no other segment does.
+#[test]
+fn only_a_syn_begins_a_tcp_connection() {
+    let pair = Pair::with(plane(), DataPath::new(Arc::new(Beginnings)), &Setup::default());
+    let segment = |flags: u8, length: usize| {
+        let tcp = [0x9c, 0x40, 0, 80, 0, 0, 0, 1, 0, 0, 0, 0, 0x50, flags, 0xff, 0xff, 0, 0, 0, 0];
+        let mut packet = Vec::new();
+        ip::rebuild(ip("10.1.0.5"), ip("10.2.0.6"), 6, 0, &tcp[..length], &mut packet).unwrap();
+        pair.left_to_right(&packet).map(|_| ())
+    };
+    assert_eq!(segment(0x02, 20), Ok(()));
+    assert_eq!(segment(0xc2, 20), Ok(()), "ECE and CWR (RFC 3168 §6.1.1)");
+    for flags in [0x00, 0x10, 0x12, 0x14, 0x04, 0x06, 0x11, 0x01, 0x03, 0x18] {
+        assert_eq!(segment(flags, 20), Err(DropReason::Latch), "{flags:02x}");
+    }
+    assert_eq!(segment(0x02, 12), Err(DropReason::Latch), "cut off before the flags");
+    assert!(pair.left_to_right(&request(b"x")).is_ok(), "UDP");
+}
+
 struct Unreachable;
 
 impl FlowGuard for Unreachable {
@@ -636,7 +668,7 @@ impl FlowGuard for Unreachable {
         Verdict::Unreachable
     }
 
-    fn check_error(&self, _: &Flow, _: Option<ClassId>) -> Verdict {
+    fn check_later(&self, _: &Flow, _: Option<ClassId>) -> Verdict {
         Verdict::Drop
     }
 }

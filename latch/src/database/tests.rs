@@ -365,7 +365,7 @@ fn a_listener_latches_each_flow_before_its_first_packet_passes() {
     database.removed(1);
     assert_eq!(database.check(inbound, &flow(3), None), Verdict::Drop, "in clear");
     assert_eq!(database.check(outbound, &flow(3), Some(classes[0])), Verdict::Drop, "nobody has come");
-    assert_eq!(database.check_error(&flow(3), Some(classes[0])), Verdict::Drop, "an ICMP error is no connection");
+    assert_eq!(database.check_later(&flow(3), Some(classes[0])), Verdict::Drop, "an ICMP error is no connection");
     assert!(database.list().is_empty());
 
     assert_eq!(database.check(inbound, &flow(3), Some(classes[0])), Verdict::Pass);
@@ -387,6 +387,49 @@ fn a_listener_latches_each_flow_before_its_first_packet_passes() {
     database.release(latch);
     assert_eq!(database.check(inbound, &flow(3), Some(classes[1])), Verdict::Pass);
     assert_eq!(database.unaccepted().len(), 1);
+}
+
+// RFC 8200 §4.5, RFC 791 §3.2: a later fragment waits for the first one, which may come from somebody else and make a latch.
+#[test]
+fn no_later_fragment_gets_to_a_listener_before_there_is_a_latch() {
+    let (database, classes) = database();
+    install(&database, 1, classes[0]);
+    let fragment = Flow { local_port: 0, remote_port: 0, ..flow(3) };
+    let verdict = |fragment: &Flow, class| database.check(Direction::Inbound, fragment, Some(class));
+    assert_eq!(verdict(&fragment, classes[1]), Verdict::Pass);
+    let parent = database.create_listener(listener(), any(), ignore()).unwrap();
+    assert_eq!(verdict(&fragment, classes[1]), Verdict::Drop);
+    assert_eq!(verdict(&Flow { protocol: 17, ..fragment }, classes[1]), Verdict::Pass);
+    assert_eq!(verdict(&Flow { local: "192.0.2.2".parse().unwrap(), ..fragment }, classes[1]), Verdict::Pass);
+    assert_eq!(database.check(Direction::Outbound, &fragment, Some(classes[1])), Verdict::Pass);
+    database.check(Direction::Inbound, &flow(3), Some(classes[0]));
+    assert_eq!((verdict(&fragment, classes[0]), verdict(&fragment, classes[1])), (Verdict::Pass, Verdict::Drop));
+    database.release(parent);
+    let six = Listener { local: None, ipv4: false, ipv6: true, ..listener() };
+    database.create_listener(six, any(), ignore()).unwrap();
+    let (local, remote) = ("2001:db8::1".parse().unwrap(), "2001:db8::2".parse().unwrap());
+    let later = Flow { protocol: IPV6_FRAGMENT, local, remote, ..fragment };
+    assert_eq!(verdict(&later, classes[0]), Verdict::Drop, "it may be of any protocol");
+}
+
+// RFC 5660 §2: "or has rebooted": what the new SA is like does not matter, the peer's end of the connection is gone.
+#[test]
+fn a_peer_that_has_restarted_breaks_its_latches_for_good() {
+    let (database, classes) = database();
+    install(&database, 1, classes[0]);
+    let (latch, _) = database.create(flow(1), &waiting(), ignore()).unwrap();
+    // Its new SA is there already.
+    install(&database, 2, classes[0]);
+    database.removed(1);
+    database.peer_restarted(classes[1]);
+    assert_eq!(database.find(&flow(1)).unwrap().1, LatchState::Established, "another peer");
+    database.peer_restarted(classes[0]);
+    assert_eq!(database.find(&flow(1)).unwrap().1, LatchState::Broken);
+    install(&database, 3, classes[0]);
+    database.removed(2);
+    assert_eq!(database.find(&flow(1)).unwrap().1, LatchState::Broken);
+    database.release(latch);
+    assert!(database.create(flow(1), &any(), ignore()).is_ok(), "a new connection");
 }
 
 #[test]
@@ -856,7 +899,7 @@ proptest! {
                 for n in 0..ALL_FLOWS {
                     let verdict = model.verdict(n, class);
                     prop_assert_eq!(database.check(Direction::Outbound, &flow(n), number), verdict);
-                    prop_assert_eq!(database.check_error(&flow(n), number), verdict);
+                    prop_assert_eq!(database.check_later(&flow(n), number), verdict);
                     // Inbound packets of flows without a latch may make one: `Arrive` looks at those.
                     if n < FLOWS || model.latches.iter().any(|l| l.flow == n) {
                         prop_assert_eq!(database.check(Direction::Inbound, &flow(n), number), verdict);
@@ -865,6 +908,8 @@ proptest! {
                 let tcp = model.latches.iter().filter(|l| l.flow != UDP_FLOW);
                 let admitted = tcp.into_iter().all(|l| l.state() == LatchState::Established && Some(l.class) == class);
                 let fragment = Flow { protocol: 6, local_port: 0, remote_port: 0, ..flow(0) };
+                let none = model.latches.iter().all(|l| l.flow == UDP_FLOW);
+                let admitted = admitted && !(none && model.listener.is_some());
                 let verdict = if admitted { Verdict::Pass } else { Verdict::Drop };
                 prop_assert_eq!(database.check(Direction::Inbound, &fragment, number), verdict);
             }

@@ -792,3 +792,25 @@ fn refusal<T>(result: Result<T, ClientError>) -> Code {
         Ok(_) => panic!("it was not refused"),
     }
 }
+
+#[tokio::test]
+async fn a_latch_whose_connection_has_ended_is_closed_though_its_holder_keeps_the_socket() {
+    // RFC 5660 §2.3: latches are destroyed when their connections are torn down.
+    let house = House::with_sa().await;
+    let client = Client::connect(&house.path).await.unwrap();
+    let far = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let stream = client.latch_tcp(far.local_addr().unwrap(), None, "peer.example").await.unwrap();
+    let (accepted, near) = far.accept().unwrap();
+    let mut changes = stream.changes();
+    // Longer than it takes to see that the connection is there.
+    sleep(SWEEP + SWEEP / 2).await;
+    assert_eq!(house.database.list().len(), 1, "it stands");
+    socket2::SockRef::from(&accepted).set_linger(Some(Duration::ZERO)).unwrap();
+    drop(accepted);
+    let ended = timeout(4 * SWEEP, changes.next()).await.unwrap();
+    assert_eq!((ended.state, ended.reason.as_str()), (State::Closed, crate::database::ENDED));
+    let flow = flow(TCP, near, far.local_addr().unwrap());
+    while house.database.find(&flow).is_some() {
+        sleep(Duration::from_millis(50)).await;
+    }
+}

@@ -118,7 +118,7 @@ fn a_peer_that_restarted_replaces_its_old_sa() {
     pair.initiate(A, 2);
     pair.run(seconds(3));
     assert!(pair.sides[A].done(2));
-    assert!(pair.sides[B].down(CloseReason::Replaced));
+    assert!(pair.sides[B].down(CloseReason::Restarted));
     pair.assert_same(1, 1);
 }
 
@@ -135,7 +135,7 @@ fn another_peer_cannot_end_it() {
     pair.initiate(A, 2);
     pair.run(seconds(3));
     assert_eq!(pair.sides[B].up().len(), 2);
-    assert!(!pair.sides[B].down(CloseReason::Replaced));
+    assert!(!pair.sides[B].down(CloseReason::Restarted));
 }
 
 // RFC 4301 §4.4.3: the entry that names the identity says how it is proved. The initiator chooses neither by its
@@ -230,7 +230,7 @@ fn a_peer_that_another_entry_admits_cannot_end_it() {
     pair.run(seconds(3));
     assert!(pair.sides[A].done(2));
     assert_eq!(pair.sides[B].up().len(), 2);
-    assert!(!pair.sides[B].down(CloseReason::Replaced));
+    assert!(!pair.sides[B].down(CloseReason::Restarted));
 }
 
 // RFC 4301 §4.4.3: a Child SA of a connection is for the peer that this connection names now.

@@ -46,7 +46,7 @@ fn a_peer_that_restarted_shows_its_token_and_is_connected_anew() {
     restart(&mut pair, B, secret(2));
     pair.run(seconds(13));
     assert_eq!(shown(&pair.sides[B]).len(), 1);
-    assert!(pair.sides[A].down(CloseReason::Replaced) && !pair.sides[A].down(CloseReason::Timeout));
+    assert!(pair.sides[A].down(CloseReason::Restarted) && !pair.sides[A].down(CloseReason::Timeout));
     pair.assert_same(1, 1);
 }
 
@@ -75,7 +75,7 @@ fn tokens_are_renewed_when_the_ike_sa_is_rekeyed() {
         pair.assert_same(1, 1);
         restart(&mut pair, lost, secret(if lost == A { 1 } else { 2 }));
         pair.run(seconds(13));
-        let gone = if lost == A { CloseReason::Timeout } else { CloseReason::Replaced };
+        let gone = if lost == A { CloseReason::Timeout } else { CloseReason::Restarted };
         assert!(pair.sides[1 - lost].down(gone), "rekeyed by {rekeyer}, lost by {lost}");
         assert!(pair.sides[1 - lost].logged("the peer has lost the IKE_SA"));
     }
@@ -148,7 +148,7 @@ fn guessed_and_malformed_tokens_end_nothing() {
     let later = now + seconds(10);
     pair.sides[A].engine.handle_message(later, path, &token_message(&sa, good));
     pair.drain(A);
-    assert!(pair.sides[A].down(CloseReason::Replaced));
+    assert!(pair.sides[A].down(CloseReason::Restarted));
 }
 
 // RFC 6290 §9.2: MUST NOT send a valid token in the clear for an IKE SA that lives, whatever it is asked with.

@@ -34,7 +34,7 @@ fn no_ends_old_ones_on_initial_contact_only() {
     assert!(pair.sides[A].done(2));
     assert_eq!(pair.sides[B].up().len(), 2);
     let pair = comes_again(3, Unique::No, CONTACT);
-    assert!(pair.sides[A].done(2) && pair.sides[B].down(CloseReason::Replaced));
+    assert!(pair.sides[A].done(2) && pair.sides[B].down(CloseReason::Restarted));
     pair.assert_same(1, 1);
 }
 
