@@ -8,6 +8,7 @@ use ike::engine::{ChildSaId, Event, Gateway, IkeSaId, IkeSaStatus};
 use ike::pool::{PoolConfig, PoolError, PoolStatus};
 use ipsec::plane::{Carrier, Mode, ShuntAction, Usage};
 use ipsec::selector::{Flow, TrafficSelector};
+use latch::protocol::SaInfo;
 use pad::{Credentials, IdentityPattern};
 use tokio::sync::{broadcast, mpsc, oneshot};
 
@@ -180,6 +181,15 @@ pub enum Command {
         /// Answer.
         reply: oneshot::Sender<Result<(), String>>,
     },
+    /// What protects a flow: of these Child SAs, those that there are.
+    Survey {
+        /// The flow.
+        flow: Flow,
+        /// Numbers of Child SAs.
+        children: Vec<ChildSaId>,
+        /// Answer.
+        reply: oneshot::Sender<Vec<SaInfo>>,
+    },
     /// Terminate; answered when done.
     Terminate {
         /// Which.
@@ -293,6 +303,11 @@ impl Control {
         self.ask(|reply| Command::InitiateFlow { flow, narrow, reply })
             .await
             .unwrap_or_else(|| Err("the daemon is stopping".to_owned()))
+    }
+
+    /// See [`Command::Survey`].
+    pub async fn survey(&self, flow: Flow, children: Vec<ChildSaId>) -> Vec<SaInfo> {
+        self.ask(|reply| Command::Survey { flow, children, reply }).await.unwrap_or_default()
     }
 
     /// See [`Command::Terminate`].

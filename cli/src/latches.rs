@@ -13,7 +13,8 @@ use ipsec::selector::Flow;
 use ipsec::transform::{Encr, Integ, Protocol, TransformType};
 use latch::client::{Client, TcpStream};
 use latch::protocol::{
-    Disposition, Initiate, Inquire, Inquired, ListedLatch, Peer, ProofInfo, Protection, State, Wanted, WantedSuite,
+    AddressBinding, Disposition, Initiate, Inquire, Inquired, ListedLatch, Peer, ProofInfo, Protection, SaInfo, State,
+    Wanted, WantedSuite,
 };
 use pad::Identity;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -356,11 +357,37 @@ fn tell(shown: &Inquired, json: bool) -> anyhow::Result<()> {
     }
     println!("{} to {}: {}", shown.local, shown.remote, described(&shown.peer));
     println!("protection: {}", protected(&shown.protection));
+    for sa in &shown.sas {
+        println!("{}", told(sa));
+    }
     match &shown.latch {
         Some(latch) => println!("latch: {} {}", latch.number, latch.state),
         None => println!("latch: none, so all of this may change"),
     }
     Ok(())
+}
+
+/// An SA in a line: connection, outer addresses, NATs, and what the peer's inner address rests on.
+fn told(sa: &SaInfo) -> String {
+    let nat = |behind: bool| if behind { " (behind a NAT)" } else { "" };
+    let address = match sa.address {
+        AddressBinding::Assigned => "was assigned by us",
+        AddressBinding::Outer => "is its outer one",
+        AddressBinding::Configured => "is one that the configuration lets it have",
+        AddressBinding::Other => "is bound to it in a way that this program does not know",
+    };
+    format!(
+        "SA: {} {}/{}, {}{} to {}{} over {}, AUTH method {}; the peer's address {address}",
+        sa.connection,
+        sa.spis[0],
+        sa.spis[1],
+        sa.outer_local,
+        nat(sa.nat_local),
+        sa.outer_remote,
+        nat(sa.nat_remote),
+        sa.transport,
+        sa.method
+    )
 }
 
 fn hex(octets: &[u8]) -> String {

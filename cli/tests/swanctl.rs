@@ -620,6 +620,7 @@ fn core(sas: Vec<SaReport>) -> (Control, Core) {
                     }
                 }
                 // VICI never asks for it.
+                Command::Survey { reply, .. } => drop(reply.send(Vec::new())),
                 Command::InitiateFlow { reply, .. } => unanswered.push(reply),
                 Command::ReloadSettings(reply) => {
                     let _ = reply.send(Ok(()));

@@ -33,7 +33,7 @@ pub use hold::hold;
 pub use sockets::{TcpListener, TcpStream, UdpSocket};
 
 use crate::protocol::{
-    Accept, Bind, Call, ChannelBinding, Created, Disposition, Inquire, Inquired, LatchEvent, List, ListedLatch,
+    Accept, Bind, Call, ChannelBinding, Created, Disposition, Guard, Inquire, Inquired, LatchEvent, List, ListedLatch,
     Listening, Named, Peer, Protection, State, UNIQUE_BINDING, Wanted, Watch,
 };
 use crate::session::{self, EVENT_QUEUE, system};
@@ -200,6 +200,22 @@ impl Latch {
     /// How the packets are protected, for as long as the latch stands.
     pub fn protection(&self) -> &Protection {
         &self.created.protection
+    }
+
+    /// What enforces the latch, if the daemon tells.
+    pub fn guard(&self) -> Option<Guard> {
+        self.created.guard
+    }
+
+    /// The same for connections to the same peer with the same credential under the same protection (RFC 5660 §6.3), if the
+    /// daemon tells.
+    pub fn class(&self) -> Option<u32> {
+        self.created.class
+    }
+
+    /// Asks the daemon for all that it knows of the latch at this moment (INQUIRE_LATCH): outer addresses too.
+    pub fn inquire(&self) -> Result<Inquired, ClientError> {
+        self.holding.link.call(Call::Show(Named { latch: self.number() }), None)
     }
 
     /// Our end of the connection.

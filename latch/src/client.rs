@@ -236,6 +236,17 @@ macro_rules! describe_latch {
             self.latch.holding.shared.call(Call::ChannelBinding(bind), None).await
         }
 
+        /// The same for connections to the same peer with the same credential under the same protection (RFC 5660 §6.3), if
+        /// the daemon tells.
+        pub fn class(&self) -> Option<u32> {
+            self.latch.created.class
+        }
+
+        /// Asks the daemon for all that it knows of the latch at this moment (INQUIRE_LATCH): outer addresses too.
+        pub async fn inquire(&self) -> Result<Inquired, ClientError> {
+            self.latch.holding.shared.call(Call::Show(Named { latch: self.latch() }), None).await
+        }
+
         /// Our end of the connection.
         pub fn local_addr(&self) -> SocketAddr {
             self.latch.created.local

@@ -615,6 +615,20 @@ impl Database {
         }
     }
 
+    /// Numbers of the SAs that cover a flow, as `installed` was given them.
+    pub fn sas_of(&self, flow: &Flow) -> Vec<u64> {
+        let mut sas: Vec<u64> = self.control().covering(flow).map(|(number, _)| number).collect();
+        // One with several subnets is found several times.
+        sas.sort_unstable();
+        sas.dedup();
+        sas
+    }
+
+    /// The number of a class that has one.
+    pub fn number_of(&self, class: &Class) -> Option<ClassId> {
+        read(&self.classes).numbers.get(class).copied()
+    }
+
     /// True when no SA covers a flow.
     pub fn is_uncovered(&self, flow: &Flow) -> bool {
         matches!(self.control().coverage(flow), Coverage::None)

@@ -21,7 +21,7 @@ use crate::database::{Algorithms, Class, LatchError, LatchState, OnBreak, Protec
 pub const VERSION: u32 = 1;
 
 /// What this crate knows beyond the first form of [`VERSION`]: `docs/latch-protocol.md` says what came with which.
-pub const REVISION: u32 = 2;
+pub const REVISION: u32 = 3;
 
 /// Longest message in octets, in both directions.
 pub const MAX_MESSAGE: usize = 64 * 1024;
@@ -388,6 +388,10 @@ pub struct Created {
     /// What enforces the latch; not told by older daemons.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guard: Option<Guard>,
+    /// Stands for all that the latch pins: connections with the same number have the same peer, credential and protection
+    /// (RFC 5660 §6.3). Not told by older daemons.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub class: Option<u32>,
 }
 
 /// What keeps a latched connection's packets from going otherwise.
@@ -423,6 +427,77 @@ pub struct Inquired {
     /// What enforces the latch, where there is one; not told by older daemons.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guard: Option<Guard>,
+    /// As [`Created::class`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub class: Option<u32>,
+    /// The SAs that protect the flow at this moment; others may at the next. Not told by older daemons.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub sas: Vec<SaInfo>,
+}
+
+/// A Child SA that protects a flow, and its IKE SA (RFC 5660 §2: outer addresses, NAT). No latch pins these.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SaInfo {
+    /// The connection of the configuration that admitted the peer (its PAD entry).
+    pub connection: String,
+    /// AUTH method by which the peer proved itself in this IKE SA, or the one that it was resumed from (IANA number).
+    pub method: u8,
+    /// Our outer address and port: behind a NAT the private one.
+    pub outer_local: SocketAddr,
+    /// The peer's outer address and port as we see it: behind a NAT the public one.
+    pub outer_remote: SocketAddr,
+    /// `udp`, `udp-encapsulated` or `tcp`.
+    pub transport: String,
+    /// We are behind a NAT.
+    pub nat_local: bool,
+    /// The peer is behind a NAT.
+    pub nat_remote: bool,
+    /// How the flow's remote address is bound to the peer's identity.
+    pub address: AddressBinding,
+    /// The IKE SA was resumed with a ticket (RFC 5723).
+    pub resumed: bool,
+    /// SPIs of the IKE SA, the initiator's first, in hexadecimal digits.
+    pub ike_spis: [String; 2],
+    /// Algorithms of the IKE SA.
+    pub ike_suite: Option<IkeSuiteInfo>,
+    /// SPIs of the Child SA, the inbound first, in hexadecimal digits.
+    pub spis: [String; 2],
+    /// Our traffic selectors, in the notation of `swanctl.conf`.
+    pub local_ts: Vec<String>,
+    /// The peer's traffic selectors.
+    pub remote_ts: Vec<String>,
+}
+
+/// How strongly an address and an identity are bound.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AddressBinding {
+    /// We gave the address to this peer, and to no other while it has it.
+    Assigned,
+    /// It is the outer address that the peer is reached at; behind a NAT others may have it too.
+    Outer,
+    /// The configuration lets the peer have it; it may let others.
+    Configured,
+    /// One that this crate does not know.
+    #[serde(other)]
+    Other,
+}
+
+/// Algorithms of an IKE SA by their IANA numbers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IkeSuiteInfo {
+    /// The cipher.
+    pub encr: u16,
+    /// Its key length in bits; 0 if it is fixed.
+    pub key_bits: u16,
+    /// The integrity algorithm; 0 with a combined-mode cipher.
+    pub integ: u16,
+    /// The PRF.
+    pub prf: u16,
+    /// The key exchange.
+    pub ke: u16,
+    /// Additional key exchanges (RFC 9370).
+    pub additional_ke: Vec<u16>,
 }
 
 /// Answer to `listen`.

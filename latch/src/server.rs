@@ -55,7 +55,7 @@ use crate::database::{
 };
 use crate::protocol::{
     Accept, Bind, Call, ChannelBinding, Code, Created, Guard, Hello, Initiate, Inquire, Inquired, LatchEvent,
-    LatchInfo, List, ListedLatch, Listening, Listing, Named, Peer, Protection, REVISION, Refusal, Release,
+    LatchInfo, List, ListedLatch, Listening, Listing, Named, Peer, Protection, REVISION, Refusal, Release, SaInfo,
     ServerMessage, UNIQUE_BINDING, VERSION, Wanted, Welcome, encode,
 };
 use crate::seqpacket::{self, Datagram, SeqPacket};
@@ -69,6 +69,8 @@ pub struct ServerConfig {
     pub device: Option<String>,
     /// Makes SAs for latches (RFC 5660 §2.3).
     pub initiator: Option<Initiator>,
+    /// Tells what protects a flow at a moment (RFC 5660 §2).
+    pub surveyor: Option<Surveyor>,
     /// Why no latch can be had, if so: nobody would enforce it.
     pub unenforced: Option<String>,
 }
@@ -91,6 +93,28 @@ impl fmt::Debug for Initiator {
         f.debug_struct("Initiator").finish_non_exhaustive()
     }
 }
+
+type Surveying = Pin<Box<dyn Future<Output = Vec<SaInfo>> + Send>>;
+
+/// Tells which SAs, of those with these numbers in the database, protect a flow.
+#[derive(Clone)]
+pub struct Surveyor(Arc<dyn Fn(Flow, Vec<u64>) -> Surveying + Send + Sync>);
+
+impl Surveyor {
+    /// Calls this.
+    pub fn new(survey: impl Fn(Flow, Vec<u64>) -> Surveying + Send + Sync + 'static) -> Self {
+        Self(Arc::new(survey))
+    }
+}
+
+impl fmt::Debug for Surveyor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Surveyor").finish_non_exhaustive()
+    }
+}
+
+/// SAs that one answer tells of: it must fit into a message.
+const MAX_SURVEYED: usize = 8;
 
 /// How long an SA may take to come up for a latch.
 const INITIATION: Duration = Duration::from_secs(60);
@@ -155,6 +179,7 @@ struct Shared {
     database: Arc<Database>,
     device: Option<String>,
     initiator: Option<Initiator>,
+    surveyor: Option<Surveyor>,
     unenforced: Option<String>,
     limits: Limits,
     latches: Arc<Semaphore>,
@@ -170,8 +195,8 @@ async fn serve_within(config: ServerConfig, database: Arc<Database>, limits: Lim
         // Nobody watches, mostly.
         let _ = observed.send(event(alert));
     }));
-    let ServerConfig { path, device, initiator, unenforced } = config;
-    let shared = Arc::new(Shared { database, device, initiator, unenforced, limits, latches, events });
+    let ServerConfig { path, device, initiator, surveyor, unenforced } = config;
+    let shared = Arc::new(Shared { database, device, initiator, surveyor, unenforced, limits, latches, events });
     let sweep = tokio::spawn(sweep(Arc::clone(&shared.database)));
     let tasks = [tokio::spawn(accept(listener, shared)), sweep];
     Ok(Server { path, tasks })
@@ -390,7 +415,7 @@ impl Connection {
                 let latch = LatchId(accepted.latch);
                 reply(id, &accepted).inspect_err(|_| self.let_go(latch))
             }
-            Call::Inquire(inquire) => reply(id, &self.inquire(&inquire, descriptor)?),
+            Call::Inquire(inquire) => reply(id, &self.inquire(&inquire, descriptor).await?),
             Call::Release(Release { latch }) => {
                 if !self.latches.contains_key(&LatchId(latch)) {
                     return Err(no_such_latch(LatchId(latch)));
@@ -399,7 +424,7 @@ impl Connection {
                 reply(id, &serde_json::Map::new())
             }
             Call::List(list) => reply(id, &self.list(&list)),
-            Call::Show(Named { latch }) => reply(id, &self.show(LatchId(latch))?),
+            Call::Show(Named { latch }) => reply(id, &self.show(LatchId(latch)).await?),
             Call::Break(Named { latch }) => {
                 self.administer(LatchId(latch), Database::break_latch, "broken by the administrator")?;
                 reply(id, &serde_json::Map::new())
@@ -452,7 +477,7 @@ impl Connection {
         self.latches.insert(latch, Held { socket, permit, protocol });
         let (peer, protection) = describe(&class);
         let guard = self.guard(latch);
-        Ok(Created { latch: latch.0, local, remote, peer, protection, guard })
+        Ok(Created { latch: latch.0, local, remote, peer, protection, guard, class: self.number_of(&class) })
     }
 
     fn lacks_sa(&self, flow: &Flow, initiate: Initiate) -> bool {
@@ -523,7 +548,7 @@ impl Connection {
         self.latches.insert(latch, Held { socket, permit, protocol });
         let (peer, protection) = describe(&class);
         let guard = self.guard(latch);
-        Ok(Created { latch: latch.0, local, remote, peer, protection, guard })
+        Ok(Created { latch: latch.0, local, remote, peer, protection, guard, class: self.number_of(&class) })
     }
 
     fn enforced(&self) -> Result<(), Refusal> {
@@ -565,7 +590,7 @@ impl Connection {
         })
     }
 
-    fn inquire(&self, inquire: &Inquire, descriptor: Option<OwnedFd>) -> Result<Inquired, Refusal> {
+    async fn inquire(&self, inquire: &Inquire, descriptor: Option<OwnedFd>) -> Result<Inquired, Refusal> {
         let given = (inquire.local.map(canonical), inquire.remote.map(canonical));
         let (protocol, local, remote) = match descriptor {
             Some(_) if given.0.is_some() || inquire.protocol.is_some() => {
@@ -589,10 +614,11 @@ impl Connection {
             Refusal::new(Code::NoSa, format!("no SA protects {flow}, or SAs of more than one class do"))
         })?;
         let (peer, protection) = describe(&class);
-        Ok(Inquired { local, remote, protocol, latch, peer, protection, guard })
+        let (class, sas) = (self.number_of(&class), self.survey(flow).await);
+        Ok(Inquired { local, remote, protocol, latch, peer, protection, guard, class, sas })
     }
 
-    fn show(&self, latch: LatchId) -> Result<Inquired, Refusal> {
+    async fn show(&self, latch: LatchId) -> Result<Inquired, Refusal> {
         let Some(Listed { state, subject: Subject::Connection(flow, class), .. }) = self.shared.database.inquire(latch)
         else {
             return Err(Refusal::new(Code::NoSuchLatch, format!("there is no connection latch {}", latch.0)));
@@ -606,7 +632,23 @@ impl Connection {
             peer,
             protection,
             guard: self.guard(latch),
+            class: self.number_of(&class),
+            sas: self.survey(flow).await,
         })
+    }
+
+    fn number_of(&self, class: &Class) -> Option<u32> {
+        self.shared.database.number_of(class).map(|number| number.0)
+    }
+
+    /// What protects a flow now; nothing if nobody can say.
+    async fn survey(&self, flow: Flow) -> Vec<SaInfo> {
+        let mut sas = self.shared.database.sas_of(&flow);
+        sas.truncate(MAX_SURVEYED);
+        match &self.shared.surveyor {
+            Some(Surveyor(survey)) if !sas.is_empty() => survey(flow, sas).await,
+            _ => Vec::new(),
+        }
     }
 
     fn guard(&self, latch: LatchId) -> Option<Guard> {

@@ -66,7 +66,15 @@ fn the_latch_commands_tell_and_break_and_refuse() {
     let said = run(a, host_a, &["whois", "--udp", "10.1.0.1:53", "10.2.0.1:53"]).unwrap();
     assert!(said.contains("b.example by shared key, to us as a.example"), "{said}");
     assert!(said.contains("tunnel mode") && said.contains("latch: none"), "{said}");
+    // RFC 5660 §2: outer addresses, and what the peer's inner one rests on.
+    assert!(
+        said.contains("SA: site ")
+            && said.contains(", 192.0.2.1:4500 to 192.0.2.2:4500 over udp-encapsulated, AUTH method 2;"),
+        "{said}"
+    );
+    assert!(said.contains("the peer's address is one that the configuration lets it have"), "{said}");
     let said = run(a, host_a, &["whois", "--udp", "--json", "10.1.0.1:53", "10.2.0.1:53"]).unwrap();
+    assert!(said.contains("\"nat_remote\": false") && said.contains("\"remote_ts\": [\n"), "{said}");
     assert!(said.contains("\"protocol\": 17") && said.contains("\"latch\": null"), "{said}");
     let said = run(a, host_a, &["whois", "--udp", "10.1.0.1:53", "10.9.0.1:53"]).unwrap_err();
     assert!(said.contains("no SA protects") && said.contains("(no-sa)"), "{said}");

@@ -18,6 +18,7 @@ use ipsec::plane::{Carrier, DataPlane, Encapsulation, Mode, PlaneError, PlaneEve
 use ipsec::selector::{Flow, TrafficSelector};
 use kernel::network::{Network, NetworkEvent};
 use latch::database::{Class, Database};
+use latch::protocol::SaInfo;
 use pad::Credentials;
 use tokio::sync::{Semaphore, broadcast, mpsc, oneshot};
 
@@ -30,6 +31,7 @@ use super::reqids::{self, Reqids};
 use super::run::SystemRng;
 use super::settings::Settings;
 use super::shunts::Shunts;
+use super::survey;
 use super::tls::TlsClients;
 use super::traps::{Key, Traps};
 use super::updown::{Scripts, Updown};
@@ -825,6 +827,10 @@ impl Core {
             }
             Command::Initiate { ike, child, reply } => self.initiate(ike.as_deref(), child.as_deref(), Some(reply)),
             Command::InitiateFlow { flow, narrow, reply } => self.initiate_for_latch(&flow, narrow, reply),
+            Command::Survey { flow, children, reply } => {
+                let told = children.iter().filter_map(|child| self.survey(now, &flow, *child));
+                let _ = reply.send(told.collect());
+            }
             Command::Terminate { filter, force, reply } => self.terminate(now, &filter, force, reply),
             Command::Rekey { filter, reauth, reply } => {
                 let targets = self.targets(&filter);
@@ -941,6 +947,12 @@ impl Core {
             SaReport { status, usage }
         });
         SaPage { reports: reports.collect(), next }
+    }
+
+    /// A Child SA and its IKE SA as applications are told of them (RFC 5660 §2).
+    fn survey(&self, now: Instant, flow: &Flow, child: ChildSaId) -> Option<SaInfo> {
+        let status = self.engine.ike_sa(self.engine.owner(child)?, now)?;
+        survey::tell(&status, child, flow.remote)
     }
 
     fn usage(&self, child: ChildSaId) -> Option<(Usage, Carrier)> {

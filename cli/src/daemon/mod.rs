@@ -15,6 +15,7 @@ mod run;
 mod settings;
 mod shunts;
 mod state;
+mod survey;
 mod tls;
 mod traps;
 mod updown;

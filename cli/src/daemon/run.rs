@@ -8,7 +8,7 @@ use anyhow::Context as _;
 use bytes::BytesMut;
 use espintcp::streams::{EspWorth, StreamLimits, Streams};
 use espintcp::tls::TlsServer;
-use ike::engine::Engine;
+use ike::engine::{ChildSaId, Engine};
 use ipsec::plane::StreamId;
 use kernel::network::{Network, NetworkConfig};
 use latch::database::Database;
@@ -146,6 +146,13 @@ pub async fn run(options: DaemonOptions) -> anyhow::Result<()> {
                 move |flow, narrow| {
                     let control = control.clone();
                     Box::pin(async move { control.initiate_flow(flow, narrow).await })
+                }
+            })),
+            surveyor: Some(latch::server::Surveyor::new({
+                let control = control.clone();
+                move |flow, children| {
+                    let (control, children) = (control.clone(), children.into_iter().map(ChildSaId).collect());
+                    Box::pin(async move { control.survey(flow, children).await })
                 }
             })),
             unenforced: unenforced.then(|| UNENFORCED.to_owned()),

@@ -188,6 +188,17 @@ enum latchkey_item {
     LATCHKEY_REMOTE_ADDRESS = 7,
     /* All of it as a JSON object, as docs/latch-protocol.md has it. */
     LATCHKEY_JSON = 8,
+    /* What enforces the latch: "engine", "engine-and-system", "system". */
+    LATCHKEY_GUARD = 9,
+    /* Of latchkey_inquire and latchkey_whois alone, what protects the connection now (the first SA; JSON has all): the
+     * connection of the configuration; outer addresses, of whoever is behind a NAT our private and the peer's public one; */
+    LATCHKEY_CONNECTION = 10,
+    LATCHKEY_OUTER_LOCAL_ADDRESS = 11,
+    LATCHKEY_OUTER_REMOTE_ADDRESS = 12,
+    /* "udp", "udp-encapsulated" or "tcp"; */
+    LATCHKEY_TRANSPORT = 13,
+    /* how the remote address is bound to the peer's identity: "assigned", "outer" or "configured". */
+    LATCHKEY_ADDRESS_BINDING = 14,
 
     /* Octets: the data of the identities (RFC 7296 section 3.5), which programs should compare rather than texts; */
     LATCHKEY_PEER_ID_DATA = 32,
@@ -207,8 +218,14 @@ enum latchkey_item {
     LATCHKEY_INTEG = 69,
     /* 0 or 1: 64-bit sequence numbers; */
     LATCHKEY_ESN = 70,
-    /* replay protection. */
-    LATCHKEY_REPLAY_PROTECTION = 71
+    /* replay protection; */
+    LATCHKEY_REPLAY_PROTECTION = 71,
+    /* the same for connections to the same peer with the same credential and protection (RFC 5660 section 6.3). */
+    LATCHKEY_CLASS = 72,
+    /* Of latchkey_inquire and latchkey_whois alone: the AUTH method (IANA); whether we, or the peer, are behind a NAT. */
+    LATCHKEY_AUTH_METHOD = 73,
+    LATCHKEY_NAT_LOCAL = 74,
+    LATCHKEY_NAT_REMOTE = 75
 };
 
 /* Why the last call of this thread failed. Valid until the thread's next call of the library; never null. */
@@ -246,6 +263,9 @@ int latchkey_accept(latchkey_latch listener, int socket, latchkey_latch *latch);
 
 /* Tells who is at the other end of a connected socket now, latched or not. Latches nothing; release what it gives. */
 int latchkey_whois(latchkey_client client, int socket, latchkey_latch *found);
+
+/* Asks the daemon for all that it knows of a latch now, outer addresses too. Release what it gives: it holds no latch. */
+int latchkey_inquire(latchkey_latch latch, latchkey_latch *told);
 
 /*
  * Gives a latch back, and forgets the handle. The connection ends: what was written still goes out under the latch.

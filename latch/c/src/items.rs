@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::ffi::c_int;
 
-use latch::protocol::{Inquired, LatchInfo, ProofInfo};
+use latch::protocol::{AddressBinding, Guard, Inquired, LatchInfo, ProofInfo, SaInfo};
 use serde_json::json;
 
 use crate::handles::Entry;
@@ -31,6 +31,12 @@ pub(crate) fn octets(entry: &Entry, item: c_int) -> Result<(Vec<u8>, bool), Fail
         6 => told.local.to_string(),
         7 => told.remote.to_string(),
         8 => json!(told.as_ref()).to_string(),
+        9 => guard(told.guard.ok_or_else(absent)?)?.to_owned(),
+        10 => first(&told)?.connection.clone(),
+        11 => first(&told)?.outer_local.to_string(),
+        12 => first(&told)?.outer_remote.to_string(),
+        13 => first(&told)?.transport.clone(),
+        14 => address(first(&told)?.address)?.to_owned(),
         32 => return Ok((peer.id.data.clone(), false)),
         33 => return Ok((peer.local_id.data.clone(), false)),
         34 | 35 => {
@@ -62,6 +68,10 @@ pub(crate) fn number(entry: &Entry, item: c_int) -> Result<u64, Failure> {
         69 => Ok(protection.integ.into()),
         70 => Ok(protection.esn.into()),
         71 => Ok(protection.replay_protection.into()),
+        72 => told.class.map(Into::into).ok_or_else(absent),
+        73 => Ok(first(&told)?.method.into()),
+        74 => Ok(first(&told)?.nat_local.into()),
+        75 => Ok(first(&told)?.nat_remote.into()),
         _ => Err(unknown(item)),
     }
 }
@@ -77,9 +87,34 @@ fn told(entry: &Entry) -> Result<Cow<'_, Inquired>, Failure> {
             peer: latch.peer_identity().clone(),
             protection: latch.protection().clone(),
             // No item asks for it.
-            guard: None,
+            guard: latch.guard(),
+            class: latch.class(),
+            sas: Vec::new(),
         })),
         Entry::Listener(_) | Entry::Client(_) => Err(absent()),
+    }
+}
+
+/// The first SA of an inquiry.
+fn first(told: &Inquired) -> Result<&SaInfo, Failure> {
+    told.sas.first().ok_or_else(absent)
+}
+
+fn guard(guard: Guard) -> Result<&'static str, Failure> {
+    match guard {
+        Guard::Engine => Ok("engine"),
+        Guard::EngineAndSystem => Ok("engine-and-system"),
+        Guard::System => Ok("system"),
+        Guard::Other => Err(absent()),
+    }
+}
+
+fn address(address: AddressBinding) -> Result<&'static str, Failure> {
+    match address {
+        AddressBinding::Assigned => Ok("assigned"),
+        AddressBinding::Outer => Ok("outer"),
+        AddressBinding::Configured => Ok("configured"),
+        AddressBinding::Other => Err(absent()),
     }
 }
 

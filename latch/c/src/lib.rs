@@ -171,6 +171,23 @@ pub unsafe extern "C" fn latchkey_whois(client: u64, socket: c_int, found: *mut 
 }
 
 /// See `latchkey.h`.
+///
+/// # Safety
+///
+/// `told` is null or may be written to.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn latchkey_inquire(latch: u64, told: *mut u64) -> c_int {
+    guarded(|| {
+        // SAFETY: the caller's promise.
+        let told = unsafe { arguments::output(told, "told") }?;
+        let found = connection(latch)?;
+        let Entry::Latch(latch) = found.entry() else { return Err(handles::not_a_latch()) };
+        *told = handles::add(Entry::Told(Box::new(latch.inquire()?)));
+        Ok(())
+    })
+}
+
+/// See `latchkey.h`.
 #[unsafe(no_mangle)]
 pub extern "C" fn latchkey_release(latch: u64) -> c_int {
     guarded(|| {

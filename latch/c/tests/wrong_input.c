@@ -98,6 +98,17 @@ int main(int argc, char **argv)
     expect("no item", latchkey_get(latch, 4711, large, sizeof(large), &size), LATCHKEY_ARGUMENT);
     expect("no certificate", latchkey_get(latch, LATCHKEY_CERTIFICATE, large, sizeof(large), &size), LATCHKEY_ABSENT);
     expect("a number as a text", latchkey_get(latch, LATCHKEY_NUMBER, large, sizeof(large), &size), LATCHKEY_ARGUMENT);
+    expect("inquire", latchkey_inquire(latch, &number), LATCHKEY_OK);
+    expect("outer address", latchkey_get(number, LATCHKEY_OUTER_REMOTE_ADDRESS, large, sizeof(large), &size), LATCHKEY_OK);
+    if (strncmp(large, "192.0.2.2:", 10) != 0)
+        printf("WRONG: %s\n", large), failures++;
+    expect("address binding", latchkey_get(number, LATCHKEY_ADDRESS_BINDING, large, sizeof(large), &size), LATCHKEY_OK);
+    if (strcmp(large, "configured") != 0)
+        printf("WRONG: %s\n", large), failures++;
+    expect("forget it", latchkey_release(number), LATCHKEY_OK);
+    expect("inquire a client", latchkey_inquire(client, &number), LATCHKEY_HANDLE);
+    expect("not inquired", latchkey_get(latch, LATCHKEY_OUTER_REMOTE_ADDRESS, large, sizeof(large), &size), LATCHKEY_ABSENT);
+    expect("class", latchkey_get_number(latch, LATCHKEY_CLASS, &number), LATCHKEY_OK);
     expect("json", latchkey_get(latch, LATCHKEY_JSON, large, sizeof(large), &size), LATCHKEY_OK);
     expect("no such binding", latchkey_channel_binding(latch, "tls-unique", large, sizeof(large), &size),
            LATCHKEY_NO_BINDING);

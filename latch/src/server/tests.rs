@@ -378,23 +378,29 @@ async fn lists_of_any_length_come_in_pages() {
 async fn the_socket_is_for_its_group_and_replaces_only_a_dead_one() {
     let house = House::new().await;
     assert_eq!(fs::metadata(&house.path).unwrap().permissions().mode() & 0o7777, 0o660);
-    let config = ServerConfig { path: house.path.clone(), device: None, initiator: None, unenforced: None };
+    let config =
+        ServerConfig { path: house.path.clone(), device: None, initiator: None, surveyor: None, unenforced: None };
     let taken = serve(config.clone(), Arc::default()).await.unwrap_err();
     assert_eq!(taken.kind(), io::ErrorKind::AddrInUse);
     let file = house.directory.path().join("file");
     fs::write(&file, "precious").unwrap();
-    let taken =
-        serve(ServerConfig { path: file.clone(), device: None, initiator: None, unenforced: None }, Arc::default())
-            .await
-            .unwrap_err();
+    let taken = serve(
+        ServerConfig { path: file.clone(), device: None, initiator: None, surveyor: None, unenforced: None },
+        Arc::default(),
+    )
+    .await
+    .unwrap_err();
     assert_eq!(taken.kind(), io::ErrorKind::AddrInUse);
     assert_eq!(fs::read(&file).unwrap(), b"precious");
     let dead = house.directory.path().join("dead");
     drop(listen(&dead).unwrap());
     assert!(
-        serve(ServerConfig { path: dead, device: None, initiator: None, unenforced: None }, Arc::default())
-            .await
-            .is_ok()
+        serve(
+            ServerConfig { path: dead, device: None, initiator: None, surveyor: None, unenforced: None },
+            Arc::default()
+        )
+        .await
+        .is_ok()
     );
 }
 
@@ -403,8 +409,13 @@ async fn a_device_that_is_not_there_fails_the_latch() {
     let directory = TempDir::new().unwrap();
     let path = directory.path().join("latch.sock");
     let database = Arc::new(Database::new());
-    let config =
-        ServerConfig { path: path.clone(), device: Some("nosuchdevice0".into()), initiator: None, unenforced: None };
+    let config = ServerConfig {
+        path: path.clone(),
+        device: Some("nosuchdevice0".into()),
+        initiator: None,
+        surveyor: None,
+        unenforced: None,
+    };
     let server = serve(config, Arc::clone(&database)).await.unwrap();
     let house = House { server, database, path, directory };
     house.install(1, house.class("peer.example"));
@@ -420,8 +431,13 @@ async fn a_server_that_cannot_enforce_latches_gives_none() {
     let directory = TempDir::new().unwrap();
     let path = directory.path().join("latch.sock");
     let database = Arc::new(Database::new());
-    let config =
-        ServerConfig { path: path.clone(), device: None, initiator: None, unenforced: Some("nobody looks".into()) };
+    let config = ServerConfig {
+        path: path.clone(),
+        device: None,
+        initiator: None,
+        surveyor: None,
+        unenforced: Some("nobody looks".into()),
+    };
     let server = serve(config, Arc::clone(&database)).await.unwrap();
     let house = House { server, database, path, directory };
     house.install(1, house.class("peer.example"));
@@ -436,7 +452,13 @@ async fn a_latched_socket_is_bound_to_the_device() {
     let directory = TempDir::new().unwrap();
     let path = directory.path().join("latch.sock");
     let database = Arc::new(Database::new());
-    let config = ServerConfig { path: path.clone(), device: Some("lo".into()), initiator: None, unenforced: None };
+    let config = ServerConfig {
+        path: path.clone(),
+        device: Some("lo".into()),
+        initiator: None,
+        surveyor: None,
+        unenforced: None,
+    };
     let server = serve(config, Arc::clone(&database)).await.unwrap();
     let house = House { server, database, path, directory };
     house.install(1, house.class("peer.example"));
@@ -603,7 +625,8 @@ async fn an_sa_is_made_when_there_is_none_and_a_narrow_one_when_asked_for() {
             })
         }
     });
-    let config = ServerConfig { path: path.clone(), device: None, initiator: Some(initiator), unenforced: None };
+    let config =
+        ServerConfig { path: path.clone(), device: None, initiator: Some(initiator), surveyor: None, unenforced: None };
     let server = serve(config, Arc::clone(&database)).await.unwrap();
     let house = House { server, database, path, directory };
     let (client, far) = (Client::connect(&house.path).await.unwrap(), TcpListener::bind("127.0.0.1:0").unwrap());
@@ -620,6 +643,59 @@ async fn an_sa_is_made_when_there_is_none_and_a_narrow_one_when_asked_for() {
     let _second = client.latch_tcp(remote, None, "peer.example").await.unwrap();
     let _third = client.latch_tcp(remote, None, with(Initiate::Narrow)).await.unwrap();
     assert_eq!(*asked.lock().unwrap(), [false, true]);
+}
+
+#[tokio::test]
+async fn what_protects_a_flow_now_is_told_with_it_and_classes_can_be_compared() {
+    // RFC 5660 §2, §6.3.
+    let directory = TempDir::new().unwrap();
+    let path = directory.path().join("latch.sock");
+    let sa = SaInfo {
+        connection: "net".to_owned(),
+        method: 14,
+        outer_local: "192.0.2.1:4500".parse().unwrap(),
+        outer_remote: "198.51.100.7:60000".parse().unwrap(),
+        transport: "udp-encapsulated".to_owned(),
+        nat_local: false,
+        nat_remote: true,
+        address: crate::protocol::AddressBinding::Assigned,
+        resumed: false,
+        ike_spis: ["1".to_owned(), "2".to_owned()],
+        ike_suite: None,
+        spis: ["3".to_owned(), "4".to_owned()],
+        local_ts: vec!["127.0.0.0/8".to_owned()],
+        remote_ts: vec!["127.0.0.0/8".to_owned()],
+    };
+    let surveyor = Surveyor::new({
+        let sa = sa.clone();
+        move |_, numbers| {
+            let sas = numbers.iter().map(|number| SaInfo { connection: number.to_string(), ..sa.clone() }).collect();
+            Box::pin(std::future::ready(sas))
+        }
+    });
+    let config =
+        ServerConfig { path: path.clone(), device: None, initiator: None, surveyor: Some(surveyor), unenforced: None };
+    let database = Arc::new(Database::new());
+    let server = serve(config, Arc::clone(&database)).await.unwrap();
+    let house = House { server, database, path, directory };
+    house.install(7, house.class("peer.example"));
+    house.install(5, house.class("peer.example"));
+    let client = Client::connect(&house.path).await.unwrap();
+    let ((one, _far), (other, _too)) = (Far::listen().latch(&client).await, Far::listen().latch(&client).await);
+    let told = one.inquire().await.unwrap();
+    let names: Vec<&str> = told.sas.iter().map(|sa| sa.connection.as_str()).collect();
+    assert_eq!((names.as_slice(), told.sas[0].outer_remote), (&["5", "7"][..], sa.outer_remote));
+    assert_eq!(client.whois(one.local_addr(), one.peer_addr()).await.unwrap(), told);
+    assert!(one.class().is_some() && one.class() == other.class() && one.class() == told.class);
+    house.database.removed(5);
+    house.database.removed(7);
+    assert!(one.inquire().await.unwrap().sas.is_empty());
+    house.install(9, house.class("other.example"));
+    let (third, _far) = {
+        let far = TcpListener::bind("127.0.0.1:0").unwrap();
+        (client.latch_tcp(far.local_addr().unwrap(), None, "other.example").await.unwrap(), far)
+    };
+    assert_ne!(third.class(), one.class());
 }
 
 #[tokio::test]
@@ -691,7 +767,8 @@ impl House {
         let directory = TempDir::new().unwrap();
         let path = directory.path().join("latch.sock");
         let database = Arc::new(Database::new());
-        let config = ServerConfig { path: path.clone(), device: None, initiator: None, unenforced: None };
+        let config =
+            ServerConfig { path: path.clone(), device: None, initiator: None, surveyor: None, unenforced: None };
         let server = serve_within(config, Arc::clone(&database), limits).await.unwrap();
         Self { server, database, path, directory }
     }

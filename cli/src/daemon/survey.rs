@@ -1,0 +1,50 @@
+//! What applications are told of the SAs that protect a flow (RFC 5660 §2).
+
+use std::net::IpAddr;
+
+use ike::engine::{ChildSaId, IkeSaStatus, Transport};
+use latch::protocol::{AddressBinding, IkeSuiteInfo, SaInfo};
+use pad::{AuthMethod, Proof};
+
+/// One Child SA of an IKE SA, and how the peer came to an address behind it.
+pub(super) fn tell(status: &IkeSaStatus, child: ChildSaId, remote: IpAddr) -> Option<SaInfo> {
+    let child = status.children.iter().find(|known| known.id == child)?;
+    let method = match &status.peer.as_ref()?.proof {
+        Proof::PreSharedKey => AuthMethod::SHARED_KEY,
+        Proof::Certificate { method, .. } => *method,
+    };
+    let transport = match status.path.transport {
+        Transport::Udp => "udp",
+        Transport::UdpEncap => "udp-encapsulated",
+        Transport::Stream(_) => "tcp",
+    };
+    let assigned = status.assigned.as_ref().is_some_and(|assigned| assigned.remote.contains(&remote));
+    let address = match () {
+        () if assigned => AddressBinding::Assigned,
+        () if status.path.remote.ip().to_canonical() == remote => AddressBinding::Outer,
+        () => AddressBinding::Configured,
+    };
+    Some(SaInfo {
+        connection: status.connection.clone(),
+        method: method.0,
+        outer_local: status.path.local,
+        outer_remote: status.path.remote,
+        transport: transport.to_owned(),
+        nat_local: status.nat_local,
+        nat_remote: status.nat_remote,
+        address,
+        resumed: status.resumed,
+        ike_spis: [status.initiator_spi, status.responder_spi].map(|spi| format!("{spi:016x}")),
+        ike_suite: status.suite.as_ref().map(|suite| IkeSuiteInfo {
+            encr: suite.encr.0,
+            key_bits: suite.key_bits,
+            integ: suite.integ.0,
+            prf: suite.prf.0,
+            ke: suite.ke.0,
+            additional_ke: suite.additional.iter().map(|(_, method)| method.0).collect(),
+        }),
+        spis: [child.spi_in, child.spi_out].map(|spi| format!("{spi:08x}")),
+        local_ts: child.local_ts.iter().map(ToString::to_string).collect(),
+        remote_ts: child.remote_ts.iter().map(ToString::to_string).collect(),
+    })
+}
