@@ -370,7 +370,7 @@ async fn a_bad_connection_is_refused_and_the_others_are_loaded() {
     let text = "connections {
         good { remote { auth = psk } }
         typo { remote_adrs = 192.0.2.1 }
-        weak { remote { revocation = strict } }
+        weak { remote { groups = admins } }
         again { remote { auth = psk } } }";
     std::fs::write(folder.path().join("swanctl.conf"), text).unwrap();
     let loaded = daemon.load_all(folder.path()).await;
@@ -379,7 +379,7 @@ async fn a_bad_connection_is_refused_and_the_others_are_loaded() {
         "{loaded}"
     );
     assert!(
-        loaded.contains("loading connection 'weak' failed: invalid value for: revocation, config discarded"),
+        loaded.contains("loading connection 'weak' failed: invalid value for: groups, config discarded"),
         "{loaded}"
     );
     assert!(loaded.contains("loaded 2 of 4 connections, 2 failed to load"), "{loaded}");

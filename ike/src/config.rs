@@ -63,6 +63,8 @@ pub struct Connection {
     pub ppk_id: Option<IdentityPattern>,
     /// `ppk_required`: nothing without a PPK.
     pub ppk_required: bool,
+    /// `ppk_rekey`: as initiator we rekey an IKE SA that has used a PPK at once.
+    pub ppk_rekey: bool,
     /// `childless`: RFC 6023.
     pub childless: Childless,
     /// `redirect_to` and `redirect_phase`: where an initiator is sent to, and when (RFC 5685).

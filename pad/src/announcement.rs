@@ -119,6 +119,7 @@ mod tests {
             cacerts: Vec::new(),
             certs: Vec::new(),
             constraints: SignatureConstraints::parse(constraints).unwrap(),
+            revocation: Default::default(),
         }
     }
 

@@ -1,6 +1,7 @@
 //! X.509 certificates (RFC 5280) as IKE uses them (RFC 4945): what they say, whose identity they
 //! prove, and validation of a chain at a given time.
 
+use std::cell::RefCell;
 use std::sync::Arc;
 
 use pkcs8::der::asn1::AnyRef;
@@ -17,6 +18,7 @@ use x509_parser::prelude::{FromDer, GeneralName, ParsedExtension, X509Certificat
 use crate::constraints::{SignatureConstraints, SignatureSettings};
 use crate::distinguished_name::elements;
 use crate::identity::Identity;
+use crate::revocation::{self, Crl, Revocation};
 use crate::signature::{self, KeyType, Scheme};
 
 /// Largest certificate that is read, in octets.
@@ -48,6 +50,9 @@ pub struct Certificate {
     is_authority: bool,
     may_sign: bool,
     may_certify: bool,
+    may_sign_crls: bool,
+    /// URIs of its CRLs.
+    distribution_points: Vec<String>,
     signature_scheme: Option<Scheme>,
 }
 
@@ -80,12 +85,16 @@ impl Certificate {
             .map_err(|error| malformed(&error))?
             .is_some_and(|constraints| constraints.value.ca);
         let usage = certificate.key_usage().map_err(|error| malformed(&error))?.map(|extension| extension.value);
-        let (mut subject_key_id, mut authority_key_id) = (None, None);
+        let (mut subject_key_id, mut authority_key_id, mut distribution_points) = (None, None, Vec::new());
         for extension in certificate.extensions() {
             match extension.parsed_extension() {
                 ParsedExtension::SubjectKeyIdentifier(id) => subject_key_id = Some(id.0.to_vec()),
                 ParsedExtension::AuthorityKeyIdentifier(id) => {
                     authority_key_id = id.key_identifier.as_ref().map(|id| id.0.to_vec());
+                }
+                ParsedExtension::CRLDistributionPoints(points) => {
+                    let named = points.iter().filter_map(|point| point.distribution_point.as_ref());
+                    distribution_points = named.flat_map(revocation::uris).collect();
                 }
                 _ => {}
             }
@@ -113,6 +122,9 @@ impl Certificate {
             may_sign: usage.is_none_or(|usage| usage.digital_signature() || usage.non_repudiation()),
             // RFC 5280 §6.1.4 (n).
             may_certify: is_authority && usage.is_none_or(|usage| usage.key_cert_sign()),
+            // RFC 5280 §6.3.3 (f).
+            may_sign_crls: is_authority && usage.is_none_or(|usage| usage.crl_sign()),
+            distribution_points,
             signature_scheme: signature_scheme(der),
         })
     }
@@ -183,6 +195,11 @@ impl Certificate {
         self.subject_key_id.as_deref()
     }
 
+    /// URIs at which its CRLs are said to be (RFC 5280 §4.2.1.13).
+    pub fn distribution_points(&self) -> &[String] {
+        &self.distribution_points
+    }
+
     /// Says whether it is a CA certificate (basicConstraints with CA:TRUE).
     pub fn is_authority(&self) -> bool {
         self.is_authority
@@ -226,6 +243,14 @@ impl Certificate {
         self.may_sign
     }
 
+    pub(crate) fn may_sign_crls(&self) -> bool {
+        self.may_sign_crls
+    }
+
+    pub(crate) fn subject_der(&self) -> &[u8] {
+        &self.subject_der
+    }
+
     /// Says whether `issuer` could have issued it, by names and key identifiers; no signature is checked.
     pub(crate) fn may_be_issued_by(&self, issuer: &Self) -> bool {
         issuer.is_authority
@@ -260,21 +285,26 @@ pub(crate) struct Chain {
     pub(crate) anchor: Arc<Certificate>,
     /// When the first of its certificates ends, in seconds since the Unix epoch.
     pub(crate) not_after: i64,
+    /// What an operator should know.
+    pub(crate) warnings: Vec<String>,
 }
 
 /// Validates the chain from `leaf` to one of `anchors` at `now`.
 ///
 /// Signatures with SHA-1 and RSA keys below 2048 bits are refused. The anchor's validity and key usage are
 /// checked too: an expired CA vouches for nobody. The constraints hold for the keys of all certificates, the
-/// anchor's included, and for the signatures of all but the anchor.
+/// anchor's included, and for the signatures of all but the anchor. Of several paths one is taken on which nothing is
+/// revoked.
 pub(crate) fn validate_chain(
     leaf: &Certificate,
     anchors: &[Arc<Certificate>],
     intermediates: &[CertificateDer<'_>],
     now: u64,
     (constraints, settings): (&SignatureConstraints, SignatureSettings),
+    (revocation, lists): (Revocation, &[Arc<Crl>]),
 ) -> Result<Chain, String> {
-    let own_end = leaf.not_after;
+    let (own_end, end_entity) = (leaf.not_after, leaf);
+    let (warnings, revoked) = (RefCell::new(Vec::new()), RefCell::new(None));
     if !constraints.admits_certificate(leaf.signature_scheme, settings) {
         return Err("its issuer's signature is none that the configuration asks for".to_owned());
     }
@@ -296,18 +326,34 @@ pub(crate) fn validate_chain(
     let leaf = EndEntityCert::try_from(&der).map_err(|error| error.to_string())?;
     let time = UnixTime::since_unix_epoch(std::time::Duration::from_secs(now));
     let issuers_are_good = |path: &VerifiedPath<'_>| {
+        let mut issuers = Vec::new();
         for issuer in path.intermediate_certificates() {
             let issuer = Certificate::parse(&issuer.der()).ok().filter(|issuer| issuer.may_certify);
             let issuer = issuer.ok_or(webpki::Error::EndEntityUsedAsCa)?;
             if !key_fits(&issuer) || !constraints.admits_certificate(issuer.signature_scheme, settings) {
                 return Err(webpki::Error::UnknownIssuer);
             }
+            issuers.push(issuer);
         }
+        let anchor = anchors.iter().find(|(anchor, _)| anchor == path.anchor());
+        let (_, anchor) = anchor.ok_or(webpki::Error::UnknownIssuer)?;
+        let path = std::iter::once(end_entity).chain(&issuers);
+        let mut found = Vec::new();
+        for (certificate, issuer) in path.zip(issuers.iter().chain([&**anchor])) {
+            match revocation.check(lists, certificate, issuer, now) {
+                Ok(warning) => found.extend(warning),
+                Err(reason) => {
+                    *revoked.borrow_mut() = Some(reason);
+                    return Err(webpki::Error::CertRevoked);
+                }
+            }
+        }
+        *warnings.borrow_mut() = found;
         Ok(())
     };
     let path = leaf
         .verify_for_usage(SIGNATURES, &trusted, intermediates, time, IkeUsage, None, Some(&issuers_are_good))
-        .map_err(|error| error.to_string())?;
+        .map_err(|error| revoked.borrow_mut().take().unwrap_or_else(|| error.to_string()))?;
     let anchor = anchors.iter().find(|(anchor, _)| anchor == path.anchor()).map(|(_, certificate)| certificate);
     let anchor = anchor.ok_or_else(|| "the trust anchor is not known".to_owned())?;
     let mut not_after = own_end.min(anchor.not_after);
@@ -315,7 +361,7 @@ pub(crate) fn validate_chain(
         // All of them were parsed above.
         not_after = Certificate::parse(&issuer.der()).map_or(i64::MIN, |issuer| issuer.not_after).min(not_after);
     }
-    Ok(Chain { anchor: Arc::clone(anchor), not_after })
+    Ok(Chain { anchor: Arc::clone(anchor), not_after, warnings: warnings.take() })
 }
 
 /// RFC 4945 §5.1.3.12 takes certificates without extendedKeyUsage, with anyExtendedKeyUsage or with
@@ -355,7 +401,8 @@ impl ExtendedKeyUsageValidator for IkeUsage {
     }
 }
 
-static SIGNATURES: &[&dyn SignatureVerificationAlgorithm] = &[
+/// What certificates and revocation lists may be signed with.
+pub(crate) static SIGNATURES: &[&dyn SignatureVerificationAlgorithm] = &[
     algorithms::ECDSA_P256_SHA256,
     algorithms::ECDSA_P256_SHA384,
     algorithms::ECDSA_P256_SHA512,

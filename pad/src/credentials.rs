@@ -7,9 +7,11 @@ use std::time::Duration;
 use ipsec::secret::Secret;
 
 use crate::announcement::AuthAnnouncement;
+use crate::certificate::Certificate;
 use crate::constraints::{SignatureConstraints, SignatureSettings};
 use crate::identity::{Identity, IdentityPattern};
 use crate::peer::PeerIdentity;
+use crate::revocation::Revocation;
 
 mod authenticate;
 mod sign;
@@ -77,6 +79,16 @@ pub struct PadEntry {
     pub certs: Vec<Vec<u8>>,
     /// What the keys and signatures of the chain and of AUTH have to be.
     pub constraints: SignatureConstraints,
+    /// What has to be known about whether certificates of the chain are revoked.
+    pub revocation: Revocation,
+}
+
+impl PadEntry {
+    /// SHA-1 hashes of the SubjectPublicKeyInfo of its own CAs, for CERTREQ (RFC 7296 §3.7).
+    pub fn authority_hashes(&self) -> Vec<[u8; 20]> {
+        let parsed = self.cacerts.iter().filter_map(|der| Certificate::parse(der).ok());
+        parsed.map(|authority| authority.public_key_info_hash()).collect()
+    }
 }
 
 /// What a peer sent to prove itself, and the entries that could admit it, in order.
@@ -108,6 +120,8 @@ pub struct Admission {
     pub peer: PeerIdentity,
     /// How long all certificates of its chain are valid yet; `None` where it needed none.
     pub good_for: Option<Duration>,
+    /// What an operator should know about its certificates.
+    pub warnings: Vec<String>,
 }
 
 /// What is needed to authenticate ourselves.

@@ -12,6 +12,7 @@ pub mod credentials;
 mod distinguished_name;
 pub mod identity;
 pub mod peer;
+pub mod revocation;
 mod signature;
 
 pub use announcement::AuthAnnouncement;
@@ -23,4 +24,5 @@ pub use credentials::{
 };
 pub use identity::{Identity, IdentityPattern, Specificity};
 pub use peer::{PeerIdentity, Proof};
+pub use revocation::{Crl, CrlError, Revocation};
 pub use signature::KeyType;

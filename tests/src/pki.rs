@@ -1,9 +1,12 @@
 //! Certificates for tests.
 
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose, SanType, SignatureAlgorithm,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, DistinguishedName, DnType,
+    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyIdMethod, KeyPair, KeyUsagePurpose, RevocationReason, RevokedCertParams,
+    SanType, SerialNumber, SignatureAlgorithm,
 };
+use rustls_pki_types::CertificateDer;
+use rustls_pki_types::pem::PemObject;
 
 /// A CA.
 pub struct Authority {
@@ -50,6 +53,30 @@ impl Authority {
 }
 
 impl Authority {
+    /// A certificate revocation list with these certificates, PEM. Later ones have greater numbers.
+    pub fn revoke(&self, number: u64, revoked: &[&Credential]) -> Vec<u8> {
+        let now = rcgen::date_time_ymd(2020, 1, 1);
+        let entry = |credential: &&Credential| {
+            let der = CertificateDer::from_pem_slice(&credential.certificate).unwrap();
+            let serial = pad::Certificate::parse(&der).unwrap().serial().to_vec();
+            RevokedCertParams {
+                serial_number: SerialNumber::from(serial),
+                revocation_time: now,
+                reason_code: Some(RevocationReason::KeyCompromise),
+                invalidity_date: None,
+            }
+        };
+        let params = CertificateRevocationListParams {
+            this_update: now,
+            next_update: rcgen::date_time_ymd(2100, 1, 1),
+            crl_number: SerialNumber::from(number),
+            issuing_distribution_point: None,
+            revoked_certs: revoked.iter().map(entry).collect(),
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        params.signed_by(&self.issuer).unwrap().pem().unwrap().into_bytes()
+    }
+
     /// Issues a certificate for a TLS server of this name.
     pub fn issue_for_tls(&self, name: &str) -> Credential {
         let mut params = CertificateParams::new(vec![name.to_owned()]).unwrap();

@@ -7,6 +7,7 @@ use std::time::Duration;
 use latchkey_tests::daemon::Daemon;
 use latchkey_tests::daemon::Kind::{self, Latchkey, Strongswan};
 use latchkey_tests::host::wait_for;
+use latchkey_tests::pki::Authority;
 use latchkey_tests::scene::{Auth, Scene, Suite, configurations, hosts};
 
 const ROLES: [(Kind, Kind); 2] = [(Latchkey, Strongswan), (Strongswan, Latchkey)];
@@ -59,6 +60,52 @@ fn constraints_refuse_what_they_do_not_admit() {
             assert!(!tried.status.success(), "{demanded}\n{}{}", scene.a.output(), scene.b.output());
             assert_eq!((scene.a.established(), scene.b.established()), (0, 0), "{demanded}");
         }
+    }
+}
+
+// swanctl.conf(5), `revocation`; RFC 4945 §4.1.2: lists come from the folder or over VICI, and what they say counts from
+// then on, in both roles.
+#[test]
+fn a_revoked_certificate_gets_nobody_in() {
+    for (initiator, responder) in ROLES {
+        let algorithm = &rcgen::PKCS_ECDSA_P256_SHA256;
+        let authority = Authority::new("CA", algorithm);
+        let credentials = ["a.example", "b.example"].map(|name| authority.issue(name, algorithm));
+        let (host_a, host_b) = hosts();
+        let [mut of_a, mut of_b] = configurations(&Suite { auth: Auth::Certificates(algorithm), ..RSA });
+        for ((text, files), credential) in [&mut of_a, &mut of_b].into_iter().zip(&credentials) {
+            *files = vec![
+                ("x509/cert.pem".into(), credential.certificate.clone()),
+                ("x509ca/ca.pem".into(), authority.certificate()),
+                ("private/key.pem".into(), credential.key.clone()),
+            ];
+            *text = text.replace("remote {\nauth = pubkey\n", "remote {\nauth = pubkey\nrevocation = strict\n");
+        }
+        let good = authority.revoke(1, &[]);
+        [&mut of_a, &mut of_b].into_iter().for_each(|(_, files)| files.push(("x509crl/ca.crl".into(), good.clone())));
+        let b = Daemon::start(responder, &host_b, &of_b.0, &of_b.1);
+        let a = Daemon::start(initiator, &host_a, &of_a.0, &of_a.1);
+        let scene = Scene { a, b, host_a, host_b };
+        scene.a.initiate("net");
+        scene.passes();
+        scene.a.control(&["--terminate", "--ike", "site"]);
+
+        let (checks, peer) =
+            if initiator == Latchkey { (&scene.a, &credentials[1]) } else { (&scene.b, &credentials[0]) };
+        std::fs::write(checks.path("swanctl/x509crl/ca.crl"), authority.revoke(2, &[peer])).unwrap();
+        checks.control(&["--load-creds"]);
+        let listed = checks.control(&["--list-certs", "--type", "x509_crl"]);
+        assert!(listed.contains("serial:    02") && !listed.contains("serial:    01"), "{listed}");
+        let tried = scene.a.swanctl(&["--initiate", "--child", "net", "--timeout", "20"]);
+        assert!(!tried.status.success(), "{}{}", scene.a.output(), scene.b.output());
+        assert_eq!((scene.a.established(), scene.b.established()), (0, 0));
+        let log = checks.log();
+        assert!(log.contains("was revoked at") && log.contains("key compromise"), "{log}");
+
+        std::fs::remove_file(checks.path("swanctl/x509crl/ca.crl")).unwrap();
+        checks.control(&["--load-creds", "--clear"]);
+        assert!(!scene.a.swanctl(&["--initiate", "--child", "net", "--timeout", "20"]).status.success());
+        assert!(checks.log().contains("no CRL of"), "{}", checks.log());
     }
 }
 

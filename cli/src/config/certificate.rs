@@ -7,7 +7,7 @@ use pad::{Certificate, Identity};
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
 
-const MAX_FILE: u64 = 1 << 20;
+const MAX_FILE: usize = 1 << 20;
 
 /// The DER of a certificate that is PEM or DER.
 ///
@@ -42,14 +42,23 @@ pub fn read_certificate(path: &Path) -> Result<Vec<u8>, String> {
 /// # Errors
 /// Those of reading; `InvalidInput` for what is not a regular file or is larger than 1 MiB.
 pub fn read_limited(path: &Path) -> std::io::Result<zeroize::Zeroizing<Vec<u8>>> {
-    let refuse = |reason: &str| std::io::Error::new(std::io::ErrorKind::InvalidInput, reason.to_owned());
+    read_up_to(path, MAX_FILE)
+}
+
+/// Reads a regular file of at most so many octets.
+///
+/// # Errors
+/// Those of the file system, and `InvalidInput` for another kind of file or one that is larger.
+pub fn read_up_to(path: &Path, limit: usize) -> std::io::Result<zeroize::Zeroizing<Vec<u8>>> {
+    let refuse = |reason: String| std::io::Error::new(std::io::ErrorKind::InvalidInput, reason);
     if !std::fs::metadata(path)?.is_file() {
-        return Err(refuse("not a regular file"));
+        return Err(refuse("not a regular file".to_owned()));
     }
     let mut bytes = zeroize::Zeroizing::new(Vec::new());
-    std::fs::File::open(path)?.take(MAX_FILE + 1).read_to_end(&mut bytes)?;
-    if u64::try_from(bytes.len()).is_ok_and(|length| length > MAX_FILE) {
-        return Err(refuse("larger than 1 MiB"));
+    let most = u64::try_from(limit).unwrap_or(u64::MAX).saturating_add(1);
+    std::fs::File::open(path)?.take(most).read_to_end(&mut bytes)?;
+    if bytes.len() > limit {
+        return Err(refuse(format!("larger than {} MiB", limit >> 20)));
     }
     Ok(bytes)
 }

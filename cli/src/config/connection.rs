@@ -18,7 +18,7 @@ use ike::crypto::{has_short_keys, parse_proposals};
 use ike::engine::Gateway;
 use ipsec::plane::{CopyDscp, KernelOptions, Lifetime, Mode, Offload, ShuntAction, TfcPadding};
 use ipsec::transform::{Proposal, Protocol};
-use pad::{AuthClass, Identity, IdentityPattern, LocalAuth, PadEntry, SignatureConstraints};
+use pad::{AuthClass, Identity, IdentityPattern, LocalAuth, PadEntry, Revocation, SignatureConstraints};
 
 use crate::config::certificate::{certificate_der, is_authority, read_certificate, subject};
 use crate::config::shunt::Shunt;
@@ -176,6 +176,7 @@ fn read_connection(
     let split_dns = split_dns(&mut options);
     let ppk_id = options.parsed("ppk_id", |text| IdentityPattern::parse(text).ok(), "an identity");
     let ppk_required = options.boolean("ppk_required", false);
+    let ppk_rekey = options.boolean("ppk_rekey", false);
     options.refuse_unless("if_id_in", ZERO, "XFRM interfaces are not served yet");
     options.refuse_unless("if_id_out", ZERO, "XFRM interfaces are not served yet");
     options.refuse_unless("mediation", NO, "mediation is not served");
@@ -235,6 +236,7 @@ fn read_connection(
         unique,
         ppk_id,
         ppk_required,
+        ppk_rekey,
         childless,
         redirect_to: redirect_to.map(|gateway| (gateway, redirect_phase)),
         session_resumption,
@@ -384,6 +386,7 @@ fn remote_auth(
         cacerts: Vec::new(),
         certs: Vec::new(),
         constraints: SignatureConstraints::default(),
+        revocation: Default::default(),
     };
     let Some(mut auth) = auth_section(options, "remote") else {
         if admits_nobody {
@@ -402,7 +405,11 @@ fn remote_auth(
         &[],
         "the CA's identity cannot be checked yet, so this would admit too many; use 'cacerts'",
     );
-    auth.refuse_unless("revocation", &["relaxed"], "revocation cannot be checked yet");
+    entry.revocation = auth.choice(
+        "revocation",
+        Revocation::Relaxed,
+        &[(&["relaxed"], Revocation::Relaxed), (&["ifuri"], Revocation::IfUri), (&["strict"], Revocation::Strict)],
+    );
     for option in ["eap_id", "xauth_id"] {
         auth.warn_unless(option, &["%any"]);
     }
@@ -1044,8 +1051,7 @@ mod tests {
             assert!(message.contains("config discarded"), "{option}: {message}");
         }
         for option in [
-            "revocation = strict",
-            "revocation = ifuri",
+            "revocation = never",
             "groups = admins",
             "cert_policy = 1.2.3",
             "ca_id = x",

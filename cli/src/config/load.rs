@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use ipsec::secret::Secret;
 use pad::IdentityPattern;
 
-use crate::config::certificate::{certificate_der, read_certificate, read_limited};
+use crate::config::certificate::{certificate_der, read_certificate, read_limited, read_up_to};
 use crate::config::connection::{CertificateKind, CertificateSource, connection};
 use crate::config::credentials::{Authority, decode_secret};
 use crate::config::pool::pool;
@@ -17,12 +17,11 @@ use crate::tree::{Node, Origin, Section, Value};
 /// Folders of private keys, and of the secrets that hold their passphrases.
 const KEY_FOLDERS: [&str; 4] = ["private", "rsa", "ecdsa", "pkcs8"];
 /// Folders that we do not read yet, and what is in them.
-const OTHER_FOLDERS: [(&str, &str); 7] = [
+const OTHER_FOLDERS: [(&str, &str); 6] = [
     ("pkcs12", "PKCS#12 containers"),
     ("x509aa", "attribute authorities"),
     ("x509ac", "attribute certificates"),
     ("x509ocsp", "OCSP signers"),
-    ("x509crl", "revocation lists"),
     ("pubkey", "raw public keys"),
     ("bliss", "BLISS keys"),
 ];
@@ -120,6 +119,12 @@ impl Loader<'_> {
             let added = read_limited(&path)
                 .map_err(|error| error.to_string())
                 .and_then(|bytes| self.configured.credentials.add_authority(&bytes).map_err(|error| error.to_string()));
+            self.file_result(&path, added);
+        }
+        for path in files(&self.folder.join("x509crl")) {
+            let added = read_up_to(&path, pad::revocation::MAX_CRL_SIZE)
+                .map_err(|error| error.to_string())
+                .and_then(|bytes| self.configured.credentials.add_crl(&bytes).map_err(|error| error.to_string()));
             self.file_result(&path, added);
         }
         for (name, contents) in OTHER_FOLDERS {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use ike::engine::{ChildSaId, Event, Gateway, IkeSaId};
 use ipsec::plane::ShuntAction;
 use ipsec::secret::Secret;
-use pad::{Certificate, CredentialError, IdentityPattern};
+use pad::{Certificate, CredentialError, Credentials, Crl, IdentityPattern};
 use tokio::sync::broadcast;
 
 use crate::config::Configured;
@@ -532,7 +532,7 @@ async fn list_certificates(shared: &Shared, sink: &EventSink, message: &Section)
         "x509ca" => ("x509", "ca".to_owned()),
         other => (other, flag),
     };
-    if !matches!(kind, "any" | "x509") {
+    if !matches!(kind, "any" | "x509" | "x509_crl") {
         return report::message();
     }
     let subject = owned(message, "subject");
@@ -540,6 +540,12 @@ async fn list_certificates(shared: &Shared, sink: &EventSink, message: &Section)
     {
         let configured = shared.store.lock().await;
         let credentials = configured.all_credentials();
+        let issuer = |list: &Crl| list.issuer().map(ToString::to_string).unwrap_or_default();
+        if kind != "x509" && matches!(flag.as_str(), "any" | "none") {
+            let lists = credentials.crls().iter();
+            let named = lists.filter(|list| subject.as_ref().is_none_or(|subject| *subject == issuer(list)));
+            shown.extend(named.map(|list| report::revocation_list(list.der())));
+        }
         let mut all: Vec<(Vec<u8>, bool)> = Vec::new();
         for stored in credentials.stored_certificates() {
             let der = stored.certificate.der();
@@ -566,7 +572,7 @@ async fn list_certificates(shared: &Shared, sink: &EventSink, message: &Section)
                 _ => false,
             };
             let named = subject.as_ref().is_none_or(|subject| *subject == report::subject_text(certificate));
-            if wanted && named {
+            if wanted && named && kind != "x509_crl" {
                 shown.push(report::certificate(certificate, *has_private_key));
             }
         }
@@ -635,19 +641,14 @@ async fn load_certificate(shared: &Shared, message: &Section) -> Section {
     let Some(data) = message.value("data") else { return failure("certificate data missing") };
     let kind = owned(message, "type").unwrap_or_default().to_ascii_lowercase();
     let flag = owned(message, "flag").unwrap_or_else(|| "none".to_owned()).to_ascii_lowercase();
-    let authority = match (kind.as_str(), flag.as_str()) {
-        ("x509", "none") => false,
-        ("x509", "ca") | ("x509ca", _) => true,
+    let add: fn(&mut Credentials, &[u8]) -> Result<(), CredentialError> = match (kind.as_str(), flag.as_str()) {
+        ("x509", "none") => Credentials::add_certificate,
+        ("x509", "ca") | ("x509ca", _) => Credentials::add_authority,
+        ("x509_crl", _) => Credentials::add_crl,
         ("", _) => return failure("invalid certificate type ''"),
         (kind, flag) => return failure(format!("certificates of type '{kind}' with flag '{flag}' are not served yet")),
     };
-    let load = |configured: &mut Configured| {
-        if authority {
-            configured.credentials.add_authority(&data.bytes)
-        } else {
-            configured.credentials.add_certificate(&data.bytes)
-        }
-    };
+    let load = |configured: &mut Configured| add(&mut configured.credentials, &data.bytes);
     let loaded: Result<(), CredentialError> = shared.store.change_credentials(&shared.control, load).await;
     outcome(loaded.map_err(|error| error.to_string()))
 }

@@ -407,6 +407,15 @@ pub fn certificate(der: &[u8], has_private_key: bool) -> Section {
     section
 }
 
+/// `list-cert` of a certificate revocation list.
+pub fn revocation_list(der: &[u8]) -> Section {
+    let mut section = message();
+    section.push_value("type", "X509_CRL");
+    section.push_value("flag", "NONE");
+    section.push_value("data", der);
+    section
+}
+
 /// `version`.
 pub fn version() -> Section {
     let mut section = message();

@@ -258,7 +258,7 @@ fn answer(
 ) -> Message {
     let mut payloads = vec![Payload::Sa(vec![proposal]), Payload::Nonce(nr.to_vec())];
     payloads.extend(nat::payloads(spis.initiator, spis.responder, &core.path, core.nat.fake));
-    payloads.extend(candidates.iter().find_map(|connection| cert_request(connection, &ctx.authorities)));
+    payloads.extend(cert_request(candidates, &ctx.authorities));
     payloads.push(auth_announcement(candidates, ctx.config.signatures));
     payloads.extend(capabilities(ctx, fragmentation));
     payloads.extend(childless::announcement(candidates.iter().map(|connection| &**connection)));

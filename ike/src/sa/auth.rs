@@ -22,6 +22,8 @@ use crate::wire::{Identification, NotifyType, Payload};
 
 /// X.509 Certificate - Signature (RFC 7296 §3.6).
 const X509_SIGNATURE: u8 = 4;
+/// Connections whose CAs are named in one CERTREQ: the answer to IKE_SA_INIT cannot be fragmented.
+const MAX_ASKING: usize = 16;
 /// RFC 7296 §2.15.
 const KEY_PAD: &[u8] = b"Key Pad for IKEv2";
 
@@ -188,11 +190,25 @@ pub(crate) fn proof_payloads(signed: SignedAuth, send: SendCert, requested: bool
     payloads
 }
 
-/// A CERTREQ for the CAs that we know, where this connection wants certificates.
-pub(crate) fn cert_request(connection: &Connection, authorities: &[[u8; 20]]) -> Option<Payload> {
-    let wanted = connection.send_certreq && connection.remote.class == pad::AuthClass::PublicKey;
-    (wanted && !authorities.is_empty())
-        .then(|| Payload::CertReq { encoding: X509_SIGNATURE, authorities: authorities.concat() })
+/// A CERTREQ for the CAs that may vouch for the peer on one of these connections, where it wants certificates: its own,
+/// or all that are loaded (RFC 4945 §3.2).
+pub(crate) fn cert_request<'a>(
+    connections: impl IntoIterator<Item = &'a Arc<Connection>>,
+    loaded: &[[u8; 20]],
+) -> Option<Payload> {
+    let wants =
+        |connection: &&Arc<Connection>| connection.send_certreq && connection.remote.class == pad::AuthClass::PublicKey;
+    let mut authorities: Vec<[u8; 20]> = Vec::new();
+    for connection in connections.into_iter().filter(wants).take(MAX_ASKING) {
+        let own = connection.remote.authority_hashes();
+        let named = if connection.remote.cacerts.is_empty() { loaded } else { &own };
+        for hash in named {
+            if !authorities.contains(hash) {
+                authorities.push(*hash);
+            }
+        }
+    }
+    (!authorities.is_empty()).then(|| Payload::CertReq { encoding: X509_SIGNATURE, authorities: authorities.concat() })
 }
 
 /// RFC 4945 §3.1.1: says whether an address as identity is that of the peer, where this counts.

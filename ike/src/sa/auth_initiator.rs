@@ -15,7 +15,7 @@ use super::channel::{Channel, Received};
 use super::child::ChildOffer;
 use super::childless;
 use super::configuration;
-use super::established::{RECONNECT_FIRST, RECONNECT_LONGEST};
+use super::established::{RECONNECT_FIRST, RECONNECT_LONGEST, Task};
 use super::fault::{Fault, notify, notify_name};
 use super::init::{Again, begin_over_tcp};
 use super::message_id_sync;
@@ -171,6 +171,12 @@ impl InitiatorAuth {
         sa.ask(ctx, now, payloads)
     }
 
+    /// What the responder has announced (RFC 9593).
+    #[cfg(test)]
+    pub(crate) fn announced(&self) -> Option<&[pad::AuthAnnouncement]> {
+        self.material.announced.as_deref()
+    }
+
     pub(crate) fn serves(&self, connection: &Connection, remote: std::net::IpAddr) -> bool {
         self.connection.authenticates_as(connection)
             && (self.core.path.remote.ip() == remote || self.core.redirects.came_from(remote))
@@ -224,11 +230,12 @@ impl InitiatorAuth {
                 if waiting == job =>
             {
                 match result {
-                    Ok(Admission { peer, good_for })
+                    Ok(Admission { peer, good_for, warnings })
                         if peer.id == asserted && self.connection.remote.remote_id.matches(&peer.id) =>
                     {
                         let line = format!("authentication of '{}' successful", peer.id);
                         ctx.log("IKE", 1, self.core.tag(), line);
+                        warnings.into_iter().for_each(|line| ctx.log("CFG", 1, self.core.tag(), line));
                         let basis = basis.proved(now, good_for);
                         self.authenticated(ctx, now, Arc::new(peer), basis, *parts)
                     }
@@ -456,7 +463,7 @@ impl InitiatorAuth {
         if is_first_contact(ctx, &self.connection, &self.local_id) {
             payloads.push(notify(NotifyType::INITIAL_CONTACT, Vec::new()));
         }
-        payloads.extend(cert_request(&self.connection, &ctx.authorities));
+        payloads.extend(cert_request([&self.connection], &ctx.authorities));
         if self.material.announced.is_some() {
             // RFC 9593 §3.1: to a responder that knows what it is.
             payloads.push(auth_announcement(std::slice::from_ref(&self.connection), ctx.config.signatures));
@@ -630,6 +637,7 @@ impl InitiatorAuth {
         if connection.tcp == TcpPolicy::Fallback {
             ctx.shared.networks.lock().note(now, &core.path);
         }
+        let uses_ppk = basis.uses_ppk && !basis.resumed;
         let binding = material.channel_binding(&channel, &peer, &basis);
         let mut established = Box::new(Established::new(
             ctx,
@@ -642,6 +650,10 @@ impl InitiatorAuth {
             super::established::Role::Initiator,
         ));
         established.channel_binding = binding;
+        if uses_ppk && established.connection.ppk_rekey {
+            // RFC 8784 §4: the keys of this IKE SA's own messages have no PPK in them, its successor's have.
+            established.queue.push_back(Task::RekeyIke { token: None, group: None, tries: 0 });
+        }
         established.negotiate_mobility(ctx, true, &parts);
         established.take_tokens(&parts);
         established.negotiate_message_id_sync(&parts);

@@ -300,6 +300,10 @@ impl InitiatorIntermediate {
             let line = format!("received {} notify error", notify_name(error.kind));
             return self.fail(ctx, &line);
         }
+        // RFC 9593 §3.1: what did not fit into the answer to IKE_SA_INIT.
+        if let Some(announced) = parts.auth_announcements() {
+            self.material.announced = Some(announced);
+        }
         let Some((_, public)) = parts.ke.filter(|(group, _)| *group == ke.method()) else {
             return self.fail(ctx, "the IKE_INTERMEDIATE response lacks the key exchange that was asked for");
         };

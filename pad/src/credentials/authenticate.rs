@@ -10,14 +10,15 @@ use super::{Admission, AuthClass, AuthError, AuthMethod, AuthenticateRequest, Cr
 use crate::certificate::{self, Certificate, Chain};
 use crate::constraints::SignatureConstraints;
 use crate::peer::{PeerIdentity, Proof};
+use crate::revocation::Revocation;
 use crate::signature::{self, Scheme, VerifyError};
 
 /// Most certificates of a peer that are looked at.
 const MAX_CERTIFICATES: usize = 16;
 
-/// Chains of one certificate to the loaded authorities, by the constraints that they were checked against: many
+/// Chains of one certificate to the loaded authorities, by the demands that they were checked against: many
 /// entries cost no more than a few.
-type DefaultChains = Vec<(SignatureConstraints, Result<Chain, String>)>;
+type DefaultChains = Vec<((SignatureConstraints, Revocation), Result<Chain, String>)>;
 
 impl AuthMethod {
     /// The kind of proof that the method is; `None` if we do not accept the method.
@@ -55,7 +56,7 @@ impl Credentials {
         match class {
             AuthClass::SharedKey => {
                 self.check_shared_key(request, &id)?;
-                Ok(admitted(request, first, Proof::PreSharedKey, None))
+                Ok(admitted(request, first, Proof::PreSharedKey, None, Vec::new()))
             }
             AuthClass::PublicKey => self.check_signature(request, &entries, now, &id),
         }
@@ -107,7 +108,7 @@ impl Credentials {
                             method: request.method,
                         };
                         let left = u64::try_from(chain.not_after).unwrap_or(0).saturating_sub(now);
-                        return Ok(admitted(request, entry, proof, Some(Duration::from_secs(left))));
+                        return Ok(admitted(request, entry, proof, Some(Duration::from_secs(left)), chain.warnings));
                     }
                     Err(reason) => {
                         failure.get_or_insert(certificate_error(reason));
@@ -172,7 +173,8 @@ impl Credentials {
             }
             // Configured by its octets, it needs nobody else to vouch for it.
             if entry.cacerts.is_empty() {
-                return Ok(Chain { anchor: Arc::clone(signer), not_after: signer.not_after() });
+                let warnings = self.check_pinned(entry, signer, now)?;
+                return Ok(Chain { anchor: Arc::clone(signer), not_after: signer.not_after(), warnings });
             }
         }
         let validate = |anchors: &[Arc<Certificate>]| {
@@ -181,19 +183,37 @@ impl Credentials {
             let intermediates: Vec<_> =
                 sent.filter(|der| der.len() <= certificate::MAX_CERTIFICATE_SIZE).chain(loaded).collect();
             let constraints = (&entry.constraints, request.settings);
-            certificate::validate_chain(signer, anchors, &intermediates, now, constraints)
+            let revocation = (entry.revocation, self.crls());
+            certificate::validate_chain(signer, anchors, &intermediates, now, constraints, revocation)
         };
         if entry.cacerts.is_empty() {
-            if let Some((_, known)) = by_default.iter().find(|(known, _)| *known == entry.constraints) {
+            let demands = (entry.constraints.clone(), entry.revocation);
+            if let Some((_, known)) = by_default.iter().find(|(known, _)| *known == demands) {
                 return known.clone();
             }
             let chain = validate(self.authorities());
-            by_default.push((entry.constraints.clone(), chain.clone()));
+            by_default.push((demands, chain.clone()));
             return chain;
         }
         let anchors: Vec<_> =
             entry.cacerts.iter().filter_map(|der| Certificate::parse(der).ok()).map(Arc::new).collect();
         validate(&anchors)
+    }
+
+    /// A configured certificate needs nobody to vouch for it, but whoever issued it may have revoked it.
+    fn check_pinned(&self, entry: &PadEntry, signer: &Certificate, now: u64) -> Result<Vec<String>, String> {
+        if signer.is_self_issued() {
+            return Ok(Vec::new());
+        }
+        let issuers = self.intermediates().filter(|issuer| signer.may_be_issued_by(issuer));
+        let mut checked: Vec<_> =
+            issuers.map(|issuer| entry.revocation.check(self.crls(), signer, issuer, now)).collect();
+        if checked.is_empty() && entry.revocation == Revocation::Strict {
+            let reason = "'revocation' asks for a CRL, and the CA that issued it is not loaded".to_owned();
+            checked.push(Err(reason));
+        }
+        let warnings: Result<Vec<_>, _> = checked.into_iter().collect();
+        Ok(warnings?.into_iter().flatten().collect())
     }
 }
 
@@ -207,7 +227,13 @@ fn check_auth(request: &AuthenticateRequest, signer: &Certificate, id: &str) -> 
     })
 }
 
-fn admitted(request: &AuthenticateRequest, entry: &PadEntry, proof: Proof, good_for: Option<Duration>) -> Admission {
+fn admitted(
+    request: &AuthenticateRequest,
+    entry: &PadEntry,
+    proof: Proof,
+    good_for: Option<Duration>,
+    warnings: Vec<String>,
+) -> Admission {
     let (id, local_id, entry) = (request.peer_id.clone(), request.local_id.clone(), entry.name.clone());
-    Admission { peer: PeerIdentity { id, local_id, proof, entry }, good_for }
+    Admission { peer: PeerIdentity { id, local_id, proof, entry }, good_for, warnings }
 }

@@ -8,12 +8,13 @@ use pkcs8::SecretDocument;
 use pkcs8::der::Decode;
 use pkcs8::pkcs5::EncryptionScheme;
 use pkcs8::pkcs5::pbes2::Kdf;
-use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::{PemObject, SectionKind};
+use rustls_pki_types::{CertificateDer, CertificateRevocationListDer};
 use zeroize::Zeroizing;
 
 use crate::certificate::{Certificate, CertificateError};
 use crate::identity::{Identity, IdentityPattern, Specificity};
+use crate::revocation::{Crl, CrlError};
 use crate::signature::{self, PrivateKey};
 
 /// All credentials of the daemon; cheap to clone and swap as a snapshot (`Arc` inside).
@@ -26,6 +27,7 @@ pub struct Credentials {
 struct Inner {
     certificates: Vec<Arc<Certificate>>,
     authorities: Vec<Arc<Certificate>>,
+    crls: Vec<Arc<Crl>>,
     private_keys: Vec<Arc<PrivateKey>>,
     shared_secrets: Vec<Arc<SharedSecret>>,
 }
@@ -68,6 +70,9 @@ pub enum CredentialError {
     /// It is not a certificate.
     #[error(transparent)]
     Certificate(#[from] CertificateError),
+    /// It is not a revocation list.
+    #[error(transparent)]
+    Crl(#[from] CrlError),
     /// It is not a CA certificate (the text is strongSwan's).
     #[error("certificate without CA flag, rejected")]
     NotAnAuthority,
@@ -116,6 +121,34 @@ impl Credentials {
         let inner = Arc::make_mut(&mut self.inner);
         certificates.into_iter().for_each(|certificate| insert(&mut inner.authorities, certificate));
         Ok(())
+    }
+
+    /// Adds certificate revocation lists, DER or PEM. Of lists about the same certificates the newest counts that their
+    /// issuer signed; where it is known already, it takes the place of older ones of that issuer.
+    pub fn add_crl(&mut self, data: &[u8]) -> Result<(), CredentialError> {
+        let lists = parse_crls(data)?;
+        let inner = Arc::make_mut(&mut self.inner);
+        for list in lists {
+            if inner.crls.iter().any(|known| **known == list) {
+                continue;
+            }
+            let loaded = inner.certificates.iter().chain(&inner.authorities);
+            let signer = loaded.into_iter().find(|authority| list.is_signed_by(authority));
+            if let Some(signer) = signer {
+                let is_known = |known: &Arc<Crl>| known.is_signed_by(signer);
+                if inner.crls.iter().any(|known| known.replaces(&list) && !list.replaces(known) && is_known(known)) {
+                    continue;
+                }
+                inner.crls.retain(|known| !(list.replaces(known) && is_known(known)));
+            }
+            inner.crls.push(Arc::new(list));
+        }
+        Ok(())
+    }
+
+    /// The certificate revocation lists, in the order of loading.
+    pub fn crls(&self) -> &[Arc<Crl>] {
+        &self.inner.crls
     }
 
     /// Adds a private key: PKCS#8 (plain or encrypted), PKCS#1 or SEC1, in DER or PEM. Returns its key id, the
@@ -210,6 +243,7 @@ impl Credentials {
         Arc::ptr_eq(ours, theirs)
             || (ours.certificates == theirs.certificates
                 && ours.authorities == theirs.authorities
+                && ours.crls == theirs.crls
                 && self.private_key_ids() == other.private_key_ids()
                 && same_secrets())
     }
@@ -352,6 +386,19 @@ fn parse_certificates(data: &[u8]) -> Result<Vec<Certificate>, CertificateError>
         return Err(CertificateError("no certificate in the PEM".to_owned()));
     }
     ders.iter().map(|der| Certificate::parse(der)).collect()
+}
+
+/// Revocation lists in one DER or in a PEM file.
+fn parse_crls(data: &[u8]) -> Result<Vec<Crl>, CrlError> {
+    if !is_pem(data) {
+        return Ok(vec![Crl::parse(data)?]);
+    }
+    let sections = CertificateRevocationListDer::pem_slice_iter(data).collect::<Result<Vec<_>, _>>();
+    let sections = sections.map_err(|_| CrlError("broken PEM".to_owned()))?;
+    if sections.is_empty() {
+        return Err(CrlError("no CRL in the PEM".to_owned()));
+    }
+    sections.iter().map(|der| Crl::parse(der)).collect()
 }
 
 fn is_pem(data: &[u8]) -> bool {

@@ -1,4 +1,5 @@
 mod faults;
+mod revocation;
 mod tickets;
 
 use std::sync::{Arc, OnceLock};
@@ -112,6 +113,7 @@ fn entry(name: &str, pattern: &str, class: AuthClass) -> PadEntry {
         cacerts: Vec::new(),
         certs: Vec::new(),
         constraints: SignatureConstraints::default(),
+        revocation: Default::default(),
     }
 }
 

@@ -39,7 +39,7 @@ fn with_careless_responder(mut pair: Pair) -> Pair {
                 pair.sides[B].engine.handle_job(
                     now,
                     id,
-                    JobOutcome::Authenticate(Ok(pad::Admission { peer, good_for: None })),
+                    JobOutcome::Authenticate(Ok(pad::Admission { peer, good_for: None, warnings: Vec::new() })),
                 );
                 pair.drain(B);
             }
@@ -403,6 +403,40 @@ fn certificates_prove_both_sides() {
         let Proof::Certificate { trust_anchor, .. } = &peer.proof else { panic!("proved by a certificate") };
         assert_eq!(trust_anchor.as_slice(), ca.der().as_ref());
     }
+}
+
+// RFC 4945 §3.2: what is asked for are the CAs that may vouch for the peer on the connection.
+#[test]
+fn a_certificate_request_names_the_connections_own_authorities() {
+    let (ca, other, third) = (authority("CA"), authority("Other"), authority("Third"));
+    let hash = |authority: &Authority| pad::Certificate::parse(authority.der()).unwrap().public_key_info_hash();
+    let asks = |pair: &Pair, side: usize, cacerts: &[&[&Authority]]| {
+        let connection = |of: &&[&Authority]| {
+            let mut connection = (*pair.sides[side].engine.ctx.connections[0]).clone();
+            connection.remote.cacerts = of.iter().map(|authority| authority.der().to_vec()).collect();
+            Arc::new(connection)
+        };
+        let connections: Vec<_> = cacerts.iter().map(connection).collect();
+        let request = crate::sa::auth::cert_request(&connections, &pair.sides[side].engine.ctx.authorities);
+        request.map(|request| match request {
+            wire::Payload::CertReq { encoding: 4, authorities } => authorities,
+            other => panic!("{other:?}"),
+        })
+    };
+    let mut pair = with_certificates(37, [certified("a", &ca, &ca), certified("b", &ca, &ca)]);
+    assert_eq!(asks(&pair, A, &[&[]]), Some(hash(&ca).to_vec()));
+    assert_eq!(asks(&pair, A, &[&[&other]]), Some(hash(&other).to_vec()));
+    let all = [hash(&other), hash(&third), hash(&ca)].concat();
+    assert_eq!(asks(&pair, B, &[&[&other, &third], &[&third], &[]]), Some(all));
+    pair.sides[B].engine.set_authority_hashes(Vec::new());
+    assert_eq!(asks(&pair, B, &[&[]]), None);
+    // The peer finds the certificate for it.
+    pair.sides[B].engine.set_authority_hashes(vec![hash(&ca)]);
+    let mut named = (*pair.sides[A].engine.ctx.connections[0]).clone();
+    named.remote.cacerts = vec![ca.der().to_vec()];
+    pair.sides[A].engine.set_connections(vec![Arc::new(named)]);
+    pair.sides[A].engine.set_authority_hashes(vec![hash(&other)]);
+    established(pair);
 }
 
 #[test]

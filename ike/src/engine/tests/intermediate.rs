@@ -593,8 +593,8 @@ fn additional_key_exchanges_without_the_exchange_for_them_fail() {
     assert_eq!(reason, "the peer chose what we did not offer");
 }
 
-/// A responder by hand whose IKE_INTERMEDIATE answer is wrong.
-fn wrong_answer(payloads: &[Payload]) -> String {
+/// An initiator whose peer gave this IKE_INTERMEDIATE answer, by hand.
+fn answered(payloads: &[Payload]) -> Pair {
     let mut pair = pair_with(361, HYBRID);
     pair.key_delay = Duration::from_millis(200);
     pair.initiate(A, 1);
@@ -621,8 +621,33 @@ fn wrong_answer(payloads: &[Payload]) -> String {
     pair.sides[A].engine.handle_message(now, path, &answer.unwrap()[0]);
     pair.drain(A);
     pair.run(seconds(1));
+    pair
+}
+
+/// Why the initiator does not take such an answer.
+fn wrong_answer(payloads: &[Payload]) -> String {
+    let pair = answered(payloads);
     assert!(pair.sides[A].engine.sas.is_empty());
     pair.sides[A].failed(1).unwrap()
+}
+
+// RFC 9593 §3.1: a list that did not fit into the answer to IKE_SA_INIT.
+#[test]
+fn announcements_in_ike_intermediate_are_read() {
+    let announced = |data: Vec<u8>| {
+        let ke = Payload::Ke { group: Ke::ML_KEM_768, data: vec![7; 1088] };
+        let pair = answered(&[ke, notify(NotifyType::SUPPORTED_AUTH_METHODS, data)]);
+        let slot = pair.sides[A].engine.sas.values().next().map(|slot| &slot.sa);
+        let Some(IkeSa::InitiatorAuth(sa)) = slot else { panic!("IKE_AUTH comes next") };
+        sa.announced().map(<[_]>::to_vec)
+    };
+    let (ecdsa, psk) = (vec![3, 9, 0], vec![2, 2]);
+    let of = |data: &[u8]| pad::AuthAnnouncement::parse_all(data);
+    assert_eq!(announced([ecdsa.clone(), psk.clone()].concat()), of(&[ecdsa, psk].concat()));
+    // What is none, or says nothing, leaves what IKE_SA_INIT said.
+    let before = announced(Vec::new());
+    assert!(before.is_some());
+    assert_eq!(announced(vec![9, 9]), before);
 }
 
 // RFC 9242 §3.4: errors in the exchange end it, before anything came up.

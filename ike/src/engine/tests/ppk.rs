@@ -261,3 +261,21 @@ fn a_ppk_goes_with_additional_key_exchanges() {
     pair.assert_same(1, 1);
     assert_eq!(sk_d(&pair, A), sk_d(&pair, B));
 }
+
+// §4, §6: the first IKE SA's own messages are not protected by the PPK, those of its successor are.
+#[test]
+fn an_ike_sa_with_a_ppk_is_rekeyed_at_once_if_asked_for() {
+    let rekeys = |asked_for: bool, of_b: &[(&str, &str)]| {
+        let a = Connection { ppk_rekey: asked_for, ..with_ppk(A, Some("ppk1"), false) };
+        let mut pair = attempt(730, a, with_ppk(B, None, false), &[KEY], of_b);
+        pair.run(seconds(30));
+        assert!(pair.sides[A].done(1));
+        pair.assert_same(1, 1);
+        let of = |side: &Side| side.events.iter().filter(|event| matches!(event, Event::IkeRekeyed { .. })).count();
+        assert_eq!(of(&pair.sides[A]), of(&pair.sides[B]));
+        of(&pair.sides[A])
+    };
+    assert_eq!(rekeys(true, &[KEY]), 1);
+    assert_eq!(rekeys(false, &[KEY]), 0);
+    assert_eq!(rekeys(true, &[]), 0, "the PPK was not used");
+}
