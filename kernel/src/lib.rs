@@ -9,6 +9,7 @@ pub mod network;
 mod plane;
 mod planes;
 mod routes;
+mod shunt_rules;
 mod socket;
 mod threads;
 mod tun;

@@ -16,12 +16,15 @@ use netlink_packet_route::link::{InfoData, InfoKind, InfoVeth, LinkAttribute, Li
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
-use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage};
+use netlink_packet_route::rule::{self, RuleAttribute, RuleFlags, RuleMessage, RulePortRange};
 use netlink_packet_route::{AddressFamily, IpProtocol, RouteNetlinkMessage};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
 
 use crate::interfaces::Interface;
+
+/// Who has set the rules of shunts: no protocol of routing has this number.
+const OURS: RouteProtocol = RouteProtocol::Other(76);
 
 /// A connection to the routing tables of one network namespace.
 pub(crate) struct Netlink {
@@ -39,22 +42,55 @@ pub(crate) struct Route {
     pub(crate) table: u32,
 }
 
-/// A rule that leads packets to a table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// A rule for packets that are routed.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Rule {
     pub(crate) ipv6: bool,
     pub(crate) priority: u32,
-    pub(crate) table: u32,
+    pub(crate) action: RuleAction,
     pub(crate) selector: RuleSelector,
 }
 
-/// Which packets a rule selects.
+/// What becomes of packets that a rule selects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum RuleAction {
+    /// This table routes them, if it has a route.
+    Lookup(u32),
+    /// The rule of this priority is next.
+    GoTo(u32),
+    /// The next rule is.
+    Nothing,
+    /// They are refused.
+    Prohibit,
+}
+
+/// Which packets a rule selects.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum RuleSelector {
+    /// All.
+    Any,
+    /// Those with this mark.
+    Mark(u32),
+    /// Those that come from this device.
+    From(String),
+    /// Those of some flows.
+    Flow(FlowSelector),
     /// All packets but those with this mark.
     NotMark(u32),
     /// UDP.
     Udp,
+}
+
+/// Flows, in one direction.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct FlowSelector {
+    pub(crate) from: (IpAddr, u8),
+    pub(crate) to: (IpAddr, u8),
+    /// 0 for any.
+    pub(crate) protocol: u8,
+    /// From 1 to 65534; `None` for any.
+    pub(crate) source_ports: Option<(u16, u16)>,
+    pub(crate) destination_ports: Option<(u16, u16)>,
 }
 
 impl Netlink {
@@ -361,6 +397,23 @@ impl Netlink {
         }
     }
 
+    /// Removes all rules that are marked as ours: what a daemon has left that died.
+    pub(crate) fn delete_own_rules(&mut self) -> io::Result<()> {
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            let mut message = RuleMessage::default();
+            message.header.family = family;
+            let Ok(answers) = self.request(RouteNetlinkMessage::GetRule(message), NLM_F_DUMP) else { continue };
+            for answer in answers {
+                let RouteNetlinkMessage::NewRule(rule) = answer else { continue };
+                if rule.attributes.contains(&RuleAttribute::Protocol(OURS)) {
+                    self.request(RouteNetlinkMessage::DelRule(rule), NLM_F_ACK)
+                        .map_err(|e| context(e, "remove a rule of a daemon that died"))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Removes an address from a link; one that is gone already is fine.
     pub(crate) fn delete_address(&mut self, index: u32, address: IpAddr, prefix: u8) -> io::Result<()> {
         let mut message = AddressMessage::default();
@@ -487,26 +540,64 @@ impl Rule {
     fn message(&self) -> RuleMessage {
         let mut message = RuleMessage::default();
         message.header.family = if self.ipv6 { AddressFamily::Inet6 } else { AddressFamily::Inet };
-        message.header.action = RuleAction::ToTable;
-        message.header.table = u8::try_from(self.table).unwrap_or(RouteHeader::RT_TABLE_UNSPEC);
-        message.attributes.push(RuleAttribute::Table(self.table));
         message.attributes.push(RuleAttribute::Priority(self.priority));
-        match self.selector {
-            RuleSelector::NotMark(mark) => {
-                message.header.flags = RuleFlags::Invert;
-                message.attributes.push(RuleAttribute::FwMark(mark));
+        message.header.action = match self.action {
+            RuleAction::Lookup(table) => {
+                message.header.table = u8::try_from(table).unwrap_or(RouteHeader::RT_TABLE_UNSPEC);
+                message.attributes.push(RuleAttribute::Table(table));
+                rule::RuleAction::ToTable
+            }
+            RuleAction::GoTo(priority) => {
+                message.attributes.push(RuleAttribute::Goto(priority));
+                rule::RuleAction::Goto
+            }
+            RuleAction::Nothing => rule::RuleAction::Nop,
+            RuleAction::Prohibit => rule::RuleAction::Prohibit,
+        };
+        if !matches!(self.action, RuleAction::Lookup(_)) {
+            message.attributes.push(RuleAttribute::Protocol(OURS));
+        }
+        match &self.selector {
+            RuleSelector::Any => {}
+            RuleSelector::Mark(mark) => {
+                message.attributes.push(RuleAttribute::FwMark(*mark));
                 message.attributes.push(RuleAttribute::FwMask(u32::MAX));
             }
+            RuleSelector::NotMark(mark) => {
+                message.header.flags = RuleFlags::Invert;
+                message.attributes.push(RuleAttribute::FwMark(*mark));
+                message.attributes.push(RuleAttribute::FwMask(u32::MAX));
+            }
+            RuleSelector::From(device) => message.attributes.push(RuleAttribute::Iifname(device.clone())),
             RuleSelector::Udp => message.attributes.push(RuleAttribute::IpProtocol(IpProtocol::Udp)),
+            RuleSelector::Flow(flow) => flow.describe(&mut message),
         }
         message
+    }
+}
+
+impl FlowSelector {
+    fn describe(&self, message: &mut RuleMessage) {
+        (message.header.src_len, message.header.dst_len) = (self.from.1, self.to.1);
+        if self.from.1 > 0 {
+            message.attributes.push(RuleAttribute::Source(self.from.0));
+        }
+        if self.to.1 > 0 {
+            message.attributes.push(RuleAttribute::Destination(self.to.0));
+        }
+        if self.protocol != 0 {
+            message.attributes.push(RuleAttribute::IpProtocol(IpProtocol::from(i32::from(self.protocol))));
+        }
+        let range = |(start, end)| RulePortRange { start, end };
+        message.attributes.extend(self.source_ports.map(range).map(RuleAttribute::SourcePortRange));
+        message.attributes.extend(self.destination_ports.map(range).map(RuleAttribute::DestinationPortRange));
     }
 }
 
 impl std::fmt::Display for Rule {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let family = if self.ipv6 { "IPv6" } else { "IPv4" };
-        write!(f, "{family} priority {} to table {}", self.priority, self.table)
+        write!(f, "{family} priority {}: {:?}", self.priority, self.action)
     }
 }
 

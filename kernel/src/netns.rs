@@ -18,7 +18,7 @@ use std::thread;
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
-use crate::netlink::{Netlink, Route, Rule, RuleSelector, context};
+use crate::netlink::{Netlink, Route, Rule, RuleAction, RuleSelector, context};
 
 /// A network namespace. It lives as long as this value, its clones, or a process inside.
 #[derive(Clone)]
@@ -211,7 +211,7 @@ impl Namespace {
             let rules = [false, true].map(|ipv6| Rule {
                 ipv6,
                 priority: SINK_PRIORITY,
-                table: SINK_TABLE,
+                action: RuleAction::Lookup(SINK_TABLE),
                 selector: RuleSelector::Udp,
             });
             if !on {

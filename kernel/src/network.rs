@@ -29,6 +29,7 @@ use crate::interfaces::{self, AddressPair, InterfaceFilter};
 use crate::netlink::{Netlink, context};
 use crate::planes::Planes;
 use crate::routes::{Routes, host_prefix};
+use crate::shunt_rules::ShuntRules;
 use crate::socket::{Header, OuterSocket, keep_flow_label, pass_by_policies};
 use crate::threads;
 use crate::tun::{Tun, TunWriter};
@@ -156,6 +157,7 @@ pub struct Network {
 pub(crate) struct Inner {
     pub(crate) shared: Arc<Shared>,
     pub(crate) routes: Mutex<Routes>,
+    pub(crate) shunts: Mutex<ShuntRules>,
     netlink: Mutex<Netlink>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     mark: u32,
@@ -237,6 +239,7 @@ impl Network {
         };
         let route_numbers = (config.route_table, config.route_priority, mark);
         let routes = Routes::new(Netlink::open()?, tun.index(), route_numbers, config.install_routes)?;
+        let shunts = ShuntRules::new(Netlink::open()?, (config.route_priority, mark), tun_name.clone())?;
         warn_of_strict_reverse_paths();
         tell_of_ecn();
 
@@ -255,6 +258,7 @@ impl Network {
         let inner = Arc::new(Inner {
             shared: Arc::clone(&shared),
             routes: Mutex::new(routes),
+            shunts: Mutex::new(shunts),
             netlink: Mutex::new(netlink),
             threads: Mutex::default(),
             mark,

@@ -93,12 +93,21 @@ impl DataPlane for UserSpacePlane {
         Ok(())
     }
 
-    fn install_shunt(&mut self, _: Shunt) -> Result<(), PlaneError> {
-        Err(PlaneError::Unsupported { plane: NAME, what: "shunts: they need plane = kernel".to_owned() })
+    fn install_shunt(&mut self, shunt: Shunt) -> Result<(), PlaneError> {
+        refuse_kernel_options(&shunt.options)?;
+        let mut shunts = lock(&self.network.shunts);
+        if shunts.contains(shunt.number) {
+            return Err(PlaneError::ShuntInUse(shunt.number));
+        }
+        shunts.add(&shunt).map_err(|e| system(format!("install the rules of shunt {}", shunt.number), e))
     }
 
     fn remove_shunt(&mut self, number: u32) -> Result<(), PlaneError> {
-        Err(PlaneError::NoSuchShunt(number))
+        let mut shunts = lock(&self.network.shunts);
+        if !shunts.contains(number) {
+            return Err(PlaneError::NoSuchShunt(number));
+        }
+        shunts.remove(number).map_err(|e| system(format!("remove the rules of shunt {number}"), e))
     }
 
     fn usage(&self, spi_in: u32) -> Result<Usage, PlaneError> {
@@ -114,7 +123,7 @@ impl DataPlane for UserSpacePlane {
             lock(&self.network.routes).remove(Owner::Trap(reqid));
             self.network.shared.datapath.remove_trap(reqid)?;
         }
-        Ok(())
+        lock(&self.network.shunts).clear().map_err(|e| system("remove the rules of shunts".to_owned(), e))
     }
 }
 

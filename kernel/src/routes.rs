@@ -10,7 +10,7 @@ use std::net::IpAddr;
 
 use ipsec::selector::TrafficSelector;
 
-use crate::netlink::{Netlink, Route, Rule, RuleSelector};
+use crate::netlink::{Netlink, Route, Rule, RuleAction, RuleSelector};
 
 /// The routes of the installed SA pairs, traps and shunts, counted by user.
 pub(crate) struct Routes {
@@ -92,7 +92,8 @@ impl Routes {
         let mut rules = Vec::new();
         if enabled {
             for ipv6 in [false, true] {
-                let rule = Rule { ipv6, priority, table, selector: RuleSelector::NotMark(mark) };
+                let rule =
+                    Rule { ipv6, priority, action: RuleAction::Lookup(table), selector: RuleSelector::NotMark(mark) };
                 match netlink.add_rule(&rule) {
                     Ok(()) => rules.push(rule),
                     Err(e) if ipv6 => tracing::info!("no IPv6 routes into the tunnel: {e}"),

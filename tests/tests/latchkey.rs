@@ -4,6 +4,7 @@
 
 use std::time::{Duration, Instant};
 
+use latchkey_tests::capture::Capture;
 use latchkey_tests::daemon::Daemon;
 use latchkey_tests::daemon::Kind::Latchkey;
 use latchkey_tests::host::{Host, link, wait_for};
@@ -361,4 +362,78 @@ fn a_lost_peer_leaves_a_trap_where_configured() {
     b.signal("KILL");
     wait_for("the trap", Duration::from_secs(30), || a.control(&["--list-pols"]).contains("site/net, TUNNEL"));
     assert!(host_a.check("ip", &["route", "get", INNER_B]).contains("lk0"));
+}
+
+/// Rules of policy routing but the system's own and the tunnel's.
+fn shunt_rules(host: &Host) -> Vec<String> {
+    let rules = host.check("ip", &["rule"]);
+    let ours = |rule: &&str| ["219:", "221:", "222:"].iter().any(|priority| rule.starts_with(priority));
+    rules.lines().filter(ours).map(|rule| rule.split_whitespace().collect::<Vec<_>>().join(" ")).collect()
+}
+
+// RFC 4301 §4.4.1: BYPASS and DISCARD where ESP is done in user space; §5.1: what is discarded is refused with a word.
+#[test]
+fn what_passes_goes_in_clear_and_what_drops_goes_nowhere() {
+    const PORT: u16 = 5001;
+    let shunted = |text: &str, local: &str, remote: &str| {
+        let shunts = format!(
+            "children {{\nport {{\nmode = pass\nlocal_ts = {local}\nremote_ts = {remote}\nstart_action = trap\n}}\n\
+             rest {{\nmode = drop\nlocal_ts = 10.0.0.0/8\nremote_ts = 10.0.0.0/8\nstart_action = trap\n}}\n"
+        );
+        text.replace("children {\n", &shunts)
+    };
+    let [(of_a, _), (of_b, _)] = configurations(&Suite::default());
+    let (wide, port) = ("10.1.0.0/24", format!("10.2.0.0/24[tcp/{PORT}]"));
+    let (of_a, of_b) = (shunted(&of_a, wide, &port), shunted(&of_b, &port, wide));
+    let (a, b, behind) = (Host::new(), Host::new(), Host::new());
+    let (device, _) = link(&a, "192.0.2.1/24", &b, "192.0.2.2/24");
+    link(&behind, "10.8.0.2/24", &a, "10.8.0.1/24");
+    a.add_inner(&format!("{INNER_A}/24"));
+    b.add_inner(&format!("{INNER_B}/24"));
+    for network in ["10.2.0.0/24", "10.9.0.0/24"] {
+        a.ip(&["route", "add", network, "via", "192.0.2.2"]);
+    }
+    b.ip(&["route", "add", "10.1.0.0/24", "via", "192.0.2.1"]);
+    behind.ip(&["route", "add", "default", "via", "10.8.0.1"]);
+    a.check("sysctl", &["-qw", "net.ipv4.ip_forward=1"]);
+
+    let mut ours = Daemon::start(Latchkey, &a, &of_a, &vec![]);
+    assert_eq!(
+        shunt_rules(&a).iter().filter(|rule| rule.contains("10.")).count(),
+        3,
+        "{:?}{}",
+        shunt_rules(&a),
+        ours.output()
+    );
+    // Neither end has an SA yet.
+    let capture = Capture::start(&a, &device);
+    assert!(!a.pings(INNER_A, INNER_B) && !a.pings(INNER_A, "10.9.0.1"));
+    let refused = behind.run("ping", &["-c", "1", "-W", "3", "10.9.0.1"]);
+    let refused = String::from_utf8_lossy(&refused.stdout).into_owned();
+    assert!(refused.contains("filtered") || refused.contains("rohibited"), "{refused}");
+    assert_eq!(capture.count("icmp"), 0);
+    a.transfers_whole(INNER_A, &b, INNER_B, 1000);
+
+    // With one, it goes before what drops, and what passes goes before it.
+    let there = Daemon::start(Latchkey, &b, &of_b, &vec![]);
+    ours.initiate("net");
+    assert!(a.pings(INNER_A, INNER_B), "{}{}", ours.output(), there.output());
+    a.transfers_whole(INNER_A, &b, INNER_B, 1000);
+    assert!(capture.count(&format!("tcp port {PORT}")) >= 8);
+    assert_eq!(capture.count("icmp"), 0);
+
+    // By hand, and what a daemon leaves that dies is gone with the next one.
+    ours.control(&["--uninstall", "--child", "rest"]);
+    assert_eq!(shunt_rules(&a).iter().filter(|rule| rule.contains("10.")).count(), 2);
+    ours.control(&["--install", "--child", "rest"]);
+    ours.signal("KILL");
+    wait_for("its end", Duration::from_secs(20), || !ours.is_running());
+    assert_eq!(shunt_rules(&a).iter().filter(|rule| rule.contains("10.")).count(), 3);
+    let mut again = Daemon::start_empty(Latchkey, &a, "");
+    assert_eq!(shunt_rules(&a), Vec::<String>::new());
+    again.write(&of_a, &vec![]);
+    again.control(&["--load-all"]);
+    assert!(!shunt_rules(&a).is_empty());
+    assert!(again.stop());
+    assert_eq!(shunt_rules(&a), Vec::<String>::new());
 }
