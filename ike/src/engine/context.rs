@@ -21,6 +21,7 @@ use crate::engine::connections::Connections;
 use crate::engine::reauthentication::Reauthentications;
 use crate::engine::shards::Numbering;
 use crate::engine::shared::Shared;
+use crate::engine::tombstones::{Tombstone, Tombstones};
 use crate::engine::triggers::Triggers;
 use crate::sa::Established;
 use crate::sa::crash::TokenMaker;
@@ -29,22 +30,12 @@ use crate::sa::reauthentication::Replacement;
 use crate::sa::redirect::Redirected;
 use crate::sa::retry::after;
 
-/// IKE SAs that ended while answering, and whose last answer may be asked for again.
-const MAX_TOMBSTONES: usize = 1024;
-
 /// A job that is out.
 pub(crate) struct JobEntry {
     /// Whose.
     pub(crate) ike_sa: IkeSaId,
     /// For `InstallChild`: what to take down again if nobody wants the answer.
     pub(crate) installs: Option<Box<ChildSaStatus>>,
-}
-
-/// The last exchange of an IKE SA that is gone (RFC 7296 §2.1: the peer may repeat its request).
-pub(crate) struct Tombstone {
-    pub(crate) request: [u8; 32],
-    pub(crate) answer: Vec<Vec<u8>>,
-    pub(crate) until: Instant,
 }
 
 /// Who is at both ends of an established IKE SA, and the entry that admitted the peer: another entry may ask
@@ -117,7 +108,7 @@ pub(crate) struct Context {
     pub(crate) redirected: Vec<Redirected>,
     /// What did not get through IKE_AUTH and is tried again.
     pub(crate) again: Vec<Again>,
-    pub(crate) tombstones: BTreeMap<u64, Tombstone>,
+    pub(crate) tombstones: Tombstones,
     pub(crate) triggers: Triggers,
     last_job: u64,
     last_ike: u64,
@@ -150,7 +141,7 @@ impl Context {
             again: Vec::new(),
             reauthentications: Reauthentications::default(),
             tokens: TokenMaker::default(),
-            tombstones: BTreeMap::new(),
+            tombstones: Tombstones::default(),
             triggers: Triggers::default(),
             last_job: 0,
             last_ike: 0,
@@ -282,7 +273,7 @@ impl Context {
             let mut octets = [0; 8];
             self.rng.fill(&mut octets);
             let spi = self.numbering.spi(u64::from_be_bytes(octets));
-            if spi != 0 && !self.shared.spis.contains(spi) && !self.tombstones.contains_key(&spi) {
+            if spi != 0 && !self.shared.spis.contains(spi) && !self.tombstones.contains(spi) {
                 self.shared.spis.set(spi, owner);
                 return spi;
             }
@@ -323,15 +314,14 @@ impl Context {
         self.event(Event::ChildDown { ike_sa, child: Box::new(child), reason });
     }
 
-    /// Keeps the last answer of an IKE SA that ends now.
+    /// Keeps the last answer of an IKE SA that ends now (RFC 7296 §2.1: the peer may repeat its request).
     pub(crate) fn bury(&mut self, now: Instant, local_spi: u64, last_words: Option<([u8; 32], Vec<Vec<u8>>)>) {
-        self.tombstones.retain(|_, tombstone| tombstone.until > now);
-        if self.tombstones.len() >= MAX_TOMBSTONES {
-            return;
-        }
-        if let Some((request, answer)) = last_words {
-            let until = after(now, self.config.half_open_timeout);
-            self.tombstones.insert(local_spi, Tombstone { request, answer, until });
+        match last_words {
+            Some((request, answer)) => {
+                let until = after(now, self.config.half_open_timeout);
+                self.tombstones.insert(now, local_spi, Tombstone { request, answer, until });
+            }
+            None => self.tombstones.expire(now),
         }
     }
 

@@ -23,6 +23,7 @@ pub(crate) mod shared;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod storm;
 pub(crate) mod tickets;
+mod tombstones;
 pub(crate) mod triggers;
 pub(crate) mod upkeep;
 
@@ -968,7 +969,7 @@ impl Engine {
         let ours = if header.from_initiator { header.responder_spi } else { header.initiator_spi };
         if let Some(id) = self.ctx.shared.spis.get(ours) {
             self.with(id, |sa, ctx| sa.handle_protected(ctx, now, path, protected, bytes));
-        } else if let Some(tombstone) = self.ctx.tombstones.get(&ours).filter(|tombstone| tombstone.until > now) {
+        } else if let Some(tombstone) = self.ctx.tombstones.get(now, ours) {
             // The same octets as an authenticated request had, so the same answer.
             if tombstone.request == <[u8; 32]>::from(Sha256::digest(bytes)) {
                 let answer = tombstone.answer.clone();
@@ -977,7 +978,7 @@ impl Engine {
         } else {
             self.ctx.shared.counters.count(Counter::InvalidSpi);
             // RFC 6290 §9.2: whichever of the two SPIs is ours, an IKE SA with it lives.
-            let known = |spi| self.ctx.shared.spis.contains(spi) || self.ctx.tombstones.contains_key(&spi);
+            let known = |spi| self.ctx.shared.spis.contains(spi) || self.ctx.tombstones.get(now, spi).is_some();
             if known(header.initiator_spi) || known(header.responder_spi) {
                 return;
             }
