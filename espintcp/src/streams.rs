@@ -33,6 +33,7 @@ use writer::Writer;
 
 mod duplex;
 mod pace;
+mod proxy;
 mod queue;
 mod reader;
 mod socket;
@@ -140,6 +141,19 @@ pub struct EspWorth {
     pub forged: bool,
 }
 
+/// Where a stream that we open goes along.
+#[derive(Clone)]
+pub struct Way {
+    /// Our end; an unspecified address or port 0 leaves that to the system.
+    pub local: SocketAddr,
+    /// The peer's end.
+    pub remote: SocketAddr,
+    /// In TLS.
+    pub tls: Option<TlsClient>,
+    /// Through a web proxy, its host and port.
+    pub proxy: Option<String>,
+}
+
 /// What the daemon found wrong with a message from a stream (RFC 9329 §6.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Complaint {
@@ -205,15 +219,16 @@ impl Streams {
     /// port 0 leaves that to the system. A number in use or not below `1 << 63` is a mistake of the caller:
     /// logged, nothing done. Must be called on a tokio runtime. IKE messages may be queued at once.
     pub fn open(&self, stream: u64, local: SocketAddr, remote: SocketAddr) {
-        self.open_as(stream, local, remote, None);
+        self.open_along(stream, Way { local, remote, tls: None, proxy: None });
     }
 
     /// The same in TLS.
     pub fn open_tls(&self, stream: u64, local: SocketAddr, remote: SocketAddr, tls: TlsClient) {
-        self.open_as(stream, local, remote, Some(tls));
+        self.open_along(stream, Way { local, remote, tls: Some(tls), proxy: None });
     }
 
-    fn open_as(&self, stream: u64, local: SocketAddr, remote: SocketAddr, tls: Option<TlsClient>) {
+    /// The same as the way says.
+    pub fn open_along(&self, stream: u64, way: Way) {
         let live = self.inner.live();
         let Some(ends) = (stream < FIRST_ACCEPTED).then(|| self.inner.register(stream, None)).flatten() else {
             warn!(stream, "stream number is in use or not the caller's to choose, or streams are shut down");
@@ -221,7 +236,7 @@ impl Streams {
         };
         let inner = self.inner.clone();
         tokio::spawn(async move {
-            let reason = inner.clone().originate(stream, (local, remote), tls, ends).await;
+            let reason = inner.clone().originate(stream, way, ends).await;
             inner.ended(stream, reason).await;
             drop(live);
         });
@@ -517,17 +532,18 @@ impl Inner {
     }
 
     /// A stream that we open, from connect to last octet; gives the reason of its end.
-    async fn originate(
-        self: Arc<Self>,
-        number: u64,
-        (local, remote): (SocketAddr, SocketAddr),
-        tls: Option<TlsClient>,
-        mut ends: Ends,
-    ) -> String {
+    async fn originate(self: Arc<Self>, number: u64, Way { local, remote, tls, proxy }: Way, mut ends: Ends) -> String {
         let connect = async {
-            let socket = socket::connect(local, remote, self.prepare.as_ref()).await?;
+            let first = match &proxy {
+                None => remote,
+                Some(proxy) => proxy::resolve(proxy, local).await?,
+            };
+            let mut socket = socket::connect(local, first, self.prepare.as_ref()).await?;
             socket::prepare(&socket, &self.limits)?;
             let local = socket.local_addr()?;
+            if proxy.is_some() {
+                proxy::connect(&mut socket, remote).await?;
+            }
             let socket = match tls {
                 None => Duplex::Plain(socket),
                 Some(TlsClient { connector, name }) => {

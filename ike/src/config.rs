@@ -80,6 +80,8 @@ pub struct Connection {
     pub tcp_remote_port: u16,
     /// `tcp` with TLS (RFC 9329 Appendix A): the name that the peer's TLS certificate must have.
     pub tls: Option<String>,
+    /// `tcp_proxy`: host and port of a web proxy that our streams go through.
+    pub tcp_proxy: Option<String>,
     /// `tcp_probe_udp`: how often an IKE SA that `fallback` took to TCP tries UDP again; zero never.
     pub tcp_probe_udp: Duration,
     /// `tcp_reauth_udp`: it does so also where it cannot move by MOBIKE, with another IKE SA that takes its place.

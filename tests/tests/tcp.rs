@@ -358,6 +358,60 @@ fn over_tls_beside_a_web_server() {
     assert!(probe().contains("the web site"));
 }
 
+/// A web proxy that knows CONNECT alone, and only for port 443.
+const PROXY: &str = r#"
+import socket, sys, threading
+def pump(a, b):
+    try:
+        while data := a.recv(65536):
+            b.sendall(data)
+        b.shutdown(socket.SHUT_WR)
+    except OSError:
+        pass
+def serve(client):
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):
+        head += client.recv(1)
+    method, target, _ = head.split(b"\r\n")[0].decode().split()
+    host, port = target.rsplit(":", 1)
+    if method != "CONNECT" or port != "443":
+        client.sendall(b"HTTP/1.1 403 Forbidden\r\n\r\n")
+        return client.close()
+    server = socket.create_connection((host, int(port)))
+    client.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+    threading.Thread(target=pump, args=(client, server), daemon=True).start()
+    pump(server, client)
+listener = socket.create_server((sys.argv[1], 3128))
+while True:
+    threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+"#;
+
+// RFC 9329 Appendix A: where nothing gets through but what a web proxy connects.
+#[test]
+fn through_a_web_proxy() {
+    let folder = tempfile::tempdir().unwrap();
+    let connection = "tcp = fallback-tls\ntcp_proxy = 198.51.100.254:3128\ndpd_delay = 5s\n";
+    let road = over_tls(folder.path(), connection, B);
+    road.drop_forwarded("drop;");
+    let _proxy = road.router.spawn("python3", &["-c", PROXY, ROUTER]);
+    road.router.wait_for_listener(3128);
+    road.a.initiate("net");
+    assert!(road.is_over_tcp());
+    road.passes();
+    let spis = road.a.child_spis("INSTALLED");
+    road.host_a.check("ss", &["-K", "dport", "=", ":3128"]);
+    road.transfer(1 << 20).arrives_whole();
+    assert_eq!(road.a.child_spis("INSTALLED"), spis, "the Child SA is the same");
+
+    // One that refuses is not gone around.
+    let connection = "tcp = yes\ntcp_proxy = 198.51.100.254:3128\n";
+    let road = Road::start(&Suite { connection, ..Suite::DEFAULT }, B);
+    let _proxy = road.router.spawn("python3", &["-c", PROXY, ROUTER]);
+    road.router.wait_for_listener(3128);
+    assert!(!road.a.swanctl(&["--initiate", "--child", "net", "--timeout", "3"]).status.success());
+    assert!(road.a.log().contains("the proxy refuses: HTTP/1.1 403 Forbidden"), "{}", road.a.output());
+}
+
 /// One direction of a stream, cut into messages by nothing but the lengths (RFC 9329 §3).
 fn messages(mut octets: &[u8]) -> Vec<&[u8]> {
     let mut messages = Vec::new();

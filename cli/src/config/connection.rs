@@ -164,6 +164,7 @@ fn read_connection(
     let tcp_delay = tcp_delay.unwrap_or(DEFAULT_TCP_DELAY);
     let tcp_remote_port = options.port("tcp_remote_port", if in_tls { 443 } else { 4500 });
     let tls_name = options.text("tls_server_name").map(str::to_owned);
+    let tcp_proxy = options.parsed("tcp_proxy", proxy, "a host and a port such as proxy.example:3128");
     let tcp_probe_udp = options.time("tcp_probe_udp").unwrap_or(DEFAULT_TCP_PROBE_UDP);
     let tcp_reauth_udp = options.boolean("tcp_reauth_udp", false);
     let redirect_to = options.parsed("redirect_to", Gateway::parse, "an address or a host name");
@@ -244,6 +245,7 @@ fn read_connection(
         tcp_delay,
         tcp_remote_port,
         tls,
+        tcp_proxy,
         tcp_probe_udp,
         tcp_reauth_udp,
         vips,
@@ -255,6 +257,13 @@ fn read_connection(
 
 /// The name that a TLS server must prove, where none is configured: the host name that we go to, what IKE expects it to be,
 /// or its address.
+fn proxy(text: &str) -> Option<String> {
+    let (host, port) = text.rsplit_once(':')?;
+    let plain = |host: &str| host.bytes().all(|octet| octet.is_ascii_alphanumeric() || b".-_".contains(&octet));
+    let is_host = !host.is_empty() && plain(host) || text.parse::<std::net::SocketAddrV6>().is_ok();
+    (is_host && port.parse::<u16>().is_ok_and(|port| port != 0)).then(|| text.to_owned())
+}
+
 fn tls_server_name(remote_addrs: &[String], remote: &PadEntry) -> String {
     let named =
         |text: &&String| text.parse::<IpAddr>().is_err() && !text.starts_with('%') && !text.contains(['/', '-']);
@@ -1341,7 +1350,7 @@ mod tests {
         let outcome = read(
             "local_addrs = 192.0.2.1\n remote_addrs = gw.example.com, 198.51.100.0/24
              proposals = aes256gcm16-prfsha384-ecp384, aes128-sha256-x25519
-             tcp = yes\n tcp_delay = 700ms\n tcp_probe_udp = 5m\n tcp_reauth_udp = yes\n tcp_remote_port = 443\n fragmentation = force\n unique = replace\n keyingtries = 0
+             tcp = yes\n tcp_delay = 700ms\n tcp_probe_udp = 5m\n tcp_reauth_udp = yes\n tcp_proxy = proxy.example:3128\n tcp_remote_port = 443\n fragmentation = force\n unique = replace\n keyingtries = 0
              local { auth = psk\n id = a.example }
              remote { auth = psk\n id = *.example }
              children { net { local_ts = 10.1.0.0/16[tcp/80], dynamic[udp]\n remote_ts = 10.2.0.1-10.2.0.9
@@ -1367,6 +1376,11 @@ mod tests {
         let times = (connection.tcp_delay, connection.tcp_probe_udp);
         assert_eq!(times, (Duration::from_millis(700), Duration::from_secs(300)));
         assert!(connection.tcp_reauth_udp);
+        assert_eq!(connection.tcp_proxy.as_deref(), Some("proxy.example:3128"));
+        for (text, good) in [("192.0.2.1:80", true), ("[2001:db8::1]:80", true), ("proxy", false), ("a b:80", false)] {
+            assert_eq!(proxy(text).is_some(), good, "{text}");
+        }
+        assert!(["proxy:0", "proxy:x", ":80", "2001:db8::1:80"].into_iter().all(|text| proxy(text).is_none()));
         let child = &connection.children[0];
         assert_eq!((child.local_ts.len(), child.remote_ts.len(), child.mode), (2, 1, Mode::Transport));
         assert_eq!((child.close_action, child.dpd_action), (StartAction::Trap, DpdAction::Restart));

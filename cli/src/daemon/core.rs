@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
-use espintcp::streams::{Complaint, StreamEvent, Streams};
+use espintcp::streams::{Complaint, StreamEvent, Streams, Way};
 use ike::config::{Child, ConfiguredSelector, DpdAction, StartAction};
 use ike::engine::{
     ChildReady, ChildSaId, ChildState, CloseReason, Engine, Event, IkeSaId, Initiate, InstallError, Job, JobId,
@@ -352,10 +352,10 @@ impl Core {
                     self.engine.handle_job(Instant::now(), job, JobOutcome::SeenTraffic(idle));
                 }
                 Output::Event(event) => self.handle_event(event),
-                Output::OpenStream { stream, local, remote, tls: None } => self.streams.open(stream.0, local, remote),
-                Output::OpenStream { stream, local, remote, tls: Some(peer) } => {
-                    match self.tls.client(&peer, &self.credentials) {
-                        Ok(client) => self.streams.open_tls(stream.0, local, remote, client),
+                Output::OpenStream { stream, local, remote, tls, proxy } => {
+                    let client = tls.map(|peer| self.tls.client(&peer, &self.credentials)).transpose();
+                    match client {
+                        Ok(tls) => self.streams.open_along(stream.0, Way { local, remote, tls, proxy }),
                         Err(error) => {
                             self.engine.handle_stream_closed(Instant::now(), stream, &error.to_string());
                         }

@@ -219,7 +219,8 @@ impl Context {
         self.last_stream += 1;
         let stream = StreamId(self.numbering.number(self.last_stream));
         let tls = connection.tls.clone().map(|name| TlsPeer { name, cacerts: connection.remote.cacerts.clone() });
-        self.outputs.push_back(Output::OpenStream { stream, local: SocketAddr::new(local, 0), remote, tls });
+        let (local, proxy) = (SocketAddr::new(local, 0), connection.tcp_proxy.clone());
+        self.outputs.push_back(Output::OpenStream { stream, local, remote, tls, proxy });
         stream
     }
 

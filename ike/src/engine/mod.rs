@@ -214,6 +214,8 @@ pub enum Output {
         remote: SocketAddr,
         /// In TLS, and how its server proves itself.
         tls: Option<TlsPeer>,
+        /// Through a web proxy, host and port.
+        proxy: Option<String>,
     },
     /// Close a stream: nothing uses it any more.
     CloseStream(StreamId),

@@ -178,6 +178,7 @@ fn connection(side: usize, options: u8) -> Connection {
         tcp: TcpPolicy::No,
         tcp_delay: Duration::from_secs(6),
         tls: None,
+        tcp_proxy: None,
         tcp_probe_udp: Duration::from_secs(60),
         tcp_reauth_udp: false,
         tcp_remote_port: 4500,

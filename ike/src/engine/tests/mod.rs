@@ -290,6 +290,7 @@ pub(super) fn connection(side: usize) -> Connection {
         tcp_delay: Duration::from_secs(6),
         tcp_remote_port: 4500,
         tls: None,
+        tcp_proxy: None,
         tcp_probe_udp: Duration::from_secs(60),
         tcp_reauth_udp: false,
         vips: Vec::new(),
