@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use ike::config::CheckAddressIdentities;
 use ike::crypto::puzzle::{MAX_DIFFICULTY, MIN_DIFFICULTY};
-use ike::engine::EngineConfig;
+use ike::engine::{EngineConfig, MAX_SHARDS};
 use kernel::interfaces::InterfaceFilter;
 use kernel::network::PlaneChoice;
 
@@ -101,6 +101,8 @@ pub struct DaemonConfig {
     pub state_dir: PathBuf,
     /// `plane`, ours: who does ESP.
     pub plane: PlaneChoice,
+    /// `shards`, ours: tasks that share the IKE SAs; `None` is as many as there are processors.
+    pub shards: Option<usize>,
 }
 
 impl Default for DaemonConfig {
@@ -126,6 +128,7 @@ impl Default for DaemonConfig {
             quick_crash_detection: false,
             state_dir: PathBuf::from("/var/lib/latchkey"),
             plane: PlaneChoice::default(),
+            shards: None,
         }
     }
 }
@@ -237,6 +240,10 @@ pub fn read_settings(root: &Section) -> Loaded {
         "kernel" => Some(PlaneChoice::Kernel),
         "userspace" => Some(PlaneChoice::UserSpace),
         _ => None,
+    });
+    reader.set("shards", &mut config.shards, |text| match text {
+        "auto" => Some(None),
+        _ => count(text).filter(|shards| (1..=MAX_SHARDS).contains(shards)).map(Some),
     });
     reader.set("install_routes", &mut config.install_routes, values::boolean);
     reader.set("routing_table", &mut config.routing_table, |text| limited(text, u32::MAX));
@@ -464,6 +471,9 @@ mod tests {
             ("charon { application_version = \"a\nb\" }", "charon.application_version"),
             ("latchkeyd { quick_crash_detection = perhaps }", "latchkeyd.quick_crash_detection"),
             ("latchkeyd { state_dir = here }", "latchkeyd.state_dir"),
+            ("latchkeyd { shards = 0 }", "latchkeyd.shards"),
+            ("latchkeyd { shards = 65 }", "latchkeyd.shards"),
+            ("latchkeyd { shards = many }", "latchkeyd.shards"),
             ("latchkeyd { plane = xfrm }", "latchkeyd.plane"),
         ] {
             let loaded = read(text);
@@ -499,6 +509,11 @@ mod tests {
         assert_eq!(config.engine.retransmission.timeout, Duration::from_millis(2500));
         assert_eq!(config.engine.retransmission.tries, 7);
         assert_eq!(config.tcp_ports, [443, 4500]);
+        let shards = |text: &str| read(text).config.shards;
+        assert_eq!(
+            (shards(""), shards("charon { shards = 4 }"), shards("charon { shards = auto }")),
+            (None, Some(4), None)
+        );
         let tls = read("charon { tls_ports = 443\n tls_cert = /c.pem\n tls_key = /k.pem\n tls_web = [::1]:80 }").config;
         assert_eq!((tls.tls_ports, tls.tls_web), (vec![443], Some("[::1]:80".parse().unwrap())));
         assert_eq!(tls.tls_key, Some(PathBuf::from("/k.pem")));

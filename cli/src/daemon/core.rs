@@ -1,26 +1,25 @@
-//! The task that owns the engine.
+//! The task that owns what the engine's shards share outside of it: the data plane, latches, traps, scripts and VICI's side.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::num::NonZero;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use espintcp::streams::{Complaint, StreamEvent, Streams, Way};
+use espintcp::streams::{Streams, Way};
 use ike::config::{Child, ConfiguredSelector, DpdAction, StartAction};
 use ike::engine::{
-    ChildReady, ChildSaId, ChildState, CloseReason, Engine, Event, IkeSaId, Initiate, InstallError, Job, JobId,
-    JobOutcome, Judgement, Output, Path, Route, RouteQuery, Target, Transport,
+    ChildReady, ChildSaId, ChildState, CloseReason, Event, IkeSaId, Initiate, InstallError, JobOutcome, Target,
+    Transport,
 };
 use ipsec::guard::ClassId;
-use ipsec::plane::{Carrier, DataPlane, Encapsulation, Mode, PlaneError, PlaneEvent, Shunt, StreamId, Trap, Usage};
+use ipsec::plane::{Carrier, DataPlane, Encapsulation, Mode, PlaneError, PlaneEvent, Shunt, Trap, Usage};
 use ipsec::selector::{Flow, TrafficSelector};
 use kernel::network::{Network, NetworkEvent};
 use latch::database::{Class, Database};
 use latch::protocol::SaInfo;
 use pad::Credentials;
-use tokio::sync::{Semaphore, broadcast, mpsc, oneshot};
+use tokio::sync::{broadcast, mpsc, oneshot};
 
 use super::children::{Children, InstalledChild};
 use super::definitions::Definitions;
@@ -28,8 +27,8 @@ use super::filelog::FileLogs;
 use super::idle::Idle;
 use super::redirect;
 use super::reqids::{self, Reqids};
-use super::run::SystemRng;
 use super::settings::Settings;
+use super::shards::{FromShard, Shards, ToCore, Wanted};
 use super::shunts::Shunts;
 use super::survey;
 use super::tls::TlsClients;
@@ -66,28 +65,28 @@ const NARROW_INACTIVITY: Duration = Duration::from_secs(300);
 
 /// What the core is made of.
 pub(super) struct Parts {
-    pub(super) engine: Engine,
+    pub(super) shards: Shards,
+    pub(super) from_shards: ToCore,
     pub(super) network: Network,
     pub(super) streams: Streams,
     pub(super) database: Arc<Database>,
     pub(super) filelogs: FileLogs,
     pub(super) settings: Settings,
     pub(super) virtual_addresses: VirtualAddresses,
-    pub(super) from_network: mpsc::Receiver<NetworkEvent>,
-    pub(super) from_streams: mpsc::Receiver<StreamEvent>,
     pub(super) commands: mpsc::Receiver<Command>,
     pub(super) events: broadcast::Sender<Arc<Event>>,
 }
 
 /// What comes back from work that was done off the core's task.
-enum Finished {
-    Job(JobId, JobOutcome),
+struct Resolved {
+    token: u64,
     /// Host names are resolved: initiate, or say why not.
-    Resolved(u64, Box<Result<Initiate, String>>),
+    outcome: Result<Initiate, String>,
 }
 
 pub(super) struct Core {
-    engine: Engine,
+    shards: Shards,
+    from_shards: ToCore,
     network: Network,
     streams: Streams,
     tls: TlsClients,
@@ -106,14 +105,9 @@ pub(super) struct Core {
     next_token: u64,
     /// Callers who wait for `Event::Done` or `Event::Failed`.
     waiting: HashMap<u64, oneshot::Sender<Result<(), String>>>,
-    /// Terminations that wait for all of their SAs.
-    finished: mpsc::UnboundedSender<Finished>,
-    /// A permit for each key exchange or puzzle that may be computed at a time.
-    processors: Arc<Semaphore>,
-    from_finished: mpsc::UnboundedReceiver<Finished>,
+    resolved: mpsc::UnboundedSender<Resolved>,
+    from_resolved: mpsc::UnboundedReceiver<Resolved>,
     events: broadcast::Sender<Arc<Event>>,
-    from_network: mpsc::Receiver<NetworkEvent>,
-    from_streams: mpsc::Receiver<StreamEvent>,
     commands: mpsc::Receiver<Command>,
     /// When changes of addresses and routes are looked at.
     roam_at: Option<Instant>,
@@ -122,12 +116,13 @@ pub(super) struct Core {
 
 impl Core {
     pub(super) fn new(parts: Parts) -> Self {
-        let (finished, from_finished) = mpsc::unbounded_channel();
+        let (resolved, from_resolved) = mpsc::unbounded_channel();
         let reqids =
             if parts.network.leaves_esp_to_the_kernel() { Reqids::after(KERNEL_REQIDS) } else { Reqids::default() };
         Self {
             plane: parts.network.plane(),
-            engine: parts.engine,
+            shards: parts.shards,
+            from_shards: parts.from_shards,
             network: parts.network,
             streams: parts.streams,
             tls: TlsClients::default(),
@@ -144,12 +139,9 @@ impl Core {
             shunts: Shunts::default(),
             next_token: 1,
             waiting: HashMap::new(),
-            finished,
-            processors: Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(1, NonZero::get))),
-            from_finished,
+            resolved,
+            from_resolved,
             events: parts.events,
-            from_network: parts.from_network,
-            from_streams: parts.from_streams,
             commands: parts.commands,
             roam_at: Some(Instant::now()),
             stopping: None,
@@ -158,28 +150,37 @@ impl Core {
 
     /// Runs until a `Shutdown` command is carried out, then takes everything down.
     pub(super) async fn run(mut self) -> anyhow::Result<()> {
+        let mut ended = Ok(());
         loop {
-            self.drain();
             if let Some((_, deadline)) = &self.stopping
-                && (self.engine.counts().0 == 0 || Instant::now() >= *deadline)
+                && (self.shards.are_empty() || Instant::now() >= *deadline)
             {
+                self.catch_up();
                 break;
             }
             let wake = self.next_wake();
             tokio::select! {
-                event = self.from_network.recv() => {
-                    let Some(event) = event else { break };
-                    self.handle_network(event);
+                Some(wanted) = self.from_shards.wanted.recv() => {
+                    self.carry_out(wanted);
                     // A burst is handled in one turn, but never so long that timers starve.
                     for _ in 0..BUDGET {
-                        let Ok(event) = self.from_network.try_recv() else { break };
-                        self.handle_network(event);
+                        let Ok(wanted) = self.from_shards.wanted.try_recv() else { break };
+                        self.carry_out(wanted);
                     }
                 }
-                Some(event) = self.from_streams.recv() => self.handle_stream(event),
-                Some(finished) = self.from_finished.recv() => self.handle_finished(finished),
+                Some(event) = self.from_shards.network.recv() => self.handle_network(event),
+                Some(task) = self.from_shards.tasks.join_next() => {
+                    // Without its shards there is no daemon: fail closed, and say so.
+                    ended = task.context("a task of the engine");
+                    break;
+                }
+                Some(resolved) = self.from_resolved.recv() => self.handle_resolved(resolved),
                 command = self.commands.recv() => match command {
-                    Some(command) => self.handle_command(command),
+                    Some(command) => {
+                        // What has happened before it is seen by it.
+                        self.catch_up();
+                        self.handle_command(command);
+                    }
                     None => break,
                 },
                 () = tokio::time::sleep_until(wake.into()) => {}
@@ -193,15 +194,15 @@ impl Core {
         if let Some((reply, _)) = self.stopping.take() {
             let _ = reply.send(());
         }
-        outcome.and(network)
+        self.from_shards.tasks.shutdown().await;
+        ended.and(outcome).and(network)
     }
 
     fn next_wake(&self) -> Instant {
         let idle = Instant::now() + Duration::from_secs(3600);
-        let engine = self.engine.next_timeout().unwrap_or(idle);
         let stopping = self.stopping.as_ref().map_or(idle, |(_, deadline)| *deadline);
         let unused = self.children.idle_at().unwrap_or(idle);
-        engine.min(stopping).min(unused).min(self.roam_at.unwrap_or(idle))
+        stopping.min(unused).min(self.roam_at.unwrap_or(idle))
     }
 
     fn handle_time(&mut self) {
@@ -211,10 +212,7 @@ impl Core {
         }
         if self.roam_at.is_some_and(|due| due <= now) {
             self.roam_at = None;
-            self.roam(now);
-        }
-        if self.engine.next_timeout().is_some_and(|due| due <= now) {
-            self.engine.handle_timeout(now);
+            self.roam();
         }
     }
 
@@ -227,7 +225,7 @@ impl Core {
             tracing::info!(child = id.0, "closing a Child SA for inactivity");
             let token = self.token();
             // It may be on its way out already.
-            let _ = self.engine.terminate(now, Target::Child(id), false, token);
+            let _ = self.shards.terminate(Target::Child(id), false, token);
         }
     }
 
@@ -237,13 +235,10 @@ impl Core {
     }
 
     /// Addresses or routes have changed, or we begin.
-    fn roam(&mut self, now: Instant) {
+    fn roam(&mut self) {
         self.network.restore_routes();
         match self.network.local_addresses() {
-            Ok(addresses) => {
-                let changed = self.engine.set_local_addresses(addresses);
-                self.engine.handle_roam(now, changed);
-            }
+            Ok(addresses) => self.shards.roam(&addresses),
             Err(error) => tracing::error!(%error, "local addresses cannot be listed"),
         }
     }
@@ -251,174 +246,55 @@ impl Core {
     fn handle_network(&mut self, event: NetworkEvent) {
         let now = Instant::now();
         match event {
-            NetworkEvent::Ike { local, remote, encapsulated, bytes } => {
-                let transport = if encapsulated { Transport::UdpEncap } else { Transport::Udp };
-                self.engine.handle_message(now, Path { local, remote, transport }, &bytes);
-            }
-            NetworkEvent::Plane(PlaneEvent::Expire { spi_in, hard }) => self.engine.handle_expire(now, spi_in, hard),
-            NetworkEvent::Plane(PlaneEvent::MappingChanged { spi_in, remote }) => {
-                self.engine.handle_mapping_changed(now, spi_in, remote);
-            }
-            NetworkEvent::Plane(PlaneEvent::StreamChanged { spi_in, stream, local, remote }) => {
-                let path = Path { local, remote, transport: Transport::Stream(stream) };
-                self.engine.handle_stream_changed(now, spi_in, path);
-            }
-            NetworkEvent::Plane(PlaneEvent::UnknownSpi { spi, remote }) => {
-                tracing::debug!(spi = format_args!("{spi:08x}"), %remote, "ESP with an unknown SPI");
-                self.engine.handle_unknown_spi(now, remote, spi);
-            }
-            NetworkEvent::Plane(PlaneEvent::Acquire { reqid, flow }) => {
-                self.acquire(now, reqid, &flow);
-            }
+            NetworkEvent::Plane(PlaneEvent::Acquire { reqid, flow }) => self.acquire(now, reqid, &flow),
             NetworkEvent::Roamed => {
                 self.roam_at.get_or_insert(now + ROAM_DELAY);
             }
-            NetworkEvent::Unreachable { remote } => self.engine.handle_unreachable(now, remote),
-        }
-        self.drain();
-    }
-
-    fn handle_stream(&mut self, event: StreamEvent) {
-        let now = Instant::now();
-        match event {
-            StreamEvent::Opened { stream, local, accepted, esp, .. } => {
-                self.network.attach_stream(StreamId(stream), Box::new(move |packet| esp.send(packet)));
-                if !accepted {
-                    self.engine.handle_stream_opened(now, StreamId(stream), local);
-                }
-            }
-            StreamEvent::Ike { stream, local, remote, bytes } => {
-                let transport = Transport::Stream(StreamId(stream));
-                self.engine.handle_message(now, Path { local, remote, transport }, &bytes);
-            }
-            StreamEvent::Closed { stream, reason } => {
-                self.network.detach_stream(StreamId(stream));
-                self.engine.handle_stream_closed(now, StreamId(stream), &reason);
-            }
+            // The shards'.
+            NetworkEvent::Ike { .. } | NetworkEvent::Unreachable { .. } | NetworkEvent::Plane(_) => {}
         }
     }
 
-    fn handle_finished(&mut self, finished: Finished) {
-        match finished {
-            Finished::Job(job, outcome) => self.engine.handle_job(Instant::now(), job, outcome),
-            Finished::Resolved(token, outcome) => match *outcome {
-                Ok(request) => match self.traps.packet_of(token) {
-                    Some(packet) => self.engine.initiate_for_packet(Instant::now(), request, packet),
-                    None => self.engine.initiate(Instant::now(), request),
-                },
-                Err(reason) => self.finish(token, Err(reason)),
-            },
+    fn handle_resolved(&mut self, Resolved { token, outcome }: Resolved) {
+        match outcome {
+            Ok(request) => self.shards.initiate(request, self.traps.packet_of(token)),
+            Err(reason) => self.finish(token, Err(reason)),
         }
     }
 
-    /// Carries out all that the engine wants.
-    fn drain(&mut self) {
-        while let Some(output) = self.engine.poll_output() {
-            match output {
-                Output::Transmit(transmit) => self.transmit(transmit.path, &transmit.bytes),
-                Output::Job(job, Job::Sign(request)) => {
-                    let credentials = Arc::clone(&self.credentials);
-                    self.spawn_job(job, move || JobOutcome::Sign(credentials.sign(&request)));
-                }
-                Output::Job(job, Job::Authenticate(request)) => {
-                    let credentials = Arc::clone(&self.credentials);
-                    self.spawn_job(job, move || {
-                        JobOutcome::Authenticate(credentials.authenticate(&request, unix_time()))
-                    });
-                }
-                Output::Job(job, Job::KeyExchange(work)) => {
-                    self.spawn_computation(job, move || JobOutcome::KeyExchange(work.run(&mut SystemRng)));
-                }
-                Output::Job(job, Job::SolvePuzzle(puzzle)) => {
-                    self.spawn_computation(job, move || JobOutcome::SolvePuzzle(puzzle.solve()));
-                }
-                Output::Job(job, Job::InstallChild(ready)) => {
-                    let outcome = self.install(*ready);
-                    self.engine.handle_job(Instant::now(), job, JobOutcome::InstallChild(outcome));
-                }
-                Output::Job(job, Job::FindRoutes(query)) => {
-                    let routes = self.find_routes(&query);
-                    self.engine.handle_job(Instant::now(), job, JobOutcome::FindRoutes(routes));
-                }
-                Output::Job(job, Job::Resolve(gateway)) => {
-                    let (network, finished) = (self.network.clone(), self.finished.clone());
-                    tokio::spawn(async move {
-                        let outcome = JobOutcome::Resolve(redirect::resolve(gateway, &network).await);
-                        let _ = finished.send(Finished::Job(job, outcome));
-                    });
-                }
-                Output::Job(job, Job::SeenTraffic(spis)) => {
-                    let idle = self.seen_traffic(&spis);
-                    self.engine.handle_job(Instant::now(), job, JobOutcome::SeenTraffic(idle));
-                }
-                Output::Event(event) => self.handle_event(event),
-                Output::OpenStream { stream, local, remote, tls, proxy } => {
-                    let client = tls.map(|peer| self.tls.client(&peer, &self.credentials)).transpose();
-                    match client {
-                        Ok(tls) => self.streams.open_along(stream.0, Way { local, remote, tls, proxy }),
-                        Err(error) => {
-                            self.engine.handle_stream_closed(Instant::now(), stream, &error.to_string());
-                        }
-                    }
-                }
-                Output::CloseStream(stream) => self.streams.close(stream.0),
-                Output::Judgement(stream, judgement) => match judgement {
-                    Judgement::Authentic => self.streams.vouch(stream.0),
-                    Judgement::Unparsable => self.streams.complain(stream.0, Complaint::Unparsable),
-                    Judgement::UnknownSpi => self.streams.complain(stream.0, Complaint::UnknownSpi),
-                    Judgement::Forged => self.streams.complain(stream.0, Complaint::Unauthentic),
-                },
-                // One engine alone has neither.
-                Output::Note(_) | Output::Initiate(_) => {}
+    /// Carries out what the shards have wanted until now.
+    fn catch_up(&mut self) {
+        for _ in 0..self.from_shards.wanted.len() {
+            let Ok(wanted) = self.from_shards.wanted.try_recv() else { break };
+            self.carry_out(wanted);
+        }
+    }
+
+    fn carry_out(&mut self, FromShard { shard, wanted }: FromShard) {
+        let came_first = wanted.comes_first();
+        match wanted {
+            Wanted::Transmit(transmit) => self.shards.world().transmit(&transmit),
+            Wanted::Install(job, ready) => {
+                let outcome = self.install(*ready);
+                self.shards.answer(shard, job, JobOutcome::InstallChild(outcome));
             }
-        }
-    }
-
-    /// As many at a time as there are processors: it is all computing, and the rest of the pool stays free.
-    fn spawn_computation(&self, job: JobId, work: impl FnOnce() -> JobOutcome + Send + 'static) {
-        let (finished, processors) = (self.finished.clone(), Arc::clone(&self.processors));
-        tokio::spawn(async move {
-            // The semaphore is never closed.
-            let Ok(permit) = processors.acquire_owned().await else { return };
-            tokio::task::spawn_blocking(move || {
-                let outcome = work();
-                drop(permit);
-                let _ = finished.send(Finished::Job(job, outcome));
-            });
-        });
-    }
-
-    fn find_routes(&self, query: &RouteQuery) -> Vec<Route> {
-        let found = self.network.address_pairs(query.local, &query.remotes);
-        let pairs = found.unwrap_or_else(|error| {
-            tracing::error!(%error, "the ways to a peer cannot be looked up");
-            Vec::new()
-        });
-        pairs.into_iter().map(|pair| Route { local: pair.local, remote: pair.remote, direct: pair.direct }).collect()
-    }
-
-    fn spawn_job(&self, job: JobId, work: impl FnOnce() -> JobOutcome + Send + 'static) {
-        let finished = self.finished.clone();
-        tokio::task::spawn_blocking(move || {
-            // The core outlives its jobs except at shutdown, when nobody wants the answer.
-            let _ = finished.send(Finished::Job(job, work()));
-        });
-    }
-
-    fn transmit(&mut self, path: Path, bytes: &[u8]) {
-        let sent = match path.transport {
-            Transport::Udp => self.network.send_ike(path.local, path.remote, false, bytes),
-            Transport::UdpEncap => self.network.send_ike(path.local, path.remote, true, bytes),
-            Transport::Stream(stream) => {
-                if !self.streams.send_ike(stream.0, bytes) {
-                    tracing::debug!(stream = stream.0, "a message for a stream that is closed or full was dropped");
-                }
-                Ok(())
+            Wanted::SeenTraffic(job, spis) => {
+                let idle = self.seen_traffic(&spis);
+                self.shards.answer(shard, job, JobOutcome::SeenTraffic(idle));
             }
-        };
-        if let Err(error) = sent {
-            tracing::debug!(local = %path.local, remote = %path.remote, %error, "sending failed");
+            Wanted::Event(event) => self.handle_event(event),
+            Wanted::OpenStream { stream, local, remote, tls, proxy } => {
+                let client = tls.map(|peer| self.tls.client(&peer, &self.credentials)).transpose();
+                match client {
+                    Ok(tls) => self.streams.open_along(stream.0, Way { local, remote, tls, proxy }),
+                    Err(error) => self.shards.stream_failed(shard, stream, &error.to_string()),
+                }
+            }
+            Wanted::CloseStream(stream) => self.streams.close(stream.0),
+            Wanted::Initiate(request) if self.stopping.is_none() => self.shards.initiate_again(*request),
+            Wanted::Initiate(_) => {}
         }
+        self.shards.done(shard, came_first);
     }
 
     /// Asks the latches, then installs: a latch that the new SA would betray is broken, and its holder told,
@@ -641,10 +517,10 @@ impl Core {
     /// the packet, and when there is one for the child that the peer narrowed without a word of others
     /// (ADDITIONAL_TS_POSSIBLE, RFC 7296 §2.9): another one would not cover the packet either.
     fn is_negotiated(&self, connection: &str, child: &str, packet: &Flow) -> bool {
-        if self.engine.is_initiating(connection) {
+        if self.shards.is_initiating(connection) {
             return true;
         }
-        let live = |id: ChildSaId| match self.engine.child_state(id) {
+        let live = |id: ChildSaId| match self.shards.child_state(id) {
             Some(ChildState::Created | ChildState::Installing | ChildState::Installed | ChildState::Rekeying) => true,
             Some(ChildState::Rekeyed | ChildState::Deleting | ChildState::Deleted) | None => false,
         };
@@ -676,7 +552,7 @@ impl Core {
     fn handle_event(&mut self, event: Event) {
         match &event {
             Event::IkeUp(id) => {
-                if let Some(status) = self.engine.ike_sa(*id, Instant::now())
+                if let Some(status) = self.shards.ike_sa(*id)
                     && let Transport::Stream(stream) = status.path.transport
                 {
                     self.streams.vouch(stream.0);
@@ -751,7 +627,7 @@ impl Core {
                 }
             }
             Event::Assigned(id, assigned) => {
-                let peer = self.engine.ike_sa(*id, Instant::now()).and_then(|sa| sa.remote_id);
+                let peer = self.shards.ike_sa(*id).and_then(|sa| sa.remote_id);
                 let peer = peer.map(|peer| peer.to_string()).unwrap_or_default();
                 self.virtual_addresses.assigned(&self.network, *id, Arc::clone(assigned), &peer);
             }
@@ -819,37 +695,37 @@ impl Core {
         let now = Instant::now();
         match command {
             Command::ListSas { filter, after, reply } => {
-                let _ = reply.send(self.page(now, &filter, after));
+                let _ = reply.send(self.page(&filter, after));
             }
             Command::CountSas(reply) => {
-                let (all, half_open) = self.engine.counts();
-                let _ = reply.send((all, half_open + self.engine.initiating()));
+                let (all, half_open) = self.shards.counts();
+                let _ = reply.send((all, half_open + self.shards.initiating()));
             }
             Command::Initiate { ike, child, reply } => self.initiate(ike.as_deref(), child.as_deref(), Some(reply)),
             Command::InitiateFlow { flow, narrow, reply } => self.initiate_for_latch(&flow, narrow, reply),
             Command::Survey { flow, children, reply } => {
-                let told = children.iter().filter_map(|child| self.survey(now, &flow, *child));
+                let told = children.iter().filter_map(|child| self.survey(&flow, *child));
                 let _ = reply.send(told.collect());
             }
-            Command::Terminate { filter, force, reply } => self.terminate(now, &filter, force, reply),
+            Command::Terminate { filter, force, reply } => self.terminate(&filter, force, reply),
             Command::Rekey { filter, reauth, reply } => {
                 let targets = self.targets(&filter);
                 let mut done = 0;
                 for target in &targets {
                     let token = self.token();
                     done += usize::from(match *target {
-                        Target::Ike(id) if reauth => self.engine.reauthenticate(now, id, token).is_ok(),
-                        target => self.engine.rekey(now, target, token).is_ok(),
+                        Target::Ike(id) if reauth => self.shards.reauthenticate(id, token).is_ok(),
+                        target => self.shards.rekey(target, token).is_ok(),
                     });
                 }
                 let _ = reply.send(Matched { matches: targets.len(), done });
             }
             Command::Redirect { filter, gateway, reply } => {
-                let meant = self.redirected(now, &filter);
+                let meant = self.redirected(&filter);
                 let mut done = 0;
                 for id in &meant {
                     let token = self.token();
-                    done += usize::from(self.engine.redirect(now, *id, gateway.clone(), token).is_ok());
+                    done += usize::from(self.shards.redirect(*id, gateway.clone(), token).is_ok());
                 }
                 let _ = reply.send(Matched { matches: meant.len(), done });
             }
@@ -864,20 +740,22 @@ impl Core {
                 let _ = reply.send(self.uninstall(ike.as_deref(), &child));
             }
             Command::LoadPool(pool, reply) => {
-                let _ = reply.send(self.engine.load_pool(*pool));
+                let loaded = self.shards.ask(|engine| engine.load_pool(*pool));
+                let _ = reply.send(loaded.unwrap_or(Ok(())));
             }
             Command::UnloadPool(name, reply) => {
-                let _ = reply.send(self.engine.unload_pool(&name));
+                let unloaded = self.shards.ask(|engine| engine.unload_pool(&name));
+                let _ = reply.send(unloaded.unwrap_or(Ok(())));
             }
             Command::Counters(of, reply) => {
-                let _ = reply.send(of.read(self.engine.counters()));
+                let _ = reply.send(self.shards.ask(|engine| of.read(engine.counters())).unwrap_or_default());
             }
             Command::ResetCounters(of, reply) => {
-                of.reset(self.engine.counters());
+                self.shards.ask(|engine| of.reset(engine.counters()));
                 let _ = reply.send(());
             }
             Command::ListPools(reply) => {
-                let _ = reply.send(self.engine.pools());
+                let _ = reply.send(self.shards.ask(|engine| engine.pools()).unwrap_or_default());
             }
             Command::SetConnections(connections, reply) => {
                 // Latches first: their holders hear of it before anything is done otherwise (RFC 5660 §2.3).
@@ -887,7 +765,11 @@ impl Core {
                     latches::conflict(&connections, &Pinned { flow, peer, local, mode, suite })
                 });
                 let negotiated = connections.iter().filter(|known| !known.is_for_shunts_alone());
-                self.engine.set_connections(negotiated.map(|known| Arc::clone(&known.connection)).collect());
+                let negotiated: Vec<_> = negotiated.map(|known| Arc::clone(&known.connection)).collect();
+                self.shards.change(|engine, first, _| match first {
+                    Some(first) => engine.set_connections_of(first),
+                    None => engine.set_connections(negotiated.clone()),
+                });
                 let children = connections.iter().flat_map(|known| &known.connection.children);
                 self.reqids.configure(children.map(|child| child.reqid).filter(|reqid| *reqid != 0).collect());
                 self.connections = Definitions::new(connections);
@@ -896,28 +778,33 @@ impl Core {
                 let _ = reply.send(());
             }
             Command::SetCredentials(credentials, reply) => {
-                self.engine.set_authority_hashes(credentials.authority_hashes());
-                self.engine.set_ppks(credentials.ppks());
-                if !credentials.is_same_as(&self.credentials) {
-                    self.engine.forget_tickets();
-                }
+                let are_others = !credentials.is_same_as(&self.credentials);
                 self.credentials = Arc::new(*credentials);
+                let credentials = &self.credentials;
+                self.shards.change(|engine, _, of_shard| {
+                    engine.set_authority_hashes(credentials.authority_hashes());
+                    engine.set_ppks(credentials.ppks());
+                    if are_others {
+                        engine.forget_tickets();
+                    }
+                    *of_shard = Arc::clone(credentials);
+                });
                 self.tls.forget();
                 let _ = reply.send(());
             }
             Command::ReloadSettings(reply) => {
                 let outcome = self.settings.reload().map(|config| {
-                    self.engine.set_config(config.engine.clone());
+                    self.shards.change(|engine, _, _| engine.set_config(config.engine.clone()));
                     self.filelogs = FileLogs::open(config.file_logs.clone());
                 });
                 let _ = reply.send(outcome);
             }
             Command::Shutdown(reply) => {
-                let all: Vec<IkeSaId> = self.engine.ike_sas_after(None, IkeSaId(0)).collect();
+                let all = self.shards.ike_sas_after(None, IkeSaId(0), usize::MAX);
                 for id in all {
                     let token = self.token();
                     // One that ended with another does not matter.
-                    let _ = self.engine.terminate(now, Target::Ike(id), false, token);
+                    let _ = self.shards.terminate(Target::Ike(id), false, token);
                 }
                 self.stopping = Some((reply, now + SHUTDOWN_GRACE));
             }
@@ -931,17 +818,17 @@ impl Core {
     }
 
     /// Snapshots of some of the IKE SAs that a filter means.
-    fn page(&self, now: Instant, filter: &SaFilter, after: IkeSaId) -> SaPage {
-        let one = filter.ike_id.or_else(|| self.engine.owner(filter.child_id?));
+    fn page(&self, filter: &SaFilter, after: IkeSaId) -> SaPage {
+        let one = filter.ike_id.or_else(|| self.shards.owner(filter.child_id?));
         let mut ids: Vec<IkeSaId> = match one {
             Some(id) => Vec::from([id]),
             None if filter.child_id.is_some() => Vec::new(),
-            None => self.engine.ike_sas_after(filter.ike.as_deref(), after).take(PAGE + 1).collect(),
+            None => self.shards.ike_sas_after(filter.ike.as_deref(), after, PAGE + 1),
         };
         let more = ids.len() > PAGE;
         ids.truncate(PAGE);
         let next = ids.last().copied().filter(|_| more);
-        let statuses = ids.into_iter().filter_map(|id| self.engine.ike_sa(id, now));
+        let statuses = ids.into_iter().filter_map(|id| self.shards.ike_sa(id));
         let reports = statuses.filter(|status| filter.selects(status)).map(|status| {
             let usage = status.children.iter().map(|child| self.usage(child.id)).collect();
             SaReport { status, usage }
@@ -950,8 +837,8 @@ impl Core {
     }
 
     /// A Child SA and its IKE SA as applications are told of them (RFC 5660 §2).
-    fn survey(&self, now: Instant, flow: &Flow, child: ChildSaId) -> Option<SaInfo> {
-        let status = self.engine.ike_sa(self.engine.owner(child)?, now)?;
+    fn survey(&self, flow: &Flow, child: ChildSaId) -> Option<SaInfo> {
+        let status = self.shards.ike_sa(self.shards.owner(child)?)?;
         survey::tell(&status, child, flow.remote)
     }
 
@@ -968,9 +855,10 @@ impl Core {
             (None, None) => {
                 let connection = filter.ike.as_deref();
                 let Some(id) = filter.ike_id else {
-                    return self.engine.ike_sas_after(connection, IkeSaId(0)).map(Target::Ike).collect();
+                    let all = self.shards.ike_sas_after(connection, IkeSaId(0), usize::MAX);
+                    return all.into_iter().map(Target::Ike).collect();
                 };
-                let is_meant = connection.is_none_or(|connection| self.engine.is_of(id, connection));
+                let is_meant = connection.is_none_or(|connection| self.shards.is_of(id, connection));
                 // If there is none of this number, that is found out when it is to be ended.
                 return is_meant.then_some(Target::Ike(id)).into_iter().collect();
             }
@@ -978,35 +866,35 @@ impl Core {
         let is_meant = |id: &ChildSaId| {
             let Some(child) = self.children.get(*id) else { return false };
             let live = !matches!(
-                self.engine.child_state(*id),
+                self.shards.child_state(*id),
                 None | Some(ChildState::Rekeyed | ChildState::Deleting | ChildState::Deleted)
             );
             live && filter.child.as_ref().is_none_or(|name| *name == *child.name)
                 && filter.ike.as_ref().is_none_or(|name| *name == *child.connection)
-                && filter.ike_id.is_none_or(|ike_id| self.engine.owner(*id) == Some(ike_id))
+                && filter.ike_id.is_none_or(|ike_id| self.shards.owner(*id) == Some(ike_id))
         };
         children.into_iter().filter(is_meant).map(Target::Child).collect()
     }
 
     /// IKE SAs that are up and that a filter means.
-    fn redirected(&self, now: Instant, filter: &RedirectFilter) -> Vec<IkeSaId> {
-        let meant = |id: IkeSaId| self.engine.ike_sa(id, now).filter(|status| redirect::means(filter, status));
+    fn redirected(&self, filter: &RedirectFilter) -> Vec<IkeSaId> {
+        let meant = |id: IkeSaId| self.shards.ike_sa(id).filter(|status| redirect::means(filter, status));
         match filter.ike_id {
             Some(id) => meant(id).map(|status| status.id).into_iter().collect(),
             None => {
-                let all = self.engine.ike_sas_after(filter.ike.as_deref(), IkeSaId(0));
-                all.filter_map(meant).map(|status| status.id).collect()
+                let all = self.shards.ike_sas_after(filter.ike.as_deref(), IkeSaId(0), usize::MAX);
+                all.into_iter().filter_map(meant).map(|status| status.id).collect()
             }
         }
     }
 
-    fn terminate(&mut self, now: Instant, filter: &SaFilter, force: bool, reply: oneshot::Sender<Matched>) {
+    fn terminate(&mut self, filter: &SaFilter, force: bool, reply: oneshot::Sender<Matched>) {
         let targets = self.targets(filter);
         let mut answers = Vec::new();
         for target in &targets {
             let token = self.token();
             let (sender, answer) = oneshot::channel();
-            if self.engine.terminate(now, *target, force, token).is_ok() {
+            if self.shards.terminate(*target, force, token).is_ok() {
                 self.waiting.insert(token, sender);
                 answers.push(answer);
             }
@@ -1072,7 +960,7 @@ impl Core {
         let child_name = child.as_ref().map(|child| child.name.as_str());
         self.traps.begun(Instant::now(), token, &definition.connection.name, child_name, packet);
         let network = self.network.clone();
-        let finished = self.finished.clone();
+        let resolved = self.resolved.clone();
         tokio::spawn(async move {
             let outcome = resolve(&definition, &network).await.map(|(local, remote)| Initiate {
                 connection: definition.connection,
@@ -1081,7 +969,7 @@ impl Core {
                 remote,
                 token,
             });
-            let _ = finished.send(Finished::Resolved(token, Box::new(outcome)));
+            let _ = resolved.send(Resolved { token, outcome });
         });
     }
 }
@@ -1118,9 +1006,4 @@ async fn resolve(definition: &ConnectionDefinition, network: &Network) -> Result
     }
     let local = network.source_address(remote).map_err(|error| format!("there is no route to {remote}: {error}"))?;
     Ok((local, remote))
-}
-
-/// Seconds since the Unix epoch, for certificates' validity.
-fn unix_time() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_secs())
 }

@@ -1,7 +1,7 @@
 //! `latchkeyd`: the rooms wired together on tokio.
 //!
-//! One task owns the engine, the data plane and the latch database's control side ([`core`]); sockets,
-//! streams, VICI and applications talk to it over bounded channels.
+//! Each of the engine's shards has a task, which the sockets and streams reach by queues ([`shards`]). One task, the core, owns the
+//! data plane, the latch database's control side and the rest ([`core`]); the shards, VICI and applications talk to it.
 
 mod children;
 mod core;
@@ -13,6 +13,7 @@ mod reqids;
 mod resolver;
 mod run;
 mod settings;
+mod shards;
 mod shunts;
 mod state;
 mod survey;

@@ -20,6 +20,7 @@ use super::core::{Core, Parts};
 use super::filelog::FileLogs;
 use super::resolver::Resolver;
 use super::settings::Settings;
+use super::shards::{self, Shards};
 use super::virtual_addresses::{Placement, VirtualAddresses};
 use super::{state, tls};
 use crate::config::daemon::{self, DaemonConfig};
@@ -102,18 +103,28 @@ pub async fn run(options: DaemonOptions) -> anyhow::Result<()> {
     let (command_sender, commands) = mpsc::channel(COMMAND_QUEUE);
     let (events, _) = broadcast::channel(EVENT_QUEUE);
     let control = Control::new(command_sender, events.clone());
-    let mut engine = Engine::new(config.engine.clone(), Box::new(SystemRng), Instant::now());
+    let count = config.shards.unwrap_or_else(shards::by_default);
+    let rngs = (0..count.max(1)).map(|_| Box::new(SystemRng) as Box<dyn ike::Rng>);
+    let mut engines = Engine::shards(&config.engine, rngs, Instant::now());
     if config.quick_crash_detection {
         match state::crash_secret(&config.state_dir, |octets| ike::Rng::fill(&mut SystemRng, octets)) {
-            Ok(secret) => engine.set_crash_secret(Some(secret)),
+            Ok(secret) => {
+                for engine in &mut engines {
+                    engine.set_crash_secret(Some(secret.duplicate()));
+                }
+            }
             Err(error) => {
                 let folder = config.state_dir.display();
                 tracing::error!(%error, "no quick crash detection: {folder}/qcd.secret cannot be used");
             }
         }
     }
+    tracing::info!(shards = engines.len(), "the engine's shards");
+    let (shards, from_shards) =
+        Shards::start(engines, (network.clone(), from_network), (streams.clone(), from_streams));
     let core = Core::new(Parts {
-        engine,
+        shards,
+        from_shards,
         network: network.clone(),
         streams,
         database: Arc::clone(&database),
@@ -123,8 +134,6 @@ pub async fn run(options: DaemonOptions) -> anyhow::Result<()> {
             Placement { install: config.install_virtual_ip, device: config.install_virtual_ip_on.clone() },
             config.resolve_file.clone().map(Resolver::new),
         ),
-        from_network,
-        from_streams,
         commands,
         events,
     });

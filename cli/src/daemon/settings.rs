@@ -51,6 +51,7 @@ fn for_a_restart(old: &DaemonConfig, new: &DaemonConfig) -> Vec<&'static str> {
         ("tls_web", old.tls_web != new.tls_web),
         ("quick_crash_detection", old.quick_crash_detection != new.quick_crash_detection),
         ("state_dir", old.state_dir != new.state_dir),
+        ("shards", old.shards != new.shards),
         ("plane", old.plane != new.plane),
         ("latch_socket", old.latch_socket != new.latch_socket),
         ("install_routes", old.install_routes != new.install_routes),
@@ -102,14 +103,14 @@ mod tests {
         let (file, mut settings) = settings("charon { port = 500 }");
         let text = "charon {\nport = 501\nport_nat_t = 4501\ntcp_ports = 443\nlatch_socket = /x\ninstall_routes = no\n\
                     routing_table = 1\nrouting_table_prio = 2\ninterfaces_use = a\ninterfaces_ignore = b\n\
-                    address_budget = 7\nkeep_alive = 5s\ncookie_threshold = 1\n\
+                    address_budget = 7\nshards = 3\nkeep_alive = 5s\ncookie_threshold = 1\n\
                     plugins {\nvici {\nsocket = unix:///x\n}\nsocket-default {\nfwmark = 3\n}\n}\nplane = auto\n\
                     filelog {\nlog {\npath = /tmp/x\n}\n}\n}\n";
         std::fs::write(file.path(), text).unwrap();
         let before = settings.in_force.clone();
         let new = daemon::load(file.path()).unwrap();
         assert!(!new.has_errors(), "{:?}", new.reports);
-        assert_eq!(for_a_restart(&before, &new.config).len(), 13);
+        assert_eq!(for_a_restart(&before, &new.config).len(), 14);
         let after = settings.reload().unwrap();
         assert_eq!(after.engine.keep_alive, Duration::from_secs(5));
         assert_eq!(after.engine.cookie_threshold, 1);

@@ -6,6 +6,8 @@
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::IpAddr;
 
+use ipsec::plane::StreamId;
+
 use super::{ChildSaId, IkeSaId, Path, Transport};
 use crate::Rng;
 
@@ -117,6 +119,11 @@ impl Dispatch {
     /// The shard of a Child SA's inbound SPI.
     pub fn of_child_spi(&self, spi: u32) -> usize {
         Numbering::shard_of_spi(self.shards, u64::from(spi) << 32)
+    }
+
+    /// The shard that asked for a stream which we opened.
+    pub fn of_stream(&self, stream: StreamId) -> usize {
+        shard_of_number(self.shards, stream.0)
     }
 
     fn hashed(&self, what: impl Hash) -> usize {

@@ -288,3 +288,135 @@ impl Streams {
         (users, closes_at)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicU64;
+    use std::thread;
+
+    use super::*;
+    use crate::engine::defence::Limits;
+    use crate::engine::tests::TestRng;
+
+    const THREADS: u64 = 4;
+
+    /// Runs this in several threads at once.
+    fn at_once(work: impl Fn(u64) + Sync) {
+        let barrier = std::sync::Barrier::new(usize::try_from(THREADS).unwrap());
+        thread::scope(|scope| {
+            for n in 0..THREADS {
+                let (barrier, work) = (&barrier, &work);
+                scope.spawn(move || {
+                    barrier.wait();
+                    work(n);
+                });
+            }
+        });
+    }
+
+    fn peer(name: &str) -> PeerKey {
+        let id = |name: &str| Identity::Fqdn(name.to_owned());
+        PeerKey::of_identities(&id("gateway"), &id(name))
+    }
+
+    // RFC 7296 §2.4, `unique`: of those that come at the same time in different threads one is entered, and one is left.
+    #[test]
+    fn threads_do_not_enter_a_peer_twice() {
+        for round in 0..200 {
+            let directory = Directory::default();
+            let (key, entered) = (peer("a"), AtomicU64::new(0));
+            at_once(|n| {
+                if directory.enter_alone(&key, IkeSaId(n + 1), None) {
+                    entered.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+            assert_eq!(entered.load(Ordering::Relaxed), 1, "round {round}");
+            let named = AtomicU64::new(0);
+            at_once(|n| {
+                let others = directory.take_over(&key, IkeSaId(n + 10), |_| false);
+                named.fetch_add(u64::try_from(others.len()).unwrap(), Ordering::Relaxed);
+            });
+            // One of them is left, and all others were named once.
+            assert_eq!((directory.all().len(), named.load(Ordering::Relaxed)), (1, THREADS), "round {round}");
+        }
+    }
+
+    // A successor and one that takes the peer over: nobody stays whom nobody has named.
+    #[test]
+    fn a_successor_stays_in_place_or_goes_with_its_predecessor() {
+        let key = peer("a");
+        for _ in 0..200 {
+            let directory = Directory::default();
+            directory.enter(&key, IkeSaId(1));
+            let (followed, named) = (AtomicU64::new(0), Short::new(Vec::new()));
+            at_once(|n| match n {
+                0 => followed.store(directory.succeed(&key, IkeSaId(1), IkeSaId(2)).into(), Ordering::Relaxed),
+                1 => *named.lock() = directory.take_over(&key, IkeSaId(3), |_| false),
+                _ => assert!(!directory.enter_alone(&key, IkeSaId(n + 10), None), "there is a moment with nobody"),
+            });
+            let expected = if followed.load(Ordering::Relaxed) == 1 { IkeSaId(2) } else { IkeSaId(1) };
+            assert_eq!(*named.lock(), [expected]);
+            assert_eq!(directory.all().into_iter().collect::<Vec<_>>(), [(key.clone(), IkeSaId(3))]);
+        }
+    }
+
+    #[test]
+    fn identities_are_found_under_any_entry_and_no_others() {
+        let directory = Directory::default();
+        let id = |name: &str| Identity::Fqdn(name.to_owned());
+        directory.enter(&peer("ab"), IkeSaId(1));
+        assert!(directory.knows(&id("gateway"), &id("ab")));
+        assert!(!directory.knows(&id("gateway"), &id("a")) && !directory.knows(&id("gateway"), &id("abc")));
+        assert!(!directory.has_other(&peer("ab"), Some(IkeSaId(1))) && directory.has_other(&peer("ab"), None));
+        directory.leave(peer("ab"), IkeSaId(1));
+        assert!(!directory.knows(&id("gateway"), &id("ab")));
+    }
+
+    // RFC 7296 §2.6: the last place is given away once.
+    #[test]
+    fn threads_do_not_take_the_last_place_twice() {
+        let now = Instant::now();
+        let limits = Limits { half_open: 10, block: 0, ike_sas: 0, jobs: usize::MAX };
+        for seed in 0..100 {
+            let defence = Short::new(Defence::new(now, 0, &mut TestRng::new(seed)));
+            let served = AtomicU64::new(0);
+            at_once(|n| {
+                for host in 0..8 {
+                    let from = IpAddr::from([192, 0, 2, u8::try_from(n * 8 + host).unwrap()]);
+                    let begun = defence.lock().begin_serving(now, from, limits, (0, 0)).is_ok();
+                    served.fetch_add(begun.into(), Ordering::Relaxed);
+                }
+            });
+            assert_eq!(served.load(Ordering::Relaxed), 10);
+        }
+    }
+
+    #[test]
+    fn a_stream_is_closed_by_the_last_that_leaves_it() {
+        let (streams, stream, now) = (Streams::default(), StreamId(7), Instant::now());
+        let (one, other) = (IkeSaId(1), IkeSaId(2));
+        assert!(!streams.is_used(stream));
+        assert_eq!(streams.join(stream, one, false), None);
+        streams.join(stream, other, false);
+        assert_eq!(streams.leave(stream, one, now), Left::Used);
+        assert_eq!(streams.leave(stream, one, now), Left::Used, "it has left already");
+        assert_eq!(streams.leave(stream, other, now), Left::Lingers);
+        assert!(!streams.is_used(stream));
+        // Another shard's IKE SA comes in time: it is not closed.
+        assert_eq!(streams.join(stream, other, false), Some(now));
+        assert!(!streams.is_over(stream, now));
+        assert_eq!(streams.leave(stream, other, now), Left::Lingers);
+        assert!(streams.is_over(stream, now) && !streams.is_over(stream, now) && streams.is_empty());
+        // Ours is closed at once.
+        streams.join(stream, one, true);
+        assert_eq!(streams.leave(stream, one, now), Left::Closes);
+        assert!(streams.is_empty());
+        // One that ended: each shard hears of its own.
+        streams.join(stream, one, false);
+        streams.join(stream, other, false);
+        assert_eq!(streams.users(stream, |id| id == other), [other]);
+        assert_eq!(streams.ended(stream, |id| id == one), (vec![one], None));
+        assert_eq!(streams.ended(stream, |id| id == other), (vec![other], None));
+        assert!(streams.is_empty());
+    }
+}

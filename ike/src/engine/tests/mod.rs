@@ -36,6 +36,7 @@ mod resumption;
 mod rules;
 mod seeds;
 mod selectors;
+mod shards;
 mod signatures;
 mod stream;
 mod stream_rules;
