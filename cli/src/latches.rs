@@ -13,8 +13,8 @@ use ipsec::selector::Flow;
 use ipsec::transform::{Encr, Integ, Protocol, TransformType};
 use latch::client::{Client, TcpStream};
 use latch::protocol::{
-    AddressBinding, Disposition, Initiate, Inquire, Inquired, ListedLatch, Peer, ProofInfo, Protection, SaInfo, State,
-    Wanted, WantedSuite,
+    AddressBinding, Disposition, ENDPOINT_BINDING, Initiate, Inquire, Inquired, ListedLatch, Peer, ProofInfo,
+    Protection, SaInfo, State, UNIQUE_BINDING, Wanted, WantedSuite,
 };
 use pad::Identity;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -226,9 +226,11 @@ pub async fn netcat(arguments: &NetcatArguments) -> anyhow::Result<()> {
         described(stream.peer_identity()),
         protected(stream.protection())
     );
-    match stream.channel_binding().await {
-        Ok(binding) => eprintln!("channel binding {}: {}", binding.kind, hex(&binding.data)),
-        Err(error) => eprintln!("no channel binding: {error}"),
+    for kind in [UNIQUE_BINDING, ENDPOINT_BINDING] {
+        match stream.channel_binding_of(kind).await {
+            Ok(binding) => eprintln!("channel binding {}: {}", binding.kind, hex(&binding.data)),
+            Err(error) => eprintln!("no channel binding {kind}: {error}"),
+        }
     }
     let mut changes = stream.changes();
     let told = async {

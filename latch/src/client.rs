@@ -232,7 +232,12 @@ macro_rules! describe_latch {
         /// What a protocol above can bind its authentication to (RFC 5056): a relay between two channels has another at
         /// each end. The same for as long as the latch stands.
         pub async fn channel_binding(&self) -> Result<ChannelBinding, ClientError> {
-            let bind = Bind { latch: self.latch(), kind: UNIQUE_BINDING.to_owned() };
+            self.channel_binding_of(UNIQUE_BINDING).await
+        }
+
+        /// A channel binding of a type that `docs/latch-protocol.md` has.
+        pub async fn channel_binding_of(&self, kind: &str) -> Result<ChannelBinding, ClientError> {
+            let bind = Bind { latch: self.latch(), kind: kind.to_owned() };
             self.latch.holding.shared.call(Call::ChannelBinding(bind), None).await
         }
 

@@ -180,6 +180,15 @@ pub struct Alert {
     pub reason: String,
 }
 
+/// What applications can bind to an IKE SA (RFC 5056).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Bindings {
+    /// What is unique to its keys and authentication; none if it was resumed.
+    pub unique: Option<[u8; 32]>,
+    /// SHA-256 of the keys (SubjectPublicKeyInfo) by which both ends proved themselves; none unless both did by a key pair.
+    pub keys: Option<[[u8; 32]; 2]>,
+}
+
 /// Why a latch was not made.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LatchError {
@@ -334,25 +343,29 @@ impl Database {
     }
 
     /// What applications can bind to the IKE SA of an SA that is about to be installed; forgotten when it is `removed`.
-    pub fn bound(&self, sa: u64, binding: Option<[u8; 32]>) {
-        let mut control = self.control();
-        match binding {
-            Some(binding) => control.bindings.insert(sa, binding),
-            None => control.bindings.remove(&sa),
-        };
+    pub fn bound(&self, sa: u64, bindings: Bindings) {
+        self.control().bindings.insert(sa, bindings);
     }
 
-    /// The channel binding of a connection latch (RFC 5056): that of the IKE SA which protected the flow when the latch
-    /// was made. It stays the same for as long as the latch stands, whatever SAs come after.
+    /// The unique channel binding of a connection latch (RFC 5056): that of the IKE SA which protected the flow when the
+    /// latch was made. It stays the same for as long as the latch stands, whatever SAs come after.
     pub fn channel_binding(&self, latch: LatchId) -> Result<[u8; 32], LatchError> {
-        let control = self.control();
-        let Some(latch) = control.latches.get(&latch) else {
-            return Err(LatchError::NoBinding("there is no such latch"));
-        };
-        if latch.condition != Condition::Established {
-            return Err(LatchError::NoBinding("the latch is not established"));
+        self.established(latch)?.unique.map_err(LatchError::NoBinding)
+    }
+
+    /// Likewise the keys for its end-point channel binding.
+    pub fn endpoint_keys(&self, latch: LatchId) -> Result<[[u8; 32]; 2], LatchError> {
+        self.established(latch)?.keys.map_err(LatchError::NoBinding)
+    }
+
+    fn established(&self, latch: LatchId) -> Result<Bound, LatchError> {
+        match self.control().latches.get(&latch) {
+            None => Err(LatchError::NoBinding("there is no such latch")),
+            Some(latch) if latch.condition != Condition::Established => {
+                Err(LatchError::NoBinding("the latch is not established"))
+            }
+            Some(latch) => Ok(latch.binding),
         }
-        latch.binding.map_err(LatchError::NoBinding)
     }
 
     /// The SA is in; `sa` is any number that names it until `removed`. A number that is in use is replaced.
@@ -1066,7 +1079,7 @@ struct Classes {
 #[derive(Default)]
 struct Control {
     sas: BTreeMap<u64, CoveringSa>,
-    bindings: HashMap<u64, [u8; 32]>,
+    bindings: HashMap<u64, Bindings>,
     /// SAs by the smallest network around each of their remote selectors.
     by_subnet: HashMap<Subnet, BTreeSet<u64>>,
     /// The sizes of these networks, and how many there are of each.
@@ -1088,13 +1101,28 @@ impl Control {
         }
     }
 
-    /// The one channel binding of all SAs that cover a flow. With several the two ends might choose different ones.
-    fn binding(&self, flow: &Flow) -> Result<[u8; 32], &'static str> {
+    /// The one channel binding of each type of all SAs that cover a flow.
+    fn binding(&self, flow: &Flow) -> Bound {
+        let resumed = "an IKE SA that protects the flow has none, since it was resumed";
+        let no_keys =
+            "an IKE SA that protects the flow was resumed, or an end of it proved itself without a key pair of its own";
+        Bound {
+            unique: self.one(flow, |bindings| bindings.unique, resumed),
+            keys: self.one(flow, |bindings| bindings.keys, no_keys),
+        }
+    }
+
+    /// With several the two ends might choose different ones.
+    fn one<T: Copy + PartialEq>(
+        &self,
+        flow: &Flow,
+        of: impl Fn(&Bindings) -> Option<T>,
+        missing: &'static str,
+    ) -> Result<T, &'static str> {
         let mut found = None;
         for (sa, _) in self.covering(flow) {
-            let binding =
-                self.bindings.get(&sa).ok_or("an IKE SA that protects the flow has none, since it was resumed")?;
-            if *found.get_or_insert(*binding) != *binding {
+            let binding = self.bindings.get(&sa).and_then(&of).ok_or(missing)?;
+            if *found.get_or_insert(binding) != binding {
                 return Err("several IKE SAs protect the flow");
             }
         }
@@ -1200,6 +1228,13 @@ struct CoveringSa {
     remote_ts: Vec<TrafficSelector>,
 }
 
+/// What a latch was made under, or why there is none.
+#[derive(Clone, Copy)]
+struct Bound {
+    unique: Result<[u8; 32], &'static str>,
+    keys: Result<[[u8; 32]; 2], &'static str>,
+}
+
 struct Latch {
     flow: Flow,
     number: ClassId,
@@ -1210,7 +1245,7 @@ struct Latch {
     listener: Option<LatchId>,
     protector: Protector,
     /// Or why there is none.
-    binding: Result<[u8; 32], &'static str>,
+    binding: Bound,
     holder: Holder,
 }
 

@@ -21,7 +21,7 @@ use crate::database::{Algorithms, Class, LatchError, LatchState, OnBreak, Protec
 pub const VERSION: u32 = 1;
 
 /// What this crate knows beyond the first form of [`VERSION`]: `docs/latch-protocol.md` says what came with which.
-pub const REVISION: u32 = 3;
+pub const REVISION: u32 = 4;
 
 /// Longest message in octets, in both directions.
 pub const MAX_MESSAGE: usize = 64 * 1024;
@@ -187,13 +187,16 @@ pub struct Named {
 pub struct Bind {
     /// Number of the latch.
     pub latch: u64,
-    /// [`UNIQUE_BINDING`].
+    /// [`UNIQUE_BINDING`] or [`ENDPOINT_BINDING`].
     #[serde(rename = "type")]
     pub kind: String,
 }
 
-/// The type of channel binding that is defined: `docs/latch-protocol.md`.
+/// The type of channel binding that is of one IKE SA: `docs/latch-protocol.md`.
 pub const UNIQUE_BINDING: &str = "ipsec-ikev2-unique";
+
+/// The type of channel binding that is of both ends' public keys: `docs/latch-protocol.md`.
+pub const ENDPOINT_BINDING: &str = "ipsec-ikev2-endpoint";
 
 /// Answer to `channel-binding`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -54,9 +54,9 @@ use crate::database::{
     Alert, Class, Database, ENDED, LatchError, LatchId, LatchState, Listed, Listener, OnBreak, Request, Subject,
 };
 use crate::protocol::{
-    Accept, Bind, Call, ChannelBinding, Code, Created, Guard, Hello, Initiate, Inquire, Inquired, LatchEvent,
-    LatchInfo, List, ListedLatch, Listening, Listing, Named, Peer, Protection, REVISION, Refusal, Release, SaInfo,
-    ServerMessage, UNIQUE_BINDING, VERSION, Wanted, Welcome, encode,
+    Accept, Bind, Call, ChannelBinding, Code, Created, ENDPOINT_BINDING, Guard, Hello, Initiate, Inquire, Inquired,
+    LatchEvent, LatchInfo, List, ListedLatch, Listening, Listing, Named, Peer, Protection, REVISION, Refusal, Release,
+    SaInfo, ServerMessage, UNIQUE_BINDING, VERSION, Wanted, Welcome, encode,
 };
 use crate::seqpacket::{self, Datagram, SeqPacket};
 
@@ -158,7 +158,7 @@ struct Limits {
 }
 
 /// Each latch and each connection costs the daemon a descriptor.
-const LIMITS: Limits = Limits { connections: 256, latches_per_connection: 1024, latches: 16_384 };
+const LIMITS: Limits = Limits { connections: 4096, latches_per_connection: 1024, latches: 16_384 };
 
 /// A client that does not read for so long is gone.
 const SEND_TIMEOUT: Duration = Duration::from_secs(10);
@@ -168,6 +168,9 @@ const LIST_LENGTH: usize = 100;
 
 /// First octet of the data of [`UNIQUE_BINDING`].
 const UNIQUE_VERSION: u8 = 1;
+
+/// First octets of the data of [`ENDPOINT_BINDING`]: its version, and SHA2-256 by its number as a hash algorithm of IKEv2.
+const ENDPOINT_VERSION: [u8; 2] = [1, 2];
 
 const TCP: u8 = 6;
 const UDP: u8 = 17;
@@ -678,15 +681,16 @@ impl Connection {
         if !self.latches.contains_key(&latch) {
             return Err(no_such_latch(latch));
         }
-        if bind.kind != UNIQUE_BINDING {
-            let kind: String = bind.kind.chars().take(40).collect();
-            return Err(Refusal::new(
-                Code::NoBinding,
-                format!("there is no type {kind:?} here, only {UNIQUE_BINDING}"),
-            ));
-        }
-        let value = self.shared.database.channel_binding(latch)?;
-        Ok(ChannelBinding { kind: UNIQUE_BINDING.to_owned(), data: [&[UNIQUE_VERSION][..], &value].concat() })
+        let data = match bind.kind.as_str() {
+            UNIQUE_BINDING => [&[UNIQUE_VERSION][..], &self.shared.database.channel_binding(latch)?].concat(),
+            ENDPOINT_BINDING => endpoint_data(self.shared.database.endpoint_keys(latch)?),
+            other => {
+                let other: String = other.chars().take(40).collect();
+                let message = format!("there is no type {other:?} here, only {UNIQUE_BINDING} and {ENDPOINT_BINDING}");
+                return Err(Refusal::new(Code::NoBinding, message));
+            }
+        };
+        Ok(ChannelBinding { kind: bind.kind.clone(), data })
     }
 
     fn list(&self, list: &List) -> Listing {
@@ -730,6 +734,12 @@ impl Connection {
             drop(permit);
         });
     }
+}
+
+/// The data of [`ENDPOINT_BINDING`]. Neither end need know which of them called: the hashes stand in the order of their octets.
+fn endpoint_data(mut keys: [[u8; 32]; 2]) -> Vec<u8> {
+    keys.sort_unstable();
+    [&ENDPOINT_VERSION[..], keys.as_flattened()].concat()
 }
 
 /// Never, unless somebody watches.

@@ -190,6 +190,11 @@ impl Certificate {
         Sha1::digest(&self.public_key_info).into()
     }
 
+    /// SHA-256 of the SubjectPublicKeyInfo.
+    pub fn public_key_info_sha256(&self) -> [u8; 32] {
+        Sha256::digest(&self.public_key_info).into()
+    }
+
     /// The subjectKeyIdentifier extension.
     pub fn subject_key_identifier(&self) -> Option<&[u8]> {
         self.subject_key_id.as_deref()

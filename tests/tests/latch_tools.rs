@@ -117,6 +117,22 @@ fn the_example_of_rfc_5660_with_hosts_a_b_and_c() {
             .unwrap()
     };
     assert_eq!((binding(&client), binding(&client).len()), (binding(&server), 64));
+    // And the keys by which both proved themselves: those of their certificates, whoever called.
+    let endpoints = |nc: &Netcat| {
+        let said = fs::read_to_string(&nc.errors).unwrap();
+        said.lines()
+            .find_map(|line| Some(line.strip_prefix("channel binding ipsec-ikev2-endpoint: ")?.to_owned()))
+            .unwrap()
+    };
+    assert_eq!(endpoints(&client), endpoints(&server));
+    let mut keys = [a, b].map(|daemon| {
+        let pem = fs::read(daemon.path("swanctl/x509/cert.pem")).unwrap();
+        let der = latchkey::config::certificate::certificate_der(&pem).unwrap();
+        pad::Certificate::parse(&der).unwrap().public_key_info_sha256()
+    });
+    keys.sort_unstable();
+    let hex: String = keys.as_flattened().iter().map(|octet| format!("{octet:02x}")).collect();
+    assert_eq!(endpoints(&client), format!("0102{hex}"));
 
     c.initiate("net-a");
     client.tells("the latch is broken: an SA of c.example claims");

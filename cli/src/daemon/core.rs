@@ -16,7 +16,7 @@ use ipsec::guard::ClassId;
 use ipsec::plane::{Carrier, DataPlane, Encapsulation, Mode, PlaneError, PlaneEvent, Shunt, Trap, Usage};
 use ipsec::selector::{Flow, TrafficSelector};
 use kernel::network::{Network, NetworkEvent};
-use latch::database::{Class, Database};
+use latch::database::{Bindings, Class, Database};
 use latch::protocol::SaInfo;
 use pad::Credentials;
 use tokio::sync::{broadcast, mpsc, oneshot};
@@ -313,8 +313,8 @@ impl Core {
             || ready.replaces.and_then(|old| self.children.get(old)).is_some_and(|old| old.additional_ts);
         let predecessor = ready.replaces.and_then(|old| self.children.get_mut(old));
         let idle = Idle::new(Instant::now(), ready.config.inactivity, predecessor.map(|old| &mut old.idle));
-        let ChildReady { child_sa, connection, config, mut pair, channel_binding, .. } = ready;
-        self.database.bound(child_sa.0, channel_binding);
+        let ChildReady { child_sa, connection, config, mut pair, channel_binding, endpoint_keys, .. } = ready;
+        self.database.bound(child_sa.0, Bindings { unique: channel_binding, keys: endpoint_keys });
         pair.class = class;
         pair.reqid = reqid;
         for alert in self.database.before_install(class, &pair.local_ts, &pair.remote_ts) {

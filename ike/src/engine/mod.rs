@@ -356,6 +356,9 @@ pub struct ChildReady {
     /// What applications can bind to the IKE SA that proved it ([`crate::crypto::channel_binding`]); the same at both
     /// ends and after rekeys. None if the IKE SA was resumed.
     pub channel_binding: Option<[u8; 32]>,
+    /// SHA-256 of the SubjectPublicKeyInfo by which we, and the peer, proved ourselves in that IKE SA. None unless both did so
+    /// with a certificate's key, or if it was resumed.
+    pub endpoint_keys: Option<[[u8; 32]; 2]>,
     /// The peer would make another Child SA for what it left out of this one's selectors (ADDITIONAL_TS_POSSIBLE,
     /// SINGLE_PAIR_REQUIRED).
     pub additional_ts: bool,

@@ -222,6 +222,7 @@ impl Engine {
             cert_requested: parts.cert_requested,
             intermediate: IntAuth::default(),
             use_ppk,
+            own_key: None,
         };
         let request = Request { suite, spis, fragmentation, answer, material, candidates };
         Ok(ResponderIntermediate::begin(ctx, now, core, request, *group, public.clone()))

@@ -121,6 +121,7 @@ impl Engine {
             cert_requested: false,
             intermediate: IntAuth::default(),
             use_ppk: false,
+            own_key: None,
         };
         let deadline = after(now, ctx.config.half_open_timeout);
         Ok(ResponderAuth::resumed(core, channel, presented, material, deadline))

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use ipsec::secret::Secret;
 use ipsec::transform::Prf;
 use pad::{
-    AuthAnnouncement, AuthClass, AuthMethod, Identity, LocalAuth, PadEntry, PeerIdentity, SharedKeyMac, SignRequest,
-    SignatureSettings, SignedAuth,
+    AuthAnnouncement, AuthClass, AuthMethod, Certificate, Identity, LocalAuth, PadEntry, PeerIdentity, Proof,
+    SharedKeyMac, SignRequest, SignatureSettings, SignedAuth,
 };
 
 use super::basis::Basis;
@@ -52,6 +52,8 @@ pub(crate) struct InitMaterial {
     pub(crate) intermediate: IntAuth,
     /// Both said USE_PPK (RFC 8784 §3).
     pub(crate) use_ppk: bool,
+    /// SHA-256 of the SubjectPublicKeyInfo by which we proved ourselves, once we have, if it was with a certificate's key.
+    pub(crate) own_key: Option<[u8; 32]>,
 }
 
 /// IntAuth_i and IntAuth_r of the IKE_INTERMEDIATE exchanges so far (RFC 9242 §3.3.2).
@@ -113,6 +115,21 @@ impl InitMaterial {
         let theirs = self.their_octets(channel, &identification(&peer.id)).ok()?;
         let (initiator, responder) = if channel.initiator { (&ours, &theirs) } else { (&theirs, &ours) };
         crypto::channel_binding(channel.suite.prf, &channel.d, initiator, responder).ok()
+    }
+
+    /// Notes by which key we have proved ourselves.
+    pub(crate) fn note_own_key(&mut self, signed: &SignedAuth) {
+        let certificate = signed.certificates.first().and_then(|der| Certificate::parse(der).ok());
+        self.own_key = certificate.map(|certificate| certificate.public_key_info_sha256());
+    }
+
+    /// The keys by which both ends proved themselves, ours first. None after IKE_SESSION_RESUME, which proves nothing anew.
+    pub(crate) fn endpoint_keys(&self, peer: &PeerIdentity, basis: &Basis) -> Option<[[u8; 32]; 2]> {
+        let Proof::Certificate { end_entity, .. } = &peer.proof else { return None };
+        if basis.resumed {
+            return None;
+        }
+        Some([self.own_key?, Certificate::parse(end_entity).ok()?.public_key_info_sha256()])
     }
 
     /// Adds what an IKE_AUTH request says about how the peer can verify us.

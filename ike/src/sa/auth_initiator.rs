@@ -452,6 +452,7 @@ impl InitiatorAuth {
             self.phase = Phase::Signing(ctx.job(self.core.id, Job::Sign(request)));
             return Some(IkeSa::InitiatorAuth(self));
         }
+        self.material.note_own_key(&signed);
         let method = signed.method;
         let id = identification(&self.local_id);
         let line = format!("authentication of '{}' (myself)", self.local_id);
@@ -639,6 +640,7 @@ impl InitiatorAuth {
         }
         let uses_ppk = basis.uses_ppk && !basis.resumed;
         let binding = material.channel_binding(&channel, &peer, &basis);
+        let keys = material.endpoint_keys(&peer, &basis);
         let mut established = Box::new(Established::new(
             ctx,
             now,
@@ -649,7 +651,7 @@ impl InitiatorAuth {
             basis,
             super::established::Role::Initiator,
         ));
-        established.channel_binding = binding;
+        (established.channel_binding, established.endpoint_keys) = (binding, keys);
         if uses_ppk && established.connection.ppk_rekey {
             // RFC 8784 §4: the keys of this IKE SA's own messages have no PPK in them, its successor's have.
             established.queue.push_back(Task::RekeyIke { token: None, group: None, tries: 0 });

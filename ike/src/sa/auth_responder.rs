@@ -456,7 +456,7 @@ impl ResponderAuth {
     }
 
     fn signed(
-        self: Box<Self>,
+        mut self: Box<Self>,
         ctx: &mut Context,
         now: Instant,
         parts: Parts,
@@ -473,6 +473,7 @@ impl ResponderAuth {
             return self.refuse(ctx, now, &Fault::AuthenticationFailed, KEPT_OUT);
         }
         ctx.log("IKE", 1, self.core.tag(), format!("authentication of '{}' (myself)", peer.local_id));
+        self.material.note_own_key(&signed);
         let mut head = vec![Payload::IdResponder(identification(&peer.local_id))];
         head.extend(proof_payloads(signed, connection.send_cert, self.material.cert_requested));
         if self.uses_ppk {
@@ -496,8 +497,9 @@ impl ResponderAuth {
         let redirect = auth_redirect(&connection, &core.redirects);
         head.extend(announcement(ctx, &connection, &core, Some(&parts)));
         let binding = material.channel_binding(&channel, &peer, &basis);
+        let keys = material.endpoint_keys(&peer, &basis);
         let mut established = Box::new(Established::new(ctx, now, core, channel, connection, peer, basis, role));
-        established.channel_binding = binding;
+        (established.channel_binding, established.endpoint_keys) = (binding, keys);
         if let Some((gateway, payload)) = redirect {
             head.push(payload);
             established.answer_redirect(ctx, now, &gateway, &head);

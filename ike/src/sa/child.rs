@@ -131,6 +131,7 @@ pub(crate) struct Parent<'a> {
     pub(crate) d: &'a Secret,
     pub(crate) peer: &'a Arc<PeerIdentity>,
     pub(crate) channel_binding: Option<[u8; 32]>,
+    pub(crate) endpoint_keys: Option<[[u8; 32]; 2]>,
     pub(crate) now: Instant,
 }
 
@@ -653,6 +654,7 @@ impl Made {
             config: Arc::clone(&self.config),
             peer: Arc::clone(parent.peer),
             channel_binding: parent.channel_binding,
+            endpoint_keys: parent.endpoint_keys,
             additional_ts: self.additional_ts,
             pair,
         };

@@ -71,6 +71,8 @@ pub(crate) struct Established {
     pub(super) peer: Arc<PeerIdentity>,
     /// Of the IKE SA whose IKE_AUTH proved who the peer is. Successors by rekeying have the same, resumed ones none.
     pub(super) channel_binding: Option<[u8; 32]>,
+    /// Likewise ([`crate::engine::ChildReady::endpoint_keys`]).
+    pub(super) endpoint_keys: Option<[[u8; 32]; 2]>,
     /// What the tables know the peer by.
     pub(crate) key: PeerKey,
     /// What the peer's proof rests on.
@@ -307,6 +309,7 @@ impl Established {
         let mut twin = Self::make(ctx, now, core, channel, connection, peer, basis);
         twin.key = self.key.clone();
         twin.channel_binding = self.channel_binding;
+        twin.endpoint_keys = self.endpoint_keys;
         twin.channel.fragmentation = self.channel.fragmentation;
         twin.mobility = self.mobility.for_the_end();
         twin
@@ -357,6 +360,7 @@ impl Established {
             peer,
             basis,
             channel_binding: None,
+            endpoint_keys: None,
             state: IkeState::Established,
             since: now,
             children: BTreeMap::new(),
@@ -510,6 +514,7 @@ impl Established {
             d: &self.channel.d,
             peer: &self.peer,
             channel_binding: self.channel_binding,
+            endpoint_keys: self.endpoint_keys,
             now,
         }
     }

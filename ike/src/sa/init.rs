@@ -548,6 +548,7 @@ impl Initiating {
             cert_requested: parts.cert_requested,
             intermediate: IntAuth::default(),
             use_ppk,
+            own_key: None,
         };
         let work = KeyWork::Agree { ours: ke, peer: public.clone() };
         let agreed = Agreed { suite, spis, fragmentation, childless };

@@ -290,6 +290,7 @@ impl Resuming {
             cert_requested: false,
             intermediate: IntAuth::default(),
             use_ppk: false,
+            own_key: None,
         };
         let childless = parts.has(CHILDLESS_IKEV2_SUPPORTED);
         Some(InitiatorAuth::resume(ctx, now, core, channel, connection, wants, material, childless, held.grant))

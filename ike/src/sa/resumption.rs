@@ -95,6 +95,7 @@ mod tests {
             settings: SignatureSettings::default(),
             intermediate: IntAuth::default(),
             use_ppk: false,
+            own_key: None,
         };
         (channel, material)
     }

@@ -112,6 +112,8 @@ int main(int argc, char **argv)
     expect("json", latchkey_get(latch, LATCHKEY_JSON, large, sizeof(large), &size), LATCHKEY_OK);
     expect("no such binding", latchkey_channel_binding(latch, "tls-unique", large, sizeof(large), &size),
            LATCHKEY_NO_BINDING);
+    expect("no key pairs", latchkey_channel_binding(latch, "ipsec-ikev2-endpoint", large, sizeof(large), &size),
+           LATCHKEY_NO_BINDING);
     expect("nothing happens", latchkey_wait(latch, 50, &change), LATCHKEY_TIMEOUT);
     expect("nothing at all", latchkey_next(client, 0, &change), LATCHKEY_TIMEOUT);
     expect("descriptor", latchkey_descriptor(client, &descriptor), LATCHKEY_OK);

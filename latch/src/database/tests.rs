@@ -495,12 +495,12 @@ fn a_latch_keeps_the_channel_binding_that_it_was_made_under() {
     let (unbound, _) = database.create(flow(0), &waiting(), ignore()).unwrap();
     assert!(reason(unbound).contains("has none"));
     for (sa, binding) in [(1, [1; 32]), (2, [1; 32])] {
-        database.bound(sa, Some(binding));
+        database.bound(sa, Bindings { unique: Some(binding), keys: Some([binding, [0; 32]]) });
         install(&database, sa, classes[0]);
     }
     let (latch, _) = database.create(flow(1), &waiting(), ignore()).unwrap();
     assert_eq!(database.channel_binding(latch), Ok([1; 32]));
-    database.bound(3, Some([3; 32]));
+    database.bound(3, Bindings { unique: Some([3; 32]), keys: None });
     install(&database, 3, classes[0]);
     let (ambiguous, _) = database.create(flow(2), &waiting(), ignore()).unwrap();
     assert!(reason(ambiguous).contains("several"));

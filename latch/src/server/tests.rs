@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::net::{TcpListener, UdpSocket};
 use std::os::fd::BorrowedFd;
 
+use aws_lc_rs::digest::{SHA256, digest};
 use ipsec::guard::{ClassId, Direction, FlowGuard, Verdict};
 use ipsec::plane::{EspSuite, Mode};
 use ipsec::selector::TrafficSelector;
@@ -15,6 +16,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::*;
 use crate::client::{Client, ClientError, TcpStream};
+use crate::database::Bindings;
 use crate::protocol::{Disposition, MAX_MESSAGE, ProofInfo, State};
 
 mod blocking;
@@ -698,16 +700,29 @@ async fn what_protects_a_flow_now_is_told_with_it_and_classes_can_be_compared() 
     assert_ne!(third.class(), one.class());
 }
 
+// docs/latch-protocol.md's vector.
+#[test]
+fn the_end_point_binding_has_the_documented_value() {
+    let hash = |key: &[u8]| <[u8; 32]>::try_from(digest(&SHA256, key).as_ref()).unwrap();
+    let keys = [hash(b"public key of one end"), hash(b"public key of the other")];
+    let expected = "01023585a5b159177a35fbba9c763d2631ce13c09f1ff112f09d8bc4b242118df0f942ea94afddc5256e091079f1411c198a2ff1936ebe2c3053bb5177f3469c21fe";
+    assert_eq!(data_encoding::HEXLOWER.encode(&endpoint_data(keys)), expected);
+    assert_eq!(endpoint_data([keys[1], keys[0]]), endpoint_data(keys));
+}
+
 #[tokio::test]
 async fn a_latch_tells_its_channel_binding_to_its_holder() {
     let house = House::new().await;
-    house.database.bound(1, Some([7; 32]));
+    house.database.bound(1, Bindings { unique: Some([7; 32]), keys: Some([[2; 32], [1; 32]]) });
     house.install(1, house.class("peer.example"));
     let client = Client::connect(&house.path).await.unwrap();
     let (stream, _far) = Far::listen().latch(&client).await;
     let binding = stream.channel_binding().await.unwrap();
     assert_eq!((binding.kind.as_str(), binding.data.len()), ("ipsec-ikev2-unique", 33));
     assert_eq!((binding.data[0], &binding.data[1..]), (1, &[7; 32][..]));
+    let endpoints = stream.channel_binding_of(ENDPOINT_BINDING).await.unwrap();
+    assert_eq!(endpoints.data, [&[1, 2][..], &[1; 32], &[2; 32]].concat(), "the same at both ends");
+    assert_eq!(refusal(stream.channel_binding_of("tls-exporter").await), Code::NoBinding);
     let other = house.raw().await;
     for (latch, kind, code) in
         [(stream.latch(), UNIQUE_BINDING, "no-such-latch"), (999, "tls-exporter", "no-such-latch")]
@@ -716,9 +731,13 @@ async fn a_latch_tells_its_channel_binding_to_its_holder() {
         assert_eq!(ask(&other, &ask_for.to_string()).await["code"], code);
     }
     drop(stream);
-    house.database.bound(1, None);
+    house.database.bound(1, Bindings::default());
     let (stream, _far) = Far::listen().latch(&client).await;
     assert_eq!(refusal(stream.channel_binding().await), Code::NoBinding);
+    let Err(ClientError::Refused(refused)) = stream.channel_binding_of(ENDPOINT_BINDING).await else {
+        panic!("a binding")
+    };
+    assert!(refused.code == Code::NoBinding && refused.message.contains("without a key pair"), "{refused}");
 }
 
 #[tokio::test]

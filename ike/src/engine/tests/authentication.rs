@@ -439,6 +439,29 @@ fn a_certificate_request_names_the_connections_own_authorities() {
     established(pair);
 }
 
+// RFC 5056 §2.1: an end-point binding is of the keys that proved the ends, for as long as that proof counts.
+#[test]
+fn the_keys_of_both_ends_are_told_and_outlive_rekeys() {
+    let ca = authority("CA");
+    let mut pair = established(with_certificates(37, [certified("a", &ca, &ca), certified("b", &ca, &ca)]));
+    let [b, a] = [A, B].map(|side| {
+        let peer = pair.sides[side].only().peer.unwrap();
+        let Proof::Certificate { end_entity, .. } = &peer.proof else { panic!("proved by a certificate") };
+        pad::Certificate::parse(end_entity).unwrap().public_key_info_sha256()
+    });
+    let (now, id) = (pair.now, pair.sides[A].only().id);
+    pair.sides[A].engine.rekey(now, Target::Ike(id), 2).unwrap();
+    pair.run(seconds(2));
+    let (now, child) = (pair.now, pair.sides[B].only().children[0].id);
+    pair.sides[B].engine.rekey(now, Target::Child(child), 3).unwrap();
+    pair.run(seconds(10));
+    assert_eq!(pair.sides[A].endpoint_keys, [Some([a, b]); 2]);
+    assert_eq!(pair.sides[B].endpoint_keys, [Some([b, a]); 2]);
+    // A shared key is nobody's alone.
+    let pair = established(Pair::new(38));
+    assert!(pair.sides.iter().all(|side| side.endpoint_keys == [None]));
+}
+
 #[test]
 fn a_certificate_of_another_authority_gets_nobody_in() {
     let (ca, other) = (authority("CA"), authority("Other"));

@@ -136,6 +136,8 @@ pub(super) struct Side {
     pub(super) refuse_installs: Option<InstallError>,
     /// Channel bindings of the Child SAs, in order.
     pub(super) bindings: Vec<Option<[u8; 32]>>,
+    /// Keys of both ends, likewise.
+    pub(super) endpoint_keys: Vec<Option<[[u8; 32]; 2]>>,
     pub(super) sent: Vec<Transmit>,
     /// First octet of the engine's next nonces.
     nonce: by_hand::FirstOctet,
@@ -321,6 +323,7 @@ impl Pair {
                 events: Vec::new(),
                 refuse_installs: None,
                 bindings: Vec::new(),
+                endpoint_keys: Vec::new(),
                 sent: Vec::new(),
                 nonce,
                 address: address(A),
@@ -688,6 +691,7 @@ impl Side {
                 Some(error) => Err(error.clone()),
                 None => {
                     self.bindings.push(ready.channel_binding);
+                    self.endpoint_keys.push(ready.endpoint_keys);
                     Ok(self.install(ready.pair))
                 }
             }),
