@@ -69,6 +69,8 @@ pub trait FlowBarrier: Send + Sync {
     fn abandoned(&self) -> Vec<Flow>;
     /// Takes the barrier of an abandoned flow away: no connection is left that it could be about.
     fn lift(&self, flow: &Flow);
+    /// Puts right what others have taken away from it; to be called now and then.
+    fn verify(&self);
     /// True where the system does ESP, so that the packet check does not see all packets.
     fn stands_alone(&self) -> bool;
 }

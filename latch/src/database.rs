@@ -289,6 +289,13 @@ impl Database {
         }
     }
 
+    /// Has the system's barrier looked through: others may have taken something away.
+    pub fn verify_barrier(&self) {
+        if let Some(barrier) = self.barrier.get() {
+            barrier.verify();
+        }
+    }
+
     /// Flows that are no longer latched and whose barrier still stands.
     pub fn abandoned(&self) -> Vec<Flow> {
         self.barrier.get().map(|barrier| barrier.abandoned()).unwrap_or_default()

@@ -229,7 +229,12 @@ async fn sweep(database: Arc<Database>) {
             opened.clear();
             continue;
         }
-        let connections = match tokio::task::spawn_blocking(connections::all).await {
+        let of_barrier = Arc::clone(&database);
+        let looked = tokio::task::spawn_blocking(move || {
+            of_barrier.verify_barrier();
+            connections::all()
+        });
+        let connections = match looked.await {
             Ok(Ok(connections)) => connections,
             Ok(Err(error)) => {
                 tracing::warn!(%error, "the system's connections cannot be read: latches without one stay");

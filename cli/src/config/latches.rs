@@ -27,7 +27,13 @@ pub struct Pinned<'a> {
 }
 
 /// Why connections would not protect a latched flow as it is latched; `None` when one of their children would.
+///
+/// A shunt goes before all children: what it selects is not protected, whatever else would.
 pub fn conflict(connections: &[ConnectionDefinition], pinned: &Pinned<'_>) -> Option<String> {
+    let mut shunts = connections.iter().flat_map(|definition| &definition.shunts).filter(|shunt| shunt.start);
+    if let Some(shunt) = shunts.find(|shunt| covers(&shunt.child, pinned.flow)) {
+        return Some(format!("the policy has changed: the shunt {} selects it", shunt.child.name));
+    }
     let mut nearest = "no connection admits its peer";
     for definition in connections {
         let connection = &definition.connection;
@@ -130,6 +136,23 @@ mod tests {
         ] {
             let reason = conflict(&connections, &pinned).unwrap();
             assert!(reason.contains(why), "{reason}");
+        }
+        // RFC 5660 §2.3: "bypass".
+        for (mode, remote, start, broken) in [
+            ("pass", "10.2.0.1/32", "trap", true),
+            ("drop", "10.2.0.1/32[tcp/7]", "trap", true),
+            ("pass", "10.2.0.1/32[tcp/8]", "trap", false),
+            ("pass", "10.2.0.1/32", "none", false),
+        ] {
+            let shunt = format!(
+                "{good}\n}}\naside {{\nmode = {mode}\nstart_action = {start}\nlocal_ts = 10.1.0.0/24\nremote_ts = {remote}"
+            );
+            let found = conflict(&connections(&shunt, "b.example"), &pinned);
+            assert_eq!(
+                found.is_some_and(|reason| reason.contains("the shunt aside")),
+                broken,
+                "{mode} {remote} {start}"
+            );
         }
         let cbc = Pinned { suite: (Encr::AES_CBC, 128, Integ::HMAC_SHA2_256_128), ..pinned };
         assert_eq!(conflict(&connections(&good.replace("aes128gcm16", "aes128-sha256"), "b.example"), &cbc), None);

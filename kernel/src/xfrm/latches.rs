@@ -227,6 +227,23 @@ impl FlowBarrier for Latches {
         }
     }
 
+    fn verify(&self) {
+        let mut state = self.state();
+        let there = state.socket.policies();
+        let expected: usize =
+            state.flows.keys().chain(&state.abandoned).map(|flow| if flow.local.is_ipv4() { 2 } else { 3 }).sum();
+        drop(state);
+        match there {
+            // Nobody else's have this mark.
+            Ok(there) if there.iter().filter(|policy| policy.of_latch).count() >= expected => {}
+            Ok(_) => {
+                tracing::warn!("somebody removed policies of latched flows; they are put right");
+                self.put_right();
+            }
+            Err(error) => tracing::error!(%error, "looking through the policies of latched flows"),
+        }
+    }
+
     fn stands_alone(&self) -> bool {
         self.kernel_does_esp
     }
@@ -509,8 +526,9 @@ mod tests {
                 both(Some(40));
                 // Somebody empties the kernel's databases.
                 ip("xfrm policy flush");
-                latches.put_right();
+                latches.verify();
                 both(Some(40));
+                latches.verify();
                 latches.removed(1);
                 both(None);
                 let special = Described { special: true, ..pair(6, 1, 45, ("10.2.0.0", 24)) };
