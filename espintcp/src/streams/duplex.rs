@@ -53,6 +53,16 @@ pub(super) enum ReadHalf {
     Tls(Shared),
 }
 
+impl ReadHalf {
+    /// Waits until there may be something to read, as far as that can be known without room to read it into.
+    pub(super) async fn readable(&self) -> io::Result<()> {
+        match self {
+            Self::Plain(socket) => socket.readable().await,
+            Self::Tls(_) => Ok(()),
+        }
+    }
+}
+
 impl AsyncRead for ReadHalf {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {

@@ -39,7 +39,7 @@ impl Reader {
     pub(super) async fn run(mut self) -> String {
         let mut timers = Timers { message_seen: false, partial_since: None, completed: 0 };
         let mut size = READ.0;
-        let mut batch = Vec::with_capacity(BATCH);
+        let mut batch = Vec::new();
         loop {
             loop {
                 let frame = self.deframer.next_frame();
@@ -81,16 +81,25 @@ impl Reader {
             }
 
             let buffer = self.deframer.buffer();
-            if buffer.is_empty() && buffer.capacity() > 2 * size {
+            // An idle stream holds nothing.
+            if buffer.is_empty() && (size == READ.0 || buffer.capacity() > 2 * size) {
                 *buffer = BytesMut::new();
             }
-            buffer.reserve(size);
+            if size == READ.0 {
+                batch = Vec::new();
+            }
+            let read = async {
+                self.socket.readable().await?;
+                buffer.reserve(size);
+                self.socket.read_buf(buffer).await
+            };
             let read = tokio::select! {
                 biased;
-                () = closing(&mut self.phase) => return discard(&mut self.socket, buffer).await,
-                read = self.socket.read_buf(buffer) => read,
+                () = closing(&mut self.phase) => None,
+                read = read => Some(read),
                 () = until(due.map(|(deadline, _)| deadline)) => continue,
             };
+            let Some(read) = read else { return discard(&mut self.socket, self.deframer.buffer()).await };
             match read {
                 // RFC 9329 §6.1: a message that is not whole is discarded, with the deframer.
                 Ok(0) if self.deframer.is_partial() => return "the peer closed it in the middle of a message".into(),
