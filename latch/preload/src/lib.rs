@@ -209,10 +209,13 @@ pub unsafe extern "C" fn sendmmsg(socket: c_int, headers: *mut mmsghdr, count: c
 /// close(2).
 #[unsafe(no_mangle)]
 pub extern "C" fn close(descriptor: c_int) -> c_int {
+    let holder = table::closing(descriptor);
     // SAFETY: any number may be closed; the function is the C library's.
     let outcome = unsafe { real::close()(descriptor) };
     let errno = errno();
-    table::closed(descriptor);
+    if let Some(holder) = holder {
+        holder.end();
+    }
     set_errno(errno);
     outcome
 }
@@ -226,10 +229,13 @@ pub extern "C" fn close(descriptor: c_int) -> c_int {
 pub unsafe extern "C" fn fclose(stream: *mut FILE) -> c_int {
     // SAFETY: the caller's promise.
     let descriptor = if stream.is_null() { -1 } else { unsafe { libc::fileno(stream) } };
+    let holder = table::closing(descriptor);
     // SAFETY: the caller's promise; the function is the C library's.
     let outcome = unsafe { real::fclose()(stream) };
     let errno = errno();
-    table::closed(descriptor);
+    if let Some(holder) = holder {
+        holder.end();
+    }
     set_errno(errno);
     outcome
 }

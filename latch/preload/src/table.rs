@@ -123,23 +123,39 @@ fn mirror(socket: c_int, holder: c_int) {
     let _ = rustix::io::fcntl_setfd(holder, flags);
 }
 
-/// A descriptor has been closed.
-pub(crate) fn closed(descriptor: c_int) {
-    let Some(slot) = slot(descriptor) else { return };
+/// What held the latch of a descriptor that is noted no more.
+pub(crate) struct Holder(c_int);
+
+impl Holder {
+    /// Lets the latch go.
+    pub(crate) fn end(self) {
+        // SAFETY: the table's own descriptor, which the table has forgotten.
+        unsafe { real::close()(self.0) };
+    }
+}
+
+/// Forgets a descriptor that is about to be closed: once it is, another thread may get its number.
+pub(crate) fn closing(descriptor: c_int) -> Option<Holder> {
+    let slot = slot(descriptor)?;
     let noted = slot.holder.load(Ordering::Acquire) != 0 || slot.held.load(Ordering::Relaxed) != 0;
     if !noted || !is_ours() {
-        return;
-    }
-    let holder = slot.holder.swap(0, Ordering::AcqRel);
-    if let Some(of_holder) = (holder != 0).then(|| self::slot(holder - 1)).flatten() {
-        of_holder.held.store(0, Ordering::Relaxed);
-        // SAFETY: the table's own descriptor; the swap has given it to us alone.
-        unsafe { real::close()(holder - 1) };
+        return None;
     }
     // The program closes what it does not know: the latch, and with it the connection, ends.
     let held = slot.held.swap(0, Ordering::AcqRel);
     if let Some(of_socket) = (held != 0).then(|| self::slot(held - 1)).flatten() {
         of_socket.holder.store(0, Ordering::Release);
+    }
+    let holder = slot.holder.swap(0, Ordering::AcqRel);
+    let of_holder = (holder != 0).then(|| self::slot(holder - 1)).flatten()?;
+    of_holder.held.store(0, Ordering::Relaxed);
+    Some(Holder(holder - 1))
+}
+
+/// A descriptor has been closed, or is another one now.
+pub(crate) fn closed(descriptor: c_int) {
+    if let Some(holder) = closing(descriptor) {
+        holder.end();
     }
 }
 
