@@ -34,7 +34,7 @@ use crate::socket::{Header, OuterSocket, keep_flow_label, pass_by_policies};
 use crate::threads;
 use crate::tun::{Tun, TunWriter};
 use crate::watch::{self, Own};
-use crate::xfrm::{self, Latches, Xfrm};
+use crate::xfrm::{self, InboundPolicies, Latches, Xfrm};
 
 /// How to set the network up.
 #[derive(Clone, Debug)]
@@ -218,10 +218,20 @@ impl Network {
         let plain = Pair::udp(config.port, mark)?;
         let nat = Pair::udp(config.nat_port, mark)?;
         let (xfrm, plane_reason) = choose_plane(config.plane, mark)?;
+        let passed = plain.sockets().chain(nat.sockets()).try_for_each(OuterSocket::pass_by_policies);
+        let mut inbound = None;
         let esp = match &xfrm {
-            None => Some(Pair::open(|ipv6| OuterSocket::esp(ipv6, mark))?),
+            None => {
+                let esp = Pair::open(|ipv6| OuterSocket::esp(ipv6, mark))?;
+                let opened = passed.and_then(|()| esp.sockets().try_for_each(OuterSocket::pass_by_policies));
+                match opened.and_then(|()| InboundPolicies::open()) {
+                    Ok(policies) => inbound = Some(policies),
+                    Err(error) => tracing::info!(%error, "the kernel cannot help with shunts"),
+                }
+                Some(esp)
+            }
             Some(_) => {
-                plain.sockets().chain(nat.sockets()).try_for_each(OuterSocket::pass_by_policies)?;
+                passed?;
                 nat.sockets().try_for_each(OuterSocket::leave_esp_to_the_kernel)?;
                 None
             }
@@ -239,7 +249,7 @@ impl Network {
         };
         let route_numbers = (config.route_table, config.route_priority, mark);
         let routes = Routes::new(Netlink::open()?, tun.index(), route_numbers, config.install_routes)?;
-        let shunts = ShuntRules::new(Netlink::open()?, (config.route_priority, mark), tun_name.clone())?;
+        let shunts = ShuntRules::new(Netlink::open()?, (config.route_priority, mark), tun_name.clone(), inbound)?;
         warn_of_strict_reverse_paths();
         tell_of_ecn();
 
@@ -363,8 +373,11 @@ impl Network {
         if ipv6 {
             keep_flow_label(&socket).map_err(|e| context(e, "keep the flow label of a socket"))?;
         }
-        if self.inner.xfrm.is_some() {
-            pass_by_policies(&socket, ipv6).map_err(|e| context(e, "keep IPsec policies away from a socket"))?;
+        match pass_by_policies(&socket, ipv6) {
+            Err(e) if self.inner.xfrm.is_some() || lock(&self.inner.shunts).has_policies() => {
+                return Err(context(e, "keep IPsec policies away from a socket"));
+            }
+            _ => {}
         }
         Ok(())
     }

@@ -99,7 +99,7 @@ impl DataPlane for UserSpacePlane {
         if shunts.contains(shunt.number) {
             return Err(PlaneError::ShuntInUse(shunt.number));
         }
-        shunts.add(&shunt).map_err(|e| system(format!("install the rules of shunt {}", shunt.number), e))
+        shunts.add(&shunt)
     }
 
     fn remove_shunt(&mut self, number: u32) -> Result<(), PlaneError> {

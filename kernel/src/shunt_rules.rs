@@ -3,15 +3,16 @@
 //! with ICMP "administratively prohibited" where it forwards (§5.1), with an error to programs of this host.
 //!
 //! Such rules are asked about each packet that is routed, sent here or forwarded, in either direction. What comes for this
-//! host itself is not routed by them: that is left to the system's filters.
+//! host itself is not routed by them: for that there are policies of the kernel, where it has any.
 
 use std::collections::BTreeMap;
 use std::io;
 
-use ipsec::plane::{Shunt, ShuntAction};
+use ipsec::plane::{PlaneError, Shunt, ShuntAction};
 use ipsec::selector::TrafficSelector;
 
 use crate::netlink::{FlowSelector, Netlink, Rule, RuleAction, RuleSelector};
+use crate::xfrm::InboundPolicies;
 
 /// Rules of one shunt, at most.
 const MOST_RULES: usize = 256;
@@ -26,15 +27,27 @@ pub(crate) struct ShuntRules {
     /// Of our own packets.
     mark: u32,
     by_number: BTreeMap<u32, Vec<Rule>>,
+    /// For what comes in; `None` where the kernel has no policies.
+    inbound: Option<InboundPolicies>,
     /// What all of them need.
     common: Vec<Rule>,
 }
 
 impl ShuntRules {
     /// Removes what a daemon has left that died.
-    pub(crate) fn new(mut netlink: Netlink, (priority, mark): (u32, u32), device: String) -> io::Result<Self> {
+    pub(crate) fn new(
+        mut netlink: Netlink,
+        (priority, mark): (u32, u32),
+        device: String,
+        inbound: Option<InboundPolicies>,
+    ) -> io::Result<Self> {
         netlink.delete_own_rules()?;
-        Ok(Self { netlink, priority, device, mark, by_number: BTreeMap::new(), common: Vec::new() })
+        Ok(Self { netlink, priority, device, mark, inbound, by_number: BTreeMap::new(), common: Vec::new() })
+    }
+
+    /// True where what comes in meets policies of the kernel.
+    pub(crate) fn has_policies(&self) -> bool {
+        self.inbound.is_some()
     }
 
     /// True for one that is installed.
@@ -42,9 +55,23 @@ impl ShuntRules {
         self.by_number.contains_key(&number)
     }
 
-    /// Installs a shunt's rules: all of them, or on error none.
-    pub(crate) fn add(&mut self, shunt: &Shunt) -> io::Result<()> {
-        let rules = rules(shunt, self.priority)?;
+    /// Installs a shunt's rules and policies: all of them, or on error none.
+    pub(crate) fn add(&mut self, shunt: &Shunt) -> Result<(), PlaneError> {
+        let in_rules =
+            |source| PlaneError::System { action: format!("install the rules of shunt {}", shunt.number), source };
+        let rules = rules(shunt, self.priority).map_err(in_rules)?;
+        if let Some(inbound) = &mut self.inbound {
+            inbound.add(shunt)?;
+        }
+        if let Err(error) = self.add_rules(&rules) {
+            let _ = self.inbound.as_mut().map(|inbound| inbound.remove(shunt.number));
+            return Err(in_rules(error));
+        }
+        self.by_number.insert(shunt.number, rules);
+        Ok(())
+    }
+
+    fn add_rules(&mut self, rules: &[Rule]) -> io::Result<()> {
         self.add_common()?;
         for (index, rule) in rules.iter().enumerate() {
             if let Err(e) = self.netlink.add_rule(rule) {
@@ -53,14 +80,14 @@ impl ShuntRules {
                 return undone.and(Err(e));
             }
         }
-        self.by_number.insert(shunt.number, rules);
         Ok(())
     }
 
     /// Removes a shunt's rules. Does all that it can, and gives the first error.
     pub(crate) fn remove(&mut self, number: u32) -> io::Result<()> {
         let rules = self.by_number.remove(&number).unwrap_or_default();
-        let mut outcome = rules.iter().map(|rule| self.netlink.delete_rule(rule)).fold(Ok(()), io::Result::and);
+        let inbound = self.inbound.as_mut().map_or(Ok(()), |inbound| inbound.remove(number));
+        let mut outcome = rules.iter().map(|rule| self.netlink.delete_rule(rule)).fold(inbound, io::Result::and);
         if self.by_number.is_empty() {
             let common = std::mem::take(&mut self.common);
             outcome = common.iter().map(|rule| self.netlink.delete_rule(rule)).fold(outcome, io::Result::and);
@@ -71,7 +98,8 @@ impl ShuntRules {
     /// Removes all.
     pub(crate) fn clear(&mut self) -> io::Result<()> {
         let numbers: Vec<u32> = self.by_number.keys().copied().collect();
-        numbers.into_iter().map(|number| self.remove(number)).fold(Ok(()), io::Result::and)
+        let inbound = self.inbound.as_mut().map_or(Ok(()), InboundPolicies::clear);
+        numbers.into_iter().map(|number| self.remove(number)).fold(inbound, io::Result::and)
     }
 
     /// Where what passes goes on, what comes out of the tunnel, and what this daemon sends: behind what is dropped.

@@ -414,6 +414,26 @@ fn what_passes_goes_in_clear_and_what_drops_goes_nowhere() {
     assert_eq!(capture.count("icmp"), 0);
     a.transfers_whole(INNER_A, &b, INNER_B, 1000);
 
+    // §5.2: what comes in clear for this host is not taken either.
+    let arrives = || {
+        let heard = tempfile::NamedTempFile::new().unwrap();
+        let path = format!("CREATE:{}", heard.path().display());
+        let _listener = a.spawn("socat", &["-u", "UDP4-RECV:5002,bind=10.1.0.1", &path]);
+        wait_for("the listener", Duration::from_secs(20), || {
+            a.check("ss", &["-Hlun", "sport", "=", ":5002"]).contains("5002")
+        });
+        for _ in 0..5 {
+            b.check("sh", &["-c", "echo hello | socat -u - UDP4:10.1.0.1:5002,bind=10.2.0.1"]);
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        std::fs::metadata(heard.path()).unwrap().len() > 0
+    };
+    assert!(!arrives());
+    ours.control(&["--uninstall", "--child", "rest"]);
+    assert!(arrives());
+    ours.control(&["--install", "--child", "rest"]);
+    assert!(!arrives());
+
     // With one, it goes before what drops, and what passes goes before it.
     let there = Daemon::start(Latchkey, &b, &of_b, &vec![]);
     ours.initiate("net");

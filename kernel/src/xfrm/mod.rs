@@ -2,11 +2,12 @@
 //!
 //! `codec` knows the octets, `socket` asks and answers, `descriptions`, `suite` and `selectors` put the negotiated into
 //! the kernel's words, `tables` holds what is installed and keeps the kernel's databases like it, `plane` is the data plane, `latches`
-//! keeps latched flows apart, `events` is the thread that listens.
+//! keeps latched flows apart, `inbound` serves shunts of user space, `events` is the thread that listens.
 
 pub(crate) mod codec;
 mod descriptions;
 mod events;
+mod inbound;
 mod latches;
 mod plane;
 mod priority;
@@ -25,6 +26,7 @@ use ipsec::secret::Secret;
 use ipsec::transform::{Encr, Integ};
 
 pub(crate) use self::events::start;
+pub(crate) use self::inbound::InboundPolicies;
 pub(crate) use self::latches::Latches;
 pub(crate) use self::plane::KernelPlane;
 use self::socket::{Databases as _, XfrmSocket};
