@@ -772,3 +772,76 @@ async fn read_streams(shards: Shards, mut from_streams: mpsc::Receiver<StreamEve
 fn unix_time() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_secs())
 }
+
+#[cfg(test)]
+mod tests {
+    use ike::engine::EngineConfig;
+
+    use super::*;
+
+    fn shard() -> (Shard, mpsc::UnboundedReceiver<Queued>) {
+        let (queue, receiver) = mpsc::unbounded_channel();
+        let engine = Engine::new(EngineConfig::default(), Box::new(SystemRng), Instant::now());
+        let shard = Shard {
+            number: 0,
+            inner: Mutex::new(Inner { engine, credentials: Arc::new(Credentials::default()) }),
+            queue,
+            datagrams: AtomicUsize::new(0),
+            messages: AtomicUsize::new(0),
+            hints: AtomicUsize::new(0),
+            undone: AtomicUsize::new(0),
+            first: AtomicUsize::new(0),
+            dropped: AtomicU64::new(0),
+            calls: AtomicUsize::new(0),
+            wake: Notify::new(),
+            room: Notify::new(),
+        };
+        (shard, receiver)
+    }
+
+    fn message(octets: usize) -> Input {
+        let end = "192.0.2.1:500".parse().unwrap();
+        let path = Path { local: end, remote: end, transport: Transport::Udp };
+        Input::Message { path, bytes: vec![0; octets] }
+    }
+
+    // Whatever anybody sends: a queue has an end, one kind does not take another's room, and what must not be lost finds its place.
+    #[test]
+    fn a_queue_has_an_end_for_each_kind() {
+        let (shard, mut queue) = shard();
+        let mut taken = 0;
+        while shard.offer(Bounded::Datagram, message(60_000)).is_none() {
+            taken += 1;
+            assert!(taken < 1000, "no end");
+        }
+        assert_eq!(taken, MOST_WAITING.div_ceil(60_000 + OVERHEAD));
+        assert!(shard.offer(Bounded::Stream, message(100)).is_none());
+        let hint = || Input::Unreachable("192.0.2.1:500".parse().unwrap());
+        let hints = (0..100_000).take_while(|_| shard.offer(Bounded::Hint, hint()).is_none()).count();
+        assert_eq!(hints, MOST_HINTS / OVERHEAD);
+        shard.tell(Input::Plane(PlaneEvent::Expire { spi_in: 256, hard: true }));
+        // Short ones count as well.
+        let (other, _queue) = self::shard();
+        let short = (0..1_000_000).take_while(|_| other.offer(Bounded::Datagram, message(0)).is_none()).count();
+        assert_eq!(short, MOST_WAITING / OVERHEAD);
+        // What is taken makes room.
+        let mut rest = 0;
+        while let Ok(queued) = queue.try_recv() {
+            shard.take(queued);
+            rest += 1;
+        }
+        assert_eq!(rest, taken + 1 + hints + 1);
+        for kind in [Bounded::Datagram, Bounded::Stream, Bounded::Hint] {
+            assert_eq!(shard.waiting(kind).load(Ordering::Relaxed), 0);
+        }
+        assert!(shard.offer(Bounded::Datagram, message(60_000)).is_none());
+    }
+
+    #[test]
+    fn what_concerns_the_data_plane_comes_before_datagrams() {
+        let retired = Event::ChildRetired { spi_in: 256 };
+        assert!(Wanted::Event(retired).comes_first() && Wanted::CloseStream(StreamId(1)).comes_first());
+        assert!(!Wanted::Event(Event::IkeUp(IkeSaId(1))).comes_first());
+        assert!(!Wanted::SeenTraffic(JobId(1), Vec::new()).comes_first());
+    }
+}
