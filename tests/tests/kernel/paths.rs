@@ -109,27 +109,41 @@ fn sas_move_with_mobike() {
     });
 }
 
-// RFC 7296 §2.4: a peer that is gone leaves no SA, and a trap where configured.
+// RFC 7296 §2.4: a peer that is gone, or that closes, leaves no SA, and a trap where configured; whoever initiated.
 #[test]
 fn a_dead_peer_leaves_a_trap() {
     in_guest(|| {
-        let (host_a, host_b) = latchkey_tests::scene::hosts();
-        host_a.ip(&["route", "add", "10.2.0.0/24", "via", "192.0.2.2"]);
-        let suite = Suite { connection: "dpd_delay = 1s\n", child: "dpd_action = trap\n", ..Suite::default() };
-        let [(of_a, _), (of_b, _)] = configurations(&suite);
-        let b = Daemon::start(StrongswanKernel, &host_b, &of_b, &vec![]);
-        let a = Daemon::start_empty(LatchkeyKernel, &host_a, "retransmit_tries = 1\nretransmit_timeout = 0.5\n");
-        a.write(&of_a, &vec![]);
-        a.control(&["--load-all"]);
-        a.initiate("net");
-        assert!(host_a.pings(INNER_A, INNER_B));
-        let device = host_a.check("ip", &["-o", "route", "get", "192.0.2.2"]);
-        let device = device.split(" dev ").nth(1).and_then(|rest| rest.split(' ').next()).unwrap();
-        let mut capture = Capture::start(&host_a, device);
-        b.signal("KILL");
-        wait_for("the trap", Duration::from_secs(30), || a.control(&["--list-pols"]).contains("site/net, TUNNEL"));
-        assert_eq!(states(&host_a), 0);
-        assert!(!host_a.pings(INNER_A, INNER_B));
-        capture.nothing_in_clear();
+        for initiates in [true, false] {
+            let (host_a, host_b) = latchkey_tests::scene::hosts();
+            host_a.ip(&["route", "add", "10.2.0.0/24", "via", "192.0.2.2"]);
+            let child = "dpd_action = trap\nclose_action = trap\n";
+            let [(of_a, _), (of_b, _)] =
+                configurations(&Suite { connection: "dpd_delay = 1s\n", child, ..Suite::default() });
+            // The peer must not trap as well.
+            let b = Daemon::start(StrongswanKernel, &host_b, &of_b.replace(child, ""), &vec![]);
+            let a = Daemon::start_empty(LatchkeyKernel, &host_a, "retransmit_tries = 1\nretransmit_timeout = 0.5\n");
+            a.write(&of_a, &vec![]);
+            a.control(&["--load-all"]);
+            let initiator = if initiates { &a } else { &b };
+            initiator.initiate("net");
+            assert!(host_a.pings(INNER_A, INNER_B));
+            let device = host_a.check("ip", &["-o", "route", "get", "192.0.2.2"]);
+            let device = device.split(" dev ").nth(1).and_then(|rest| rest.split(' ').next()).unwrap();
+            let mut capture = Capture::start(&host_a, device);
+            let trapped = || a.control(&["--list-pols"]).contains("site/net, TUNNEL");
+            if !initiates {
+                b.control(&["--terminate", "--ike", "site"]);
+                wait_for("the trap", Duration::from_secs(30), trapped);
+                a.control(&["--uninstall", "--child", "net"]);
+                b.initiate("net");
+                assert!(host_a.pings(INNER_A, INNER_B));
+            }
+            assert!(!trapped());
+            b.signal("KILL");
+            wait_for("the trap", Duration::from_secs(30), trapped);
+            assert_eq!(states(&host_a), 0);
+            assert!(!host_a.pings(INNER_A, INNER_B));
+            capture.nothing_in_clear();
+        }
     });
 }

@@ -212,15 +212,22 @@ fn cleartext_from_the_peers_network_is_dropped() {
 #[test]
 fn traps_bring_up_what_a_packet_wants() {
     in_guest(|| {
-        for (initiator, responder) in [(LatchkeyKernel, StrongswanKernel), (LatchkeyKernel, LatchkeyKernel)] {
+        for (initiator, responder) in ROLES {
             let ([host_a, host_b], devices) = hosts();
             let trapping = configuration(0).replace("four-ip-4 {\n", "four-ip-4 {\nstart_action = trap\n");
             let mut capture = Capture::start(&host_a, &devices[0]);
+            let mut b = None;
+            if initiator == StrongswanKernel {
+                // Its kernel asks for the same packets again after minutes only: we are there from the beginning.
+                b = Some(Daemon::start(responder, &host_b, &configuration(1), &vec![]));
+            }
             let a = Daemon::start(initiator, &host_a, &trapping, &vec![]);
-            // Nobody is there: nothing can come up, and nothing goes out in clear.
-            assert!(!host_a.pings(INNER_FOUR[0], INNER_FOUR[1]));
-            capture.nothing_in_clear();
-            let b = Daemon::start(responder, &host_b, &configuration(1), &vec![]);
+            if b.is_none() {
+                // Nobody is there: nothing can come up, and nothing goes out in clear.
+                assert!(!host_a.pings(INNER_FOUR[0], INNER_FOUR[1]));
+                capture.nothing_in_clear();
+            }
+            let b = b.unwrap_or_else(|| Daemon::start(responder, &host_b, &configuration(1), &vec![]));
             wait_for("the tunnel comes up by itself", Duration::from_secs(40), || {
                 host_a.pings(INNER_FOUR[0], INNER_FOUR[1])
             });
