@@ -24,6 +24,7 @@ use tracing::{debug, trace, warn};
 use crate::codec::{Deframer, frame_ike};
 use crate::tls::{TlsClient, TlsServer};
 use duplex::Duplex;
+use handed::Gate;
 use pace::Pace;
 use queue::EspQueue;
 use reader::Reader;
@@ -32,6 +33,7 @@ use strangers::{StrangerSlot, Strangers};
 use writer::Writer;
 
 mod duplex;
+mod handed;
 mod pace;
 mod proxy;
 mod queue;
@@ -259,6 +261,22 @@ impl Streams {
         }
     }
 
+    /// Has `how` hand the socket over to the kernel (`espintcp`), which does ESP and framing from then on; IKE still comes
+    /// and goes here. That happens as soon as no message is half on its way, in either direction; when `how` fails, the
+    /// stream ends. Once is enough for all SAs in it.
+    ///
+    /// # Errors
+    /// Why this stream is not handed over: in TLS octets are no messages, and nobody has authenticated on a stranger's.
+    pub fn hand_over(&self, stream: u64, how: Prepare) -> Result<(), &'static str> {
+        let table = self.inner.table();
+        let entry = table.streams.get(&stream).ok_or("the stream is gone")?;
+        if !entry.standing.is_vouched() {
+            return Err("nobody has authenticated on the stream");
+        }
+        entry.gate.as_ref().ok_or("ESP in TLS is not the kernel's")?.hand_over(how);
+        Ok(())
+    }
+
     /// A message from it was bad. Too many in a row close the stream, or one that is not authentic (RFC 9329 §6.1).
     pub fn complain(&self, stream: u64, complaint: Complaint) {
         let table = self.inner.table();
@@ -361,6 +379,8 @@ struct Entry {
     phase: watch::Sender<Phase>,
     standing: Arc<Standing>,
     stranger: Option<StrangerSlot>,
+    /// Of a plain stream that is open.
+    gate: Option<Arc<Gate>>,
 }
 
 impl Entry {
@@ -429,7 +449,8 @@ impl Inner {
         if table.shut || table.streams.contains_key(&number) {
             return None;
         }
-        let entry = Entry { ike: ike_sender, phase: phase_sender, standing: standing.clone(), stranger };
+
+        let entry = Entry { ike: ike_sender, phase: phase_sender, standing: standing.clone(), stranger, gate: None };
         table.streams.insert(number, entry);
         Some(Ends { ike, phase, standing })
     }
@@ -571,7 +592,11 @@ impl Inner {
     }
 
     async fn serve(self: Arc<Self>, established: Established, mut ends: Ends) -> String {
-        let Established { number, socket, local, remote, deframer, accepted, evicted } = established;
+        let Established { number, socket, local, remote, mut deframer, accepted, evicted } = established;
+        let (read_half, write_half, gate) = socket.split(deframer.buffer(), accepted.is_none());
+        if let Some(entry) = self.table().streams.get_mut(&number) {
+            entry.gate = gate;
+        }
         let esp = Arc::new(EspQueue::default());
         let opened =
             StreamEvent::Opened { stream: number, local, remote, accepted: accepted.is_some(), esp: esp.sender() };
@@ -582,7 +607,6 @@ impl Inner {
         }
         let accepted = accepted.map(|(at, deadline)| (at, deadline.max(Instant::now() + GRACE)));
 
-        let (read_half, write_half) = socket.split();
         let (mut killed, draining) = (ends.phase.clone(), ends.phase.clone());
         let mut halves = JoinSet::new();
         let reader = Reader {

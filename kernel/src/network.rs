@@ -15,8 +15,8 @@ use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, IoSlice};
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
@@ -30,7 +30,7 @@ use crate::netlink::{Netlink, context};
 use crate::planes::Planes;
 use crate::routes::{Routes, host_prefix};
 use crate::shunt_rules::ShuntRules;
-use crate::socket::{Header, OuterSocket, keep_flow_label, pass_by_policies};
+use crate::socket::{Header, OuterSocket, keep_flow_label, leave_stream_to_the_kernel, pass_by_policies};
 use crate::threads;
 use crate::tun::{Tun, TunWriter};
 use crate::watch::{self, Own};
@@ -61,7 +61,7 @@ pub struct NetworkConfig {
     pub plane: PlaneChoice,
 }
 
-/// Who does ESP that comes over UDP or plain. What comes in TCP streams is always user space's.
+/// Who does ESP. What comes in TCP streams is user space's where the kernel has no `espintcp`, and in TLS always.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum PlaneChoice {
     /// The kernel where it has ESP, else user space.
@@ -146,12 +146,18 @@ impl StreamWorth {
 /// Takes an ESP packet (SPI first) for a stream, without waiting; false when it was dropped, as a network does.
 pub type StreamSink = Box<dyn Fn(&[u8]) -> bool + Send + Sync>;
 
+/// Begins to hand a stream over to the kernel, or says why that cannot be.
+pub type HandOver = Box<dyn Fn(StreamId) -> Result<(), &'static str> + Send + Sync>;
+
 /// Handle of the running network. Cloning it is cheap; the threads stop with the last clone, or earlier by
 /// [`Self::shutdown`].
 #[derive(Clone)]
 pub struct Network {
     inner: Arc<Inner>,
 }
+
+/// Why ESP in a stream is not the kernel's.
+const NO_ESPINTCP: &str = "the kernel takes no ESP from TCP streams";
 
 /// What owns the threads and the system's state.
 pub(crate) struct Inner {
@@ -184,6 +190,9 @@ pub(crate) struct Shared {
     pub(crate) events: Events,
     /// Readable when the threads shall stop.
     pub(crate) stop: OwnedFd,
+    /// Whose business ESP in each stream is, once it is decided: why not the kernel's.
+    carriers: Mutex<HashMap<StreamId, Result<(), &'static str>>>,
+    hand_over: OnceLock<HandOver>,
     streams: RwLock<HashMap<StreamId, StreamSink>>,
 }
 
@@ -263,6 +272,8 @@ impl Network {
             events: Events { sender, waiting: Mutex::default() },
             stop: rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC)
                 .map_err(|e| context(e.into(), "make an eventfd"))?,
+            carriers: Mutex::default(),
+            hand_over: OnceLock::new(),
             streams: RwLock::default(),
         });
         let inner = Arc::new(Inner {
@@ -412,8 +423,21 @@ impl Network {
         self.inner.shared.streams.write().unwrap_or_else(PoisonError::into_inner).insert(stream, sink);
     }
 
+    /// How the daemon gives a stream to the kernel, for SAs in it: with [`Self::leave_stream_to_the_kernel`], once nothing
+    /// of a message is on its way. Said once; where the kernel does no ESP in streams it is never asked for.
+    pub fn hand_streams_over(&self, hand_over: HandOver) {
+        // A second one is a mistake of the caller, and the first stays.
+        let _ = self.inner.shared.hand_over.set(hand_over);
+    }
+
+    /// Has the kernel do ESP and framing of a TCP socket.
+    pub fn leave_stream_to_the_kernel(socket: BorrowedFd<'_>) -> io::Result<()> {
+        leave_stream_to_the_kernel(socket)
+    }
+
     /// The stream is gone.
     pub fn detach_stream(&self, stream: StreamId) {
+        lock(&self.inner.shared.carriers).remove(&stream);
         self.inner.shared.streams.write().unwrap_or_else(PoisonError::into_inner).remove(&stream);
     }
 
@@ -438,6 +462,12 @@ impl Network {
         let now = Instant::now();
         FROM_STREAMS.with_borrow_mut(|FromStreams { inner, writer }| {
             for packet in packets {
+                // The peer sends it along a stream of which IKE has not spoken yet: the kernel's SAs follow in a moment.
+                if let (Some(xfrm), Some(spi)) = (&self.inner.xfrm, packet.first_chunk())
+                    && xfrm.receives(u32::from_be_bytes(*spi))
+                {
+                    continue;
+                }
                 // A stream has no outer IP header whose ECN field would belong to this packet (RFC 9329 §9.5).
                 worth.note(shared.inbound(now, from, 0, packet, inner, |packet| writer.push(&tun, packet)));
             }
@@ -463,6 +493,15 @@ impl Network {
 }
 
 impl Inner {
+    /// Whether the kernel does ESP in this stream; with the first SA in it that is decided for all. The reason is why not.
+    pub(crate) fn carrier_of(&self, stream: StreamId, local: IpAddr) -> Result<(), &'static str> {
+        let decide = || {
+            self.xfrm.as_ref().filter(|xfrm| xfrm.has_espintcp(local.is_ipv6())).ok_or(NO_ESPINTCP)?;
+            self.shared.hand_over.get().ok_or(NO_ESPINTCP)?(stream)
+        };
+        *lock(&self.shared.carriers).entry(stream).or_insert_with(decide)
+    }
+
     /// The index of a link.
     pub(crate) fn link_index(&self, name: &str) -> io::Result<u32> {
         lock(&self.netlink).link_index(name)

@@ -1,9 +1,9 @@
 //! The data plane that the daemon sees: each pair in the plane that can carry it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use ipsec::plane::{Carrier, DataPlane, Encapsulation, PlaneError, PlaneEvent, SaPair, Shunt, Trap, Usage};
+use ipsec::plane::{Carrier, DataPlane, Encapsulation, PlaneError, PlaneEvent, SaPair, Shunt, StreamId, Trap, Usage};
 
 use crate::network::Inner;
 use crate::plane::UserSpacePlane;
@@ -18,21 +18,26 @@ pub(crate) struct Planes {
 
 struct Kernel {
     plane: KernelPlane,
-    /// Inbound SPIs of the pairs that it carries.
-    pairs: BTreeSet<u32>,
-    /// Inbound SPIs and `reqid`s of those that user space carries.
-    others: BTreeMap<u32, u32>,
+    /// Inbound SPIs of the pairs that it carries, and which are in streams.
+    pairs: BTreeMap<u32, bool>,
+    /// Those that user space carries.
+    others: BTreeMap<u32, Other>,
+}
+
+struct Other {
+    reqid: u32,
+    /// Why the kernel does not.
+    reason: &'static str,
 }
 
 impl Planes {
     pub(crate) fn new(network: &Arc<Inner>) -> Self {
-        let reason = if network.xfrm.is_some() { IN_STREAMS } else { network.plane_reason };
         Self {
             network: Arc::clone(network),
-            user: UserSpacePlane::new(Arc::clone(network), reason),
+            user: UserSpacePlane::new(Arc::clone(network), network.plane_reason),
             kernel: network.xfrm.as_ref().map(|xfrm| Kernel {
                 plane: KernelPlane::new(network, xfrm),
-                pairs: BTreeSet::new(),
+                pairs: BTreeMap::new(),
                 others: BTreeMap::new(),
             }),
         }
@@ -41,14 +46,14 @@ impl Planes {
     /// The plane that carries a pair; one that nobody knows is user space's, which says so.
     fn of(&self, spi_in: u32) -> &dyn DataPlane {
         match &self.kernel {
-            Some(kernel) if kernel.pairs.contains(&spi_in) => &kernel.plane,
+            Some(kernel) if kernel.pairs.contains_key(&spi_in) => &kernel.plane,
             _ => &self.user,
         }
     }
 
     fn of_mut(&mut self, spi_in: u32) -> &mut dyn DataPlane {
         match &mut self.kernel {
-            Some(kernel) if kernel.pairs.contains(&spi_in) => &mut kernel.plane,
+            Some(kernel) if kernel.pairs.contains_key(&spi_in) => &mut kernel.plane,
             _ => &mut self.user,
         }
     }
@@ -64,24 +69,32 @@ impl Planes {
 
 impl DataPlane for Planes {
     fn carrier(&self, spi_in: u32) -> Carrier {
-        self.of(spi_in).carrier(spi_in)
+        let carrier = self.of(spi_in).carrier(spi_in);
+        let reason = self.kernel.as_ref().and_then(|kernel| match kernel.pairs.get(&spi_in) {
+            Some(in_stream) => in_stream.then_some(IN_STREAMS),
+            None => kernel.others.get(&spi_in).map(|other| other.reason),
+        });
+        Carrier { reason: reason.unwrap_or(carrier.reason), ..carrier }
     }
 
     fn install(&mut self, pair: SaPair) -> Result<(), PlaneError> {
         let spi_in = pair.spi_in;
-        let in_stream = matches!(pair.encapsulation, Encapsulation::Stream { .. });
+        let stream = stream_of(&pair.encapsulation);
+        let carrier = stream.map_or(Ok(()), |stream| self.network.carrier_of(stream, pair.encapsulation.local()));
         match &mut self.kernel {
-            Some(kernel) if !in_stream => {
-                kernel.plane.install(pair)?;
-                kernel.pairs.insert(spi_in);
-            }
-            Some(kernel) => {
-                let reqid = pair.reqid;
-                self.user.install(pair)?;
-                // The routes into the device are there: what a predecessor's policies would take goes in now.
-                kernel.plane.step_aside(reqid, true);
-                kernel.others.insert(spi_in, reqid);
-            }
+            Some(kernel) => match carrier {
+                Ok(()) => {
+                    kernel.plane.install(pair)?;
+                    kernel.pairs.insert(spi_in, stream.is_some());
+                }
+                Err(reason) => {
+                    let reqid = pair.reqid;
+                    self.user.install(pair)?;
+                    // The routes into the device are there: what a predecessor's policies would take goes in now.
+                    kernel.plane.step_aside(reqid, true);
+                    kernel.others.insert(spi_in, Other { reqid, reason });
+                }
+            },
             None => self.user.install(pair)?,
         }
         let Carrier { name, reason } = self.carrier(spi_in);
@@ -90,12 +103,14 @@ impl DataPlane for Planes {
     }
 
     fn migrate(&mut self, spi_in: u32, to: Encapsulation) -> Result<(), PlaneError> {
-        let in_stream = matches!(to, Encapsulation::Stream { .. });
-        match &self.kernel {
+        let stream = stream_of(&to);
+        let carrier = stream.map_or(Ok(()), |stream| self.network.carrier_of(stream, to.local()));
+        match &mut self.kernel {
             // Keys must not be used by two that count sequence numbers each for himself: a successor with keys of its own
             // comes into the other plane, and until then nothing goes out.
             Some(Kernel { pairs, others, .. })
-                if in_stream && pairs.contains(&spi_in) || !in_stream && others.contains_key(&spi_in) =>
+                if carrier.is_err() && pairs.contains_key(&spi_in)
+                    || carrier.is_ok() && others.contains_key(&spi_in) =>
             {
                 tracing::info!(
                     spi_in = format_args!("{spi_in:08x}"),
@@ -104,7 +119,12 @@ impl DataPlane for Planes {
                 self.network.shared.events.plane(PlaneEvent::Expire { spi_in, hard: false });
                 Ok(())
             }
-            _ => self.of_mut(spi_in).migrate(spi_in, to),
+            Some(Kernel { pairs, plane, .. }) if pairs.contains_key(&spi_in) => {
+                plane.migrate(spi_in, to)?;
+                pairs.insert(spi_in, stream.is_some());
+                Ok(())
+            }
+            _ => self.user.migrate(spi_in, to),
         }
     }
 
@@ -114,8 +134,8 @@ impl DataPlane for Planes {
 
     fn delete(&mut self, spi_in: u32) -> Result<(), PlaneError> {
         if let Some(kernel) = &mut self.kernel
-            && let Some(reqid) = kernel.others.remove(&spi_in)
-            && !kernel.others.values().any(|other| *other == reqid)
+            && let Some(Other { reqid, .. }) = kernel.others.remove(&spi_in)
+            && !kernel.others.values().any(|other| other.reqid == reqid)
         {
             // Before the routes go: what is left of the `reqid` is the kernel's again.
             kernel.plane.step_aside(reqid, false);
@@ -153,4 +173,11 @@ impl DataPlane for Planes {
     }
 }
 
-const IN_STREAMS: &str = "the kernel takes no ESP from TCP streams";
+fn stream_of(encapsulation: &Encapsulation) -> Option<StreamId> {
+    match encapsulation {
+        Encapsulation::Stream { stream, .. } => Some(*stream),
+        Encapsulation::None { .. } | Encapsulation::Udp { .. } => None,
+    }
+}
+
+const IN_STREAMS: &str = "the kernel takes ESP from TCP streams";

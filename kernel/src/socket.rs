@@ -7,6 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use nix::libc;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, sendmsg, sockopt};
@@ -15,7 +16,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::sockopt as option;
 use rustix::net::sockopt::{Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery};
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use crate::netlink::context;
 use crate::xfrm::codec::bypass;
@@ -429,6 +430,16 @@ pub(crate) fn keep_flow_label(socket: &Socket) -> io::Result<()> {
     set_option(socket, libc::SOL_IPV6, IPV6_AUTOFLOWLABEL, &0_i32.to_ne_bytes())
 }
 
+/// Has the kernel take ESP out of what comes over a TCP socket and put it in between what goes out (RFC 9329 §3): it frames
+/// from now on, and `recv` and `send` are about whole IKE messages with their non-ESP marker. There is no way back.
+pub(crate) fn leave_stream_to_the_kernel(socket: BorrowedFd<'_>) -> io::Result<()> {
+    let socket = SockRef::from(&socket);
+    // How long a message may take to become whole: the daemon sees none that is not.
+    socket.set_read_timeout(Some(PARTIAL))?;
+    set_option(&socket, libc::IPPROTO_TCP, libc::TCP_ULP, b"espintcp")
+        .map_err(|e| context(e, "have the kernel take ESP from a stream"))
+}
+
 /// Sets a socket option that no crate has a safe call for.
 fn set_option(socket: &Socket, level: i32, option: i32, value: &[u8]) -> io::Result<()> {
     let length = libc::socklen_t::try_from(value.len()).map_err(io::Error::other)?;
@@ -440,6 +451,7 @@ fn set_option(socket: &Socket, level: i32, option: i32, value: &[u8]) -> io::Res
 }
 
 const ESP: i32 = 50;
+const PARTIAL: Duration = Duration::from_secs(10);
 /// linux/in.h, linux/in6.h, linux/udp.h.
 const IP_XFRM_POLICY: i32 = 17;
 const IPV6_XFRM_POLICY: i32 = 35;

@@ -90,6 +90,10 @@ pub async fn run(options: DaemonOptions) -> anyhow::Result<()> {
             EspWorth { authentic: worth.authentic, unknown: worth.unknown, forged: worth.forged }
         }),
     );
+    let of_kernel = streams.clone();
+    network.hand_streams_over(Box::new(move |stream| {
+        of_kernel.hand_over(stream.0, Arc::new(Network::leave_stream_to_the_kernel))
+    }));
     for port in &config.tcp_ports {
         listen(&streams, *port, None).await?;
     }

@@ -6,11 +6,11 @@ use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 
 use socket2::SockRef;
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
-use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio_rustls::TlsStream;
 
+use super::handed::{self, Gate, HandedReader, HandedWriter};
 use super::lock;
 
 /// What both are.
@@ -31,15 +31,16 @@ impl Duplex {
         }
     }
 
-    pub(super) fn split(self) -> (ReadHalf, WriteHalf) {
+    /// Splits it, when these octets were read beyond the stream prefix; a plain one may be handed over later.
+    pub(super) fn split(self, read: &[u8], writes_prefix: bool) -> (ReadHalf, WriteHalf, Option<Arc<Gate>>) {
         match self {
             Self::Plain(socket) => {
-                let (read, write) = socket.into_split();
-                (ReadHalf::Plain(read), WriteHalf::Plain(write))
+                let (read_half, write_half, gate) = handed::split(socket, read, writes_prefix);
+                (ReadHalf::Plain(read_half), WriteHalf::Plain(write_half), Some(gate))
             }
             Self::Tls(stream) => {
                 let shared = Arc::new(Mutex::new(*stream));
-                (ReadHalf::Tls(shared.clone()), WriteHalf::Tls(shared))
+                (ReadHalf::Tls(shared.clone()), WriteHalf::Tls(shared), None)
             }
         }
     }
@@ -49,7 +50,7 @@ impl Duplex {
 type Shared = Arc<Mutex<TlsStream<TcpStream>>>;
 
 pub(super) enum ReadHalf {
-    Plain(OwnedReadHalf),
+    Plain(HandedReader),
     Tls(Shared),
 }
 
@@ -73,7 +74,7 @@ impl AsyncRead for ReadHalf {
 }
 
 pub(super) enum WriteHalf {
-    Plain(OwnedWriteHalf),
+    Plain(HandedWriter),
     Tls(Shared),
 }
 
@@ -81,7 +82,7 @@ impl WriteHalf {
     /// Octets that TCP holds unsent before a write waits.
     pub(super) fn limit_unsent(&self, octets: u32) -> io::Result<()> {
         match self {
-            Self::Plain(socket) => SockRef::from(socket.as_ref()).set_tcp_notsent_lowat(octets),
+            Self::Plain(socket) => SockRef::from(socket.socket()).set_tcp_notsent_lowat(octets),
             Self::Tls(shared) => SockRef::from(lock(shared).get_ref().0).set_tcp_notsent_lowat(octets),
         }
     }
@@ -98,7 +99,7 @@ impl WriteHalf {
     /// TLS may still hold what it has sealed.
     pub(super) async fn flush(&mut self) -> io::Result<()> {
         match self {
-            Self::Plain(_) => Ok(()),
+            Self::Plain(socket) => socket.flush().await,
             Self::Tls(shared) => std::future::poll_fn(|cx| Pin::new(&mut *lock(shared)).poll_flush(cx)).await,
         }
     }

@@ -134,23 +134,34 @@ pub(super) struct StateId {
     pub(super) spi: u32,
 }
 
-/// Between which addresses and UDP ports a state's packets travel.
+/// Ports of source and destination of the packets that ESP travels in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Ports {
+    /// In TCP segments of a stream (RFC 9329) rather than in UDP datagrams (RFC 3948).
+    pub(super) in_tcp: bool,
+    pub(super) source: u16,
+    pub(super) destination: u16,
+}
+
+impl Ports {
+    fn reversed(self) -> Self {
+        Self { source: self.destination, destination: self.source, ..self }
+    }
+}
+
+/// Between which addresses and ports a state's packets travel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Ends {
     pub(super) source: IpAddr,
     pub(super) destination: IpAddr,
-    /// Of source and destination (RFC 3948).
-    pub(super) ports: Option<(u16, u16)>,
+    /// `None` on plain IP.
+    pub(super) ports: Option<Ports>,
 }
 
 impl Ends {
     /// As the other side sees them.
     pub(super) fn reversed(self) -> Self {
-        Self {
-            source: self.destination,
-            destination: self.source,
-            ports: self.ports.map(|(source, destination)| (destination, source)),
-        }
+        Self { source: self.destination, destination: self.source, ports: self.ports.map(Ports::reversed) }
     }
 }
 
@@ -166,8 +177,7 @@ pub(super) struct State {
     pub(super) lifetime: Lifetime,
     pub(super) replay_window: u32,
     pub(super) esn: bool,
-    /// UDP ports of source and destination (RFC 3948).
-    pub(super) encapsulation: Option<(u16, u16)>,
+    pub(super) encapsulation: Option<Ports>,
     pub(super) flags: u8,
     pub(super) extra_flags: u32,
     /// The device that does a part, and which.
@@ -196,7 +206,7 @@ pub(super) struct StateReport {
     pub(super) packets: u64,
     /// Seconds since 1970 of the last packet, where the kernel keeps them.
     pub(super) last_used: Option<u64>,
-    pub(super) encapsulation: Option<(u16, u16)>,
+    pub(super) encapsulation: Option<Ports>,
     pub(super) mark: Mark,
     pub(super) set_mark: Mark,
     pub(super) if_id: u32,
@@ -305,6 +315,7 @@ pub(super) const LATCH_OWNER: u32 = 0x4c74_4c61;
 pub(super) const HEADER: usize = 16;
 const ESP: u8 = 50;
 const ENCAP_ESP_IN_UDP: u16 = 2;
+const ENCAP_ESP_IN_TCP: u16 = 7;
 const AF_INET: u16 = 2;
 const AF_INET6: u16 = 10;
 const NAME: usize = 64;
@@ -444,10 +455,10 @@ impl Message {
         }
     }
 
-    fn encapsulation(&mut self, ports: Option<(u16, u16)>) {
-        if let Some((source, destination)) = ports {
+    fn encapsulation(&mut self, ports: Option<Ports>) {
+        if let Some(Ports { in_tcp, source, destination }) = ports {
             self.attribute(attribute::ENCAP, |message| {
-                message.u16(ENCAP_ESP_IN_UDP);
+                message.u16(if in_tcp { ENCAP_ESP_IN_TCP } else { ENCAP_ESP_IN_UDP });
                 message.u16_be(source);
                 message.u16_be(destination);
                 message.zeros(2 + 16);
@@ -811,8 +822,8 @@ pub(super) fn state(payload: &[u8]) -> Option<StateReport> {
     while let Some((kind, mut value)) = reader.attribute() {
         match kind {
             attribute::ENCAP => {
-                value.u16()?;
-                report.encapsulation = Some((value.u16_be()?, value.u16_be()?));
+                let in_tcp = value.u16()? == ENCAP_ESP_IN_TCP;
+                report.encapsulation = Some(Ports { in_tcp, source: value.u16_be()?, destination: value.u16_be()? });
             }
             attribute::REPLAY_ESN => {
                 value.take(20)?;

@@ -1,25 +1,26 @@
 //! What is to be installed for a pair, in the kernel's words: states, policies, and the numbers of links.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use ipsec::plane::{CopyDscp, Encapsulation, KernelOptions, Mark, Mode, Offload, PlaneError, SaPair, TfcPadding};
 
 use super::codec::{
-    Action, Direction, Ends, Policy, PolicyId, Selector, State, StateId, Template, extra_flag, flag, offload,
+    Action, Direction, Ends, Policy, PolicyId, Ports, Selector, State, StateId, Template, extra_flag, flag, offload,
 };
 use super::priority::{self, Purpose};
 
 /// Between which ends the packets travel that we send.
-pub(super) fn ends(encapsulation: &Encapsulation) -> Result<Ends, PlaneError> {
+pub(super) fn ends(encapsulation: &Encapsulation) -> Ends {
     match *encapsulation {
-        Encapsulation::None { local, remote } => Ok(Ends { source: local, destination: remote, ports: None }),
-        Encapsulation::Udp { local, remote } => {
-            Ok(Ends { source: local.ip(), destination: remote.ip(), ports: Some((local.port(), remote.port())) })
-        }
-        Encapsulation::Stream { .. } => {
-            Err(PlaneError::Unsupported { plane: super::NAME, what: "ESP in TCP streams".to_owned() })
-        }
+        Encapsulation::None { local, remote } => Ends { source: local, destination: remote, ports: None },
+        Encapsulation::Udp { local, remote } => in_ports(false, local, remote),
+        Encapsulation::Stream { local, remote, .. } => in_ports(true, local, remote),
     }
+}
+
+fn in_ports(in_tcp: bool, local: SocketAddr, remote: SocketAddr) -> Ends {
+    let ports = Ports { in_tcp, source: local.port(), destination: remote.port() };
+    Ends { source: local.ip(), destination: remote.ip(), ports: Some(ports) }
 }
 
 /// Indices of the links that options name.

@@ -122,8 +122,8 @@ impl Latches {
     /// It is about to move to other ends.
     pub(super) fn moved(&self, spi_in: u32, to: &Encapsulation) {
         let mut state = self.state();
-        if let (Some(path), Ok(ends)) = (state.paths.get_mut(&spi_in), descriptions::ends(to)) {
-            path.ends = ends;
+        if let Some(path) = state.paths.get_mut(&spi_in) {
+            path.ends = descriptions::ends(to);
             state.follow(spi_in);
         }
     }
@@ -184,7 +184,7 @@ impl Described {
             reqid: pair.reqid,
             mode: pair.mode,
             selectors: selectors::outbound(&pair.local_ts, &pair.remote_ts, 0).ok()?,
-            ends: descriptions::ends(&pair.encapsulation).ok()?,
+            ends: descriptions::ends(&pair.encapsulation),
             special,
         })
     }

@@ -18,7 +18,7 @@ mod tables;
 
 use std::fs::File;
 use std::io::{self, Read as _, Seek as _, Write as _};
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::{Arc, Mutex};
 
 use ipsec::plane::{EspKeys, EspSuite, Lifetime, Mark, Mode};
@@ -32,6 +32,7 @@ pub(crate) use self::plane::KernelPlane;
 use self::socket::{Databases as _, XfrmSocket};
 use self::tables::Tables;
 use crate::netlink::context;
+use crate::network::lock;
 
 /// Name of this plane in errors, logs and status.
 pub(crate) const NAME: &str = "kernel";
@@ -41,6 +42,8 @@ pub(crate) struct Xfrm {
     tables: Mutex<Tables>,
     /// As whom the kernel's news name us.
     port: u32,
+    /// The kernel has ESP in TCP streams: with IPv4, with IPv6.
+    espintcp: (bool, bool),
     /// `net.core.xfrm_acq_expires` and what it was.
     acquire_expires: Option<(File, String)>,
 }
@@ -50,7 +53,12 @@ impl Xfrm {
     /// the ESP packets that the kernel sends.
     pub(crate) fn open(mark: u32) -> io::Result<Arc<Self>> {
         let mut socket = XfrmSocket::open()?;
-        probe(&mut socket)?;
+        let localhost = IpAddr::V4(Ipv4Addr::LOCALHOST);
+        probe(&mut socket, localhost, None)?;
+        // Refused alike where the option was not built and where its module cannot be had.
+        let in_tcp = Some(codec::Ports { in_tcp: true, source: 1, destination: 1 });
+        let mut in_streams = |nowhere| probe(&mut socket, nowhere, in_tcp).is_ok();
+        let espintcp = (in_streams(localhost), in_streams(IpAddr::V6(Ipv6Addr::LOCALHOST)));
         let port = socket.port();
         let mut tables = Tables::new(socket, mark);
         let (states, policies) = tables.remove_leftovers()?;
@@ -58,7 +66,19 @@ impl Xfrm {
             tracing::info!(states, policies, "removed what an earlier daemon left in the kernel");
         }
         let acquire_expires = shorten_acquires();
-        Ok(Arc::new(Self { tables: Mutex::new(tables), port, acquire_expires }))
+        Ok(Arc::new(Self { tables: Mutex::new(tables), port, espintcp, acquire_expires }))
+    }
+}
+
+impl Xfrm {
+    /// True where the kernel has ESP in TCP streams between addresses of this family.
+    pub(crate) fn has_espintcp(&self, ipv6: bool) -> bool {
+        if ipv6 { self.espintcp.1 } else { self.espintcp.0 }
+    }
+
+    /// True when this inbound SPI is of a pair that the kernel carries.
+    pub(crate) fn receives(&self, spi_in: u32) -> bool {
+        lock(&self.tables).receives(spi_in)
     }
 }
 
@@ -94,8 +114,7 @@ fn write_anew(file: &mut File, setting: &str) -> io::Result<()> {
 
 /// Installs an ESP state that nobody can use, and removes it: what a kernel has cannot be read anywhere. It is marked as
 /// ours, so that the next start removes it if we die in between.
-fn probe(socket: &mut XfrmSocket) -> io::Result<()> {
-    let nowhere = IpAddr::V4(Ipv4Addr::LOCALHOST);
+fn probe(socket: &mut XfrmSocket, nowhere: IpAddr, encapsulation: Option<codec::Ports>) -> io::Result<()> {
     let keys = EspKeys { encr: Secret::new(vec![0; 20]), integ: Secret::new(Vec::new()) };
     let suite = EspSuite { encr: Encr::AES_GCM_16, key_bits: 128, integ: Integ::NONE, esn: false };
     let algorithms = suite::algorithms(&suite, &keys).map_err(io::Error::other)?;
@@ -108,7 +127,7 @@ fn probe(socket: &mut XfrmSocket) -> io::Result<()> {
         lifetime: Lifetime { hard_packets: Some(1), ..Lifetime::default() },
         replay_window: 0,
         esn: false,
-        encapsulation: None,
+        encapsulation,
         flags: codec::flag::ANY_FAMILY,
         extra_flags: 0,
         offload: None,

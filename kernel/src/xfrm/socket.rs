@@ -117,7 +117,7 @@ impl Databases for XfrmSocket {
         let report = codec::state(&description).ok_or_else(unreadable)?;
         let moved = |kind, flags| codec::moved_state(kind, flags, &description, to).ok_or_else(unreadable);
         if (report.id.destination, report.source) == (to.destination, to.source)
-            && report.encapsulation.is_some() == to.ports.is_some()
+            && report.encapsulation.map(|ports| ports.in_tcp) == to.ports.map(|ports| ports.in_tcp)
         {
             return self.request(moved(kind::UPDATE_SA, REQUEST | ACK)?, |_, _| {});
         }

@@ -47,6 +47,8 @@ struct Pair {
     reqid: u32,
     inbound: StateId,
     outbound: StateId,
+    /// ESP travels in a TCP stream.
+    in_stream: bool,
     /// Marks that are part of the names of both states.
     marks: (Mark, Mark),
     sending: Sending,
@@ -155,7 +157,7 @@ impl<D: Databases> Tables<D> {
             return Err(PlaneError::SpiInUse(spi_in));
         }
         let selectors = selectors::outbound(&pair.local_ts, &pair.remote_ts, links.interface)?;
-        let ends = ends(&pair.encapsulation)?;
+        let ends = ends(&pair.encapsulation);
         let hull = hull(pair.mode, &selectors)?;
         let (incoming, outgoing) = (inbound(&pair, &ends, hull, links), outbound(&pair, &ends, hull, links, self.mark));
         let policies = policies(&pair, &ends, &selectors);
@@ -166,6 +168,7 @@ impl<D: Databases> Tables<D> {
             reqid: pair.reqid,
             inbound: incoming.id,
             outbound: outgoing.id,
+            in_stream: matches!(pair.encapsulation, Encapsulation::Stream { .. }),
             marks: (incoming.mark, outgoing.mark),
             sending: Sending::Retired,
             policies: policies.iter().map(|policy| policy.id).collect(),
@@ -315,10 +318,16 @@ impl<D: Databases> Tables<D> {
         }
     }
 
+    /// True when the kernel has a state of this inbound SPI for us.
+    pub(super) fn receives(&self, spi_in: u32) -> bool {
+        self.pairs.contains_key(&spi_in)
+    }
+
     /// Moves the states of a pair to other ends, and then its policies. What fails half-way stays half moved: nothing comes
     /// through, and the key manager hears of it.
     pub(super) fn migrate(&mut self, spi_in: u32, to: &Encapsulation) -> Result<(), PlaneError> {
-        let to = ends(to)?;
+        let in_stream = matches!(to, Encapsulation::Stream { .. });
+        let to = ends(to);
         let pair = self.pairs.get_mut(&spi_in).ok_or(PlaneError::NoSuchSa(spi_in))?;
         let (inbound, outbound, marks) = (pair.inbound, pair.outbound, pair.marks);
         let sends = match &mut pair.sending {
@@ -336,7 +345,7 @@ impl<D: Databases> Tables<D> {
         // What could not be moved keeps its name: the other may be that of somebody else's state.
         if let Some(pair) = self.pairs.get_mut(&spi_in) {
             if received.is_ok() {
-                pair.inbound.destination = to.source;
+                (pair.inbound.destination, pair.in_stream) = (to.source, in_stream);
             }
             if sent.is_ok() {
                 pair.outbound.destination = to.destination;
@@ -668,7 +677,10 @@ impl<D: Databases> Tables<D> {
                 self.states.get(id).map(|spi_in| PlaneEvent::Expire { spi_in: *spi_in, hard: *hard })
             }
             Event::Mapping { id, remote } => {
-                self.states.get(id).map(|spi_in| PlaneEvent::MappingChanged { spi_in: *spi_in, remote: *remote })
+                let spi_in = *self.states.get(id)?;
+                // IKE says over which stream a peer wants its ESP; packets on another one are taken all the same.
+                let in_stream = self.pairs.get(&spi_in)?.in_stream;
+                (!in_stream).then_some(PlaneEvent::MappingChanged { spi_in, remote: *remote })
             }
             Event::StateRemoved(id) => {
                 self.suspect |= self.states.contains_key(id);
@@ -748,7 +760,7 @@ fn difference(meant: &State, report: &StateReport) -> Option<String> {
         return Some(format!("it is from {} with reqid {}", report.source, report.reqid));
     }
     if report.encapsulation != meant.encapsulation {
-        return Some(format!("its UDP ports are {:?}", report.encapsulation));
+        return Some(format!("its ports are {:?}", report.encapsulation));
     }
     if !report.ours || meant.selector.is_some() && report.selector != meant.selector {
         return Some(format!("its selector is {:?}", report.selector));

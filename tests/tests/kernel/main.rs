@@ -11,6 +11,7 @@ mod refusals;
 mod rekey;
 mod selectors;
 mod shunts;
+mod streams;
 
 use latchkey_tests::daemon::Kind::{self, Latchkey, LatchkeyKernel, StrongswanKernel};
 use latchkey_tests::host::Host;
