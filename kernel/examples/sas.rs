@@ -1,5 +1,6 @@
 //! Measures how fast SA pairs go into the kernel when so many are there already: `sas [STEP...]`, by default 0, 1000 and
-//! 10000. Needs root and a kernel with ESP.
+//! 10000. Needs root and a kernel with ESP; `tests/bench/kernel` runs it in a guest. Each line is printed when it is known,
+//! so that a limit of time (`timeout`) leaves those before it.
 #![allow(clippy::unwrap_used, reason = "a tool for developers fails by panic")]
 
 use std::net::{IpAddr, Ipv4Addr};

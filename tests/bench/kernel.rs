@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a benchmark fails by panicking")]
 
 use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -17,14 +18,20 @@ use latchkey_tests::scene::{A, B, INNER_A, INNER_B, Scene, Suite, configurations
 use latchkey_tests::uml;
 use latchkey_tests::wire::Wire;
 
-/// Child SAs of each measurement.
+/// Child SAs of each measurement, and the most seconds that it may take.
 const MEASURED: usize = 200;
+const MEASURING: Duration = Duration::from_secs(15);
+/// Seconds for all Child SAs of one daemon that are only there: beyond, what is there by then is measured.
+const FILLING: Duration = Duration::from_secs(140);
 /// Child SAs in one IKE SA, of those that are only there.
 const TOGETHER: usize = 100;
 /// Seconds of the flow.
-const SECONDS: &str = "20";
-/// For a guest that hangs.
-const LIMIT: u32 = 3600;
+const SECONDS: &str = "10";
+/// For one answer of a daemon.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// Seconds for a guest that hangs, and for pairs without IKE.
+const LIMIT: u32 = 900;
+const PAIRS: &str = "90";
 
 fn main() {
     let args: Vec<String> = std::env::args().collect();
@@ -39,7 +46,8 @@ fn main() {
         return;
     }
     if args[1] == "load" {
-        return load(Path::new(&args[2]), args[3].parse().unwrap(), args[4].parse().unwrap());
+        let [first, count, seconds] = [3, 4, 5].map(|at: usize| args[at].parse().unwrap());
+        return load(Path::new(&args[2]), first, count, Duration::from_secs(seconds as u64));
     }
     println!("rekeys of a Child SA each 2 s under a flow of datagrams for {SECONDS} s, and a flow without");
     println!("{:<20} {:>8} {:>10} {:>10} {:>20}", "both ends", "rekeys", "sent", "lost", "longest silence, ms");
@@ -51,6 +59,24 @@ fn main() {
     println!("{:<20} {:>12} {:>12} {:>22}", "daemon", "existing", "a second", "its processor time");
     for kind in [StrongswanKernel, LatchkeyKernel] {
         rates(kind, args[1].parse().unwrap());
+    }
+    println!("\nSA pairs that our plane alone puts into the kernel, without IKE");
+    pairs(args[1].parse().unwrap());
+}
+
+/// The levels of Child SAs that are there already, up to the most that are wanted.
+fn levels(most: usize) -> impl Iterator<Item = usize> {
+    [0, 1000, 10_000].into_iter().filter(move |level| *level <= most)
+}
+
+/// What `kernel/examples/sas.rs` says, where it was built.
+fn pairs(most: usize) {
+    let program = std::env::current_exe().unwrap().with_file_name("examples").join("sas");
+    let levels: Vec<String> = levels(most).map(|level| level.to_string()).collect();
+    let output = Command::new("timeout").arg(PAIRS).arg(&program).args(levels).output().unwrap();
+    print!("{}", String::from_utf8_lossy(&output.stdout));
+    if !output.status.success() {
+        println!("{}: {} {}", program.display(), output.status, String::from_utf8_lossy(&output.stderr));
     }
 }
 
@@ -97,25 +123,39 @@ fn rates(kind: Kind, most: usize) {
     daemon.write(&wide(&of_b), &vec![]);
     daemon.control(&["--load-all"]);
     let program = std::env::current_exe().unwrap();
-    let run = |first: usize, count: usize| -> f64 {
-        let args = ["load", folder.path().to_str().unwrap(), &first.to_string(), &count.to_string()];
-        host_a.check(program.to_str().unwrap(), &args).trim().parse().unwrap()
+    // How many were made, and how many seconds all but the first took.
+    let run = |first: usize, count: usize, limit: Duration| -> (usize, f64) {
+        let args = [
+            "load",
+            folder.path().to_str().unwrap(),
+            &first.to_string(),
+            &count.to_string(),
+            &limit.as_secs().to_string(),
+        ];
+        let report = host_a.check(program.to_str().unwrap(), &args);
+        let (made, seconds) = report.trim().split_once(' ').unwrap();
+        (made.parse().unwrap(), seconds.parse().unwrap())
     };
-    let mut there = 0;
-    for level in [0, 1000, 10_000].into_iter().filter(|level| *level <= most) {
-        while there < level {
-            let count = TOGETHER.min(level - there);
-            run(there, count);
-            there += count;
+    let (mut there, mut left) = (0, FILLING);
+    for level in levels(most) {
+        while there < level && !left.is_zero() {
+            let start = Instant::now();
+            there += run(there, TOGETHER.min(level - there), left.max(Duration::from_secs(1))).0;
+            left = left.saturating_sub(start.elapsed());
         }
-        let cpu = daemon.cpu_seconds();
-        let seconds = run(there, MEASURED);
-        there += MEASURED;
-        let cpu = (daemon.cpu_seconds() - cpu) * 1e3 / MEASURED as f64;
+        let (existing, cpu) = (there, daemon.cpu_seconds());
+        let (made, seconds) = run(there, MEASURED, MEASURING);
+        there += made;
+        let cpu = (daemon.cpu_seconds() - cpu) * 1e3 / made as f64;
+        let cut = if existing < level {
+            format!("  ({level} not reached in {} s)", FILLING.as_secs())
+        } else {
+            String::new()
+        };
         println!(
-            "{:<20} {level:>12} {:>12.0} {cpu:>14.2} ms each",
+            "{:<20} {existing:>12} {:>12.0} {cpu:>14.2} ms each{cut}",
             format!("{kind:?}"),
-            (MEASURED - 1) as f64 / seconds
+            (made - 1) as f64 / seconds
         );
     }
     // What was measured is what was meant.
@@ -123,9 +163,9 @@ fn rates(kind: Kind, most: usize) {
     assert!(count.contains(&format!("SAD count {}", 2 * there)), "{count} instead of {}", 2 * there);
 }
 
-/// The initiator, inside the first host: makes Child SAs from the `first`th address on, in one IKE SA; prints how many seconds
-/// all but the first took.
-fn load(folder: &Path, first: usize, count: usize) {
+/// The initiator, inside the first host: makes Child SAs from the `first`th address on, in one IKE SA; prints how many, and how many seconds
+/// all but the first took. Those that do not fit into the time are not made.
+fn load(folder: &Path, first: usize, count: usize, limit: Duration) {
     let setting = Setting::load(folder).unwrap();
     let wire = Wire::open(A);
     let template: &Child = &setting.connection.children[0];
@@ -135,8 +175,12 @@ fn load(folder: &Path, first: usize, count: usize) {
         Some(Arc::new(Child { name: format!("net{number}"), local_ts, ..template.clone() }))
     };
     let mut initiator = Peer::new(&setting, EngineConfig::default());
-    let mut start = Instant::now();
+    let (begin, mut start) = (Instant::now(), Instant::now());
     for number in first..first + count {
+        // Two at least, or there would be no rate.
+        if number > first + 1 && begin.elapsed() > limit {
+            break;
+        }
         let done = initiator.done + 1;
         wire.send(initiator.initiate_child(Instant::now(), A.parse().unwrap(), B.parse().unwrap(), child(number)));
         while initiator.done < done {
@@ -146,10 +190,11 @@ fn load(folder: &Path, first: usize, count: usize) {
             initiator.engine.handle_timeout(Instant::now());
             wire.send(initiator.outputs(Instant::now()));
             assert_eq!(initiator.failed, 0);
+            assert!(begin.elapsed() < limit + PATIENCE, "no answer for Child SA {number}");
         }
         if number == first {
             start = Instant::now();
         }
     }
-    println!("{}", start.elapsed().as_secs_f64());
+    println!("{} {}", initiator.done, start.elapsed().as_secs_f64());
 }
