@@ -188,6 +188,8 @@ pub struct KernelOptions {
     pub if_id_out: u32,
     /// `priority` of the policies; 0 is by their selectors.
     pub priority: u32,
+    /// `policies_fwd_out`: what is forwarded into the tunnel passes a shunt that drops it otherwise.
+    pub policies_fwd_out: bool,
     /// `interface`: the policies are about packets on this one only.
     pub interface: Option<String>,
     /// `hw_offload`.

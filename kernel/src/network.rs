@@ -159,6 +159,8 @@ pub struct Network {
 /// Why ESP in a stream is not the kernel's.
 const NO_ESPINTCP: &str = "the kernel takes no ESP from TCP streams";
 
+const GONE: &str = "the stream is gone";
+
 /// What owns the threads and the system's state.
 pub(crate) struct Inner {
     pub(crate) shared: Arc<Shared>,
@@ -437,8 +439,9 @@ impl Network {
 
     /// The stream is gone.
     pub fn detach_stream(&self, stream: StreamId) {
+        let mut streams = self.inner.shared.streams.write().unwrap_or_else(PoisonError::into_inner);
+        streams.remove(&stream);
         lock(&self.inner.shared.carriers).remove(&stream);
-        self.inner.shared.streams.write().unwrap_or_else(PoisonError::into_inner).remove(&stream);
     }
 
     /// An ESP packet (SPI first) came from a stream.
@@ -499,6 +502,10 @@ impl Inner {
             self.xfrm.as_ref().filter(|xfrm| xfrm.has_espintcp(local.is_ipv6())).ok_or(NO_ESPINTCP)?;
             self.shared.hand_over.get().ok_or(NO_ESPINTCP)?(stream)
         };
+        let streams = self.shared.streams.read().unwrap_or_else(PoisonError::into_inner);
+        if !streams.contains_key(&stream) {
+            return Err(GONE);
+        }
         *lock(&self.shared.carriers).entry(stream).or_insert_with(decide)
     }
 

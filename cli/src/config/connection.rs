@@ -549,7 +549,6 @@ fn child(name: &str, mut options: Options<'_, '_>) -> (Arc<Child>, TrapActions, 
     options.refuse_unless("policies", YES, "SAs without policies are not served yet");
     options.refuse_unless("label", &[], "security labels are not served yet");
     options.warn_unless("hostaccess", NO);
-    options.warn_unless("policies_fwd_out", NO);
     options.warn_unless("ipcomp", NO);
     options.warn_unless("label_mode", &["system"]);
     options.warn_unless("per_cpu_sas", NO);
@@ -573,6 +572,7 @@ fn kernel_options(options: &mut Options<'_, '_>) -> KernelOptions {
         if_id_out: number("if_id_out"),
         priority: number("priority"),
         mark_in_sa: options.boolean("mark_in_sa", false),
+        policies_fwd_out: options.boolean("policies_fwd_out", false),
         // IFNAMSIZ is 16 with the final NUL.
         interface: options
             .parsed("interface", |name| Some(name.to_owned()).filter(|name| name.len() < 16), "a name")
@@ -1103,7 +1103,7 @@ mod tests {
         let connection = read_good(
             "remote { }\nchildren { c { mark_in = 42\n mark_out = 0x10/0xf0\n mark_in_sa = yes\n set_mark_in = 1/3
              set_mark_out = 0\n if_id_in = 5\n if_id_out = 0x6\n priority = 7\n interface = eth0\n hw_offload = yes
-             copy_dscp = yes } }",
+             copy_dscp = yes\n policies_fwd_out = yes } }",
         );
         let mark = |value, mask| Mark { value, mask };
         let expected = KernelOptions {
@@ -1115,6 +1115,7 @@ mod tests {
             if_id_in: 5,
             if_id_out: 6,
             priority: 7,
+            policies_fwd_out: true,
             interface: Some("eth0".to_owned()),
             offload: Offload::Crypto,
             copy_dscp: CopyDscp::Both,

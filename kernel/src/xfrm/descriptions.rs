@@ -141,6 +141,16 @@ pub(super) fn policies(pair: &SaPair, ends: &Ends, selectors: &[Selector]) -> Ve
         }
         policies.push(policy(Direction::Out, *selector, Purpose::Sa, to_peer, options));
     }
+    if options.policies_fwd_out && pair.mode == Mode::Tunnel {
+        // As strongSwan has it: behind those of SAs, which another tunnel may have the other way round.
+        for selector in selectors {
+            let mut out = policy(Direction::Out, *selector, Purpose::Trap, Action::Pass, options);
+            out.id.direction = Direction::Forward;
+            if policies.iter().all(|policy| policy.id != out.id) {
+                policies.push(out);
+            }
+        }
+    }
     policies
 }
 

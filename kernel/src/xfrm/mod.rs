@@ -101,7 +101,9 @@ fn shorten_acquires() -> Option<(File, String)> {
         let mut before = String::new();
         file.read_to_string(&mut before)?;
         write_anew(&mut file, ACQUIRE_EXPIRES)?;
-        io::Result::Ok((file, before.trim().to_owned()))
+        // A predecessor that was killed has left ours.
+        let before = Some(before.trim()).filter(|before| *before != ACQUIRE_EXPIRES).unwrap_or(KERNELS_OWN);
+        io::Result::Ok((file, before.to_owned()))
     })();
     shortened.inspect_err(|e| tracing::info!("{path} stays as it is ({e}): traps wait so long after a failure")).ok()
 }
@@ -146,8 +148,9 @@ fn probe(socket: &mut XfrmSocket, nowhere: IpAddr, encapsulation: Option<codec::
     Ok(())
 }
 
-/// Seconds.
+/// Seconds; and those of a kernel that nobody has told otherwise.
 const ACQUIRE_EXPIRES: &str = "2";
+const KERNELS_OWN: &str = "30";
 /// Of no SA: a peer's SPIs and ours are random, and this one is for the loopback address.
 const PROBE_SPI: u32 = 0x100;
 

@@ -7,6 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::net::{IpAddr, Ipv4Addr};
 
 use ipsec::guard::ClassId;
 use ipsec::plane::{
@@ -18,7 +19,9 @@ use ipsec::selector::TrafficSelector;
 use ipsec::transform::{Encr, Integ};
 use rustix::io::Errno;
 
-use super::codec::{Action, Algorithm, Ends, Policy, PolicyId, PolicyReport, State, StateId, StateReport, flag};
+use super::codec::{
+    Action, Algorithm, Direction, Ends, Policy, PolicyId, PolicyReport, State, StateId, StateReport, flag,
+};
 use super::descriptions::Links;
 use super::socket::Databases;
 use super::tables::Tables;
@@ -159,6 +162,7 @@ impl Databases for Double {
     }
 }
 
+const NETS: [IpAddr; 2] = [IpAddr::V4(Ipv4Addr::new(10, 1, 0, 0)), IpAddr::V4(Ipv4Addr::new(10, 2, 0, 0))];
 const PREDECESSOR: u32 = 0x1000;
 const SUCCESSOR: u32 = 0x1001;
 
@@ -219,12 +223,18 @@ fn trapped(tables: &mut Tables<Double>) -> Result<(), PlaneError> {
     tables.install_trap(&trap(), &Links::default())
 }
 
-const STEPS: [(&str, Step, Step); 7] = [
+const STEPS: [(&str, Step, Step); 8] = [
     ("a pair", nothing, predecessor),
     ("a pair in place of its trap", trapped, predecessor),
     ("a successor", predecessor, |tables| tables.install(pair(SUCCESSOR, false), &Links::default())),
     ("a successor whose peer is not ready", predecessor, |tables| {
         tables.install(pair(SUCCESSOR, true), &Links::default())
+    }),
+    ("a pair between the same networks, with policies_fwd_out", nothing, |tables| {
+        let mut pair = pair(PREDECESSOR, false);
+        pair.remote_ts.extend(network("10.1.0.0"));
+        pair.options.policies_fwd_out = true;
+        tables.install(pair, &Links::default())
     }),
     ("a trap", nothing, trapped),
     ("a shunt that passes what is protected", predecessor, |tables| {
@@ -284,6 +294,19 @@ fn what_cannot_be_undone_goes_when_the_kernel_answers_again() {
             assert_eq!(tables.databases().contents(), there.contents(), "{name}, from request {at}");
         }
     }
+}
+
+#[test]
+fn what_is_forwarded_into_a_tunnel_has_policies_of_its_own_where_wanted() {
+    let (name, before, step) = STEPS[4];
+    let (mut tables, ..) = run(before, step, Refuses::Nothing);
+    let (_, policies) = tables.databases().contents();
+    let passes = |policy: &&Policy| policy.action == Action::Pass;
+    // Between the two networks one more; within the first, where both directions look alike, none.
+    assert_eq!((policies.len(), policies.values().filter(passes).count()), (7, 1), "{name}");
+    let there = policies.values().find(passes).unwrap();
+    assert_eq!((there.id.direction, there.priority), (Direction::Forward, 375_424));
+    assert_eq!((there.id.selector.source.0, there.id.selector.destination.0), (NETS[0], NETS[1]));
 }
 
 // A full kernel keeps nobody from closing SAs: what it does not remove now, it removes later.

@@ -189,6 +189,9 @@ fn a_trap_s_silence_is_short_while_the_plane_is_there() {
             let before = read();
             let (mut file, kept) = super::shorten_acquires().unwrap();
             assert_eq!((kept.as_str(), read().as_str()), (before.as_str(), super::ACQUIRE_EXPIRES));
+            // A daemon that dies leaves it so, and the next one's stop sets the kernel's own again.
+            let (_, kept_by_successor) = super::shorten_acquires().unwrap();
+            assert_eq!((kept_by_successor.as_str(), before.as_str()), ("30", "30"));
             super::write_anew(&mut file, &kept).unwrap();
             assert_eq!(read(), before);
         })

@@ -40,6 +40,14 @@ fn policies(host: &Host) -> BTreeSet<String> {
     policies.into_iter().filter(|policy| !policy.ends_with("priority 0")).collect()
 }
 
+/// The policy for what is forwarded from a network into the tunnel.
+fn forward(host: &Host, from: &str) -> String {
+    let dump = host.check("ip", &["xfrm", "policy"]).replace(" uid 1282689913", "").replace("\n\t", " ");
+    let is_meant = |line: &&str| line.starts_with(&format!("src {from} ")) && line.contains(" dir fwd ");
+    let line = dump.lines().find(is_meant).unwrap_or_else(|| panic!("{dump}"));
+    line.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
 fn listed(daemon: &Daemon, what: &[&str]) -> BTreeSet<String> {
     let text = daemon.control(what);
     // Blocks of a line and those that are indented below it.
@@ -52,7 +60,8 @@ fn what_passes_goes_in_clear_and_what_drops_goes_nowhere() {
     in_guest(|| {
         let [(of_a, _), (of_b, _)] = configurations(&Suite::default());
         let (wide, port) = ("10.1.0.0/24", format!("10.2.0.0/24[tcp/{PORT}]"));
-        let (of_a, of_b) = (shunted(&of_a, wide, &port), shunted(&of_b, &port, wide));
+        let forwards = |text: String| text.replace("esp_proposals", "policies_fwd_out = yes\nesp_proposals");
+        let (of_a, of_b) = (forwards(shunted(&of_a, wide, &port)), forwards(shunted(&of_b, &port, wide)));
         let (a, b, other) = (Host::new(), Host::new(), Host::new());
         let (device, _) = link(&a, &format!("{A}/24"), &b, &format!("{B}/24"));
         link(&other, &format!("{A}/24"), &Host::new(), &format!("{B}/24"));
@@ -91,6 +100,11 @@ fn what_passes_goes_in_clear_and_what_drops_goes_nowhere() {
         let passed = capture.count(&format!("tcp port {PORT}"));
         assert!(passed >= 8, "{passed}");
         assert_eq!(capture.count("icmp"), 0);
+        // What is forwarded into the tunnel does so as well, on either end.
+        let swapped = [("10.1.", "10.x."), ("10.2.", "10.1."), ("10.x.", "10.2."), (A, "x"), (B, A), ("x", B)];
+        let mirrored = swapped.iter().fold(forward(&b, "10.2.0.0/24"), |text, (from, to)| text.replace(from, to));
+        assert_eq!(forward(&a, "10.1.0.0/24"), mirrored);
+        assert!(mirrored.contains("dir fwd priority 375424"), "{mirrored}");
         assert!(ours.swanctl(&["--initiate", "--child", "port", "--timeout", "1"]).status.code() != Some(0));
 
         // By hand, and by a configuration without them.
