@@ -14,12 +14,12 @@ use super::lock;
 use super::pace::Pace;
 use crate::codec::append_esp;
 
-/// A wait that is no fault: the writer takes packets for some milliseconds at a time.
-const TARGET: Duration = Duration::from_millis(10);
+/// A wait that is no fault (RFC 8289 §4.3).
+const TARGET: Duration = Duration::from_millis(5);
 /// For so long the shortest wait must be longer than that.
 const INTERVAL: Duration = Duration::from_millis(100);
-/// Octets that may wait as long as they like: about one packet (RFC 8289 §4.4).
-const FEW: usize = 1500;
+/// Octets that may wait as long as they like (RFC 8289 §4.4): what a slow stream is given at a time.
+const FEW: usize = 4096;
 /// Octets of packets that are kept together.
 const CHUNK: usize = 16 * 1024;
 /// Packets that came within this time are of the same age.
