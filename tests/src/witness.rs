@@ -45,9 +45,11 @@ def call(number, name, arguments, descriptors=[]):
 call(1, "hello", {"version": 1})
 step("before")
 kind = socket.SOCK_DGRAM if told["udp"] else socket.SOCK_STREAM
-connection = socket.socket(socket.AF_INET, kind)
-host, port = told["local"].split(":")
-connection.bind((host, int(port)))
+def end(text):
+    host, port = text.rsplit(":", 1)
+    return host.strip("[]"), int(port)
+connection = socket.socket(socket.AF_INET6 if "[" in told["local"] else socket.AF_INET, kind)
+connection.bind(end(told["local"]))
 wanted = {"peer": told["peer"], "remote": told["remote"], "on_break": told["on_break"]}
 answer = call(2, "create", wanted, [connection.fileno()])
 if answer["type"] == "refusal":
@@ -55,12 +57,11 @@ if answer["type"] == "refusal":
     sys.exit()
 print("guard", answer["result"].get("guard"), file=out)
 step("latched")
-host, port = told["remote"].split(":")
 # Long enough for a packet that is lost; short enough to see that nothing passes.
 connection.settimeout(2)
 for attempt in range(5):
     try:
-        connection.connect((host, int(port)))
+        connection.connect(end(told["remote"]))
         break
     except OSError as error:
         print("not connected:", error, file=out)
@@ -186,20 +187,21 @@ impl Talker {
 }
 
 /// An echo server on port 7, TCP and UDP.
-pub struct Echo(Process, Process);
+pub struct Echo {
+    _tcp: Process,
+    _udp: Process,
+}
 
 impl Echo {
     /// Starts it.
     pub fn start(host: &Host, address: &str) -> Self {
-        let tcp = host.spawn("socat", &[&format!("TCP4-LISTEN:7,bind={address},reuseaddr,fork"), "EXEC:cat"]);
-        let udp = host.spawn("socat", &[&format!("UDP4-RECVFROM:7,bind={address},reuseaddr,fork"), "EXEC:cat"]);
+        let (family, address) =
+            if address.contains(':') { (6, format!("[{address}]")) } else { (4, address.to_owned()) };
+        let server = |kind| format!("{kind}:7,bind={address},reuseaddr,fork");
+        let tcp = host.spawn("socat", &[&server(format!("TCP{family}-LISTEN")), "EXEC:cat"]);
+        let udp = host.spawn("socat", &[&server(format!("UDP{family}-RECVFROM")), "EXEC:cat"]);
         host.wait_for_listener(7);
-        Self(tcp, udp)
-    }
-
-    /// Ends it without a word to its clients' connections, if it can.
-    pub fn stop(self) {
-        drop((self.0, self.1));
+        Self { _tcp: tcp, _udp: udp }
     }
 }
 

@@ -10,7 +10,7 @@ use latchkey_tests::daemon::Daemon;
 use latchkey_tests::daemon::Kind::Latchkey;
 use latchkey_tests::host::{Host, link, wait_for};
 use latchkey_tests::pki::Authority;
-use latchkey_tests::scene::{Scene, Suite};
+use latchkey_tests::scene::{Scene, Suite, configurations};
 use latchkey_tests::witness::{Echo, MARK, Talk, Talker, Three, Wires, certified};
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -313,4 +313,37 @@ fn a_simultaneous_open_is_latched_at_each_end() {
     one.talks();
     other.talks();
     wires.saw_nothing();
+}
+
+// IPv6 in IPv4: what the system has no switch for on the tunnel's device, a policy of its own lets through.
+#[test]
+fn an_ipv6_connection_passes_and_is_kept_in() {
+    let (host_a, host_b) = (Host::new(), Host::new());
+    link(&host_a, "192.0.2.1/24,2001:db8::1/64", &host_b, "192.0.2.2/24,2001:db8::2/64");
+    for (host, inner, network, via) in
+        [(&host_a, "fd01::1/64", "fd02::/64", "2001:db8::2"), (&host_b, "fd02::1/64", "fd01::/64", "2001:db8::1")]
+    {
+        host.add_inner(inner);
+        host.ip(&["-6", "route", "add", network, "via", via]);
+    }
+    let [(of_a, files_a), (of_b, files_b)] = configurations(&Suite::default());
+    let inner = |text: &str| text.replace("10.1.0.0/24", "fd01::/64").replace("10.2.0.0/24", "fd02::/64");
+    let b = Daemon::start(Latchkey, &host_b, &inner(&of_b), &files_b);
+    let mut a = Daemon::start(Latchkey, &host_a, &inner(&of_a), &files_a);
+    a.initiate("net");
+    let wires = Wires::of(&[&host_a, &host_b]);
+    let _echo = Echo::start(&host_b, "fd02::1");
+    let talk = Talk { local: "[fd01::1]:40007", remote: "[fd02::1]:7", ..Talk::default() };
+    let talker = Talker::start(&a, &host_a, &talk);
+    talker.says("guard engine-and-system");
+    let udp = Talk { udp: true, local: "[fd01::1]:40008", ..talk };
+    let udp = Talker::start(&a, &host_a, &udp);
+    talker.talks();
+    udp.talks();
+    a.signal("KILL");
+    wait_for("its end", PATIENCE, || !a.is_running());
+    talker.is_silenced();
+    udp.is_silenced();
+    wires.saw_nothing();
+    drop((a, b));
 }
