@@ -13,6 +13,7 @@ use ike::engine::EngineConfig;
 use ipsec::selector::TrafficSelector;
 use latchkey_tests::daemon::Daemon;
 use latchkey_tests::daemon::Kind::{self, LatchkeyKernel, StrongswanKernel};
+use latchkey_tests::host::wait_for;
 use latchkey_tests::peer::{Peer, Setting};
 use latchkey_tests::scene::{A, B, INNER_A, INNER_B, Scene, Suite, configurations, hosts};
 use latchkey_tests::uml;
@@ -94,7 +95,9 @@ fn gap(kind: Kind, times: &'static str) {
         let mut receiver = receiver;
         String::from_utf8(receiver.output().unwrap().stdout).unwrap()
     });
-    thread::sleep(Duration::from_secs(2));
+    wait_for("the receiver", Duration::from_secs(60), || {
+        !scene.host_b.check("ss", &["-Hlun", "sport = :9000"]).is_empty()
+    });
     let unique_id = || {
         let sas = scene.a.sas();
         let ids = sas.split("child-sas {net-").skip(1).filter_map(|rest| rest.split(' ').next()?.parse::<u32>().ok());
