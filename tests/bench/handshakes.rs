@@ -34,6 +34,7 @@ fn main() {
     let args: Vec<String> = std::env::args().collect();
     match args.get(1).map(String::as_str) {
         Some("load") => load(FilePath::new(&args[2]), args[3].parse().unwrap(), &args[4], args[5].parse().unwrap()),
+        Some("shards") => compare_shards(args.get(2).and_then(|text| text.parse().ok()).unwrap_or(3)),
         rounds => {
             let rounds = rounds.and_then(|text| text.parse().ok()).unwrap_or(3);
             compare(rounds);
