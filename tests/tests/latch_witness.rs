@@ -192,8 +192,8 @@ fn late_packets_are_not_answered_in_clear() {
         host.ip(&["route", "add", network, "via", via]);
     }
     let wires = Wires::of(&[&scene.host_a]);
-    // It goes on talking, whether anybody listens or not.
-    let server = "while sleep 0.05; do echo late; done";
+    // It goes on talking, whether anybody listens or not, for a minute.
+    let server = "for i in $(seq 1200); do sleep 0.05; echo late || exit; done";
     let _server =
         scene.host_b.spawn("socat", &["-U", "TCP4-LISTEN:7,bind=10.2.0.1,reuseaddr,fork", &format!("SYSTEM:{server}")]);
     scene.host_b.wait_for_listener(7);
