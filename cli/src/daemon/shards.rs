@@ -36,7 +36,7 @@ use super::run::SystemRng;
 /// Octets of datagrams, and of messages of streams, that may wait for one shard.
 const MOST_WAITING: usize = 4 << 20;
 
-/// The same of hints, which may be lost.
+/// The same of hints and changes of path, which may be lost.
 const MOST_HINTS: usize = 256 << 10;
 
 /// What each of them counts for beside its length.
@@ -128,6 +128,8 @@ enum Input {
 enum Bounded {
     Datagram,
     Stream,
+    /// Another path of authentic ESP: a peer can show one with each packet.
+    Change,
     /// What others say of the network, without proof.
     Hint,
 }
@@ -137,7 +139,7 @@ impl Bounded {
     fn most(self) -> usize {
         match self {
             Self::Datagram | Self::Stream => MOST_WAITING,
-            Self::Hint => MOST_HINTS,
+            Self::Change | Self::Hint => MOST_HINTS,
         }
     }
 }
@@ -177,6 +179,7 @@ struct Shard {
     /// Octets of each kind in the queue.
     datagrams: AtomicUsize,
     messages: AtomicUsize,
+    changes: AtomicUsize,
     hints: AtomicUsize,
     /// Outputs that the core has not carried out, and those of them before which nothing may be sent.
     undone: AtomicUsize,
@@ -225,20 +228,7 @@ impl Shards {
         for (number, engine) in engines.into_iter().enumerate() {
             let (queue, receiver) = mpsc::unbounded_channel();
             queues.push(receiver);
-            all.push(Arc::new(Shard {
-                number,
-                inner: Mutex::new(Inner { engine, credentials: Arc::new(Credentials::default()) }),
-                queue,
-                datagrams: AtomicUsize::new(0),
-                messages: AtomicUsize::new(0),
-                hints: AtomicUsize::new(0),
-                undone: AtomicUsize::new(0),
-                first: AtomicUsize::new(0),
-                dropped: AtomicU64::new(0),
-                calls: AtomicUsize::new(0),
-                wake: Notify::new(),
-                room: Notify::new(),
-            }));
+            all.push(Arc::new(Shard::new(number, engine, queue)));
         }
         let shards = Self { all: all.into(), dispatch, world, turn: Arc::default() };
         let mut tasks = JoinSet::new();
@@ -547,6 +537,24 @@ impl Shards {
 }
 
 impl Shard {
+    fn new(number: usize, engine: Engine, queue: mpsc::UnboundedSender<Queued>) -> Self {
+        Self {
+            number,
+            inner: Mutex::new(Inner { engine, credentials: Arc::new(Credentials::default()) }),
+            queue,
+            datagrams: AtomicUsize::new(0),
+            messages: AtomicUsize::new(0),
+            changes: AtomicUsize::new(0),
+            hints: AtomicUsize::new(0),
+            undone: AtomicUsize::new(0),
+            first: AtomicUsize::new(0),
+            dropped: AtomicU64::new(0),
+            calls: AtomicUsize::new(0),
+            wake: Notify::new(),
+            room: Notify::new(),
+        }
+    }
+
     /// For a call of the core. The task, which may have a queue that is never empty, lets it go first.
     fn call(&self) -> MutexGuard<'_, Inner> {
         self.calls.fetch_add(1, Ordering::AcqRel);
@@ -590,6 +598,7 @@ impl Shard {
         match kind {
             Bounded::Datagram => &self.datagrams,
             Bounded::Stream => &self.messages,
+            Bounded::Change => &self.changes,
             Bounded::Hint => &self.hints,
         }
     }
@@ -716,13 +725,16 @@ async fn read_network(
                 tracing::debug!(spi = format_args!("{spi:08x}"), %remote, "ESP with an unknown SPI");
                 shards.tell_others(None, || Input::Plane(event.clone()));
             }
-            NetworkEvent::Plane(
-                event @ (PlaneEvent::Expire { spi_in, .. }
-                | PlaneEvent::MappingChanged { spi_in, .. }
-                | PlaneEvent::StreamChanged { spi_in, .. }),
-            ) => {
+            NetworkEvent::Plane(event @ PlaneEvent::Expire { spi_in, .. }) => {
                 if let Some(shard) = shards.all.get(shards.dispatch.of_child_spi(spi_in)) {
                     shard.tell(Input::Plane(event));
+                }
+            }
+            NetworkEvent::Plane(
+                event @ (PlaneEvent::MappingChanged { spi_in, .. } | PlaneEvent::StreamChanged { spi_in, .. }),
+            ) => {
+                if let Some(shard) = shards.all.get(shards.dispatch.of_child_spi(spi_in)) {
+                    shard.offer(Bounded::Change, Input::Plane(event));
                 }
             }
             NetworkEvent::Unreachable { remote } => shards.tell_others(None, || Input::Unreachable(remote)),
@@ -782,21 +794,7 @@ mod tests {
     fn shard() -> (Shard, mpsc::UnboundedReceiver<Queued>) {
         let (queue, receiver) = mpsc::unbounded_channel();
         let engine = Engine::new(EngineConfig::default(), Box::new(SystemRng), Instant::now());
-        let shard = Shard {
-            number: 0,
-            inner: Mutex::new(Inner { engine, credentials: Arc::new(Credentials::default()) }),
-            queue,
-            datagrams: AtomicUsize::new(0),
-            messages: AtomicUsize::new(0),
-            hints: AtomicUsize::new(0),
-            undone: AtomicUsize::new(0),
-            first: AtomicUsize::new(0),
-            dropped: AtomicU64::new(0),
-            calls: AtomicUsize::new(0),
-            wake: Notify::new(),
-            room: Notify::new(),
-        };
-        (shard, receiver)
+        (Shard::new(0, engine, queue), receiver)
     }
 
     fn message(octets: usize) -> Input {
@@ -819,6 +817,10 @@ mod tests {
         let hint = || Input::Unreachable("192.0.2.1:500".parse().unwrap());
         let hints = (0..100_000).take_while(|_| shard.offer(Bounded::Hint, hint()).is_none()).count();
         assert_eq!(hints, MOST_HINTS / OVERHEAD);
+        let remote = "192.0.2.1:4500".parse().unwrap();
+        let change = || Input::Plane(PlaneEvent::MappingChanged { spi_in: 256, remote });
+        let changes = (0..100_000).take_while(|_| shard.offer(Bounded::Change, change()).is_none()).count();
+        assert_eq!(changes, hints);
         shard.tell(Input::Plane(PlaneEvent::Expire { spi_in: 256, hard: true }));
         // Short ones count as well.
         let (other, _queue) = self::shard();
@@ -830,8 +832,8 @@ mod tests {
             shard.take(queued);
             rest += 1;
         }
-        assert_eq!(rest, taken + 1 + hints + 1);
-        for kind in [Bounded::Datagram, Bounded::Stream, Bounded::Hint] {
+        assert_eq!(rest, taken + 1 + hints + changes + 1);
+        for kind in [Bounded::Datagram, Bounded::Stream, Bounded::Change, Bounded::Hint] {
             assert_eq!(shard.waiting(kind).load(Ordering::Relaxed), 0);
         }
         assert!(shard.offer(Bounded::Datagram, message(60_000)).is_none());
