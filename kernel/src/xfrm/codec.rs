@@ -338,11 +338,12 @@ impl Message {
         message
     }
 
-    /// The finished message.
-    pub(super) fn finish(mut self, sequence: u32) -> Zeroizing<Vec<u8>> {
+    /// The finished message. The kernel names `port`, whose socket it is sent from, in the news of what it changes.
+    pub(super) fn finish(mut self, sequence: u32, port: u32) -> Zeroizing<Vec<u8>> {
         let length = u32::try_from(self.octets.len()).unwrap_or(u32::MAX);
         self.overwrite(0, &length.to_ne_bytes());
         self.overwrite(8, &sequence.to_ne_bytes());
+        self.overwrite(12, &port.to_ne_bytes());
         self.octets
     }
 

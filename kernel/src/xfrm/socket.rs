@@ -77,7 +77,7 @@ impl XfrmSocket {
     /// Sends a request and hands the answers to `each`, up to its acknowledgement or the end of its dump.
     fn request(&mut self, message: Message, mut each: impl FnMut(u16, &[u8])) -> io::Result<()> {
         self.sequence = self.sequence.wrapping_add(1);
-        let octets = message.finish(self.sequence);
+        let octets = message.finish(self.sequence, self.port);
         self.socket.send_to(&octets, &SocketAddr::new(0, 0), 0)?;
         loop {
             let received = self.socket.recv_from(&mut self.buffer, 0);

@@ -13,7 +13,7 @@ use ipsec::selector::TrafficSelector;
 use super::codec::{self, Action, Direction, Policy, PolicyId, Port, Selector, Template, kind};
 use super::descriptions::Links;
 use super::selectors;
-use super::socket::{XfrmSocket, subscribe};
+use super::socket::{Databases as _, XfrmSocket, subscribe};
 use super::tables::Tables;
 use crate::netns::Namespace;
 
@@ -180,6 +180,36 @@ fn policies_that_somebody_removed_are_put_back() {
         .unwrap();
 }
 
+// Else each change of our own would have all states and policies read and compared.
+#[test]
+fn the_kernel_s_news_of_our_own_changes_name_us() {
+    host()
+        .run(|| {
+            let news = subscribe().unwrap();
+            let mut socket = XfrmSocket::open().unwrap();
+            let port = socket.port();
+            let id = PolicyId {
+                direction: Direction::Out,
+                selector: selectors::outbound(&[network("10.1.0.0/24")], &[network("10.2.0.0/24")], 0).unwrap()[0],
+                mark: Default::default(),
+                if_id: 0,
+            };
+            let policy = Policy { id, priority: 1000, action: Action::Drop };
+            socket.add_policy(&policy).unwrap();
+            socket.set_policy(&Policy { priority: 2000, ..policy }).unwrap();
+            assert!(socket.delete_policy(&id).unwrap());
+            ip("xfrm policy add src 10.1.0.0/24 dst 10.2.0.0/24 dir out action block");
+            let mut askers = Vec::new();
+            let mut buffer = Vec::with_capacity(1 << 16);
+            while news.recv_from(&mut buffer, 0).is_ok() {
+                askers.extend(codec::messages(&buffer).map(|received| received.port == port));
+                buffer.clear();
+            }
+            assert_eq!(askers, [true, true, true, false]);
+        })
+        .unwrap();
+}
+
 #[test]
 fn a_trap_s_silence_is_short_while_the_plane_is_there() {
     host()
@@ -278,7 +308,7 @@ fn truncated_messages_are_no_messages() {
     let id = PolicyId { direction: Direction::Forward, selector, mark: Default::default(), if_id: 4 };
     let template = Template { reqid: 9, mode: Mode::Tunnel, source: address, destination: address };
     let policy = Policy { id, priority: 5, action: Action::Protect(template) };
-    let octets = codec::put_policy(kind::NEW_POLICY, 0, &policy, codec::OWNER).finish(1);
+    let octets = codec::put_policy(kind::NEW_POLICY, 0, &policy, codec::OWNER).finish(1, 0);
     let received = codec::messages(&octets).next().unwrap();
     let report = codec::policy(received.payload).unwrap();
     assert_eq!((report.id, report.priority, report.ours, report.reqids), (id, 5, true, vec![9]));
