@@ -1,9 +1,13 @@
 //! Hosts: network namespaces joined by veth pairs.
 
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 static NUMBER: AtomicU32 = AtomicU32::new(0);
 
@@ -11,7 +15,7 @@ fn number() -> u32 {
     NUMBER.fetch_add(1, Ordering::Relaxed)
 }
 
-/// A network namespace with loopback up; deleted on drop.
+/// A network namespace with loopback up; deleted on drop, when whatever still runs in it ends.
 pub struct Host {
     /// Name in `ip netns`.
     pub name: String,
@@ -37,7 +41,7 @@ impl Host {
     /// Runs several commands of `ip`, one a line, inside.
     pub fn ip_batch(&self, commands: &str) {
         let file = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(file.path(), commands).unwrap();
+        fs::write(file.path(), commands).unwrap();
         self.ip(&["-batch", file.path().to_str().unwrap()]);
     }
 
@@ -107,7 +111,7 @@ impl Host {
     pub fn nft(&self, rules: &str) {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("rules");
-        std::fs::write(&file, rules).unwrap();
+        fs::write(&file, rules).unwrap();
         self.check("nft", &["-f", file.to_str().unwrap()]);
     }
 
@@ -139,6 +143,38 @@ impl Host {
         ));
     }
 
+    /// Processes that run inside, those that programs of the test have left among them.
+    pub fn processes(&self) -> Vec<Pid> {
+        let Ok(own) = fs::metadata(format!("/run/netns/{}", self.name)) else { return Vec::new() };
+        let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+        let numbers = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<i32>().ok());
+        numbers
+            .filter(|number| {
+                let namespace = fs::metadata(format!("/proc/{number}/ns/net"));
+                namespace.is_ok_and(|theirs| (theirs.dev(), theirs.ino()) == (own.dev(), own.ino()))
+            })
+            .filter_map(Pid::from_raw)
+            .collect()
+    }
+
+    fn end_processes(&self) {
+        // One that forks while it is looked for is found the next time.
+        for _ in 0..100 {
+            let left = self.processes();
+            if left.is_empty() {
+                return;
+            }
+            for process in left {
+                // A number that has become another process's by now is not in our namespace.
+                let Ok(handle) = pidfd_open(process, PidfdFlags::empty()) else { continue };
+                if self.processes().contains(&process) {
+                    let _ = pidfd_send_signal(&handle, Signal::KILL);
+                }
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+
     /// Pings from an address; true when at least one answer came within three tries.
     pub fn pings(&self, from: &str, to: &str) -> bool {
         let output = self.run("ping", &["-c", "3", "-i", "0.2", "-W", "3", "-I", from, to]);
@@ -159,7 +195,7 @@ impl Host {
         })
         .take(octets)
         .collect();
-        std::fs::write(&sent, &data).unwrap();
+        fs::write(&sent, &data).unwrap();
         let family = if address.contains(':') { "TCP6" } else { "TCP4" };
         let mut listener = to.spawn(
             "socat",
@@ -175,7 +211,7 @@ impl Host {
             ],
         );
         listener.wait_at_most(Duration::from_secs(60));
-        assert!(std::fs::read(&received).unwrap() == data, "what arrived differs from what was sent");
+        assert!(fs::read(&received).unwrap() == data, "what arrived differs from what was sent");
     }
 }
 
@@ -187,7 +223,8 @@ impl Default for Host {
 
 impl Drop for Host {
     fn drop(&mut self) {
-        // A test that failed may have left processes; they were started by it and end with it.
+        // Forked children outlive what the test started, and would keep the namespace alive without a name.
+        self.end_processes();
         let _ = Command::new("ip").args(["netns", "del", &self.name]).output();
     }
 }
@@ -252,5 +289,27 @@ pub fn wait_for(what: &str, limit: Duration, mut condition: impl FnMut() -> bool
     while !condition() {
         assert!(start.elapsed() < limit, "{what}: not within {limit:?}");
         thread::sleep(Duration::from_millis(pause));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_runs_on_a_host_ends_with_it_and_nothing_else() {
+        let (host, other) = (Host::new(), Host::new());
+        // The shell is what the test knows of; its child has left it.
+        let mut shell = host.spawn("sh", &["-c", "setsid sleep 600 & exit"]);
+        shell.wait_at_most(Duration::from_secs(20));
+        let mut of_other = other.spawn("sleep", &["600"]);
+        wait_for("the programs inside", Duration::from_secs(20), || {
+            host.processes().len() == 1 && other.processes().len() == 1
+        });
+        let [left] = host.processes()[..] else { panic!("one was there") };
+        drop(host);
+        let of_left = format!("/proc/{}/ns/net", left.as_raw_nonzero());
+        wait_for("its end", Duration::from_secs(20), || fs::metadata(&of_left).is_err());
+        assert!(of_other.0.try_wait().is_ok_and(|status| status.is_none()), "that of another host goes on");
     }
 }
