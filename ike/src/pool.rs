@@ -44,7 +44,7 @@ pub(crate) struct Wish {
     pub(crate) address: IpAddr,
     /// What the holder's other IKE SAs have may be given to it too.
     pub(crate) shares: Shares,
-    /// Where the IKE SA leads to.
+    /// Where the IKE SA leads to; with port 0 where it is over a stream.
     pub(crate) host: SocketAddr,
 }
 
@@ -134,6 +134,11 @@ struct Lease {
     users: BTreeMap<IkeSaId, SocketAddr>,
     /// Key in `offline`, while it is.
     departed: Option<u64>,
+}
+
+/// A host has another port for each of its streams, and another one for UDP.
+fn is_same_host(one: SocketAddr, other: SocketAddr) -> bool {
+    one.ip() == other.ip() && (one.port() == other.port() || one.port() == 0 || other.port() == 0)
 }
 
 impl Pools {
@@ -284,7 +289,7 @@ impl Pool {
         if let Some(wanted) = wanted {
             let shared = |lease: &Lease| match wish.shares {
                 _ if lease.users.is_empty() => true,
-                Shares::Wanted => lease.users.values().any(|host| *host == wish.host),
+                Shares::Wanted => lease.users.values().any(|host| is_same_host(*host, wish.host)),
                 Shares::Any => true,
             };
             let good = match self.leases.get(&wanted) {

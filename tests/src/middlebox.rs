@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 
-use crate::daemon::Kind::Latchkey;
-use crate::daemon::{Daemon, program};
+use crate::daemon::Kind::{self, Latchkey};
+use crate::daemon::{Daemon, Files, program};
 use crate::host::{Host, Process, link, wait_for};
 use crate::scene::{INNER_A, INNER_B, Suite, configurations};
 
@@ -47,6 +47,12 @@ impl Road {
 
     /// The same with additional settings in the responder's `charon` section.
     pub fn with(suite: &Suite, remote: &str, settings_b: &str) -> Self {
+        Self::between(Latchkey, remote, settings_b, configurations(suite))
+    }
+
+    /// The same with a responder of this kind and these configurations, the initiator's first, in which the ends need not
+    /// know each other's addresses.
+    pub fn between(kind_b: Kind, remote: &str, settings_b: &str, configurations: [(String, Files); 2]) -> Self {
         let (host_a, router, host_b) = (Host::new(), Host::new(), Host::new());
         let (device_a, _) = link(&host_a, &format!("{A}/24"), &router, &format!("{ROUTER}/24"));
         let (outside, _) = link(&router, "192.0.2.254/24", &host_b, &format!("{B}/24"));
@@ -55,19 +61,19 @@ impl Road {
         router.check("sysctl", &["-qw", "net.ipv4.ip_forward=1"]);
         host_a.add_inner(&format!("{INNER_A}/24"));
         host_b.add_inner(&format!("{INNER_B}/24"));
-        let [(of_a, files_a), (of_b, files_b)] = configurations(suite);
+        let [(of_a, files_a), (of_b, files_b)] = configurations;
         let of_a = of_a
             .replace("local_addrs = 192.0.2.1\n", "")
             .replace("remote_addrs = 192.0.2.2", &format!("remote_addrs = {remote}"));
         let of_b = of_b.replace("remote_addrs = 192.0.2.1\n", "");
-        let load = |host: &Host, configuration: &str, files: &crate::daemon::Files, settings: &str| {
-            let daemon = Daemon::start_empty(Latchkey, host, &format!("{HASTY}{settings}"));
+        let load = |kind: Kind, host: &Host, configuration: &str, files: &Files, settings: &str| {
+            let daemon = Daemon::start_empty(kind, host, &format!("{HASTY}{settings}"));
             daemon.write(configuration, files);
             daemon.control(&["--load-all"]);
             daemon
         };
-        let b = load(&host_b, &of_b, &files_b, settings_b);
-        let a = load(&host_a, &of_a, &files_a, "");
+        let b = load(kind_b, &host_b, &of_b, &files_b, settings_b);
+        let a = load(Latchkey, &host_a, &of_a, &files_a, "");
         Self { a, b, host_a, host_b, router, outside, device_a }
     }
 

@@ -5,12 +5,15 @@
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use latchkey_tests::daemon::Kind::Latchkey;
+use latchkey_tests::daemon::Kind::{Latchkey, Strongswan};
 use latchkey_tests::daemon::{Daemon, program};
 use latchkey_tests::host::{Host, link, wait_for};
-use latchkey_tests::middlebox::{B, ROUTER, Relay, Road};
+use latchkey_tests::middlebox::{A, B, ROUTER, Relay, Road};
 use latchkey_tests::pki::Authority;
 use latchkey_tests::scene::{INNER_A, INNER_B, Suite, configurations};
+
+/// The router's outer address, which is the initiator's behind a translator.
+const NATTED: &str = "192.0.2.254";
 
 const OVER_TCP: Suite = Suite { connection: "tcp = yes\ndpd_delay = 5s\n", ..Suite::DEFAULT };
 
@@ -85,6 +88,15 @@ fn a_file_survives_a_filter_that_comes_and_goes() {
     survives_a_filter(&Road::start(&suite, B), "meta l4proto udp drop; ip protocol esp drop;");
 }
 
+// The same where IKE's own port 500 stays open, and a NAT keeps the two sides' mappings apart.
+#[test]
+fn a_file_survives_a_filter_of_port_4500_alone() {
+    let suite = Suite { connection: "dpd_delay = 1s\ntcp_probe_udp = 2s\n", ..Suite::DEFAULT };
+    let road = Road::start(&suite, B);
+    road.router.masquerade(&road.outside);
+    survives_a_filter(&road, "udp dport 4500 drop; udp sport 4500 drop; ip protocol esp drop;");
+}
+
 // The same with a network that says so, and with TLS.
 #[test]
 fn in_tls_a_file_survives_a_filter_that_rejects() {
@@ -154,6 +166,29 @@ fn a_file_survives_resets() {
     assert_eq!(road.a.child_spis("INSTALLED"), spis, "the Child SA is the same");
 }
 
+// RFC 9329 §10: a middlebox resets connections at random, and tells one end only each time: the other sees an octet out of
+// place, or nothing.
+#[test]
+fn a_file_survives_a_middlebox_that_resets_at_random() {
+    let road = Road::start(&OVER_TCP, B);
+    road.a.initiate("net");
+    road.slow_down(10_000);
+    let spis = road.a.child_spis("INSTALLED");
+    let transfer = road.transfer(6 << 20);
+    let ports = || {
+        let streams = road.host_a.check("ss", &["-Htn", "state", "established", "dport", "=", ":4500"]);
+        streams.split_whitespace().nth(2).map(str::to_owned)
+    };
+    let first = ports();
+    road.drop_forwarded(
+        "tcp dport 4500 numgen random mod 400 < 1 reject with tcp reset;
+         tcp sport 4500 numgen random mod 400 < 1 reject with tcp reset;",
+    );
+    wait_for("another stream", seconds(60), || ports().is_some_and(|now| Some(now) != first));
+    transfer.arrives_whole();
+    assert_eq!(road.a.child_spis("INSTALLED"), spis, "the Child SA is the same");
+}
+
 // RFC 9329 §6.1: the translator forgets its mappings and takes another outside address.
 #[test]
 fn a_file_survives_another_nat_mapping() {
@@ -171,6 +206,146 @@ fn a_file_survives_another_nat_mapping() {
         transfer.arrives_whole();
         assert!(road.b.sas().contains("remote-host=192.0.2.77"), "{}", road.b.sas());
     }
+}
+
+// RFC 9329 §6.5, RFC 3948 §3.1.2: in transport mode the sender sums over addresses that a translator changes, and TCP's and
+// UDP's checksums are made right again, whatever carries ESP.
+#[test]
+fn transport_mode_passes_a_nat() {
+    for (connection, tcp) in [("tcp = yes\n", true), ("tcp = no\n", false)] {
+        let suite = Suite { connection, child: "mode = transport\n", ..Suite::DEFAULT };
+        let ends = configurations(&suite).map(|(configuration, files)| {
+            let dynamic = configuration.replace("10.1.0.0/24", "dynamic").replace("10.2.0.0/24", "dynamic");
+            (dynamic, files)
+        });
+        let road = Road::between(Latchkey, B, "", ends);
+        road.router.masquerade(&road.outside);
+        // Nothing gets through that is not in the tunnel, both ways.
+        let ike = "udp dport { 500, 4500 } accept; udp sport { 500, 4500 } accept; tcp dport 4500 accept; tcp sport 4500 accept;";
+        road.drop_forwarded(&format!("{ike} meta l4proto {{ tcp, udp, icmp, esp }} drop;"));
+        road.a.initiate("net");
+        assert_eq!(road.is_over_tcp(), tcp);
+        assert!(road.a.sas().contains("mode=TRANSPORT"), "{}", road.a.sas());
+        road.host_a.transfers_whole(A, &road.host_b, B, 2 << 20);
+        assert!(road.host_a.pings(A, B) && road.host_b.pings(B, NATTED), "{}{}", road.a.output(), road.b.output());
+    }
+}
+
+/// Several Child SAs and a virtual address, of one IKE SA.
+fn with_a_virtual_address(connection: &'static str) -> Road {
+    let [(of_a, files_a), (of_b, files_b)] = configurations(&Suite { connection, ..Suite::DEFAULT });
+    let second = "}\nother {\nlocal_ts = dynamic\nremote_ts = 10.4.0.0/24\nesp_proposals = aes128gcm16\n}\n}\n}\n}\n";
+    let of_a = of_a
+        .replace("version = 2\n", "version = 2\nvips = 0.0.0.0\n")
+        .replace("local_ts = 10.1.0.0/24", "local_ts = dynamic")
+        .replacen("}\n}\n}\n}\n", second, 1);
+    let second = second.replace("10.4.0.0/24", "REMOTE").replace("dynamic", "10.4.0.0/24").replace("REMOTE", "dynamic");
+    let of_b = of_b
+        .replace("version = 2\n", "version = 2\npools = four\n")
+        .replace("remote_ts = 10.1.0.0/24", "remote_ts = dynamic")
+        .replacen("}\n}\n}\n}\n", &second, 1);
+    let road = Road::between(
+        Latchkey,
+        B,
+        "",
+        [(of_a, files_a), (format!("{of_b}pools {{\nfour {{\naddrs = 10.3.0.0/24\n}}\n}}\n"), files_b)],
+    );
+    road.host_b.add_inner("10.4.0.1/24");
+    road
+}
+
+/// Both Child SAs of [`with_a_virtual_address`] carry packets both ways.
+fn both_pass(road: &Road) {
+    for inner in [INNER_B, "10.4.0.1"] {
+        let passes = road.host_a.pings(VIRTUAL, inner) && road.host_b.pings(inner, VIRTUAL);
+        assert!(passes, "{inner}: {}{}", road.a.output(), road.b.output());
+    }
+}
+
+const VIRTUAL: &str = "10.3.0.1";
+
+// RFC 9329 §7.1: all Child SAs of an IKE SA move with it, what is being rekeyed too, and a virtual address stays.
+#[test]
+fn several_child_sas_and_a_virtual_address_move_together() {
+    let road = with_a_virtual_address("dpd_delay = 1s\ntcp_probe_udp = 1s\n");
+    road.a.initiate("net");
+    road.a.initiate("other");
+    both_pass(&road);
+    for round in 0..2 {
+        road.drop_forwarded("meta l4proto udp drop; ip protocol esp drop;");
+        // A rekey of either kind, or by either side, is under way when the path breaks, and when it comes back.
+        let before = road.a.child_spis("INSTALLED");
+        if round == 0 {
+            road.a.control(&["--rekey", "--child", "net"]);
+        } else {
+            road.b.control(&["--rekey", "--child", "other"]);
+        }
+        road.wait_for_transport(true);
+        wait_for("new SPIs", seconds(30), || {
+            let now = road.a.child_spis("INSTALLED");
+            now.len() == 2 && now != before
+        });
+        both_pass(&road);
+        road.allow();
+        let daemon = if round == 0 { &road.b } else { &road.a };
+        daemon.control(&["--rekey", "--ike", "site"]);
+        road.wait_for_transport(false);
+        both_pass(&road);
+        assert!(road.a.sas().contains(&format!("local-vips=[{VIRTUAL}]")), "{}", road.a.sas());
+        wait_for("no TCP connection", seconds(20), || {
+            road.host_a.check("ss", &["-Htn", "dport", "=", ":4500"]).is_empty()
+        });
+    }
+    assert_eq!((road.a.established(), road.b.established()), (1, 1));
+    assert_eq!((road.a.child_spis("INSTALLED").len(), road.b.child_spis("INSTALLED").len()), (2, 2));
+}
+
+// RFC 9329 §5, §9: without MOBIKE another IKE SA leads back to UDP: it has the same Child SAs and the same virtual address.
+#[test]
+fn without_mobike_a_virtual_address_survives_the_way_back_to_udp() {
+    let road = with_a_virtual_address("mobike = no\ntcp_probe_udp = 1s\ntcp_reauth_udp = yes\n");
+    road.drop_forwarded("meta l4proto udp drop; ip protocol esp drop;");
+    road.a.initiate("net");
+    road.a.initiate("other");
+    assert!(road.is_over_tcp());
+    both_pass(&road);
+    wait_for("an attempt in vain", seconds(20), || road.a.log().contains("still"));
+    road.allow();
+    road.wait_for_transport(false);
+    wait_for("both Child SAs", seconds(20), || road.a.child_spis("INSTALLED").len() == 2);
+    assert!(road.a.sas().contains(&format!("local-vips=[{VIRTUAL}]")), "{}", road.a.sas());
+    both_pass(&road);
+    wait_for("one IKE SA at the gateway", seconds(20), || road.b.established() == 1);
+}
+
+// RFC 9329 §5.1: a peer that has no TCP encapsulation is asked for it in vain, and costs nothing but the attempt: UDP goes on
+// where it was when it works again.
+#[test]
+fn with_a_peer_that_has_no_tcp_there_is_udp() {
+    let ends = configurations(&Suite { connection: "dpd_delay = 1s\n", ..Suite::DEFAULT });
+    let road = Road::between(Strongswan, B, "", ends);
+    let filter = "meta l4proto udp drop; ip protocol esp drop;";
+    road.drop_forwarded(filter);
+    assert!(!road.a.swanctl(&["--initiate", "--child", "net", "--timeout", "4"]).status.success());
+    assert!(road.a.log().contains("refused"), "TCP was tried: {}", road.a.output());
+    road.allow();
+    // The attempt goes on by itself.
+    wait_for("a tunnel", seconds(40), || road.a.child_spis("INSTALLED").len() == 1);
+    assert!(!road.is_over_tcp());
+    road.passes();
+
+    road.slow_down(10_000);
+    let spis = road.a.child_spis("INSTALLED");
+    let transfer = road.transfer(4 << 20);
+    sleep(seconds(1));
+    road.drop_forwarded(filter);
+    let attempts = |log: String| log.matches("trying TCP port 4500").count();
+    let before = attempts(road.a.log());
+    wait_for("attempts over TCP", seconds(20), || attempts(road.a.log()) > before + 1);
+    road.allow();
+    transfer.arrives_whole();
+    assert_eq!(road.a.child_spis("INSTALLED"), spis, "the Child SA is the same");
+    assert!(!road.is_over_tcp());
 }
 
 // Segments of one octet, all of 50 ms in one, a delay, a damaged octet, and a hole.
@@ -473,6 +648,8 @@ fn tshark_reads_our_stream() {
     assert_eq!(asking, "");
     let complaints = road.host_a.check("tshark", &["-r", &wire, "-Y", "_ws.malformed || tcp.analysis.out_of_order"]);
     assert_eq!(complaints, "");
+    // RFC 9329 §6.8: no outer packet is to be fragmented, whatever the inner ones say.
+    assert_eq!(road.host_a.check("tshark", &["-r", &wire, "-Y", "ip.flags.df == 0"]), "");
     let follow = road.host_a.check("tshark", &["-r", &wire, "-q", "-z", "follow,tcp,raw,0"]);
     let mut ends: [Vec<u8>; 2] = Default::default();
     for line in follow.lines() {

@@ -128,6 +128,20 @@ fn a_successor_shares_the_address_until_the_old_one_goes() {
     assert_eq!(counts(&pools), (0, 2));
 }
 
+// RFC 9329 §2: each stream has a port of its own, so of a host that is over TCP, or was, the address alone is compared.
+#[test]
+fn a_successor_over_another_transport_shares_the_address() {
+    let mut pools = pools("10.3.0.1-10.3.0.2");
+    let first = ask_from(&mut pools, "a", 1, "0.0.0.0", Shares::Wanted, "192.0.2.1:0").unwrap();
+    assert_ne!(ask_from(&mut pools, "b", 2, &first, Shares::Wanted, HOST), Some(first.clone()));
+    pools.release(IkeSaId(2));
+    assert_ne!(ask_from(&mut pools, "a", 3, &first, Shares::Wanted, "192.0.2.9:4500"), Some(first.clone()));
+    pools.release(IkeSaId(3));
+    assert_eq!(ask_from(&mut pools, "a", 4, &first, Shares::Wanted, HOST), Some(first.clone()));
+    pools.release(IkeSaId(1));
+    assert_eq!(ask_from(&mut pools, "a", 5, &first, Shares::Wanted, "192.0.2.1:0"), Some(first));
+}
+
 #[test]
 fn one_ike_sa_gets_different_addresses() {
     let mut pools = pools("10.3.0.1-10.3.0.2");

@@ -925,13 +925,16 @@ fn ecn_and_dscp_go_out_and_congestion_comes_in() {
 #[test]
 fn ecn_of_a_stream_means_nothing() {
     let pair = Pair::new(&Setup { copy_ecn: true, kind: Kind::Stream, ..Setup::default() });
-    let mut packet = request(b"x");
-    ip::set_tos(&mut packet, 0b10);
-    let mut out = Vec::new();
-    assert!(matches!(pair.left.outbound(pair.now, &packet, &mut out), Outbound::Send { tos: 0, .. }));
-    let mut inner = Vec::new();
-    pair.right.inbound(pair.now, Kind::Stream.outer(RIGHT, LEFT), 0b11, &mut out, &mut inner);
-    assert_eq!(inner, packet);
+    // RFC 9329 §9.5: what is congested inside stays so.
+    for inside in [0b00, 0b10, 0b11] {
+        let mut packet = request(b"x");
+        ip::set_tos(&mut packet, inside);
+        let mut out = Vec::new();
+        assert!(matches!(pair.left.outbound(pair.now, &packet, &mut out), Outbound::Send { tos: 0, .. }));
+        let mut inner = Vec::new();
+        pair.right.inbound(pair.now, Kind::Stream.outer(RIGHT, LEFT), 0b11, &mut out, &mut inner);
+        assert_eq!(inner, packet);
+    }
 }
 
 // ---- mobility
@@ -1011,17 +1014,19 @@ fn migration_moves_both_directions_and_keeps_numbers_and_counters() {
 
 // ---- transport mode
 
-// RFC 3948 §3.1.2
+// RFC 3948 §3.1.2, RFC 9329 §6.5
 #[test]
 fn transport_mode_behind_a_nat_gets_new_checksums() {
-    let pair = Pair::new(&Setup { mode: Mode::Transport, kind: Kind::Udp, ..Setup::default() });
-    // The sender summed over its own private address.
-    let mut datagram = udp("10.9.9.9", 1000, RIGHT, 53, b"hello").split_off(20);
-    let mut sealed = pair.forge_left(17, &datagram);
-    assert_eq!(pair.open_right(&mut sealed), Ok(udp(LEFT, 1000, RIGHT, 53, b"hello")));
-    datagram[6..8].fill(0);
-    let delivered = pair.open_right(&mut pair.forge_left(17, &datagram)).unwrap();
-    assert_eq!(delivered[26..28], [0, 0]);
+    for kind in [Kind::Udp, Kind::Stream] {
+        let pair = Pair::new(&Setup { mode: Mode::Transport, kind, ..Setup::default() });
+        // The sender summed over its own private address.
+        let mut datagram = udp("10.9.9.9", 1000, RIGHT, 53, b"hello").split_off(20);
+        let mut sealed = pair.forge_left(17, &datagram);
+        assert_eq!(pair.open_right(&mut sealed), Ok(udp(LEFT, 1000, RIGHT, 53, b"hello")));
+        datagram[6..8].fill(0);
+        let delivered = pair.open_right(&mut pair.forge_left(17, &datagram)).unwrap();
+        assert_eq!(delivered[26..28], [0, 0]);
+    }
 }
 
 #[test]

@@ -179,4 +179,11 @@ fn long_messages_stay_whole_on_a_stream() {
     let config = EngineConfig { fragment_size: 250, ..EngineConfig::default() };
     let pair = established(Pair::with(101, config, a, connection(B)));
     assert_eq!(pair.sides[A].sent.len(), 2);
+    // §7.5: it is negotiated all the same, for MOBIKE may lead to UDP.
+    for side in [A, B] {
+        assert_eq!(
+            super::stream_rules::said(&pair.sides[side], crate::wire::NotifyType::IKEV2_FRAGMENTATION_SUPPORTED),
+            1
+        );
+    }
 }

@@ -47,7 +47,7 @@ fn sealed(pair: &mut Pair, payloads: &[Payload]) -> Vec<u8> {
 }
 
 /// Notifies of a type in a side's IKE_SA_INIT messages.
-fn said(side: &Side, kind: NotifyType) -> usize {
+pub(super) fn said(side: &Side, kind: NotifyType) -> usize {
     let plain = side.sent.iter().filter_map(|sent| match wire::parse(&sent.bytes) {
         Ok(Incoming::Plain(message)) => Some(message.payloads),
         _ => None,
@@ -322,25 +322,39 @@ fn a_redirected_initiator_tries_udp_first() {
         connection.remote.name = name.to_owned();
         Arc::new(connection)
     };
-    let a = Connection { tcp: TcpPolicy::Fallback, tcp_delay: seconds(2), ..connection(A) };
-    let mut pair = Pair::with(811, EngineConfig::default(), a, connection(B));
-    pair.more[B].push(IpAddr::V4(Ipv4Addr::new(10, 0, 0, 3)));
-    let to = Gateway::parse("10.0.0.3").map(|to| (to, crate::config::RedirectPhase::Init));
-    pair.sides[B].engine.set_connections(vec![gateway("gw2", 2, to), gateway("gw3", 3, None)]);
-    pair.udp_blocked = true;
-    pair.initiate(A, 1);
-    for _ in 0..5000 {
-        pair.run(Duration::from_millis(1));
-        if said(&pair.sides[B], NotifyType::REDIRECT) == 1 {
-            break;
+    use crate::config::RedirectPhase::{Auth, Init};
+    // While it is being set up, and afterwards.
+    for (seed, phase) in [(811, Some(Init)), (814, Some(Auth)), (815, None)] {
+        let a = Connection { tcp: TcpPolicy::Fallback, tcp_delay: seconds(2), ..connection(A) };
+        let mut pair = Pair::with(seed, EngineConfig::default(), a, connection(B));
+        pair.more[B].push(IpAddr::V4(Ipv4Addr::new(10, 0, 0, 3)));
+        let to = Gateway::parse("10.0.0.3").unwrap();
+        let redirect_to = phase.map(|phase| (to.clone(), phase));
+        pair.sides[B].engine.set_connections(vec![gateway("gw2", 2, redirect_to), gateway("gw3", 3, None)]);
+        pair.udp_blocked = true;
+        pair.initiate(A, 1);
+        let mut asked = false;
+        for _ in 0..5000 {
+            pair.run(Duration::from_millis(1));
+            if phase.is_none() && !asked && pair.sides[A].done(1) {
+                asked = true;
+                let (now, id) = (pair.now, pair.sides[B].only().id);
+                pair.sides[B].engine.redirect(now, id, to.clone(), 9).unwrap();
+            }
+            // What is encrypted cannot be counted: of that the responder logs the fact.
+            if said(&pair.sides[B], NotifyType::REDIRECT) == 1 || pair.sides[B].logged("redirect") {
+                break;
+            }
         }
+        let over_tcp =
+            pair.sides[B].sent.last().is_some_and(|sent| matches!(sent.path.transport, Transport::Stream(_)));
+        assert!(over_tcp, "redirected over TCP: {phase:?}");
+        pair.udp_blocked = false;
+        pair.run(seconds(5));
+        assert!(pair.sides[A].done(1), "{:#?}", pair.sides[A].events);
+        assert_eq!(pair.sides[A].only().path.transport, Transport::Udp, "{phase:?}");
+        assert_eq!(pair.sides[B].only().connection, "gw3");
     }
-    assert!(matches!(pair.sides[B].sent[0].path.transport, Transport::Stream(_)), "redirected over TCP");
-    pair.udp_blocked = false;
-    pair.run(seconds(5));
-    assert!(pair.sides[A].done(1), "{:#?}", pair.sides[A].events);
-    assert_eq!(pair.sides[A].only().path.transport, Transport::Udp);
-    assert_eq!(pair.sides[B].only().connection, "gw3");
 }
 
 // RFC 9329 §7.4: a cluster's new member has no stream and cannot open one, so the originator asks now and then.
