@@ -10,7 +10,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, bail};
 use clap::{Args, ValueEnum};
-use latch::exec::{ENVIRONMENT_RULES, ENVIRONMENT_SOCKET, ENVIRONMENT_UNCONFINED, Rules};
+use latch::exec::{ENVIRONMENT_DEAD_AFTER, ENVIRONMENT_RULES, ENVIRONMENT_SOCKET, ENVIRONMENT_UNCONFINED, Rules};
 
 use crate::config::daemon::DEFAULT_LATCH_SOCKET;
 
@@ -44,6 +44,10 @@ pub struct ExecArguments {
     /// Leave io_uring and privileged programs to the program: ways around the rules that are shut otherwise.
     #[arg(long)]
     unconfined: bool,
+    /// Seconds without a sign of life from the other end after which a latched TCP connection fails, unless the program
+    /// sets times of its own (SO_KEEPALIVE); 0 leaves it to the system. Nothing else tells when the daemon has died.
+    #[arg(long, value_name = "SECONDS", default_value_t = 120)]
+    dead_after: u64,
     /// The program and its arguments.
     #[arg(last = true, required = true, value_name = "PROGRAM")]
     command: Vec<OsString>,
@@ -76,7 +80,11 @@ pub fn exec(arguments: &ExecArguments) -> anyhow::Result<()> {
         .env("LD_PRELOAD", preloaded(&library, env::var_os("LD_PRELOAD"))?)
         .env(ENVIRONMENT_RULES, rules)
         .env(ENVIRONMENT_SOCKET, std::path::absolute(&arguments.socket)?)
+        .env_remove(ENVIRONMENT_DEAD_AFTER)
         .env_remove(ENVIRONMENT_UNCONFINED);
+    if arguments.dead_after != 0 {
+        command.env(ENVIRONMENT_DEAD_AFTER, arguments.dead_after.to_string());
+    }
     if arguments.unconfined {
         command.env(ENVIRONMENT_UNCONFINED, "1");
     }

@@ -29,7 +29,7 @@ mod hold;
 mod link;
 mod sockets;
 
-pub use hold::hold;
+pub use hold::{hold, settled};
 pub use sockets::{TcpListener, TcpStream, UdpSocket};
 
 use crate::protocol::{

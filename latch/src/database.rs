@@ -14,6 +14,8 @@
 //! * A listener latch gives each new inbound flow to its port a latch before its first packet passes, or drops that
 //!   packet. What has no latch does not leave from that port.
 //!
+//! * A LARVAL latch ([`Database::reserve`]) lets no packet of its flow pass, and belongs to no class yet.
+//!
 //! * Where the operating system has a barrier ([`FlowBarrier`]), a flow's is up before its latch is there, changes before
 //!   its holder hears of the change, and stays after the latch until [`Database::lift_abandoned`].
 //!
@@ -66,7 +68,7 @@ pub struct Class {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct LatchId(pub u64);
 
-/// States of a latch (RFC 5660 §2.2). LARVAL is not among them: whoever asks for a latch waits until it stands.
+/// States of a latch (RFC 5660 §2.2). LARVAL is not among them: such a latch is one that is still to be made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LatchState {
     /// Of a listener: gives each new flow to its port a latch.
@@ -500,29 +502,60 @@ impl Database {
         if control.by_flow.contains_key(&flow) {
             return Err(LatchError::Exists(flow.to_string()));
         }
-        let number = match control.coverage(&flow) {
-            Coverage::One(number) => number,
-            Coverage::None => return Err(LatchError::NoSa(flow.to_string())),
-            Coverage::Several => return Err(LatchError::Conflict(flow.to_string())),
-        };
-        let class = self.class(number).ok_or_else(|| LatchError::NoSa(flow.to_string()))?;
-        request.admits(&flow, &class)?;
-        let protector = self.raise_barrier(&flow, number)?;
-        let latch = Latch {
-            flow,
-            number,
-            class: Arc::clone(&class),
-            condition: Condition::Established,
-            on_break: request.on_break,
-            listener: None,
-            protector,
-            binding: control.binding(&flow),
-            holder: Arc::from(holder),
-        };
+        let latch = self.prepare(&control, flow, request, Arc::from(holder))?;
+        let class = Arc::clone(&latch.class);
         let (id, told) = self.insert(&mut control, latch);
         drop(control);
         self.observe(&told);
         Ok((id, class))
+    }
+
+    /// Makes a LARVAL latch (RFC 5660 §2.3): no packet of `flow` passes until [`Self::establish`], for which there is no SA
+    /// yet, or [`Self::release`]. It is neither listed nor found, and no SA conflicts with it.
+    ///
+    /// Fails when the flow has a latch already, and where the system does ESP: its barrier would make `connect` fail.
+    pub fn reserve(&self, flow: Flow) -> Result<LatchId, LatchError> {
+        if !is_connection(&flow) {
+            return Err(LatchError::NotAConnection(flow.to_string()));
+        }
+        if self.system_does_esp() {
+            let reason = "the kernel does ESP, and would refuse packets instead of dropping them".to_owned();
+            return Err(LatchError::Unenforced { flow: flow.to_string(), reason });
+        }
+        let mut control = self.control();
+        if control.by_flow.contains_key(&flow) {
+            return Err(LatchError::Exists(flow.to_string()));
+        }
+        self.raise_barrier(&flow, Passage::None)?;
+        control.last_latch += 1;
+        let id = LatchId(control.last_latch);
+        control.by_flow.insert(flow, id);
+        control.larval.insert(id, flow);
+        self.pin_new(&flow, Pin::Broken);
+        Ok(id)
+    }
+
+    /// Makes a LARVAL latch ESTABLISHED as [`Self::create`] does, or fails without effect: it is LARVAL still.
+    pub fn establish(
+        &self,
+        latch: LatchId,
+        request: &Request,
+        holder: Box<dyn Fn(Alert) + Send + Sync>,
+    ) -> Result<Arc<Class>, LatchError> {
+        let mut control = self.control();
+        let Some(flow) = control.larval.get(&latch).copied() else {
+            return Err(LatchError::NotAccepted(format!("the flow of latch {}", latch.0)));
+        };
+        let made = self.prepare(&control, flow, request, Arc::from(holder))?;
+        control.larval.remove(&latch);
+        let (pin, class) = (made.pin(), Arc::clone(&made.class));
+        let told = made.alert(latch, LatchState::Established, format!("the peer is {}", class.peer.id));
+        control.by_remote.insert((flow.remote, latch));
+        control.latches.insert(latch, made);
+        self.repin(&flow, Pin::Broken, pin);
+        drop(control);
+        self.observe(&told);
+        Ok(class)
     }
 
     /// CREATE_LISTENER_LATCH (RFC 5660 §2.3): from now on each new inbound flow to the port is latched to the class that
@@ -601,6 +634,11 @@ impl Database {
             self.latched.fetch_sub(1, Ordering::SeqCst);
             return;
         }
+        if let Some(flow) = control.larval.remove(&latch) {
+            control.by_flow.remove(&flow);
+            self.unpin(&flow, Pin::Broken);
+            return;
+        }
         let Some(gone) = control.latches.remove(&latch) else { return };
         control.by_flow.remove(&gone.flow);
         control.by_remote.remove(&(gone.flow.remote, latch));
@@ -608,19 +646,7 @@ impl Database {
         if let Some(listener) = gone.listener {
             control.taken(listener);
         }
-        self.flows.remove(&gone.flow);
-        for pair in Pair::all_of(&gone.flow) {
-            if let Entry::Occupied(mut entry) = self.pairs.entry(pair) {
-                entry.get_mut().subtract(gone.pin());
-                if entry.get().is_empty() {
-                    entry.remove();
-                }
-            }
-        }
-        self.latched.fetch_sub(1, Ordering::SeqCst);
-        if let Some(barrier) = self.barrier.get() {
-            barrier.abandon(&gone.flow);
-        }
+        self.unpin(&gone.flow, gone.pin());
         drop(control);
         self.observe(&gone.alert(latch, LatchState::Closed, "released".to_owned()));
     }
@@ -781,13 +807,7 @@ impl Database {
     fn set(&self, latch: &mut Latch, condition: Condition) {
         let before = latch.pin();
         latch.condition = condition;
-        let pin = latch.pin();
-        self.flows.insert(latch.flow, pin);
-        for pair in Pair::all_of(&latch.flow) {
-            let mut pins = self.pairs.entry(pair).or_default();
-            pins.add(pin);
-            pins.subtract(before);
-        }
+        self.repin(&latch.flow, before, latch.pin());
         if let Some(barrier) = self.barrier.get().filter(|_| latch.protector != Protector::Engine) {
             let passage = match condition {
                 Condition::Established => Passage::Class(latch.number),
@@ -801,9 +821,9 @@ impl Database {
     }
 
     /// Before a flow's latch is there. Where the packet check sees all packets, it is enough without.
-    fn raise_barrier(&self, flow: &Flow, number: ClassId) -> Result<Protector, LatchError> {
+    fn raise_barrier(&self, flow: &Flow, passage: Passage) -> Result<Protector, LatchError> {
         let Some(barrier) = self.barrier.get() else { return Ok(Protector::Engine) };
-        match barrier.set(flow, Passage::Class(number)) {
+        match barrier.set(flow, passage) {
             Ok(()) if barrier.stands_alone() => Ok(Protector::System),
             Ok(()) => Ok(Protector::EngineAndSystem),
             Err(reason) if barrier.stands_alone() => Err(LatchError::Unenforced { flow: flow.to_string(), reason }),
@@ -822,13 +842,66 @@ impl Database {
         control.by_flow.insert(flow, id);
         control.by_remote.insert((flow.remote, id));
         control.latches.insert(id, latch);
+        self.pin_new(&flow, pin);
+        (id, told)
+    }
+
+    /// The latch that a flow can have at this moment; its barrier is up.
+    fn prepare(&self, control: &Control, flow: Flow, request: &Request, holder: Holder) -> Result<Latch, LatchError> {
+        let number = match control.coverage(&flow) {
+            Coverage::One(number) => number,
+            Coverage::None => return Err(LatchError::NoSa(flow.to_string())),
+            Coverage::Several => return Err(LatchError::Conflict(flow.to_string())),
+        };
+        let class = self.class(number).ok_or_else(|| LatchError::NoSa(flow.to_string()))?;
+        request.admits(&flow, &class)?;
+        let protector = self.raise_barrier(&flow, Passage::Class(number))?;
+        Ok(Latch {
+            flow,
+            number,
+            class,
+            condition: Condition::Established,
+            on_break: request.on_break,
+            listener: None,
+            protector,
+            binding: control.binding(&flow),
+            holder,
+        })
+    }
+
+    /// What the packet path knows from now on of a flow that had no latch.
+    fn pin_new(&self, flow: &Flow, pin: Pin) {
         // The counter first: a packet thread that sees the entry must also see that there are entries.
         self.latched.fetch_add(1, Ordering::SeqCst);
-        for pair in Pair::all_of(&flow) {
+        for pair in Pair::all_of(flow) {
             self.pairs.entry(pair).or_default().add(pin);
         }
-        self.flows.insert(flow, pin);
-        (id, told)
+        self.flows.insert(*flow, pin);
+    }
+
+    fn repin(&self, flow: &Flow, before: Pin, pin: Pin) {
+        self.flows.insert(*flow, pin);
+        for pair in Pair::all_of(flow) {
+            let mut pins = self.pairs.entry(pair).or_default();
+            pins.add(pin);
+            pins.subtract(before);
+        }
+    }
+
+    fn unpin(&self, flow: &Flow, pin: Pin) {
+        self.flows.remove(flow);
+        for pair in Pair::all_of(flow) {
+            if let Entry::Occupied(mut entry) = self.pairs.entry(pair) {
+                entry.get_mut().subtract(pin);
+                if entry.get().is_empty() {
+                    entry.remove();
+                }
+            }
+        }
+        self.latched.fetch_sub(1, Ordering::SeqCst);
+        if let Some(barrier) = self.barrier.get() {
+            barrier.abandon(flow);
+        }
     }
 
     /// A packet to or from a port with a listener latch whose flow has no latch.
@@ -849,7 +922,7 @@ impl Database {
         }
         let (on_break, holder) = (listening.request.on_break, Arc::clone(&listening.holder));
         let condition = Condition::Established;
-        let Ok(protector) = self.raise_barrier(flow, number) else { return Verdict::Drop };
+        let Ok(protector) = self.raise_barrier(flow, Passage::Class(number)) else { return Verdict::Drop };
         let latch = Latch {
             flow: *flow,
             number,
@@ -1092,6 +1165,8 @@ struct Control {
     /// The sizes of these networks, and how many there are of each.
     sizes: BTreeMap<(Family, u32), usize>,
     latches: BTreeMap<LatchId, Latch>,
+    /// LARVAL latches, which are in `by_flow` too.
+    larval: BTreeMap<LatchId, Flow>,
     by_flow: HashMap<Flow, LatchId>,
     by_remote: BTreeSet<(IpAddr, LatchId)>,
     /// BROKEN ones that may be ESTABLISHED again.

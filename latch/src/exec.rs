@@ -26,6 +26,9 @@ pub const ENVIRONMENT_RULES: &str = "LATCHKEY_EXEC_RULES";
 /// The environment's name for the path of the daemon's latch socket.
 pub const ENVIRONMENT_SOCKET: &str = "LATCHKEY_EXEC_SOCKET";
 
+/// The environment's name for the seconds after which TCP connections without a sign of life fail; none if it is not there.
+pub const ENVIRONMENT_DEAD_AFTER: &str = "LATCHKEY_EXEC_DEAD_AFTER";
+
 /// The environment's name for leaving io_uring open.
 pub const ENVIRONMENT_UNCONFINED: &str = "LATCHKEY_EXEC_UNCONFINED";
 

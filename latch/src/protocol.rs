@@ -21,7 +21,10 @@ use crate::database::{Algorithms, Class, LatchError, LatchState, OnBreak, Protec
 pub const VERSION: u32 = 1;
 
 /// What this crate knows beyond the first form of [`VERSION`]: `docs/latch-protocol.md` says what came with which.
-pub const REVISION: u32 = 4;
+pub const REVISION: u32 = 5;
+
+/// The first [`REVISION`] that has [`Wanted::larval`].
+pub const LARVAL_REVISION: u32 = 5;
 
 /// Longest message in octets, in both directions.
 pub const MAX_MESSAGE: usize = 64 * 1024;
@@ -104,6 +107,9 @@ pub struct Wanted {
     /// Of `listen` only: no alerts of the latches that the listener makes. Who accepts them hears of them all the same.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub quiet: bool,
+    /// Of `create` only: do not wait for SAs that must be made first, but answer [`Larval`] (RFC 5660 §2.3).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub larval: bool,
     /// Where the socket will connect to; left out when it is connected, and by a listener.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub remote: Option<SocketAddr>,
@@ -277,6 +283,9 @@ pub enum ServerMessage {
         /// The listener latch that made it, until `accept` takes it.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         listener: Option<u64>,
+        /// Of a LARVAL latch that came to nothing: what a refusal would have said.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        code: Option<Code>,
     },
     /// Some latch changed its state; after `watch`.
     Event(LatchEvent),
@@ -395,6 +404,30 @@ pub struct Created {
     /// (RFC 5660 §6.3). Not told by older daemons.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub class: Option<u32>,
+}
+
+/// Answer to `create` with [`Wanted::larval`] while an SA is being made: the socket may connect, and no packet of it passes
+/// until an alert says that the latch is `established`. `closed` says that it came to nothing, and why; the connection is
+/// then reset.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Larval {
+    /// Number of the latch.
+    pub latch: u64,
+    /// Our end.
+    pub local: SocketAddr,
+    /// The other end.
+    pub remote: SocketAddr,
+}
+
+/// Answer to `create`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Creating {
+    /// It stands.
+    Established(Box<Created>),
+    /// It is still to be made.
+    Larval(Larval),
 }
 
 /// What keeps a latched connection's packets from going otherwise.

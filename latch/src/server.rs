@@ -54,9 +54,9 @@ use crate::database::{
     Alert, Class, Database, ENDED, LatchError, LatchId, LatchState, Listed, Listener, OnBreak, Request, Subject,
 };
 use crate::protocol::{
-    Accept, Bind, Call, ChannelBinding, Code, Created, ENDPOINT_BINDING, Guard, Hello, Initiate, Inquire, Inquired,
-    LatchEvent, LatchInfo, List, ListedLatch, Listening, Listing, Named, Peer, Protection, REVISION, Refusal, Release,
-    SaInfo, ServerMessage, UNIQUE_BINDING, VERSION, Wanted, Welcome, encode,
+    Accept, Bind, Call, ChannelBinding, Code, Created, Creating, ENDPOINT_BINDING, Guard, Hello, Initiate, Inquire,
+    Inquired, Larval, LatchEvent, LatchInfo, List, ListedLatch, Listening, Listing, Named, Peer, Protection, REVISION,
+    Refusal, Release, SaInfo, ServerMessage, State, UNIQUE_BINDING, VERSION, Wanted, Welcome, encode,
 };
 use crate::seqpacket::{self, Datagram, SeqPacket};
 
@@ -327,8 +327,16 @@ async fn serve_connection(socket: SeqPacket, shared: Arc<Shared>) {
     let privileged = rustix::net::sockopt::socket_peercred(&socket)
         .is_ok_and(|peer| peer.uid.is_root() || peer.uid == rustix::process::geteuid());
     let (sender, alerts) = mpsc::unbounded_channel();
-    let mut connection =
-        Connection { shared, alerts: sender, latches: HashMap::new(), welcomed: false, privileged, watched: None };
+    let mut connection = Connection {
+        shared,
+        alerts: sender,
+        latches: HashMap::new(),
+        larval: JoinSet::new(),
+        requests: HashMap::new(),
+        welcomed: false,
+        privileged,
+        watched: None,
+    };
     if let Err(error) = connection.run(&socket, alerts).await {
         tracing::debug!(%error, "a client of the latch socket is gone");
     }
@@ -343,6 +351,10 @@ struct Connection {
     /// Never holds more than one alert for each latch of this connection.
     alerts: mpsc::UnboundedSender<Alert>,
     latches: HashMap<LatchId, Held>,
+    /// What makes SAs for LARVAL latches.
+    larval: JoinSet<(LatchId, Result<(), Refusal>)>,
+    /// What is asked of them.
+    requests: HashMap<LatchId, Request>,
     welcomed: bool,
     /// May break and close latches of others.
     privileged: bool,
@@ -360,15 +372,24 @@ struct Held {
 impl Connection {
     async fn run(&mut self, socket: &SeqPacket, mut alerts: mpsc::UnboundedReceiver<Alert>) -> io::Result<()> {
         loop {
+            let mut failed = None;
             let octets = tokio::select! {
                 biased;
+                Some(Ok((latch, outcome))) = self.larval.join_next() => match self.settle(latch, outcome) {
+                    Some(message) => {
+                        let over = matches!(message, ServerMessage::Alert { state: State::Closed, .. });
+                        failed = over.then_some(latch);
+                        encode(&message)
+                    }
+                    None => continue,
+                },
                 Some(alert) = alerts.recv() => {
                     let Alert { latch, state, reason, listener, flow: _ } = alert;
                     if state == LatchState::Closed && reason == ENDED {
                         self.let_go(latch);
                     }
                     let listener = listener.map(|listener| listener.0);
-                    encode(&ServerMessage::Alert { latch: latch.0, state: state.into(), reason, listener })
+                    encode(&ServerMessage::Alert { latch: latch.0, state: state.into(), reason, listener, code: None })
                 }
                 event = next_event(&mut self.watched) => encode(&ServerMessage::Event(event)),
                 received = socket.receive() => match received? {
@@ -378,6 +399,10 @@ impl Connection {
             };
             let octets = octets.map_err(io::Error::other)?;
             timeout(SEND_TIMEOUT, socket.send(&octets, None)).await??;
+            // After the reason: whoever sees the socket's error can ask for it.
+            if let Some(latch) = failed {
+                self.let_go(latch);
+            }
         }
     }
 
@@ -413,9 +438,12 @@ impl Connection {
         match call {
             Call::Hello(hello) => reply(id, &self.hello(&hello)?),
             Call::Create(wanted) => {
-                let created = self.create(&wanted, descriptor).await?;
-                let latch = LatchId(created.latch);
-                reply(id, &created).inspect_err(|_| self.let_go(latch))
+                let creating = self.create(&wanted, descriptor).await?;
+                let latch = match &creating {
+                    Creating::Established(created) => LatchId(created.latch),
+                    Creating::Larval(larval) => LatchId(larval.latch),
+                };
+                reply(id, &creating).inspect_err(|_| self.let_go(latch))
             }
             Call::Listen(wanted) => reply(id, &self.listen(&wanted, descriptor)?),
             Call::Accept(accept) => {
@@ -458,7 +486,7 @@ impl Connection {
         Ok(Welcome { version: VERSION, revision: REVISION, server: format!("latchkey {}", env!("CARGO_PKG_VERSION")) })
     }
 
-    async fn create(&mut self, wanted: &Wanted, descriptor: Option<OwnedFd>) -> Result<Created, Refusal> {
+    async fn create(&mut self, wanted: &Wanted, descriptor: Option<OwnedFd>) -> Result<Creating, Refusal> {
         self.enforced()?;
         if wanted.quiet {
             return Err(Refusal::new(Code::Malformed, "only a listener is quiet"));
@@ -477,27 +505,56 @@ impl Connection {
         let socket = Arc::new(socket);
         let holder = self.holder(&socket, protocol, request.on_break);
         let flow = flow(protocol, local, remote);
-        if wanted.initiate == Initiate::Narrow || self.lacks_sa(&flow, wanted.initiate) {
-            self.initiate(flow, wanted.initiate == Initiate::Narrow).await?;
+        let narrow = wanted.initiate == Initiate::Narrow;
+        if narrow || self.lacks_sa(&flow, wanted.initiate) {
+            let initiating = self.initiate(flow, narrow);
+            // Where the system does ESP there are no LARVAL latches: the answer waits.
+            if wanted.larval && !self.shared.database.system_does_esp() {
+                let latch = self.shared.database.reserve(flow)?;
+                tracing::debug!(latch = latch.0, %local, %remote, "latch LARVAL");
+                self.latches.insert(latch, Held { socket, permit, protocol });
+                self.requests.insert(latch, request);
+                self.larval.spawn(async move { (latch, initiating.await) });
+                return Ok(Creating::Larval(Larval { latch: latch.0, local, remote }));
+            }
+            initiating.await?;
         }
         let (latch, class) = self.shared.database.create(flow, &request, holder)?;
         tracing::debug!(latch = latch.0, %local, %remote, "latch ESTABLISHED");
         self.latches.insert(latch, Held { socket, permit, protocol });
         let (peer, protection) = describe(&class);
-        let guard = self.guard(latch);
-        Ok(Created { latch: latch.0, local, remote, peer, protection, guard, class: self.number_of(&class) })
+        let (guard, class) = (self.guard(latch), self.number_of(&class));
+        let created = Created { latch: latch.0, local, remote, peer, protection, guard, class };
+        Ok(Creating::Established(Box::new(created)))
+    }
+
+    /// A LARVAL latch has its SA, or will get none; what to tell its holder, who may have let it go meanwhile.
+    fn settle(&mut self, latch: LatchId, made: Result<(), Refusal>) -> Option<ServerMessage> {
+        let (request, held) = (self.requests.remove(&latch)?, self.latches.get(&latch)?);
+        let holder = self.holder(&held.socket, held.protocol, request.on_break);
+        let settled = made.and_then(|()| Ok(self.shared.database.establish(latch, &request, holder)?));
+        let (state, reason, code) = match settled {
+            Ok(class) => (State::Established, format!("the peer is {}", class.peer.id), None),
+            Err(Refusal { code, message }) => (State::Closed, message, Some(code)),
+        };
+        tracing::debug!(latch = latch.0, reason, "LARVAL latch {state}");
+        Some(ServerMessage::Alert { latch: latch.0, state, reason, listener: None, code })
     }
 
     fn lacks_sa(&self, flow: &Flow, initiate: Initiate) -> bool {
         initiate != Initiate::No && self.shared.database.is_uncovered(flow)
     }
 
-    async fn initiate(&self, flow: Flow, narrow: bool) -> Result<(), Refusal> {
-        let Some(Initiator(initiate)) = &self.shared.initiator else { return Ok(()) };
-        let failed = |reason| Refusal::new(Code::NoSa, format!("no SA protects {flow}, and none came up: {reason}"));
-        match timeout(INITIATION, initiate(flow, narrow)).await {
-            Ok(outcome) => outcome.map_err(failed),
-            Err(_) => Err(failed("it took too long".to_owned())),
+    fn initiate(&self, flow: Flow, narrow: bool) -> impl Future<Output = Result<(), Refusal>> + Send + use<> {
+        let initiating = self.shared.initiator.as_ref().map(|Initiator(initiate)| initiate(flow, narrow));
+        async move {
+            let Some(initiating) = initiating else { return Ok(()) };
+            let failed =
+                |reason| Refusal::new(Code::NoSa, format!("no SA protects {flow}, and none came up: {reason}"));
+            match timeout(INITIATION, initiating).await {
+                Ok(outcome) => outcome.map_err(failed),
+                Err(_) => Err(failed("it took too long".to_owned())),
+            }
         }
     }
 
@@ -508,8 +565,8 @@ impl Connection {
                            latch the accepted connections, or set plane = userspace";
             return Err(Refusal::new(Code::Unenforced, message));
         }
-        if wanted.remote.is_some() {
-            return Err(Refusal::new(Code::Malformed, "a listener has no remote"));
+        if wanted.remote.is_some() || wanted.larval {
+            return Err(Refusal::new(Code::Malformed, "a listener has no remote, and waits for nothing"));
         }
         let (socket, local) = listening_socket(needed(descriptor)?)?;
         let request = request(wanted, TCP)?;
@@ -706,6 +763,7 @@ impl Connection {
     }
 
     fn let_go(&mut self, latch: LatchId) {
+        self.requests.remove(&latch);
         if let Some(held) = self.latches.remove(&latch) {
             self.wind_down(latch, held);
         }

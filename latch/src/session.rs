@@ -141,7 +141,7 @@ impl Registry {
             }
             // Of a latch that a listener made and nobody has taken: `accept` will say whether it still stands.
             ServerMessage::Alert { listener: Some(_), .. } => {}
-            ServerMessage::Alert { latch, state, reason, listener: None } => {
+            ServerMessage::Alert { latch, state, reason, listener: None, code: _ } => {
                 self.latch(latch).send_replace(Some(Change { state, reason }));
                 return Some(Heard::Changed(latch));
             }

@@ -136,6 +136,182 @@ assert libc.syscall(425, 4, ctypes.create_string_buffer(120)) == -1 and ctypes.g
 print("all went well")
 "#;
 
+/// Counts the packets to B's inner address that leave A by the wire in clear.
+fn count_in_clear(host: &Host) {
+    host.nft(
+        "table inet witness {\ncounter sent { }\nchain o {\ntype filter hook postrouting priority 300;\n\
+         oifname \"va*\" ip daddr 10.2.0.1 counter name sent;\n}\n}\n",
+    );
+}
+
+/// Connects without blocking and says how it goes on; `argv[1]` is how it asks in the end.
+const NOT_WAITING: &str = r#"
+import errno, os, select, socket, sys
+s = socket.socket()
+s.setblocking(False)
+code = s.connect_ex(("10.2.0.1", 4000))
+assert code == errno.EINPROGRESS, errno.errorcode[code]
+poll = select.epoll()
+poll.register(s, select.EPOLLOUT)
+assert poll.poll(0) == [] and s.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
+assert s.connect_ex(("10.2.0.1", 4000)) == errno.EALREADY
+print("in progress", flush=True)
+assert poll.poll()
+if sys.argv[1] == "option":
+    code = s.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+else:
+    code = s.connect_ex(("10.2.0.1", 4000))
+print("it is", errno.errorcode.get(code, code), flush=True)
+if code == 0:
+    s.setblocking(True)
+    s.sendall(b"through the latch")
+    assert s.recv(100) == b"through the latch"
+    print("all went well", flush=True)
+"#;
+
+/// A loop that goes on while a connection is made.
+const TICKING: &str = r#"
+import asyncio
+async def tick():
+    while True:
+        await asyncio.sleep(0.01)
+        print("tick", flush=True)
+async def talk():
+    reader, writer = await asyncio.open_connection("10.2.0.1", 4000)
+    writer.write(b"line\n")
+    assert await reader.readline() == b"line\n"
+    writer.close()
+async def main():
+    ticking = asyncio.create_task(tick())
+    await talk()
+    ticking.cancel()
+    print("all went well")
+asyncio.run(main())
+"#;
+
+/// Reads, or writes and reads, until something fails; says the error.
+const WAITS_FOR_WORD: &str = r#"
+import errno, socket, sys
+s = socket.create_connection(("10.2.0.1", 4000))
+s.sendall(b"hello")
+assert s.recv(100) == b"hello"
+print("connected", flush=True)
+if sys.argv[1] == "writer":
+    sys.stdin.readline()
+    s.sendall(b"what will never arrive")
+try:
+    octets = s.recv(100)
+    print("it got", octets, flush=True)
+except OSError as error:
+    print("it is", errno.errorcode[error.errno], flush=True)
+"#;
+
+fn trapped() -> Scene {
+    let scene = Scene::start(Latchkey, Latchkey, &Suite { child: "start_action = trap", ..Suite::DEFAULT });
+    count_in_clear(&scene.host_a);
+    scene
+}
+
+// RFC 5660 §2.3: a LARVAL latch; §2: nothing is sent before it is ESTABLISHED.
+#[test]
+fn a_program_that_does_not_block_goes_on_while_the_latch_is_made() {
+    let scene = trapped();
+    let (a, host_a, host_b) = (&scene.a, &scene.host_a, &scene.host_b);
+    let _server = echo_server(host_b, 4000);
+    let start = |name: &str, peer: &str, script: &str, argument: &str| {
+        // Nobody answers until the program has said that it goes on.
+        if a.established() > 0 {
+            a.control(&["--terminate", "--ike", "site", "--force"]);
+        }
+        host_a.block_udp();
+        let program = ["/usr/bin/python3", "-c", script, argument];
+        Talker::start(command(a, host_a, &[&format!("tcp:4000={peer}")], &program), a.path(name))
+    };
+    for way in ["option", "again"] {
+        let mut client = start(way, "b.example", NOT_WAITING, way);
+        client.prints("in progress");
+        host_a.allow_udp();
+        client.prints("it is 0");
+        client.prints("all went well");
+        assert!(client.ends().success(), "{}", client.errors());
+
+        // Somebody else answers: the program hears it as it hears of any connection that fails.
+        let mut client = start("refused", "c.example", NOT_WAITING, way);
+        client.prints("in progress");
+        host_a.allow_udp();
+        client.prints("it is EACCES");
+        client.tells("is b.example, not c.example (wrong-peer)");
+        client.ends();
+    }
+    let mut client = start("ticking", "b.example", TICKING, "");
+    client.prints("tick\ntick\ntick\n");
+    host_a.allow_udp();
+    client.prints("all went well");
+    assert!(client.ends().success(), "{}", client.errors());
+    assert_eq!(counted(host_a), 0);
+}
+
+#[test]
+fn curl_waits_for_its_latch_in_its_own_loop() {
+    let scene = trapped();
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("file"), "what curl fetches\n").unwrap();
+    let directory = folder.path().to_str().unwrap();
+    let args = ["-m", "http.server", "--bind", "10.2.0.1", "--directory", directory, "8000"];
+    let _web = scene.host_b.spawn("/usr/bin/python3", &args);
+    scene.host_b.wait_for_listener(8000);
+    // It gives up a connection that takes longer, by its own clock and not by `connect`.
+    let fetch = |peer: &str, seconds: &str| {
+        let curl = ["curl", "-s", "-S", "--connect-timeout", seconds, "http://10.2.0.1:8000/file"];
+        run(&scene.a, &scene.host_a, &[&format!("tcp:8000={peer}")], &curl)
+    };
+    scene.host_a.block_udp();
+    let output = fetch("b.example", "1");
+    // Its code for what takes too long.
+    assert_eq!(output.status.code(), Some(28), "{}", text(&output.stderr));
+    scene.host_a.allow_udp();
+    let output = fetch("b.example", "60");
+    assert_eq!(text(&output.stdout), "what curl fetches\n", "{}", text(&output.stderr));
+    scene.a.control(&["--terminate", "--ike", "site", "--force"]);
+    let output = fetch("c.example", "60");
+    assert!(
+        text(&output.stderr).contains("(wrong-peer)") && output.status.code() == Some(7),
+        "{}",
+        text(&output.stderr)
+    );
+    assert_eq!(counted(&scene.host_a), 0);
+}
+
+// RFC 5660 §2 (13): broken and disconnected when the key manager dies; never in clear.
+#[test]
+fn the_death_of_the_daemon_ends_connections_in_finite_time() {
+    let scene = Scene::works(Latchkey, Latchkey, &Suite::default());
+    let (a, host_a) = (&scene.a, &scene.host_a);
+    count_in_clear(host_a);
+    let _server = echo_server(&scene.host_b, 4000);
+    let start = |name: &str| {
+        let program = ["/usr/bin/python3", "-c", WAITS_FOR_WORD, name];
+        Talker::start(command(a, host_a, &["tcp:4000=b.example", "--dead-after=4"], &program), a.path(name))
+    };
+    let (mut reader, mut writer) = (start("reader"), start("writer"));
+    for client in [&reader, &writer] {
+        client.prints("connected");
+    }
+    a.signal("KILL");
+    // What is written after it, too.
+    latchkey_tests::host::wait_for("the end of the daemon", std::time::Duration::from_secs(20), || {
+        !host_a.run("ip", &["link", "show", "latchkey0"]).status.success()
+    });
+    writer.types("\n");
+    for client in [&mut reader, &mut writer] {
+        client.prints("it is ");
+        assert!(client.ends().success());
+        let said = client.output();
+        assert!(said.contains("it is ETIMEDOUT") || said.contains("it is EHOSTUNREACH"), "{said}");
+    }
+    assert_eq!(counted(host_a), 0);
+}
+
 // RFC 5660 §2: the right peer works, and nothing is sent to the wrong one.
 #[test]
 fn unmodified_programs_reach_the_right_peer_and_send_nothing_to_another() {

@@ -154,6 +154,7 @@ pub(crate) unsafe fn wanted(pointer: *const WantedArgument) -> Result<Wanted, Fa
         other => return Err(refused(format!("wanted.initiate is {other}"))),
     };
     Ok(Wanted {
+        larval: false,
         peer: peer.ok_or_else(|| refused("wanted.peer is null"))?.to_owned(),
         local_id: local_id.map(str::to_owned),
         mode,

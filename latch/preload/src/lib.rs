@@ -206,6 +206,35 @@ pub unsafe extern "C" fn sendmmsg(socket: c_int, headers: *mut mmsghdr, count: c
     unsafe { real::sendmmsg()(socket, headers, count, flags) }
 }
 
+/// getsockopt(2): a program that does not block asks by SO_ERROR what has become of its connection.
+///
+/// # Safety
+///
+/// As the C library's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn getsockopt(
+    socket: c_int,
+    level: c_int,
+    name: c_int,
+    value: *mut c_void,
+    length: *mut socklen_t,
+) -> c_int {
+    // SAFETY: the caller's promise; the function is the C library's.
+    let outcome = unsafe { real::getsockopt()(socket, level, name, value, length) };
+    if outcome != 0 || level != libc::SOL_SOCKET || name != libc::SO_ERROR {
+        return outcome;
+    }
+    let error = value.cast::<c_int>();
+    // SAFETY: the system has written so many octets, by the caller's promise.
+    let failed = unsafe { *length >= 4 && error.read_unaligned() != 0 };
+    if failed && let Err(refusal) = policy::settled(socket) {
+        policy::say(&refusal.message);
+        // SAFETY: as above.
+        unsafe { error.write_unaligned(refusal.errno) };
+    }
+    outcome
+}
+
 /// close(2).
 #[unsafe(no_mangle)]
 pub extern "C" fn close(descriptor: c_int) -> c_int {

@@ -9,8 +9,9 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use latch::blocking::{ClientError, hold};
-use latch::exec::{Action, ENVIRONMENT_RULES, ENVIRONMENT_SOCKET, Kind, Rules};
-use latch::protocol::{Accept, Call, Code, Created, Disposition, Listening, Wanted};
+use latch::exec::{Action, ENVIRONMENT_DEAD_AFTER, ENVIRONMENT_RULES, ENVIRONMENT_SOCKET, Kind, Rules};
+use latch::protocol::{Accept, Call, Code, Created, Creating, Disposition, Listening, Wanted};
+use rustix::fs::OFlags;
 use rustix::net::sockopt;
 use rustix::net::{SocketType, ipproto};
 
@@ -25,11 +26,15 @@ pub(crate) struct Refusal {
 /// The daemon may take a minute to make an SA.
 const PATIENCE: Duration = Duration::from_secs(65);
 
+/// The shortest that TCP's keepalive can be told.
+const A_SECOND: Duration = Duration::from_secs(1);
+
 const MPTCP: u32 = 262;
 
 struct Policy {
     rules: Rules,
     daemon: PathBuf,
+    dead_after: Option<Duration>,
 }
 
 fn policy() -> Result<&'static Policy, Refusal> {
@@ -38,7 +43,8 @@ fn policy() -> Result<&'static Policy, Refusal> {
         let text = std::env::var(ENVIRONMENT_RULES).map_err(|error| format!("{ENVIRONMENT_RULES}: {error}"))?;
         let rules = Rules::parse(&text).map_err(|error| format!("{ENVIRONMENT_RULES}: {error}"))?;
         let daemon = std::env::var_os(ENVIRONMENT_SOCKET).ok_or(format!("{ENVIRONMENT_SOCKET} is not set"))?;
-        Ok(Policy { rules, daemon: daemon.into() })
+        let dead_after = std::env::var(ENVIRONMENT_DEAD_AFTER).ok().and_then(|text| text.parse().ok());
+        Ok(Policy { rules, daemon: daemon.into(), dead_after: dead_after.map(Duration::from_secs) })
     };
     POLICY.get_or_init(read).as_ref().map_err(|message| Refusal { errno: libc::EACCES, message: message.clone() })
 }
@@ -105,19 +111,50 @@ pub(crate) fn connecting(socket: c_int, to: Destination) -> Result<(), Refusal> 
     }
     // Programs that do not block may call again to see what has become of it.
     if table::detail(socket) == Some(mark(remote)) {
-        return Ok(());
+        return settled(socket);
     }
     not_latched_elsewhere(socket, remote, &what)?;
     let fits = table::fits(socket);
     let on_break = (kind == Kind::Tcp).then_some(Disposition::Reset);
-    let wanted = Wanted { on_break, remote: Some(remote), ..Wanted::from(peer.as_str()) };
+    // Event loops must go on while an SA is made.
+    let larval = rustix::fs::fcntl_getfl(borrowed(socket)).is_ok_and(|flags| flags.contains(OFlags::NONBLOCK));
+    let wanted = Wanted { on_break, larval, remote: Some(remote), ..Wanted::from(peer.as_str()) };
     give_a_port(socket);
-    let (holder, _): (OwnedFd, Created) = fits
+    let (holder, creating): (OwnedFd, Creating) = fits
         .then(|| hold(&policy.daemon, &Call::Create(wanted), borrowed(socket), PATIENCE))
         .ok_or_else(|| Refusal { errno: libc::EMFILE, message: format!("{what}: too many descriptors") })?
         .map_err(|error| failed(&what, &error))?;
     table::note(socket, holder, mark(remote));
+    table::set_larval(socket, matches!(creating, Creating::Larval(_)));
+    notice_death(socket);
     Ok(())
+}
+
+/// What has become of a connection that a program made without blocking, if its latch was LARVAL.
+pub(crate) fn settled(socket: c_int) -> Result<(), Refusal> {
+    let Some(holder) = table::larval(socket) else { return Ok(()) };
+    let Some(outcome) = latch::blocking::settled(holder) else { return Ok(()) };
+    table::set_larval(socket, false);
+    outcome.map_err(|error| {
+        // The daemon has reset it: the program may connect it anew.
+        table::closed(socket);
+        failed("connect", &error)
+    })
+}
+
+/// When the daemon dies nobody resets its connections. TCP's own timers must then tell the program, in finite time also
+/// where it only reads. What the program has set, or sets afterwards, counts.
+fn notice_death(socket: c_int) {
+    let Ok(Policy { dead_after: Some(after), .. }) = policy() else { return };
+    let socket = borrowed(socket);
+    if sockopt::socket_protocol(socket) != Ok(Some(ipproto::TCP)) || sockopt::socket_keepalive(socket) != Ok(false) {
+        return;
+    }
+    // What cannot be set leaves the connection with the system's own times.
+    let _ = sockopt::set_tcp_keepidle(socket, (*after / 2).max(A_SECOND));
+    let _ = sockopt::set_tcp_keepintvl(socket, (*after / 6).max(A_SECOND));
+    let _ = sockopt::set_tcp_user_timeout(socket, u32::try_from(after.as_millis()).unwrap_or(u32::MAX));
+    let _ = sockopt::set_socket_keepalive(socket, true);
 }
 
 /// A socket that is latched cannot become another connection.
@@ -190,6 +227,7 @@ pub(crate) fn accepted(listener: c_int, socket: c_int) -> Result<bool, Refusal> 
     match held {
         Ok((holder, created)) => {
             table::note(socket, holder, mark(created.remote));
+            notice_death(socket);
             Ok(true)
         }
         Err(ClientError::Refused(refusal)) if refusal.code == Code::NotAccepted => Ok(false),

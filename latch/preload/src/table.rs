@@ -5,7 +5,7 @@
 
 use std::ffi::{c_int, c_uint};
 use std::os::fd::{BorrowedFd, IntoRawFd, OwnedFd};
-use std::sync::atomic::{AtomicI32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering};
 
 use rustix::io::FdFlags;
 
@@ -24,10 +24,18 @@ struct Slot {
     cookie: AtomicU64,
     /// A number that stands for where it is connected; or of the listener latch.
     detail: AtomicU64,
+    /// Its latch was LARVAL when somebody looked last.
+    larval: AtomicBool,
 }
 
 static SLOTS: [Slot; SIZE] = [const {
-    Slot { holder: AtomicI32::new(0), held: AtomicI32::new(0), cookie: AtomicU64::new(0), detail: AtomicU64::new(0) }
+    Slot {
+        holder: AtomicI32::new(0),
+        held: AtomicI32::new(0),
+        cookie: AtomicU64::new(0),
+        detail: AtomicU64::new(0),
+        larval: AtomicBool::new(false),
+    }
 }; SIZE];
 
 /// Slots from here on have never been used.
@@ -59,7 +67,7 @@ pub(crate) fn cookie(socket: c_int) -> u64 {
     let mut length: libc::socklen_t = 8;
     // SAFETY: any number may be asked for; there is room for the eight octets of the answer.
     let outcome = unsafe {
-        libc::getsockopt(socket, libc::SOL_SOCKET, libc::SO_COOKIE, (&raw mut cookie).cast(), &raw mut length)
+        real::getsockopt()(socket, libc::SOL_SOCKET, libc::SO_COOKIE, (&raw mut cookie).cast(), &raw mut length)
     };
     if outcome == 0 { cookie } else { 0 }
 }
@@ -75,6 +83,25 @@ pub(crate) fn detail(socket: c_int) -> Option<u64> {
         return None;
     }
     Some(slot.detail.load(Ordering::Relaxed))
+}
+
+/// What holds the latch of a socket, if it is LARVAL or nobody has looked since.
+pub(crate) fn larval<'a>(socket: c_int) -> Option<BorrowedFd<'a>> {
+    detail(socket)?;
+    let slot = slot(socket)?;
+    let holder = slot.holder.load(Ordering::Acquire);
+    if holder == 0 || !slot.larval.load(Ordering::Relaxed) {
+        return None;
+    }
+    // SAFETY: the table's own descriptor, open while it is noted.
+    Some(unsafe { BorrowedFd::borrow_raw(holder - 1) })
+}
+
+/// The latch of a socket is LARVAL, or no more.
+pub(crate) fn set_larval(socket: c_int, larval: bool) {
+    if let Some(slot) = slot(socket) {
+        slot.larval.store(larval, Ordering::Relaxed);
+    }
 }
 
 /// There is room to note this descriptor.
@@ -95,6 +122,7 @@ pub(crate) fn note(socket: c_int, holder: OwnedFd, detail: u64) {
     USED.fetch_max(highest + 1, Ordering::AcqRel);
     of_socket.cookie.store(cookie(socket), Ordering::Relaxed);
     of_socket.detail.store(detail, Ordering::Relaxed);
+    of_socket.larval.store(false, Ordering::Relaxed);
     of_holder.held.store(socket + 1, Ordering::Relaxed);
     of_socket.holder.store(holder + 1, Ordering::Release);
     mirror(socket, holder);
@@ -191,6 +219,7 @@ pub(crate) fn duplicated(descriptor: c_int, duplicate: c_int) -> c_int {
     match rustix::io::fcntl_dupfd_cloexec(holder, 0) {
         Ok(second) => {
             note(duplicate, second, slot.detail.load(Ordering::Relaxed));
+            set_larval(duplicate, slot.larval.load(Ordering::Relaxed));
             duplicate
         }
         Err(error) => {

@@ -1018,6 +1018,63 @@ fn where_the_system_does_esp_there_is_no_latch_without_its_barrier() {
     }
 }
 
+// RFC 5660 §2, §2.3: a LARVAL latch lets nothing pass, until it is ESTABLISHED or released.
+#[test]
+fn nothing_passes_while_a_latch_is_larval() {
+    let (database, classes) = database();
+    let barrier: Arc<FakeBarrier> = Arc::default();
+    database.set_barrier(Arc::clone(&barrier) as _);
+    let latch = database.reserve(flow(1)).unwrap();
+    assert!(matches!(database.reserve(flow(1)), Err(LatchError::Exists(_))));
+    let shut = || {
+        for class in [Some(classes[0]), Some(classes[1]), None] {
+            for direction in [Direction::Inbound, Direction::Outbound] {
+                assert_eq!(database.check(direction, &flow(1), class), Verdict::Drop);
+            }
+        }
+        assert_eq!(barrier.passage(&flow(1)), Some(Passage::None));
+        let fragment = Flow { local_port: 0, remote_port: 0, ..flow(1) };
+        assert_eq!(database.check(Direction::Inbound, &fragment, Some(classes[0])), Verdict::Drop);
+    };
+    shut();
+    assert!(matches!(database.establish(latch, &any(), ignore()), Err(LatchError::NoSa(_))));
+    // SAs of anybody do not break it, and open nothing.
+    install(&database, 1, classes[1]);
+    assert!(matches!(database.create(flow(1), &any(), ignore()), Err(LatchError::Exists(_))));
+    let wanted = Request::peer(IdentityPattern::exact(identity(0)));
+    assert!(matches!(database.establish(latch, &wanted, ignore()), Err(LatchError::WrongPeer { .. })));
+    install(&database, 2, classes[0]);
+    assert!(matches!(database.establish(latch, &wanted, ignore()), Err(LatchError::Conflict(_))));
+    shut();
+    database.removed(1);
+    assert_eq!(database.establish(latch, &wanted, ignore()).unwrap().peer.id, identity(0));
+    assert_eq!(database.check(Direction::Outbound, &flow(1), Some(classes[0])), Verdict::Pass);
+    assert_eq!(database.check(Direction::Outbound, &flow(1), Some(classes[1])), Verdict::Drop);
+    assert_eq!(barrier.passage(&flow(1)), Some(Passage::Class(classes[0])));
+    assert_eq!(database.find(&flow(1)).map(|(found, state, _)| (found, state)), Some((latch, LatchState::Established)));
+    // From here on it is a latch as any other, and made once.
+    assert!(database.establish(latch, &wanted, ignore()).is_err());
+    assert_eq!(database.before_install(classes[1], &everything(), &everything()).len(), 1);
+    database.release(latch);
+    let gone = database.reserve(flow(2)).unwrap();
+    database.release(gone);
+    for flow in [flow(1), flow(2)] {
+        assert_eq!(database.check(Direction::Outbound, &flow, Some(classes[1])), Verdict::Pass);
+        assert_eq!(barrier.passage(&flow), Some(Passage::None), "until its connection has ended");
+    }
+    assert!(database.establish(gone, &any(), ignore()).is_err());
+    assert_eq!(database.latched.load(Ordering::SeqCst), 0);
+}
+
+#[test]
+fn where_the_system_does_esp_no_latch_is_larval() {
+    let (database, _) = database();
+    database.set_barrier(Arc::new(FakeBarrier { alone: true, ..FakeBarrier::default() }));
+    assert!(matches!(database.reserve(flow(1)), Err(LatchError::Unenforced { .. })));
+    let nowhere = Flow { remote_port: 0, ..flow(1) };
+    assert!(matches!(self::database().0.reserve(nowhere), Err(LatchError::NotAConnection(_))));
+}
+
 // RFC 5660 §2 (14): what was made for a latch goes with its connection, and not before.
 #[test]
 fn the_system_s_barrier_stays_until_the_connection_has_ended() {

@@ -648,6 +648,96 @@ async fn an_sa_is_made_when_there_is_none_and_a_narrow_one_when_asked_for() {
 }
 
 #[tokio::test]
+async fn a_larval_latch_is_told_at_once_and_comes_to_its_end_later() {
+    // RFC 5660 §2.3: the call may return before the SA is there; a failure must then be reported later.
+    let directory = TempDir::new().unwrap();
+    let path = directory.path().join("latch.sock");
+    let database = Arc::new(Database::new());
+    let gate = Arc::new(Semaphore::new(0));
+    let initiator = Initiator::new({
+        let (database, gate) = (Arc::clone(&database), Arc::clone(&gate));
+        move |flow, _| {
+            let (database, gate) = (Arc::clone(&database), Arc::clone(&gate));
+            Box::pin(async move {
+                gate.acquire().await.unwrap().forget();
+                if flow.remote_port == 9 {
+                    return Err("nobody answers".to_owned());
+                }
+                let class = database.intern(class("peer.example", Proof::PreSharedKey));
+                database.installed(1, class, loopback(), loopback());
+                Ok(())
+            })
+        }
+    });
+    let config =
+        ServerConfig { path: path.clone(), device: None, initiator: Some(initiator), surveyor: None, unenforced: None };
+    let server = serve(config, Arc::clone(&database)).await.unwrap();
+    let house = House { server, database, path, directory };
+    let raw = house.raw().await;
+    let create = |peer: &str, remote: SocketAddr| {
+        json!({"id": 1, "request": "create", "arguments": {"peer": peer, "remote": remote, "larval": true}}).to_string()
+    };
+    let far = TcpListener::bind("127.0.0.1:0").unwrap();
+    let larval = async |peer: &str, remote: SocketAddr| {
+        let socket = bound();
+        raw.send(create(peer, remote).as_bytes(), Some(socket.as_fd())).await.unwrap();
+        let answer = answer(&raw).await;
+        assert!(answer["result"]["peer"].is_null() && answer["type"] == "reply", "{answer}");
+        (socket, answer["result"]["latch"].as_u64().unwrap())
+    };
+    let drops = |socket: &Socket, remote| {
+        let local = socket.local_addr().unwrap().as_socket().unwrap();
+        let good = house.database.intern(class("peer.example", Proof::PreSharedKey));
+        house.database.check(Direction::Outbound, &flow(TCP, local, remote), Some(good)) == Verdict::Drop
+    };
+
+    // Nobody answers: the alert says so with the code of a refusal, and the flow stays shut until then.
+    let nobody = "127.0.0.1:9".parse().unwrap();
+    let (socket, number) = larval("peer.example", nobody).await;
+    assert!(drops(&socket, nobody));
+    gate.add_permits(1);
+    let alert = answer(&raw).await;
+    assert_eq!((&alert["type"], &alert["latch"], &alert["state"]), (&json!("alert"), &json!(number), &json!("closed")));
+    assert_eq!(alert["code"], "no-sa", "{alert}");
+    assert!(alert["reason"].as_str().unwrap().contains("nobody answers"));
+
+    // One that is let go meanwhile is not heard of again.
+    let (_released, number) = larval("peer.example", far.local_addr().unwrap()).await;
+    let release = json!({"id": 2, "request": "release", "arguments": {"latch": number}}).to_string();
+    assert_eq!(ask(&raw, &release).await["type"], "reply");
+
+    // Somebody else comes; then whom it is for.
+    for (peer, state, code) in
+        [("other.example", "closed", json!("wrong-peer")), ("peer.example", "established", json!(null))]
+    {
+        house.database.removed(1);
+        let (socket, number) = larval(peer, far.local_addr().unwrap()).await;
+        assert!(drops(&socket, far.local_addr().unwrap()));
+        gate.add_permits(2);
+        let alert = answer(&raw).await;
+        assert_eq!((&alert["latch"], &alert["state"], &alert["code"]), (&json!(number), &json!(state), &code));
+        gate.forget_permits(gate.available_permits());
+        if state == "established" {
+            assert!(!drops(&socket, far.local_addr().unwrap()));
+            let shown =
+                ask(&raw, &json!({"id": 3, "request": "show", "arguments": {"latch": number}}).to_string()).await;
+            assert_eq!(shown["result"]["latch"]["state"], "established", "{shown}");
+        }
+    }
+    // With an SA in place there is nothing to wait for.
+    let socket = bound();
+    raw.send(create("peer.example", far.local_addr().unwrap()).as_bytes(), Some(socket.as_fd())).await.unwrap();
+    assert_eq!(answer(&raw).await["result"]["peer"]["id"]["text"], "peer.example");
+    // Only connections can be LARVAL.
+    let socket = bound();
+    let listen = json!({"id": 1, "request": "listen", "arguments": {"peer": "%any", "larval": true}}).to_string();
+    raw.send(listen.as_bytes(), Some(socket.as_fd())).await.unwrap();
+    assert_eq!(answer(&raw).await["code"], "malformed");
+    drop(raw);
+    house.no_latches().await;
+}
+
+#[tokio::test]
 async fn what_protects_a_flow_now_is_told_with_it_and_classes_can_be_compared() {
     // RFC 5660 §2, §6.3.
     let directory = TempDir::new().unwrap();
