@@ -8,6 +8,7 @@
 pub mod crypto;
 pub mod datapath;
 pub mod esp;
+pub mod exclusion;
 pub mod guard;
 pub mod ip;
 mod natted;

@@ -167,6 +167,19 @@ pub enum Subject {
     Listener(Listener, IdentityPattern),
 }
 
+/// What an SA that is about to be negotiated would be to a latch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Newcomer {
+    /// Of its class, or perhaps.
+    Congruent,
+    /// Of the same two identities, otherwise protected or proved. If the flow has a narrower SA of its own class, both can live
+    /// side by side. Else the newcomer is that SA's successor: without the flow, the latch would soon have no SA at all and its
+    /// holder would never know why.
+    SamePeer,
+    /// Somebody else's.
+    Stranger,
+}
+
 /// What is told to a latch's holder (ALERT, RFC 5660 §2.3).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Alert {
@@ -349,6 +362,30 @@ impl Database {
     ) -> Vec<Alert> {
         let broken = self.break_conflicting(&mut self.control(), class, local_ts, remote_ts);
         self.tell(broken)
+    }
+
+    /// Before an SA is negotiated: the flows within its selectors that it would betray and that it need not have, to be left
+    /// out by narrowing (RFC 5660 §2.3, RFC 7296 §2.9). `newcomer` says what it would be to a latch of a class.
+    ///
+    /// Not those that the latch's own peer takes back, see [`Newcomer::SamePeer`]; and none whose latch will not stand again.
+    pub fn reserved(
+        &self,
+        local_ts: &[TrafficSelector],
+        remote_ts: &[TrafficSelector],
+        newcomer: impl Fn(&Class) -> Newcomer,
+    ) -> Vec<Flow> {
+        let control = self.control();
+        let within = control.within(remote_ts).into_iter().filter_map(|id| control.latches.get(&id));
+        let latches = within.filter(|latch| {
+            (latch.condition == Condition::Established || latch.recovers())
+                && covers(local_ts, remote_ts, &latch.flow)
+                && match newcomer(&latch.class) {
+                    Newcomer::Congruent => false,
+                    Newcomer::SamePeer => control.has_its_own(latch, local_ts, remote_ts),
+                    Newcomer::Stranger => true,
+                }
+        });
+        latches.map(|latch| latch.flow).collect()
     }
 
     /// What applications can bind to the IKE SA of an SA that is about to be installed; forgotten when it is `removed`.
@@ -741,11 +778,7 @@ impl Database {
     ) -> Vec<(Holder, Alert)> {
         let newcomer = self.class(class);
         let mut broken = Vec::new();
-        let within = |ts: &TrafficSelector| (ts.start, LatchId(0))..=(ts.end, LatchId(u64::MAX));
-        let ranges = remote_ts.iter().filter(|ts| ts.start <= ts.end);
-        let ids: BTreeSet<LatchId> =
-            ranges.flat_map(|ts| control.by_remote.range(within(ts))).map(|(_, id)| *id).collect();
-        for id in ids {
+        for id in control.within(remote_ts) {
             let Some(latch) = control.latches.get_mut(&id) else { continue };
             if latch.number == class || !covers(local_ts, remote_ts, &latch.flow) {
                 continue;
@@ -1017,7 +1050,7 @@ impl fmt::Debug for Database {
 
 impl Class {
     /// Of the same two identities.
-    fn is_between_the_ends_of(&self, other: &Self) -> bool {
+    pub fn is_between_the_ends_of(&self, other: &Self) -> bool {
         (&self.peer.id, &self.peer.local_id) == (&other.peer.id, &other.peer.local_id)
     }
 
@@ -1181,6 +1214,23 @@ impl Control {
         if let Some(listening) = self.listeners.get_mut(&listener) {
             listening.waiting = listening.waiting.saturating_sub(1);
         }
+    }
+
+    /// Latches to the addresses of these selectors.
+    fn within(&self, remote_ts: &[TrafficSelector]) -> BTreeSet<LatchId> {
+        let within = |ts: &TrafficSelector| (ts.start, LatchId(0))..=(ts.end, LatchId(u64::MAX));
+        let ranges = remote_ts.iter().filter(|ts| ts.start <= ts.end);
+        ranges.flat_map(|ts| self.by_remote.range(within(ts))).map(|(_, id)| *id).collect()
+    }
+
+    /// True when an SA of the latch's class carries its flow, and less than these selectors say.
+    fn has_its_own(&self, latch: &Latch, local_ts: &[TrafficSelector], remote_ts: &[TrafficSelector]) -> bool {
+        let within = |inner: &[TrafficSelector], outer: &[TrafficSelector]| {
+            outer.iter().all(|ts| inner.iter().any(|own| own.contains(ts)))
+        };
+        self.covering(&latch.flow).any(|(_, sa)| {
+            sa.class == latch.number && !(within(&sa.local_ts, local_ts) && within(&sa.remote_ts, remote_ts))
+        })
     }
 
     /// The one channel binding of each type of all SAs that cover a flow.

@@ -37,7 +37,12 @@ pub type Files = Vec<(String, Vec<u8>)>;
 impl Daemon {
     /// Starts a daemon on a host and loads a configuration with `swanctl --load-all`.
     pub fn start(kind: Kind, host: &Host, configuration: &str, files: &Files) -> Self {
-        let daemon = Self::start_empty(kind, host, "");
+        Self::start_with(kind, host, "", configuration, files)
+    }
+
+    /// The same with settings in the `charon` section of `strongswan.conf`.
+    pub fn start_with(kind: Kind, host: &Host, settings: &str, configuration: &str, files: &Files) -> Self {
+        let daemon = Self::start_empty(kind, host, settings);
         daemon.write(configuration, files);
         let loaded = daemon.swanctl(&["--load-all"]);
         assert!(

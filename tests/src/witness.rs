@@ -263,13 +263,16 @@ pub struct Three {
     pub of_b: (String, Files),
 }
 
+/// Settings of a daemon whose latches break where another Child SA could be narrowed around them.
+pub const BREAKS: &str = "latch_narrowing = no\n";
+
 impl Three {
-    /// Starts all; nothing is up yet. `of_a` may change A's configuration.
+    /// Starts all; nothing is up yet. `of_a` may change A's configuration. Latches of A and B break ([`BREAKS`]).
     pub fn start(kind: Kind, change_a: impl FnOnce(String) -> String) -> Self {
-        Self::with(kind, "", change_a)
+        Self::with(kind, BREAKS, change_a)
     }
 
-    /// The same with additional settings in A's `charon` section.
+    /// The same with these settings in A's `charon` section and no others.
     pub fn with(kind: Kind, settings_a: &str, change_a: impl FnOnce(String) -> String) -> Self {
         let (host_a, host_b) = hosts();
         let host_c = Host::new();
@@ -288,7 +291,7 @@ impl Three {
         let to_b = [("b", "", "203.0.113.2", net_b)];
         let (as_a, _) = certified(&authority, ("c", "203.0.113.3"), "10.1.0.1/32", &to_b);
         let of_c = as_b.trim_end().trim_end_matches('}').to_owned() + as_a.trim_start_matches("connections {\n");
-        let b = Daemon::start(kind, &host_b, &of_b.0, &of_b.1);
+        let b = Daemon::start_with(kind, &host_b, BREAKS, &of_b.0, &of_b.1);
         let c = Daemon::start(kind, &host_c, &of_c, &files_c);
         let a = Daemon::start_empty(kind, &host_a, settings_a);
         a.write(&of_a.0, &of_a.1);

@@ -31,7 +31,14 @@ fn the_demo_passes_and_leaves_nothing() {
     let output = demo(directory.path()).output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
-    for step in ["over UDP", "over TCP", "The latched connection stops", "hijacked", "steps passed"] {
+    for step in [
+        "over UDP",
+        "over TCP",
+        "The latched connection stays with bob",
+        "hijacked",
+        "The latched connection stops",
+        "steps passed",
+    ] {
         assert!(text.contains(step), "{text}");
     }
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0, "files are left");

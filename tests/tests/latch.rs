@@ -11,6 +11,7 @@ use latchkey_tests::daemon::Daemon;
 use latchkey_tests::daemon::Kind::Latchkey;
 use latchkey_tests::host::{Host, Process, wait_for};
 use latchkey_tests::scene::{INNER_A, INNER_B, Scene, Suite, configurations, hosts};
+use latchkey_tests::witness::BREAKS;
 
 /// Latches a connection from 10.1.0.1 to an echo server on 10.2.0.1 and talks for as long as it can. Says what
 /// happens in a file, a line each.
@@ -214,7 +215,7 @@ fn another_peer_that_claims_the_address_breaks_the_latch() {
         .replace("esp_proposals = aes128gcm16\n", "");
     let b = Daemon::start(Latchkey, &host_b, &of_b, &files_b);
     let c = Daemon::start(Latchkey, &host_c, &of_c, &files_b);
-    let a = Daemon::start(Latchkey, &host_a, &of_a, &files_a);
+    let a = Daemon::start_with(Latchkey, &host_a, BREAKS, &of_a, &files_a);
     a.control(&["--initiate", "--ike", "site", "--child", "net", "--timeout", "20"]);
     assert!(host_a.pings(INNER_A, INNER_B));
     let _server = echo_server(&host_b);

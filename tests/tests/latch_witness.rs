@@ -11,7 +11,7 @@ use latchkey_tests::daemon::Kind::Latchkey;
 use latchkey_tests::host::{Host, link, wait_for};
 use latchkey_tests::pki::Authority;
 use latchkey_tests::scene::{Scene, Suite, configurations};
-use latchkey_tests::witness::{Echo, MARK, Talk, Talker, Three, Wires, certified};
+use latchkey_tests::witness::{BREAKS, Echo, MARK, Talk, Talker, Three, Wires, certified};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -54,6 +54,39 @@ fn an_impostor_gets_nothing_and_is_not_heard() {
     assert!(!udp.report().contains("foreign"), "{}", udp.report());
     wires.saw_nothing();
     wires.saw("esp or udp port 4500");
+}
+
+// RFC 5660 §2.3: what another peer asks for is narrowed around latched connections, also when it rekeys; it gets the rest.
+#[test]
+fn an_impostor_gets_all_but_the_latched_connections() {
+    let three = Three::with(Latchkey, "", |text| text);
+    let Three { a, c, host_a, host_b, host_c, .. } = &three;
+    let (wires, loot) = (three.wires(), Capture::delivered(host_c, "lk0"));
+    let _echo = Echo::start(host_b, "10.2.0.1");
+    let tcp = Talker::start(a, host_a, &Talk::default());
+    let udp = Talk { udp: true, local: "10.1.0.1:40008", ..Talk::default() };
+    let udp = Talker::start(a, host_a, &udp);
+    tcp.talks();
+    udp.talks();
+    c.initiate("net-a");
+    for _ in 0..5 {
+        let _ = host_c
+            .run("sh", &["-c", "echo FORGED | socat -u - UDP4-DATAGRAM:10.1.0.1:40008,bind=10.2.0.1:7,reuseaddr"]);
+    }
+    tcp.talks();
+    udp.talks();
+    let before = c.child_spis("INSTALLED");
+    c.control(&["--rekey", "--child", "net-a"]);
+    wait_for("the successor", PATIENCE, || c.child_spis("INSTALLED").iter().any(|spi| !before.contains(spi)));
+    tcp.talks();
+    udp.talks();
+    assert!(!tcp.report().contains("alert"), "{}", tcp.report());
+    assert!(!udp.report().contains("alert") && !udp.report().contains("foreign"), "{}", udp.report());
+    assert!(c.sas().contains("10.1.0.1/32[tcp/0-40006]"), "{}", c.sas());
+    assert_eq!(loot.list(OF_A), "", "C has got something of the latched connections");
+    let _ = host_a.run("ping", &["-c", "2", "-i", "0.2", "-W", "1", "-I", "10.1.0.1", "10.2.0.1"]);
+    wait_for("what is not latched, at C", PATIENCE, || loot.count("icmp and host 10.1.0.1") > 0);
+    wires.saw_nothing();
 }
 
 // RFC 5660 §2 (13), fail closed: the daemon is killed at each step of a latch's life, and afterwards started again. The host
@@ -242,7 +275,7 @@ fn two_clients_behind_one_nat_have_their_own_latches() {
     let peers = [("a", "", "%any", "10.1.0.0/24"), ("c", "", "%any", "10.1.0.0/24,10.3.0.0/24")];
     let (of_b, files_b) = certified(&authority, ("b", "192.0.2.2"), "10.2.0.0/24", &peers);
     let wires = Wires::of(&[&one, &two, &router, &host_b]);
-    let b = Daemon::start(Latchkey, &host_b, &of_b, &files_b);
+    let b = Daemon::start_with(Latchkey, &host_b, BREAKS, &of_b, &files_b);
     let (of_one, files_one) = to_b("a", "198.51.100.1", "10.1.0.1/32");
     let (of_two, files_two) = to_b("c", "203.0.113.1", "10.3.0.1/32");
     let a = Daemon::start(Latchkey, &one, &of_one, &files_one);

@@ -77,6 +77,8 @@ pub struct DaemonConfig {
     pub tls_web: Option<SocketAddr>,
     /// `latch_socket`: where applications ask for latches.
     pub latch_socket: PathBuf,
+    /// `latch_narrowing`: selectors of Child SAs go around latched flows where they can.
+    pub latch_narrowing: bool,
     /// `install_routes`.
     pub install_routes: bool,
     /// `routing_table`.
@@ -116,6 +118,7 @@ impl Default for DaemonConfig {
             tls_key: None,
             tls_web: None,
             latch_socket: PathBuf::from(DEFAULT_LATCH_SOCKET),
+            latch_narrowing: true,
             install_routes: true,
             routing_table: 220,
             routing_table_prio: 220,
@@ -235,6 +238,7 @@ pub fn read_settings(root: &Section) -> Loaded {
     reader.set("signature_authentication_constraints", &mut engine.signatures.constraints_for_auth, values::boolean);
     reader.set("rsa_pss", &mut engine.signatures.rsa_pss, values::boolean);
     reader.set("latch_socket", &mut config.latch_socket, |text| Some(PathBuf::from(text)));
+    reader.set("latch_narrowing", &mut config.latch_narrowing, values::boolean);
     reader.set("plane", &mut config.plane, |text| match text {
         "auto" => Some(PlaneChoice::Auto),
         "kernel" => Some(PlaneChoice::Kernel),
@@ -475,6 +479,7 @@ mod tests {
             ("latchkeyd { shards = 65 }", "latchkeyd.shards"),
             ("latchkeyd { shards = many }", "latchkeyd.shards"),
             ("latchkeyd { plane = xfrm }", "latchkeyd.plane"),
+            ("latchkeyd { latch_narrowing = perhaps }", "latchkeyd.latch_narrowing"),
         ] {
             let loaded = read(text);
             assert!(loaded.has_errors(), "{text}");

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use ike::config::{Child, ConfiguredSelector};
 use ipsec::plane::Mode;
 use ipsec::selector::Flow;
-use ipsec::transform::{Encr, Integ, TransformType};
+use ipsec::transform::{Encr, Integ, Proposal, TransformType};
 use pad::Identity;
 
 use super::ConnectionDefinition;
@@ -44,7 +44,7 @@ pub fn conflict(connections: &[ConnectionDefinition], pinned: &Pinned<'_>) -> Op
         for child in &connection.children {
             if !covers(child, pinned.flow) {
                 nearest = "no child of its peer's connections selects it";
-            } else if child.mode != pinned.mode || !offers(child, pinned.suite) {
+            } else if child.mode != pinned.mode || !offers(&child.esp_proposals, pinned.suite) {
                 nearest = "the child that selects it has another mode or other algorithms";
             } else {
                 return None;
@@ -76,8 +76,9 @@ fn covers(child: &Child, flow: &Flow) -> bool {
     covered(&child.local_ts, flow.local, flow.local_port) && covered(&child.remote_ts, flow.remote, flow.remote_port)
 }
 
-fn offers(child: &Child, (encr, key_bits, integ): (Encr, u16, Integ)) -> bool {
-    child.esp_proposals.iter().any(|proposal| {
+/// True when one of the proposals has these algorithms.
+pub fn offers(proposals: &[Proposal], (encr, key_bits, integ): (Encr, u16, Integ)) -> bool {
+    proposals.iter().any(|proposal| {
         let has = |kind, id| {
             proposal.transforms.iter().any(|transform| {
                 let length = transform.key_bits.is_none_or(|bits| kind != TransformType::ENCR || bits == key_bits);

@@ -10,6 +10,7 @@ mod filelog;
 mod idle;
 mod redirect;
 mod reqids;
+mod reservations;
 mod resolver;
 mod run;
 mod settings;

@@ -18,6 +18,7 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 
 use super::core::{Core, Parts};
 use super::filelog::FileLogs;
+use super::reservations::Latched;
 use super::resolver::Resolver;
 use super::settings::Settings;
 use super::shards::{self, Shards};
@@ -122,6 +123,11 @@ pub async fn run(options: DaemonOptions) -> anyhow::Result<()> {
                 tracing::error!(%error, "no quick crash detection: {folder}/qcd.secret cannot be used");
             }
         }
+    }
+    if config.latch_narrowing
+        && let Some(engine) = engines.first_mut()
+    {
+        engine.set_reservations(Arc::new(Latched(Arc::clone(&database))));
     }
     tracing::info!(shards = engines.len(), "the engine's shards");
     let (shards, from_shards) =

@@ -62,6 +62,7 @@ connections {
 }
 ";
 
+/// With a child for one connection of alice's, whose address and port come in.
 const MALLORY_CONF: &str = "\
 connections {
   alice {
@@ -71,8 +72,12 @@ connections {
       id = mallory.example }
     remote { auth = pubkey
       id = alice.example }
-    children { theft { local_ts = 10.2.0.1/32
-        remote_ts = 10.1.0.0/24 } }
+    children {
+      theft { local_ts = 10.2.0.1/32
+        remote_ts = 10.1.0.0/24 }
+      grab { local_ts = 10.2.0.1/32[tcp/7]
+        remote_ts = LATCHED }
+    }
   }
 }
 ";
@@ -105,10 +110,12 @@ impl World {
         })
     }
 
-    /// A third host, with a certificate of the same CA.
-    pub(super) fn add_mallory(&self) -> anyhow::Result<Machine> {
+    /// A third host, with a certificate of the same CA and an eye on a latched connection of alice's.
+    pub(super) fn add_mallory(&self, latched: SocketAddr) -> anyhow::Result<Machine> {
         let mallory = host(&self.network, "mallory", MALLORY)?;
-        Machine::start("mallory", mallory, &self.directory, &self.authority, MALLORY_CONF)
+        let selector = format!("{}/32[tcp/{}]", latched.ip(), latched.port());
+        let configuration = MALLORY_CONF.replace("LATCHED", &selector);
+        Machine::start("mallory", mallory, &self.directory, &self.authority, &configuration)
     }
 }
 

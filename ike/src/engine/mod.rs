@@ -16,6 +16,7 @@ pub(crate) mod places;
 mod pools;
 mod puzzles;
 pub(crate) mod reauthentication;
+pub(crate) mod reservations;
 mod responder;
 mod resumption;
 mod shards;
@@ -44,6 +45,7 @@ use pad::{
 };
 
 pub use self::assigned::{Assigned, Domain};
+pub use self::reservations::{Party, Prospect, Protection, Reservations};
 pub use self::shards::{Dispatch, MAX_SHARDS};
 use crate::Rng;
 use crate::config::{CheckAddressIdentities, Child, Connection, PuzzlePolicy, Retransmission};
@@ -62,6 +64,7 @@ use defence::Defence;
 use members::{Member, Members};
 use places::{Place, Places};
 use puzzles::Spent;
+use reservations::Reserved;
 use sha2::{Digest, Sha256};
 use shards::Numbering;
 use shared::{Left, Shared};
@@ -641,6 +644,12 @@ impl Engine {
         let is_configured = |name: &str| connections.named(name).next().is_some();
         shared.former_addresses.lock().retain(|name, _| is_configured(name));
         shared.counters.retain(is_configured);
+    }
+
+    /// Whose flows Child SAs must not get; once, for all shards together.
+    pub fn set_reservations(&mut self, reservations: Arc<dyn Reservations>) {
+        // A second one would be a second latch database of one engine.
+        let _ = self.ctx.shared.reservations.set(Reserved(reservations));
     }
 
     /// Hashes of acceptable CAs for CERTREQ payloads; set with the credentials.

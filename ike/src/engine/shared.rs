@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 use ipsec::plane::StreamId;
@@ -17,6 +17,7 @@ use super::IkeSaId;
 use super::context::PeerKey;
 use super::defence::Defence;
 use super::networks::Networks;
+use super::reservations::Reserved;
 use super::shards::Numbering;
 use super::tickets::Tickets;
 use super::upkeep::Fragments;
@@ -56,6 +57,8 @@ pub(crate) struct Shared {
     pub(crate) counters: Counters,
     /// Tokens of quick crash detection that we show.
     pub(crate) tokens_shown: Short<Throttle>,
+    /// Flows that Child SAs must not get.
+    pub(crate) reservations: OnceLock<Reserved>,
     /// IKE SAs that there are, and jobs that are out.
     pub(crate) ike_sas: AtomicUsize,
     pub(crate) jobs: AtomicUsize,
@@ -75,6 +78,7 @@ impl Shared {
             former_addresses: Short::default(),
             counters: Counters::default(),
             tokens_shown: Short::default(),
+            reservations: OnceLock::new(),
             ike_sas: AtomicUsize::new(0),
             jobs: AtomicUsize::new(0),
         }

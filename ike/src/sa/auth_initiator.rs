@@ -30,7 +30,9 @@ use super::{Core, Established, IkeSa, Want, fail_wants, is_first_contact, local_
 use crate::config::{Connection, TcpPolicy};
 use crate::engine::context::Context;
 use crate::engine::tickets::{Grant, method};
-use crate::engine::{CloseReason, Event, IkeSaStatus, IkeState, Job, JobId, JobOutcome, Judgement, Path, Transport};
+use crate::engine::{
+    CloseReason, Event, IkeSaStatus, IkeState, Job, JobId, JobOutcome, Judgement, Party, Path, Transport,
+};
 use crate::wire::{ExchangeType, NotifyType, Opened, Payload, Protected};
 
 /// An IKE SA that we initiated, with keys, and a peer that has not proved anything.
@@ -493,6 +495,8 @@ impl InitiatorAuth {
                 self.wants.iter().find(|want| want.child.is_some()).and_then(|want| ctx.triggers.of(want.token));
             let wanted = configuration::request(ctx, &self.connection, &self.core);
             let offer = ChildOffer::first(ctx, &self.core, child, nonce).wanted_by(trigger).asking(wanted);
+            let party = Party::Expected { remote: &self.connection.remote.remote_id, local: &self.local_id };
+            let offer = offer.around_reserved(ctx, party);
             payloads.extend(offer.payloads(None));
             self.offer = Some(Box::new(offer));
         }

@@ -27,7 +27,7 @@ use crate::config::{Child, ConfiguredSelector};
 use crate::crypto::{self, AdditionalKe, KeyExchange};
 use crate::engine::context::Context;
 use crate::engine::triggers::Trigger;
-use crate::engine::{ChildReady, ChildSaId, ChildSaStatus, ChildState, CloseReason};
+use crate::engine::{ChildReady, ChildSaId, ChildSaStatus, ChildState, CloseReason, Party, Prospect, Protection};
 use crate::wire::{Configuration, Notify, NotifyType, Payload, WireSelector};
 
 /// A negotiated Child SA.
@@ -111,6 +111,10 @@ impl ChildSa {
         format!("{:08x}_i {:08x}_o", self.spi_in, self.spi_out)
     }
 
+    pub(crate) fn both_selectors(&self) -> Selectors {
+        Selectors { local: self.local_ts.clone(), remote: self.remote_ts.clone() }
+    }
+
     /// charon's words for the log.
     pub(crate) fn selectors(&self) -> String {
         let list =
@@ -159,8 +163,8 @@ pub(crate) struct ChildOffer {
     pub(crate) method: Option<Ke>,
     /// In CREATE_CHILD_SA, with a nonce of its own.
     own_exchange: bool,
-    /// Our and the peer's selectors of the Child SA that it replaces, which a successor must have too (§2.9.2).
-    least: Option<(Vec<TrafficSelector>, Vec<TrafficSelector>)>,
+    /// The selectors of the Child SA that it replaces, which a successor must have too (§2.9.2).
+    least: Option<Selectors>,
     /// What is asked for with it (§2.19).
     pub(crate) configuration: Option<Configuration>,
     /// Our selectors once the addresses are there; the offered ones had to be wider.
@@ -260,10 +264,26 @@ impl ChildOffer {
     /// Offers what a predecessor has, where its peer would refuse more; elsewhere the configuration's selectors, which are
     /// a superset (§2.9.2).
     pub(crate) fn succeeding(mut self, old: Option<&ChildSa>) -> Self {
-        self.least = old.map(|old| (old.local_ts.clone(), old.remote_ts.clone()));
+        self.least = old.map(ChildSa::both_selectors);
         if let Some(old) = old.filter(|old| old.single_pair) {
-            self.selectors = Selectors { local: old.local_ts.clone(), remote: old.remote_ts.clone() };
+            self.selectors = old.both_selectors();
             self.single_pair = true;
+        }
+        self
+    }
+
+    /// Leaves out what is reserved for others (RFC 5660 §2.3).
+    pub(crate) fn around_reserved(mut self, ctx: &Context, party: Party<'_>) -> Self {
+        let prospect = Prospect {
+            party,
+            mode: self.config.mode,
+            protection: Protection::Offered(&self.proposals),
+            replay_protection: self.config.replay_window > 0,
+            local_ts: &self.selectors.local,
+            remote_ts: &self.selectors.remote,
+        };
+        if let Some(selectors) = ctx.around_reserved(&prospect, self.least.as_ref()) {
+            self.selectors = selectors;
         }
         self
     }
@@ -368,7 +388,7 @@ impl ChildOffer {
         if local_ts.is_empty() {
             return Err(unusable(true, "the peer's traffic selectors leave out the virtual IP"));
         }
-        if let Some((old_local, old_remote)) = &self.least {
+        if let Some(Selectors { local: old_local, remote: old_remote }) = &self.least {
             // What we no longer offer (an address of the IKE SA that has changed) is not missed.
             let within = |old: &TrafficSelector, list: &[TrafficSelector]| list.iter().any(|one| one.contains(old));
             let keeps = |old: &[TrafficSelector], new: &[TrafficSelector], offered: &[TrafficSelector]| {
@@ -459,13 +479,13 @@ pub(crate) struct ChildAnswer {
     pub(crate) payloads: Vec<Payload>,
 }
 
-/// Plans the answer to an offer out of `configs`, in order. `own_nonce` is our nonce of a CREATE_CHILD_SA exchange, and
+/// Plans the answer to an offer out of `configs`, in order, in place of `old`. `own_nonce` is our nonce of a CREATE_CHILD_SA exchange, and
 /// `None` in IKE_AUTH, whose nonces are those of IKE_SA_INIT.
 pub(crate) fn answer(
     ctx: &mut Context,
     parent: &Parent<'_>,
     configs: &[Arc<Child>],
-    replaces: Option<Replaced>,
+    old: Option<&ChildSa>,
     parts: &Parts,
     (ni, nr): (&[u8], &[u8]),
     own_exchange: bool,
@@ -493,7 +513,18 @@ pub(crate) fn answer(
     });
     let (choice, candidate) = agreed.next().ok_or(fault)?;
     let leaves_out = candidate.leaves_out(agreed.map(|(_, other)| other));
-    let Candidate { config, narrowed: Selectors { local: local_ts, remote: remote_ts }, .. } = candidate;
+    let Candidate { config, narrowed, .. } = candidate;
+    let mode = if wants_transport && config.mode == Mode::Transport { Mode::Transport } else { Mode::Tunnel };
+    let prospect = Prospect {
+        party: Party::Proved(parent.peer),
+        mode,
+        protection: Protection::Chosen(choice.suite),
+        replay_protection: config.replay_window > 0,
+        local_ts: &narrowed.local,
+        remote_ts: &narrowed.remote,
+    };
+    let around = ctx.around_reserved(&prospect, old.map(ChildSa::both_selectors).as_ref());
+    let Selectors { local: local_ts, remote: remote_ts } = around.unwrap_or(narrowed);
     let offer = offered.iter().find(|offer| offer.number == choice.proposal.number);
     let spi_out = offer.and_then(|offer| spi_of(&offer.spi)).ok_or(Fault::NoProposalChosen)?;
     let ke = match choice.ke {
@@ -504,7 +535,6 @@ pub(crate) fn answer(
         }
     };
     let spi_in = ctx.reserve_child_spi(parent.core.id);
-    let mode = if wants_transport && config.mode == Mode::Transport { Mode::Transport } else { Mode::Tunnel };
 
     let mut payloads = Vec::new();
     if mode == Mode::Transport {
@@ -526,7 +556,7 @@ pub(crate) fn answer(
     let made = Made {
         id: ctx.next_child(),
         config: Arc::clone(config),
-        replaces: replaces.map(|replaced| (replaced.id, replaced.reqid)),
+        replaces: old.map(|old| (old.id, old.reqid)),
         mode,
         spi_in,
         spi_out,

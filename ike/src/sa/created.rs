@@ -19,7 +19,7 @@ use super::retry::{after, total};
 use crate::config::Child;
 use crate::counters::Counter;
 use crate::engine::context::Context;
-use crate::engine::{ChildSaId, ChildState, CloseReason, Event, IkeState, InstallError};
+use crate::engine::{ChildSaId, ChildState, CloseReason, Event, IkeState, InstallError, Party};
 use crate::pool::Shares;
 use crate::wire::{ExchangeType, NotifyType, Payload};
 
@@ -121,7 +121,8 @@ impl Established {
             Ok(offer) => {
                 let old = replaces.and_then(|replaced| self.children.get(&replaced.id));
                 let wanted = configuration::request(ctx, &self.connection, &self.core).filter(|_| replaces.is_none());
-                offer.wanted_by(ctx.triggers.of(token)).succeeding(old.map(AsRef::as_ref)).asking(wanted)
+                let offer = offer.wanted_by(ctx.triggers.of(token)).succeeding(old.map(AsRef::as_ref)).asking(wanted);
+                offer.around_reserved(ctx, Party::Proved(&self.peer))
             }
             Err(reason) => {
                 self.child_failed(ctx, token, &name, &reason);
@@ -491,14 +492,14 @@ impl Established {
             // It is closed, and stays for packets on their way to us alone.
             ChildState::Deleted => return Err(Fault::ChildSaNotFound(spi)),
         }
-        let replaced = Replaced { id: old.id, reqid: old.reqid, spi_in: old.spi_in };
         let configs = [Arc::clone(&old.config)];
-        let answer = child::answer(ctx, &self.parent(now), &configs, Some(replaced), parts, (ni, nr), true)?;
-        if self.going_on().any(|active| active.replaces() == Some(replaced.id)) {
+        let answer = child::answer(ctx, &self.parent(now), &configs, Some(old), parts, (ni, nr), true)?;
+        let old = old.id;
+        if self.going_on().any(|active| active.replaces() == Some(old)) {
             let lowest_nonce = answer.lowest_nonce().to_vec();
-            self.collision = Some(Collision { old: replaced.id, theirs: answer.id(), lowest_nonce });
+            self.collision = Some(Collision { old, theirs: answer.id(), lowest_nonce });
         }
-        Ok((answer, Some(replaced.id)))
+        Ok((answer, Some(old)))
     }
 
     pub(super) fn install_answer(

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipsec::plane::Mode;
-use ipsec::selector::{MAX_SELECTORS, TrafficSelector, narrow};
+use ipsec::selector::{Flow, MAX_SELECTORS, TrafficSelector, narrow};
 
 use crate::config::Child;
 use crate::engine::triggers::Trigger;
@@ -54,6 +54,12 @@ impl Selectors {
         let complete = local.complete && remote.complete;
         let narrowed = Self { local: local.selectors, remote: remote.selectors };
         (!narrowed.local.is_empty() && !narrowed.remote.is_empty()).then_some((narrowed, complete))
+    }
+
+    /// True when a packet is within.
+    pub(crate) fn selects(&self, flow: &Flow) -> bool {
+        self.local.iter().any(|ts| ts.matches(flow.protocol, flow.local, flow.local_port))
+            && self.remote.iter().any(|ts| ts.matches(flow.protocol, flow.remote, flow.remote_port))
     }
 
     /// True when all traffic of `other` is traffic of `self`, each selector within one of ours.

@@ -97,6 +97,45 @@ fn packets_pass_under_the_latched_class_only() {
     }
 }
 
+// RFC 5660 §2.3: "Child SA proposals that would conflict […] and whose traffic selectors can be narrowed".
+#[test]
+fn what_a_stranger_asks_for_is_to_be_narrowed_around_latched_flows() {
+    let (database, classes) = database();
+    install(&database, 1, classes[0]);
+    let (first, _) = database.create(flow(1), &any(), ignore()).unwrap();
+    let waits = Request { on_break: OnBreak::Wait, ..any() };
+    database.create(flow(2), &waits, ignore()).unwrap();
+    let reserved = |local: &[TrafficSelector], newcomer| database.reserved(local, &everything(), |_| newcomer);
+    assert_eq!(reserved(&everything(), Newcomer::Congruent), []);
+    assert_eq!(reserved(&everything(), Newcomer::Stranger), [flow(1), flow(2)]);
+    assert_eq!(reserved(&[TrafficSelector::host("192.0.2.99".parse().unwrap())], Newcomer::Stranger), []);
+    // Who knows the class can tell.
+    let of_class = |class: &Class| if class.peer.id == identity(0) { Newcomer::Congruent } else { Newcomer::Stranger };
+    assert_eq!(database.reserved(&everything(), &everything(), of_class), []);
+    // One that may stand again keeps its flow; one that will not does not.
+    database.before_install(classes[1], &everything(), &everything());
+    assert_eq!(reserved(&everything(), Newcomer::Stranger), [flow(2)]);
+    database.release(first);
+    database.peer_restarted(classes[0]);
+    assert_eq!(reserved(&everything(), Newcomer::Stranger), []);
+}
+
+// RFC 5660 §2.1, §2.3: another SA of the same peer beside the latched flow's own, or in its place.
+#[test]
+fn an_sa_in_place_of_the_latched_one_is_not_narrowed_around_its_flow() {
+    let (database, classes) = database();
+    let (ours, theirs) = TrafficSelector::of_flow(&flow(1));
+    database.installed(1, classes[0], vec![ours], vec![theirs]);
+    database.create(flow(1), &any(), ignore()).unwrap();
+    let reserved = |local: &[TrafficSelector], remote: &[TrafficSelector]| {
+        database.reserved(local, remote, |_| Newcomer::SamePeer)
+    };
+    assert_eq!(reserved(&everything(), &everything()), [flow(1)], "beside it");
+    assert_eq!(reserved(&[ours], &[theirs]), [], "in its place");
+    database.removed(1);
+    assert_eq!(reserved(&everything(), &everything()), [], "the peer is back, otherwise");
+}
+
 #[test]
 fn a_conflicting_sa_breaks_the_latch_before_it_is_installed() {
     // RFC 5660 §2.3: "MUST break the connection latch and inform the holder prior to accepting".

@@ -32,6 +32,7 @@ mod reauthentication;
 mod redirect;
 mod refusals;
 mod rekey;
+mod reservations;
 mod resumption;
 mod rules;
 mod seeds;
