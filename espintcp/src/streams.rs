@@ -9,7 +9,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -132,6 +132,10 @@ pub enum StreamEvent {
 /// before the stream's `Opened` was queued nor after its `Closed`; what takes long in it holds up that stream.
 pub type EspHandler = Arc<dyn Fn(u64, SocketAddr, SocketAddr, &mut [BytesMut]) -> EspWorth + Send + Sync>;
 
+/// Makes an ESP packet of what [`EspSender::send`] was given, when it leaves: called with the stream's number and the packet on
+/// the writer's task. Whatever is an ESP packet for this very stream, SPI first, goes to the last argument.
+pub type Seal = Arc<dyn Fn(u64, &[u8], &mut dyn FnMut(&[u8])) + Send + Sync>;
+
 /// What the ESP packets of one read were worth (RFC 9329 §6.1).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct EspWorth {
@@ -185,6 +189,7 @@ impl Streams {
             limits,
             prepare,
             esp,
+            seal: OnceLock::new(),
             events,
             strangers: Arc::new(Mutex::new(strangers)),
             visitors: Arc::new(Mutex::new(Strangers::new(VISITORS.0, VISITORS.1))),
@@ -194,6 +199,12 @@ impl Streams {
             stop: watch::Sender::new(false),
         };
         (Self { inner: Arc::new(inner) }, receiver)
+    }
+
+    /// Has packets sealed as they leave. To be said once, before there are streams.
+    pub fn seal_by(&self, seal: Seal) {
+        // A second one is a mistake of the caller, and the first stays.
+        let _ = self.inner.seal.set(seal);
     }
 
     /// Listens on an address; gives the real one (port 0 lets the system choose). Must be called on a tokio runtime.
@@ -357,6 +368,7 @@ struct Inner {
     limits: StreamLimits,
     prepare: Option<Prepare>,
     esp: EspHandler,
+    seal: OnceLock<Seal>,
     events: mpsc::Sender<StreamEvent>,
     strangers: Arc<Mutex<Strangers>>,
     /// Of the web server behind TLS.
@@ -623,10 +635,12 @@ impl Inner {
             accepted,
         };
         let writer = Writer {
+            number,
             socket: write_half,
             prefix: accepted.is_none(),
             ike: ends.ike,
             esp,
+            seal: self.seal.get().cloned(),
             phase: ends.phase,
             patience: self.limits.write,
         };

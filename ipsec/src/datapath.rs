@@ -17,7 +17,7 @@ use crate::esp::{self, OpenError};
 use crate::guard::{Direction, FlowGuard, Verdict};
 use crate::ip::{self, Fragment, Packet, ecn, protocol};
 use crate::natted::Owners;
-use crate::plane::{Encapsulation, Mode, PlaneError, PlaneEvent, SaPair, TfcPadding, Trap, Usage};
+use crate::plane::{Encapsulation, Mode, PlaneError, PlaneEvent, SaPair, StreamId, TfcPadding, Trap, Usage};
 use crate::replay::Freshness;
 use crate::sad::{Counter, Entry, Expiry, Sa};
 use crate::selector::Flow;
@@ -349,6 +349,20 @@ impl DataPath {
             Encapsulation::Udp { remote, .. } | Encapsulation::Stream { remote, .. } => remote,
         };
         Some(entry.sa.receiver().seen_from.unwrap_or(configured))
+    }
+
+    /// The stream that a packet goes into, and its flow: where packets wait for each other they had better not have numbers yet,
+    /// so [`Self::outbound`] can wait until it is this one's turn.
+    pub fn stream_of(&self, now: Instant, packet: &[u8]) -> Option<(StreamId, Flow)> {
+        let view = Packet::parse(packet)?;
+        let flow = view.outbound_flow();
+        let tables = self.tables.load();
+        let Some(Selected::Pair(entry)) = tables.select(&flow, view.shows_ports()) else { return None };
+        let entry = if entry.may_share_its_address() { self.owner(now, &tables, &view, entry).ok()? } else { entry };
+        match entry.encapsulation {
+            Encapsulation::Stream { stream, .. } => Some((stream, flow)),
+            Encapsulation::None { .. } | Encapsulation::Udp { .. } => None,
+        }
     }
 
     fn change(&self, change: impl FnOnce(u64, &mut Tables) -> Result<(), PlaneError>) -> Result<(), PlaneError> {

@@ -13,6 +13,7 @@
 
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
+use std::hash::{BuildHasher as _, RandomState};
 use std::io::{self, IoSlice};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -20,7 +21,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use ipsec::datapath::{DataPath, DropReason, Inbound};
+use ipsec::datapath::{DataPath, DropReason, Inbound, Outbound};
 use ipsec::guard::{FlowBarrier, FlowGuard};
 use ipsec::plane::{DataPlane, Encapsulation, PlaneEvent, StreamId};
 use tokio::sync::mpsc;
@@ -143,8 +144,9 @@ impl StreamWorth {
     }
 }
 
-/// Takes an ESP packet (SPI first) for a stream, without waiting; false when it was dropped, as a network does.
-pub type StreamSink = Box<dyn Fn(&[u8]) -> bool + Send + Sync>;
+/// Takes an inner IP packet for a stream, without waiting; false when it was dropped, as a network does. Before it is a number
+/// for its flow. When it is its turn, it is given to [`Network::seal_for_stream`].
+pub type StreamSink = Box<dyn Fn(u64, &[u8]) -> bool + Send + Sync>;
 
 /// Begins to hand a stream over to the kernel, or says why that cannot be.
 pub type HandOver = Box<dyn Fn(StreamId) -> Result<(), &'static str> + Send + Sync>;
@@ -196,6 +198,8 @@ pub(crate) struct Shared {
     carriers: Mutex<HashMap<StreamId, Result<(), &'static str>>>,
     hand_over: OnceLock<HandOver>,
     streams: RwLock<HashMap<StreamId, StreamSink>>,
+    /// Gives flows their numbers.
+    flows: RandomState,
 }
 
 /// The sockets of both families.
@@ -211,6 +215,8 @@ struct FromStreams {
 }
 
 thread_local! {
+    /// Room for an ESP packet, of each thread that writes streams.
+    static SEALED: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
     /// One for each thread that reads streams, so that they do not wait for each other.
     static FROM_STREAMS: RefCell<FromStreams> =
         RefCell::new(FromStreams { inner: Vec::new(), writer: TunWriter::new() });
@@ -277,6 +283,7 @@ impl Network {
             carriers: Mutex::default(),
             hand_over: OnceLock::new(),
             streams: RwLock::default(),
+            flows: RandomState::new(),
         });
         let inner = Arc::new(Inner {
             shared: Arc::clone(&shared),
@@ -420,7 +427,7 @@ impl Network {
         }
     }
 
-    /// ESP for this stream goes into `sink` from now on.
+    /// What goes into this stream is given to `sink` from now on.
     pub fn attach_stream(&self, stream: StreamId, sink: StreamSink) {
         self.inner.shared.streams.write().unwrap_or_else(PoisonError::into_inner).insert(stream, sink);
     }
@@ -477,6 +484,16 @@ impl Network {
             writer.flush(&tun);
         });
         worth
+    }
+
+    /// It is the turn of a packet that a [`StreamSink`] took. `take` gets an ESP packet, SPI first, if one goes into this stream
+    /// still; where its SA has left the stream since, it goes the SA's way.
+    pub fn seal_for_stream(&self, stream: StreamId, packet: &[u8], take: &mut dyn FnMut(&[u8])) {
+        let shared = &self.inner.shared;
+        SEALED.with_borrow_mut(|out| match shared.datapath.outbound(Instant::now(), packet, out) {
+            Outbound::Send { to: Encapsulation::Stream { stream: to, .. }, .. } if to == stream => take(out),
+            outbound => threads::follow(shared, outbound, packet, out),
+        });
     }
 
     /// Packets that the data plane dropped so far, by reason.
@@ -573,12 +590,18 @@ impl Shared {
         }
     }
 
-    /// Queues an ESP packet for a stream.
-    pub(crate) fn send_to_stream(&self, stream: StreamId, packet: &[u8]) {
+    /// Queues a packet if it goes into a stream.
+    pub(crate) fn goes_into_stream(&self, now: Instant, packet: &[u8]) -> bool {
         let streams = self.streams.read().unwrap_or_else(PoisonError::into_inner);
-        if !streams.get(&stream).is_some_and(|sink| sink(packet)) {
+        // Most have none, and need no second look at each packet.
+        if streams.is_empty() {
+            return false;
+        }
+        let Some((stream, flow)) = self.datapath.stream_of(now, packet) else { return false };
+        if !streams.get(&stream).is_some_and(|sink| sink(self.flows.hash_one(flow), packet)) {
             tracing::trace!(stream = stream.0, "packet for a stream dropped");
         }
+        true
     }
 }
 

@@ -183,11 +183,16 @@ fn from_tun(shared: &Shared, tun: &Tun) {
         }
         for _ in 0..READS_BETWEEN_POLLS {
             let now = Instant::now();
-            let read = reader.read(tun, |packet| match shared.datapath.outbound(now, packet, &mut out) {
-                Outbound::Send { to, tos, dont_fragment } => batch.push(shared, to, tos, dont_fragment, &out),
-                Outbound::Reply | Outbound::Prohibited => writer.push(tun, &out),
-                Outbound::Acquire { reqid, flow } => shared.events.plane(PlaneEvent::Acquire { reqid, flow }),
-                Outbound::Drop(reason) => tracing::trace!(?reason, "outbound packet dropped"),
+            let read = reader.read(tun, |packet| {
+                if shared.goes_into_stream(now, packet) {
+                    return;
+                }
+                match shared.datapath.outbound(now, packet, &mut out) {
+                    Outbound::Send { to, tos, dont_fragment } => batch.push(shared, to, tos, dont_fragment, &out),
+                    Outbound::Reply | Outbound::Prohibited => writer.push(tun, &out),
+                    Outbound::Acquire { reqid, flow } => shared.events.plane(PlaneEvent::Acquire { reqid, flow }),
+                    Outbound::Drop(reason) => tracing::trace!(?reason, "outbound packet dropped"),
+                }
             });
             match read {
                 Ok(true) => {}
@@ -200,6 +205,29 @@ fn from_tun(shared: &Shared, tun: &Tun) {
         }
         batch.flush(shared);
         writer.flush(tun);
+    }
+}
+
+/// Does with one packet what the data path said, which left `out`.
+pub(crate) fn follow(shared: &Shared, outbound: Outbound, packet: &[u8], out: &[u8]) {
+    match outbound {
+        Outbound::Send { to: Encapsulation::Stream { .. }, .. } => {
+            shared.goes_into_stream(Instant::now(), packet);
+        }
+        Outbound::Send { to, tos, dont_fragment } => {
+            let mut batch = Batch::default();
+            batch.push(shared, to, tos, dont_fragment, out);
+            batch.flush(shared);
+        }
+        Outbound::Reply | Outbound::Prohibited => {
+            if let Some(tun) = shared.tun() {
+                let mut writer = TunWriter::new();
+                writer.push(&tun, out);
+                writer.flush(&tun);
+            }
+        }
+        Outbound::Acquire { reqid, flow } => shared.events.plane(PlaneEvent::Acquire { reqid, flow }),
+        Outbound::Drop(reason) => tracing::trace!(?reason, "outbound packet dropped"),
     }
 }
 
@@ -218,10 +246,8 @@ impl Batch {
         let (kind, local, remote) = match to {
             Encapsulation::Udp { local, remote } => (Kind::Udp, local, remote),
             Encapsulation::None { local, remote } => (Kind::Esp, SocketAddr::new(local, 0), SocketAddr::new(remote, 0)),
-            Encapsulation::Stream { stream, .. } => {
-                shared.send_to_stream(stream, packet);
-                return;
-            }
+            // Its SA has come to a stream since, and what goes there gets its number later.
+            Encapsulation::Stream { .. } => return,
         };
         let header = Some(Header { local, remote, tos, dont_fragment });
         let fits = self.header == header

@@ -404,11 +404,13 @@ fn traffic_passes_in_a_stream() {
     plane_b.install(sa_pair(&b, &a, 0x1000, over(&b, &a))).unwrap();
     for (from, to) in [(&a, &b), (&b, &a)] {
         let (sink, packets) = std::sync::mpsc::sync_channel::<Vec<u8>>(64);
-        from.network.attach_stream(stream, Box::new(move |packet| sink.try_send(packet.to_vec()).is_ok()));
-        let (network, local, remote) = (to.network.clone(), to.nat(), from.nat());
+        from.network.attach_stream(stream, Box::new(move |_, packet| sink.try_send(packet.to_vec()).is_ok()));
+        let (sender, network, local, remote) = (from.network.clone(), to.network.clone(), to.nat(), from.nat());
         std::thread::spawn(move || {
-            while let Ok(mut packet) = packets.recv() {
-                network.esp_from_stream(stream, local, remote, &mut packet);
+            while let Ok(packet) = packets.recv() {
+                sender.seal_for_stream(stream, &packet, &mut |packet| {
+                    network.esp_from_stream(stream, local, remote, &mut packet.to_vec());
+                });
             }
         });
     }
@@ -418,6 +420,41 @@ fn traffic_passes_in_a_stream() {
     client.send_to(b"lost", server.local_addr().unwrap()).unwrap();
     assert!(is_silent(&server), "no stream, no traffic");
     b.network.detach_stream(stream);
+}
+
+// RFC 9329 §7.1: what waited for a stream is not lost when its SA goes back to UDP; packets of one flow have one number.
+#[test]
+fn a_packet_whose_sa_has_left_the_stream_goes_the_sa_s_way() {
+    let (a, b) = pair();
+    let (mut plane_a, mut plane_b) = (a.network.plane(), b.network.plane());
+    let stream = StreamId(7);
+    let over = |here: &Host, there: &Host| Encapsulation::Stream { stream, local: here.nat(), remote: there.nat() };
+    plane_a.install(sa_pair(&a, &b, 0x1000, over(&a, &b))).unwrap();
+    plane_b.install(sa_pair(&b, &a, 0x1000, udp(&b, &a))).unwrap();
+    let (sink, packets) = std::sync::mpsc::sync_channel::<(u64, Vec<u8>)>(64);
+    a.network.attach_stream(stream, Box::new(move |flow, packet| sink.try_send((flow, packet.to_vec())).is_ok()));
+    let (client, other) = (a.socket(a.inner()), a.socket(a.inner()));
+    let server = b.socket(b.inner());
+    let mut waiting = Vec::new();
+    for socket in [&client, &client, &other] {
+        socket.send_to(b"late", server.local_addr().unwrap()).unwrap();
+        waiting.push(packets.recv_timeout(Duration::from_secs(20)).unwrap());
+    }
+    assert_eq!(waiting[0].0, waiting[1].0);
+    assert_ne!(waiting[0].0, waiting[2].0);
+    let mut taken = 0;
+    a.network.seal_for_stream(stream, &waiting[0].1, &mut |_| taken += 1);
+    plane_a.migrate(sa_pair(&a, &b, 0x1000, udp(&a, &b)).spi_in, udp(&a, &b)).unwrap();
+    a.network.seal_for_stream(stream, &waiting[1].1, &mut |_| taken += 1);
+    assert_eq!(taken, 1, "the first one alone goes into the stream");
+    let mut buffer = [0; 16];
+    server.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let (octets, from) = server.recv_from(&mut buffer).unwrap();
+    assert_eq!((&buffer[..octets], from), (&b"late"[..], client.local_addr().unwrap()));
+    // A stream that is gone, too.
+    a.network.detach_stream(stream);
+    a.network.seal_for_stream(stream, &waiting[2].1, &mut |_| taken += 1);
+    assert_eq!(server.recv_from(&mut buffer).unwrap().1, other.local_addr().unwrap());
 }
 
 #[test]

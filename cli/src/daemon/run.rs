@@ -91,6 +91,8 @@ pub async fn run(options: DaemonOptions) -> anyhow::Result<()> {
             EspWorth { authentic: worth.authentic, unknown: worth.unknown, forged: worth.forged }
         }),
     );
+    let sealing = network.clone();
+    streams.seal_by(Arc::new(move |stream, packet, take| sealing.seal_for_stream(StreamId(stream), packet, take)));
     let of_kernel = streams.clone();
     network.hand_streams_over(Box::new(move |stream| {
         of_kernel.hand_over(stream.0, Arc::new(Network::leave_stream_to_the_kernel))

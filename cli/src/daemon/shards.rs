@@ -33,7 +33,7 @@ use tokio::task::JoinSet;
 use super::redirect;
 use super::run::SystemRng;
 
-/// Octets of datagrams, and of messages of streams, that may wait for one shard.
+/// Octets of datagrams, and of what streams say, that may wait for one shard.
 const MOST_WAITING: usize = 4 << 20;
 
 /// The same of hints and changes of path, which may be lost.
@@ -568,7 +568,8 @@ impl Shard {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Puts into the queue what must not be lost. There are only so many: answers to jobs, and what is said of SAs and streams.
+    /// Puts into the queue what must not be lost. There are only so many: answers to jobs, and what is said of SAs and of the
+    /// streams that we open.
     fn tell(&self, input: Input) {
         // Its task ends with the daemon.
         let _ = self.queue.send(input.into());
@@ -576,7 +577,12 @@ impl Shard {
 
     /// Puts into the queue what anybody can send, if there is room.
     fn offer(&self, kind: Bounded, input: Input) -> Option<Input> {
-        let octets = OVERHEAD + if let Input::Message { bytes, .. } = &input { bytes.len() } else { 0 };
+        let octets = OVERHEAD
+            + match &input {
+                Input::Message { bytes, .. } => bytes.len(),
+                Input::StreamClosed { reason, .. } => reason.len(),
+                _ => 0,
+            };
         let (waiting, most) = (self.waiting(kind), kind.most());
         if waiting.fetch_add(octets, Ordering::AcqRel) >= most {
             waiting.fetch_sub(octets, Ordering::AcqRel);
@@ -584,6 +590,16 @@ impl Shard {
         }
         let _ = self.queue.send(Queued { counts: Some((kind, octets)), input });
         None
+    }
+
+    /// Puts what a stream says into the queue, and waits until there is room. The peer can say as much as it likes, open and
+    /// close as often as it likes, and none of it may be lost.
+    async fn bring(&self, input: Input) {
+        let mut next = self.offer(Bounded::Stream, input);
+        while let Some(input) = next {
+            self.room.notified().await;
+            next = self.offer(Bounded::Stream, input);
+        }
     }
 
     /// It is no longer in the queue.
@@ -753,7 +769,10 @@ async fn read_streams(shards: Shards, mut from_streams: mpsc::Receiver<StreamEve
     while let Some(event) = from_streams.recv().await {
         match event {
             StreamEvent::Opened { stream, local, accepted, esp, .. } => {
-                shards.world.network.attach_stream(StreamId(stream), Box::new(move |packet| esp.send(packet)));
+                shards
+                    .world
+                    .network
+                    .attach_stream(StreamId(stream), Box::new(move |flow, packet| esp.send(flow, packet)));
                 if !accepted && let Some(shard) = shards.all.get(shards.dispatch.of_stream(StreamId(stream))) {
                     shard.tell(Input::StreamOpened { stream: StreamId(stream), local });
                 }
@@ -761,19 +780,13 @@ async fn read_streams(shards: Shards, mut from_streams: mpsc::Receiver<StreamEve
             StreamEvent::Ike { stream, local, remote, bytes } => {
                 let path = Path { local, remote, transport: Transport::Stream(StreamId(stream)) };
                 let Some(shard) = shards.all.get(shards.dispatch.of_message(&path, &bytes)) else { continue };
-                let mut next = Some(Input::Message { path, bytes });
-                while let Some(input) = next {
-                    next = shard.offer(Bounded::Stream, input);
-                    if next.is_some() {
-                        shard.room.notified().await;
-                    }
-                }
+                shard.bring(Input::Message { path, bytes }).await;
             }
             StreamEvent::Closed { stream, reason } => {
                 shards.world.network.detach_stream(StreamId(stream));
                 let reason: Arc<str> = reason.into();
                 for shard in shards.all.iter() {
-                    shard.tell(Input::StreamClosed { stream: StreamId(stream), reason: Arc::clone(&reason) });
+                    shard.bring(Input::StreamClosed { stream: StreamId(stream), reason: Arc::clone(&reason) }).await;
                 }
             }
         }
@@ -837,6 +850,37 @@ mod tests {
             assert_eq!(shard.waiting(kind).load(Ordering::Relaxed), 0);
         }
         assert!(shard.offer(Bounded::Datagram, message(60_000)).is_none());
+    }
+
+    // RFC 9329 §10: a peer opens and closes streams as fast as it can, and its news wait in the streams, not here.
+    #[tokio::test]
+    async fn news_of_closed_streams_wait_for_room() {
+        let (shard, mut queue) = shard();
+        let shard = Arc::new(shard);
+        let closed = |stream| Input::StreamClosed { stream: StreamId(stream), reason: "the peer closed it".into() };
+        let fits = (0..1_000_000).take_while(|stream| shard.offer(Bounded::Stream, closed(*stream)).is_none()).count();
+        assert!((1000..=MOST_WAITING / OVERHEAD).contains(&fits), "{fits}");
+        let bringing = tokio::spawn({
+            let (shard, last) = (Arc::clone(&shard), closed(u64::MAX));
+            async move { shard.bring(last).await }
+        });
+        // A turn that makes no room changes nothing.
+        for _ in 0..3 {
+            shard.room.notify_one();
+            tokio::task::yield_now().await;
+        }
+        assert!(!bringing.is_finished() && queue.len() == fits);
+        // Others are not held up by it.
+        assert!(shard.offer(Bounded::Datagram, message(100)).is_none());
+        shard.take(queue.try_recv().unwrap());
+        shard.room.notify_one();
+        bringing.await.unwrap();
+        let mut last = None;
+        while let Ok(queued) = queue.try_recv() {
+            last = Some(shard.take(queued));
+        }
+        assert!(matches!(last, Some(Input::StreamClosed { stream: StreamId(u64::MAX), .. })));
+        assert_eq!(shard.waiting(Bounded::Stream).load(Ordering::Relaxed), 0);
     }
 
     #[test]

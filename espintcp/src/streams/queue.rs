@@ -1,31 +1,41 @@
-//! ESP packets that wait for a stream's writer: framed, in few pieces of memory, and not for long. A stream takes what it is
-//! given only as fast as its path allows, so whoever sends more fills this queue, and every other packet waits behind it:
-//! CoDel (RFC 8289) drops packets where they have been waiting too long for a while, and senders inside the tunnel slow down.
+//! Packets that wait for a stream's writer, in few pieces of memory, and not for long. A stream takes what it is given only as
+//! fast as its path allows, so whoever sends more fills this queue. FQ-CoDel (RFC 8290): each flow has a queue of its own and
+//! they take turns, those with little to send first, so nobody waits behind somebody else's transfer; and where packets of one
+//! have been waiting too long for a while, some are dropped (RFC 8289), and its sender slows down.
+//!
+//! Packets change places here, so they become ESP packets only when they leave: sequence numbers go out in order, and a peer
+//! may have a replay window of 1 (RFC 8229 §13).
 
 use std::collections::VecDeque;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Buf, BufMut, BytesMut};
 use tokio::sync::Notify;
 
 use super::lock;
 use super::pace::Pace;
-use crate::codec::append_esp;
+use crate::codec::MAX_MESSAGE;
 
 /// A wait that is no fault (RFC 8289 §4.3).
 const TARGET: Duration = Duration::from_millis(5);
 /// For so long the shortest wait must be longer than that.
 const INTERVAL: Duration = Duration::from_millis(100);
-/// Octets that may wait as long as they like (RFC 8289 §4.4): what a slow stream is given at a time.
+/// Octets of a flow that may wait as long as they like (RFC 8289 §4.4): what a slow stream is given at a time.
 const FEW: usize = 4096;
+/// Octets that a flow may send in one turn (RFC 8290 §5.2.4): about a packet.
+const QUANTUM: i64 = 1514;
+/// Flows are told apart up to so many; more share queues.
+const FLOWS: u64 = 32;
 /// Octets of packets that are kept together.
 const CHUNK: usize = 16 * 1024;
 /// Packets that came within this time are of the same age.
 const SAME_AGE: Duration = Duration::from_millis(1);
+/// Before each packet in a chunk: its length.
+const LENGTH: usize = 2;
 
-/// Where ESP packets for a stream go in.
+/// Where packets for a stream go in.
 #[derive(Clone)]
 pub struct EspSender {
     queue: Arc<EspQueue>,
@@ -38,10 +48,12 @@ impl fmt::Debug for EspSender {
 }
 
 impl EspSender {
-    /// Queues an ESP packet, SPI first. False when it is none that fits a frame, when the queue is full or the stream is
-    /// closing; one that is queued may be dropped still, as a network would.
-    pub fn send(&self, packet: &[u8]) -> bool {
-        self.queue.push(Instant::now(), packet)
+    /// Queues a packet of a flow, whatever number that has; packets of one keep their order. The packet is what the
+    /// [`Seal`](super::Seal) of the streams makes an ESP packet of, and without one it is an ESP packet. False when it is
+    /// empty or too long for a frame, when the queue is full or the stream is closing; one that is queued may be dropped still,
+    /// as a network would.
+    pub fn send(&self, flow: u64, packet: &[u8]) -> bool {
+        self.queue.push(Instant::now(), flow, packet)
     }
 }
 
@@ -54,12 +66,16 @@ pub(super) struct EspQueue {
 
 #[derive(Default)]
 struct Waiting {
-    chunks: VecDeque<Chunk>,
+    /// Those that have packets, and those of which something is remembered; at most [`FLOWS`].
+    flows: Vec<FlowQueue>,
+    /// Whose turn it is, by number (RFC 8290 §4.1): first those that had nothing to send before, then the others.
+    new: VecDeque<u64>,
+    old: VecDeque<u64>,
+    /// Of all packets, their lengths included.
     octets: usize,
     /// Most octets.
     limit: Limit,
     closed: bool,
-    codel: Codel,
 }
 
 struct Limit(usize);
@@ -70,9 +86,21 @@ impl Default for Limit {
     }
 }
 
+#[derive(Default)]
+struct FlowQueue {
+    number: u64,
+    chunks: VecDeque<Chunk>,
+    octets: usize,
+    /// What it may send before the next one's turn.
+    credit: i64,
+    /// It has its turn.
+    listed: bool,
+    codel: Codel,
+}
+
 struct Chunk {
     since: Instant,
-    frames: BytesMut,
+    packets: BytesMut,
 }
 
 impl EspQueue {
@@ -103,10 +131,10 @@ impl EspQueue {
         lock(&self.waiting)
     }
 
-    fn push(&self, now: Instant, packet: &[u8]) -> bool {
+    fn push(&self, now: Instant, flow: u64, packet: &[u8]) -> bool {
         let mut waiting = self.waiting();
-        let pushed = waiting.push(now, packet);
-        let first = waiting.octets == packet.len() + 2;
+        let first = waiting.octets == 0;
+        let pushed = waiting.push(now, flow, packet);
         drop(waiting);
         if pushed && first {
             self.filled.notify_one();
@@ -114,84 +142,160 @@ impl EspQueue {
         pushed
     }
 
-    /// Takes about `room` octets of frames, whole ones, and gives how many.
-    pub(super) fn take(&self, now: Instant, room: usize, out: &mut VecDeque<Bytes>) -> usize {
+    /// Takes packets of about `room` octets, and gives how many octets.
+    pub(super) fn take(&self, now: Instant, room: usize, out: &mut Vec<BytesMut>) -> usize {
         self.waiting().take(now, room, out)
     }
 }
 
 impl Waiting {
-    fn push(&mut self, now: Instant, packet: &[u8]) -> bool {
-        let length = packet.len() + 2;
-        if self.closed || self.octets + length > self.limit.0 {
+    fn push(&mut self, now: Instant, flow: u64, packet: &[u8]) -> bool {
+        let number = flow % FLOWS;
+        let Some(length) = u16::try_from(packet.len()).ok().filter(|_| (1..=MAX_MESSAGE).contains(&packet.len()))
+        else {
+            return false;
+        };
+        if self.closed || !self.make_room(LENGTH + packet.len(), number) {
             return false;
         }
-        let fits = |chunk: &&mut Chunk| {
-            chunk.frames.capacity() - chunk.frames.len() >= length
-                && now.saturating_duration_since(chunk.since) < SAME_AGE
-        };
-        let pushed = match self.chunks.back_mut().filter(fits) {
-            Some(chunk) => append_esp(&mut chunk.frames, packet),
+        let at = match self.flows.iter().position(|flow| flow.number == number) {
+            Some(at) => at,
             None => {
-                // A single packet is more likely to be alone.
-                let room = if self.chunks.is_empty() { length } else { length.max(CHUNK) };
-                let mut frames = BytesMut::with_capacity(room);
-                let pushed = append_esp(&mut frames, packet);
-                if pushed {
-                    self.chunks.push_back(Chunk { since: now, frames });
-                }
-                pushed
+                self.flows.push(FlowQueue { number, ..FlowQueue::default() });
+                self.flows.len() - 1
             }
         };
-        self.octets += if pushed { length } else { 0 };
-        pushed
+        let Some(flow) = self.flows.get_mut(at) else { return false };
+        flow.push(now, length, packet);
+        self.octets += LENGTH + packet.len();
+        if !flow.listed {
+            (flow.listed, flow.credit) = (true, QUANTUM);
+            self.new.push_back(number);
+        }
+        true
     }
 
-    fn take(&mut self, now: Instant, room: usize, out: &mut VecDeque<Bytes>) -> usize {
-        let mut taken = 0;
-        while taken < room
-            && let Some(chunk) = self.chunks.front_mut()
-        {
-            let age = now.saturating_duration_since(chunk.since);
-            // Frames at the chunk's beginning that stay together.
-            let mut kept = 0;
-            while taken + kept < room
-                && let Some(length) = chunk.frames.get(kept..).and_then(|frames| frames.first_chunk::<2>())
-            {
-                let length = usize::from(u16::from_be_bytes(*length));
-                let backlog = self.octets.saturating_sub(kept);
-                if !self.codel.drops(now, age, backlog) {
-                    kept += length;
-                    continue;
-                }
-                taken += chunk.take(kept, out);
-                chunk.frames.advance(length.min(chunk.frames.len()));
-                self.octets = backlog.saturating_sub(length);
-                kept = 0;
-            }
-            taken += chunk.take(kept, out);
-            self.octets = self.octets.saturating_sub(kept);
-            if chunk.frames.is_empty() || taken < room {
-                self.chunks.pop_front();
-            }
+    /// Makes room for a packet of a flow: whoever has the most waiting loses its oldest (RFC 8290 §4.1). False when that is this
+    /// flow itself.
+    fn make_room(&mut self, octets: usize, number: u64) -> bool {
+        while self.octets + octets > self.limit.0 {
+            let most = self.flows.iter_mut().max_by_key(|flow| flow.octets);
+            let Some(most) = most.filter(|most| most.number != number) else { return false };
+            let Some((_, packet)) = most.next() else { return false };
+            self.octets = self.octets.saturating_sub(LENGTH + packet.len());
         }
-        if self.chunks.is_empty() {
-            // An idle stream holds nothing.
-            self.chunks = VecDeque::new();
+        true
+    }
+
+    /// RFC 8290 §4.2.
+    fn take(&mut self, now: Instant, room: usize, out: &mut Vec<BytesMut>) -> usize {
+        let mut taken = 0;
+        while taken < room {
+            let is_new = !self.new.is_empty();
+            let list = if is_new { &mut self.new } else { &mut self.old };
+            let Some(number) = list.front().copied() else { break };
+            let Some(flow) = self.flows.iter_mut().find(|flow| flow.number == number) else {
+                list.pop_front();
+                continue;
+            };
+            if flow.credit <= 0 {
+                flow.credit += QUANTUM;
+                list.pop_front();
+                self.old.push_back(number);
+                continue;
+            }
+            let before = flow.octets;
+            match flow.take(now) {
+                Some(packet) => {
+                    let octets = LENGTH + packet.len();
+                    flow.credit = flow.credit.saturating_sub_unsigned(u64::try_from(octets).unwrap_or(u64::MAX));
+                    taken += octets;
+                    out.push(packet);
+                }
+                None => {
+                    list.pop_front();
+                    // One that comes and goes does not get before the others each time.
+                    if is_new && !self.old.is_empty() {
+                        self.old.push_back(number);
+                    } else {
+                        flow.listed = false;
+                    }
+                }
+            }
+            self.octets = self.octets.saturating_sub(before - flow.octets);
+        }
+        if self.octets == 0 {
+            self.forget(now);
         }
         taken
     }
-}
 
-impl Chunk {
-    fn take(&mut self, octets: usize, out: &mut VecDeque<Bytes>) -> usize {
-        let octets = octets.min(self.frames.len());
-        if octets > 0 {
-            out.push_back(self.frames.split_to(octets).freeze());
+    /// An idle stream holds nothing, but who sent too much lately.
+    fn forget(&mut self, now: Instant) {
+        (self.new, self.old) = (VecDeque::new(), VecDeque::new());
+        self.flows.retain_mut(|flow| {
+            flow.listed = false;
+            flow.chunks = VecDeque::new();
+            flow.codel.remembers(now)
+        });
+        if self.flows.is_empty() {
+            self.flows = Vec::new();
         }
-        octets
     }
 }
+
+impl FlowQueue {
+    fn push(&mut self, now: Instant, length: u16, packet: &[u8]) {
+        let octets = LENGTH + packet.len();
+        let fits = |chunk: &&mut Chunk| {
+            chunk.packets.capacity() - chunk.packets.len() >= octets
+                && now.saturating_duration_since(chunk.since) < SAME_AGE
+        };
+        let append = |packets: &mut BytesMut| {
+            packets.put_u16(length);
+            packets.put_slice(packet);
+        };
+        match self.chunks.back_mut().filter(fits) {
+            Some(chunk) => append(&mut chunk.packets),
+            None => {
+                // A single packet is more likely to be alone.
+                let room = if self.chunks.is_empty() { octets } else { octets.max(CHUNK) };
+                let mut packets = BytesMut::with_capacity(room);
+                append(&mut packets);
+                self.chunks.push_back(Chunk { since: now, packets });
+            }
+        }
+        self.octets += octets;
+    }
+
+    /// The oldest packet, and since when it has been waiting.
+    fn next(&mut self) -> Option<(Instant, BytesMut)> {
+        let chunk = self.chunks.front_mut()?;
+        let since = chunk.since;
+        let length = usize::from(u16::from_be_bytes(*chunk.packets.first_chunk()?));
+        chunk.packets.advance(LENGTH);
+        let packet = chunk.packets.split_to(length.min(chunk.packets.len()));
+        if chunk.packets.is_empty() {
+            self.chunks.pop_front();
+        }
+        self.octets = self.octets.saturating_sub(LENGTH + packet.len());
+        Some((since, packet))
+    }
+
+    /// The next packet that is not dropped.
+    fn take(&mut self, now: Instant) -> Option<BytesMut> {
+        loop {
+            let backlog = self.octets;
+            let (since, packet) = self.next()?;
+            if !self.codel.drops(now, now.saturating_duration_since(since), backlog) {
+                return Some(packet);
+            }
+        }
+    }
+}
+
+/// So many intervals after a spell another one is the same still (RFC 8289 §5.3).
+const MEMORY: u32 = 16;
 
 /// CoDel's state (RFC 8289 §5.3).
 #[derive(Default)]
@@ -225,7 +329,7 @@ impl Codel {
             None if now.saturating_duration_since(above) < INTERVAL => return false,
             None => {
                 // Where the last spell is not long ago, it goes on at about its rate.
-                let lately = |at: Instant| now.saturating_duration_since(at) < 16 * INTERVAL;
+                let lately = |at: Instant| now.saturating_duration_since(at) < MEMORY * INTERVAL;
                 self.count = match self.last {
                     Some((at, count)) if lately(at) && count > 2 => count - 2,
                     _ => 1,
@@ -236,6 +340,12 @@ impl Codel {
         true
     }
 
+    /// True while what it has done would matter to a spell that begins now.
+    fn remembers(&self, now: Instant) -> bool {
+        let lately = |at: Instant| now.saturating_duration_since(at) < MEMORY * INTERVAL;
+        self.next.is_some() || self.last.is_some_and(|(at, _)| lately(at))
+    }
+
     fn after(&self, at: Instant) -> Instant {
         at + INTERVAL.div_f64(f64::from(self.count.max(1)).sqrt())
     }
@@ -244,69 +354,127 @@ impl Codel {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::codec::{Deframer, Frame, frame_esp};
 
     fn packet(number: u32) -> Vec<u8> {
         [&7_u32.to_be_bytes()[..], &number.to_be_bytes(), &[0; 992]].concat()
     }
 
-    fn numbers(pieces: &VecDeque<Bytes>) -> Vec<u32> {
-        let mut deframer = Deframer::without_prefix();
-        pieces.iter().for_each(|piece| deframer.buffer().extend_from_slice(piece));
-        let frames = std::iter::from_fn(|| deframer.next_frame().unwrap());
-        let number = |frame| match frame {
-            Frame::Esp(packet) => u32::from_be_bytes(*packet[4..].first_chunk().unwrap()),
-            Frame::Ike(_) => panic!("an IKE message"),
-        };
-        frames.map(number).collect()
+    fn number(packet: &[u8]) -> u32 {
+        u32::from_be_bytes(packet[4..8].try_into().unwrap())
     }
 
-    /// Packets that come at `arrivals` and leave at `departures` in each millisecond for so long: those that leave.
-    fn passes(queue: &EspQueue, start: Instant, milliseconds: u32, arrivals: u32, departures: usize) -> Vec<u32> {
-        let (mut next, mut left) = (0, Vec::new());
+    fn numbers(packets: &[BytesMut]) -> Vec<u32> {
+        packets.iter().map(|packet| number(packet)).collect()
+    }
+
+    fn take(queue: &EspQueue, now: Instant, room: usize) -> Vec<BytesMut> {
+        let mut out = Vec::new();
+        queue.take(now, room, &mut out);
+        out
+    }
+
+    /// So many packets of one flow come in each millisecond, and so many leave; gives the numbers of those that left.
+    fn passes(queue: &EspQueue, start: Instant, milliseconds: u64, arrivals: usize, departures: usize) -> Vec<u32> {
+        let (mut left, mut next) = (Vec::new(), 0);
         for millisecond in 0..milliseconds {
-            let now = start + Duration::from_millis(u64::from(millisecond));
+            let now = start + Duration::from_millis(millisecond);
             for _ in 0..arrivals {
-                queue.push(now, &packet(next));
+                queue.push(now, 1, &packet(next));
                 next += 1;
             }
-            let mut out = VecDeque::new();
-            queue.take(now, departures * 1002, &mut out);
-            left.extend(numbers(&out));
+            left.extend(numbers(&take(queue, now, departures * 1002)));
         }
         left
     }
 
     #[test]
-    fn packets_leave_framed_and_in_order_in_few_pieces() {
+    fn packets_of_a_flow_leave_in_order() {
         let (queue, now) = (EspQueue::default(), Instant::now());
         for number in 0..40 {
-            assert!(queue.push(now, &packet(number)));
+            assert!(queue.push(now, 9, &packet(number)));
         }
-        let mut out = VecDeque::new();
-        assert_eq!(queue.take(now, 10 * 1002, &mut out), 10 * 1002);
-        assert_eq!(queue.take(now, usize::MAX, &mut out), 30 * 1002);
-        assert_eq!(numbers(&out), (0..40).collect::<Vec<_>>());
-        assert!(out.len() <= 6, "{}", out.len());
+        let first = take(&queue, now, 10 * 1002);
+        assert_eq!(first[0], packet(0));
+        let rest = take(&queue, now, usize::MAX);
+        assert_eq!((first.len(), rest.len()), (10, 30));
+        assert_eq!(numbers(&[first, rest].concat()), (0..40).collect::<Vec<_>>());
         let waiting = queue.waiting();
-        assert_eq!((waiting.octets, waiting.chunks.capacity()), (0, 0), "an idle queue holds nothing");
+        let held = waiting.flows.capacity() + waiting.new.capacity() + waiting.old.capacity();
+        assert_eq!((waiting.octets, held), (0, 0), "an idle queue holds nothing");
     }
 
     #[test]
     fn what_is_no_packet_or_too_much_is_not_queued() {
         let (queue, now) = (EspQueue::default(), Instant::now());
-        for packet in [&[0; 40][..], &[1; 3], &[1; 65_534]] {
-            assert!(!queue.push(now, packet));
+        for packet in [&[][..], &[1; 65_534]] {
+            assert!(!queue.push(now, 0, packet));
         }
         assert!(queue.is_empty());
         queue.set_limit(10 * 1002);
-        assert_eq!((0..100).filter(|number| queue.push(now, &packet(*number))).count(), 10);
-        let mut out = VecDeque::new();
-        queue.take(now, usize::MAX, &mut out);
-        assert_eq!(numbers(&out), (0..10).collect::<Vec<_>>(), "the newest do not come in");
-        assert!(queue.push(now, &packet(0)));
+        assert_eq!((0..100).filter(|number| queue.push(now, 0, &packet(*number))).count(), 10);
+        assert_eq!(numbers(&take(&queue, now, usize::MAX)), (0..10).collect::<Vec<_>>(), "the newest do not come in");
+        assert!(queue.push(now, 0, &packet(0)));
         queue.close();
-        assert!(!queue.push(now, &packet(1)));
+        assert!(!queue.push(now, 0, &packet(1)));
+    }
+
+    // RFC 8290 §4.1: who fills the queue makes room for the others, from its oldest on.
+    #[test]
+    fn who_has_the_most_waiting_makes_room() {
+        let (queue, now) = (EspQueue::default(), Instant::now());
+        queue.set_limit(10 * 1002);
+        assert_eq!((0..20).filter(|number| queue.push(now, 1, &packet(*number))).count(), 10);
+        for number in 100..103 {
+            assert!(queue.push(now, 2, &packet(number)));
+        }
+        assert_eq!(queue.waiting().octets, 10 * 1002);
+        let mut left = numbers(&take(&queue, now, usize::MAX));
+        left.sort_unstable();
+        assert_eq!(left, (3..10).chain(100..103).collect::<Vec<_>>());
+    }
+
+    // RFC 8290 §1.3, §4.2: a packet now and then does not wait behind a transfer, and two transfers share the stream.
+    #[test]
+    fn flows_take_turns_and_a_sparse_one_goes_first() {
+        let (queue, now) = (EspQueue::default(), Instant::now());
+        for number in 0..200 {
+            queue.push(now, 1, &packet(number));
+        }
+        let mut left = take(&queue, now, 20 * 1002);
+        for number in 1000..1100 {
+            queue.push(now, 2, &packet(number));
+        }
+        queue.push(now, 3, &packet(5000));
+        left = [left, take(&queue, now, 40 * 1002)].concat();
+        let left = numbers(&left);
+        let sparse = left.iter().position(|number| *number == 5000).unwrap();
+        assert!(sparse < 20 + 4, "after two packets of the other new one at most: {sparse}");
+        let of_second = left[20..].iter().filter(|number| (1000..1100).contains(*number)).count();
+        assert!((17..=23).contains(&of_second), "{of_second} of 40");
+        let of_one = |range: std::ops::Range<u32>| left.iter().filter(move |number| range.contains(*number));
+        assert!(of_one(0..200).is_sorted() && of_one(1000..1100).is_sorted());
+        // One that always comes back with a packet has no more than its turn.
+        let mut others = 0;
+        for _ in 0..50 {
+            queue.push(now, 4, &packet(6000));
+            let left = take(&queue, now, 2 * 1002);
+            others += left.iter().filter(|packet| number(packet) != 6000).count();
+        }
+        assert!(others >= 50, "{others}");
+    }
+
+    // However many flows there are, they share so many queues, and nothing is lost or left.
+    #[test]
+    fn flows_are_bounded() {
+        let (queue, now) = (EspQueue::default(), Instant::now());
+        for number in 0..500 {
+            assert!(queue.push(now, u64::from(number).wrapping_mul(0x9e37_79b9_7f4a_7c15), &packet(number)));
+        }
+        assert!(queue.waiting().flows.len() <= 32);
+        let mut left = numbers(&take(&queue, now, usize::MAX));
+        left.sort_unstable();
+        assert_eq!(left, (0..500).collect::<Vec<_>>());
+        assert_eq!(queue.waiting().flows.len(), 0);
     }
 
     #[test]
@@ -314,13 +482,11 @@ mod tests {
         let (queue, now) = (EspQueue::default(), Instant::now());
         assert_eq!(passes(&queue, now, 1000, 3, 3).len(), 3000);
         for number in 0..80 {
-            queue.push(now, &packet(number));
+            queue.push(now, 1, &packet(number));
         }
-        let mut out = VecDeque::new();
-        for millisecond in 0..80 {
-            queue.take(now + Duration::from_millis(millisecond), 1002, &mut out);
-        }
-        assert_eq!(numbers(&out).len(), 80);
+        let left: Vec<BytesMut> =
+            (0..80).flat_map(|millisecond| take(&queue, now + Duration::from_millis(millisecond), 1002)).collect();
+        assert_eq!(left.len(), 80);
     }
 
     // RFC 8289 §3.2: a stall is no standing queue.
@@ -328,11 +494,9 @@ mod tests {
     fn what_waited_for_a_stalled_stream_is_sent() {
         let (queue, now) = (EspQueue::default(), Instant::now());
         for number in 0..500 {
-            queue.push(now, &packet(number));
+            queue.push(now, 1, &packet(number));
         }
-        let mut out = VecDeque::new();
-        queue.take(now + Duration::from_secs(5), usize::MAX, &mut out);
-        assert_eq!(numbers(&out).len(), 500);
+        assert_eq!(take(&queue, now + Duration::from_secs(5), usize::MAX).len(), 500);
     }
 
     // RFC 8289 §5.3: whoever sends a quarter more than the stream takes is told so more and more often.
@@ -345,18 +509,18 @@ mod tests {
         let (early, later): (Vec<_>, Vec<_>) = dropped.partition(|(number, _)| *number < 50_000);
         assert!(!early.is_empty() && early.len() < later.len(), "{} and {}", early.len(), later.len());
         assert!(left.is_sorted(), "in order");
+        // Another flow loses nothing meanwhile.
+        for millisecond in 0..500 {
+            let now = late + Duration::from_millis(millisecond);
+            (0..5).for_each(|_| assert!(queue.push(now, 1, &packet(0))));
+            assert!(queue.push(now, 2, &packet(1)));
+            let left = numbers(&take(&queue, now, 4 * 1002));
+            assert!(left.contains(&1), "{left:?}");
+        }
         // Who slows down a little finds an empty queue soon, and nothing is dropped any more.
+        let late = late + Duration::from_secs(1);
         let all = passes(&queue, late, 3000, 3, 4);
         assert!(queue.is_empty() && all.len() > 8000);
         assert_eq!(passes(&queue, late + Duration::from_secs(3), 1000, 3, 4).len(), 3000);
-    }
-
-    #[test]
-    fn frames_are_those_of_the_codec() {
-        let (queue, now) = (EspQueue::default(), Instant::now());
-        queue.push(now, &packet(1));
-        let mut out = VecDeque::new();
-        queue.take(now, 1, &mut out);
-        assert_eq!(out, [frame_esp(&packet(1)).unwrap()]);
     }
 }

@@ -496,11 +496,11 @@ async fn ike_goes_before_queued_esp() {
     let packet = [&7u32.to_be_bytes()[..], &[0; 1396]].concat();
     let mut sent = 0;
     loop {
-        while queue.send(&packet) {
+        while queue.send(0, &packet) {
             sent += 1;
         }
         sleep(SHORT).await;
-        if !queue.send(&packet) {
+        if !queue.send(0, &packet) {
             break;
         }
         sent += 1;
@@ -528,7 +528,7 @@ async fn a_peer_that_never_reads_is_closed_and_holds_nobody_up() {
     let (stream, queue) = host.next_stream().await;
     let flood = tokio::spawn(async move {
         loop {
-            queue.send(&[1; 60_000]);
+            queue.send(0, &[1; 60_000]);
             sleep(Duration::from_millis(1)).await;
         }
     });
@@ -553,12 +553,57 @@ async fn what_is_no_esp_packet_is_not_written() {
     peer.write_all(&PREFIX).await.unwrap();
     let (_, queue) = host.next_stream().await;
     // RFC 9329 §3.2: SPI 0 would be read as an IKE message.
-    for packet in [&[0; 40][..], &[1; 3], &[1; 65_534]] {
-        assert!(!queue.send(packet));
+    for packet in [&[][..], &[1; 65_534]] {
+        assert!(!queue.send(0, packet));
     }
-    assert!(queue.send(&[2; 8]));
+    for packet in [&[0; 40][..], &[1; 3]] {
+        queue.send(0, packet);
+    }
+    assert!(queue.send(0, &[2; 8]));
     let frame = read_frame(&mut peer, &mut Deframer::without_prefix()).await;
     assert_eq!(frame, Frame::Esp(BytesMut::from(&[2; 8][..])));
+}
+
+// RFC 4303 §3.3.3, RFC 8229 §13: packets of several flows change places, but get their sequence numbers as they leave. What
+// comes of none of them, or is none for a stream, is not written.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn packets_are_sealed_as_they_leave() {
+    let mut host = Host::new(StreamLimits::default()).await;
+    let sealed = Arc::new(AtomicU64::new(0));
+    let number = sealed.clone();
+    host.streams.seal_by(Arc::new(move |stream, packet, take| {
+        assert!(stream >= FIRST_ACCEPTED);
+        match packet[0] {
+            0 => take(&[0; 40]),
+            1 => {}
+            _ => take(&[&[7; 4], &number.fetch_add(1, Ordering::Relaxed).to_be_bytes()[..], packet].concat()),
+        }
+    }));
+    let mut peer = host.connect().await;
+    peer.write_all(&PREFIX).await.unwrap();
+    let (_, queue) = host.next_stream().await;
+    let mut flows = [0_u64; 3];
+    // So many as the sockets take, so that nothing waits long enough to be dropped.
+    for round in 0..50_u64 {
+        for (flow, sent) in (2..).zip(&mut flows) {
+            // The third one has something each tenth time.
+            if flow < 4 || round % 10 == 0 {
+                let packet = [&[flow as u8][..], &sent.to_be_bytes(), &[9; 1000]].concat();
+                *sent += 1;
+                assert!(queue.send(flow, &packet));
+            }
+        }
+        queue.send(5, &[0]);
+        queue.send(6, &[1]);
+    }
+    let (mut deframer, mut seen) = (Deframer::without_prefix(), [0_u64; 3]);
+    for expected in 0..flows.iter().sum::<u64>() {
+        let Frame::Esp(packet) = read_frame(&mut peer, &mut deframer).await else { panic!("an IKE message") };
+        assert_eq!(packet[4..12], expected.to_be_bytes(), "the order of sequence numbers");
+        let flow = usize::from(packet[12] - 2);
+        assert_eq!(packet[13..21], seen[flow].to_be_bytes(), "the order of a flow");
+        seen[flow] += 1;
+    }
 }
 
 #[tokio::test]

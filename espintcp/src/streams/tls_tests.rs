@@ -90,7 +90,7 @@ async fn two_hosts_talk_in_tls() {
         assert_eq!(server.ike().await, b"hello");
         let long = vec![7; 60_000];
         for _ in 0..20 {
-            assert!(esp.send(&[1; 1400]));
+            assert!(esp.send(0, &[1; 1400]));
             assert!(server.streams.send_ike(stream, &long));
             assert_eq!(host.ike().await, long);
         }

@@ -5,15 +5,15 @@ use std::io::IoSlice;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bytes::{Buf, Bytes};
+use bytes::{Buf, Bytes, BytesMut};
 use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 
 use super::duplex::WriteHalf;
 use super::pace::Pace;
 use super::queue::EspQueue;
-use super::{Phase, closing};
-use crate::codec::PREFIX;
+use super::{Phase, Seal, closing};
+use crate::codec::{PREFIX, append_esp};
 
 /// Pieces gathered for one write; a system call takes 1024.
 const PIECES: usize = 256;
@@ -21,10 +21,13 @@ const PIECES: usize = 256;
 const PREFIX_WAIT: Duration = Duration::from_millis(10);
 
 pub(super) struct Writer {
+    pub(super) number: u64,
     pub(super) socket: WriteHalf,
     pub(super) prefix: bool,
     pub(super) ike: mpsc::Receiver<Bytes>,
     pub(super) esp: Arc<EspQueue>,
+    /// Makes ESP packets of what is in `esp`, unless they are that.
+    pub(super) seal: Option<Seal>,
     pub(super) phase: watch::Receiver<Phase>,
     pub(super) patience: Duration,
 }
@@ -32,16 +35,22 @@ pub(super) struct Writer {
 impl Writer {
     /// Writes until the stream is to be closed, then what is queued, then FIN. An error is the reason to close.
     pub(super) async fn run(mut self) -> Result<(), String> {
-        let (mut batch, mut pace) = (Batch::default(), Pace::default());
+        let (mut batch, mut pace, mut packets) = (Batch::default(), Pace::default(), Packets::default());
         if self.prefix {
             // RFC 9329 §4, §6.1: first of all, once, and only by the TCP Originator.
             batch.push(Bytes::from_static(&PREFIX));
             let _ = timeout(PREFIX_WAIT, self.wait(&mut batch)).await;
         }
         loop {
-            self.gather(&mut batch, &pace);
+            self.gather(&mut batch, &pace, &mut packets);
             if !batch.is_empty() {
-                self.write(&mut batch, &mut pace).await?;
+                if !self.write(&mut batch, &mut pace).await? {
+                    // An idle stream holds nothing.
+                    (batch, packets) = (Batch::default(), Packets::default());
+                }
+            } else if !self.esp.is_empty() {
+                // What was taken was sealed for another way, or dropped.
+                tokio::task::yield_now().await;
             } else if !self.wait(&mut batch).await {
                 break;
             }
@@ -73,7 +82,7 @@ impl Writer {
     }
 
     /// Takes what is queued, IKE first, up to a batch.
-    fn gather(&mut self, batch: &mut Batch, pace: &Pace) {
+    fn gather(&mut self, batch: &mut Batch, pace: &Pace, packets: &mut Packets) {
         let most = pace.batch();
         while batch.octets < most
             && batch.pieces.len() < PIECES
@@ -82,12 +91,28 @@ impl Writer {
             batch.push(message);
         }
         let room = most.saturating_sub(batch.octets);
-        if room > 0 {
-            batch.octets += self.esp.take(Instant::now(), room, &mut batch.pieces);
+        if room == 0 || self.esp.take(Instant::now(), room, &mut packets.taken) == 0 {
+            return;
+        }
+        let Packets { taken, framed } = packets;
+        framed.reserve(room);
+        for packet in taken.drain(..) {
+            match &self.seal {
+                Some(seal) => seal(self.number, &packet, &mut |packet| {
+                    append_esp(framed, packet);
+                }),
+                None => {
+                    append_esp(framed, &packet);
+                }
+            }
+        }
+        if !framed.is_empty() {
+            batch.push(framed.split().freeze());
         }
     }
 
-    async fn write(&mut self, batch: &mut Batch, pace: &mut Pace) -> Result<(), String> {
+    /// Writes it all; gives whether there is more already.
+    async fn write(&mut self, batch: &mut Batch, pace: &mut Pace) -> Result<bool, String> {
         let octets = batch.octets;
         while !batch.is_empty() {
             let written = {
@@ -111,11 +136,7 @@ impl Writer {
             self.esp.set_limit(pace.queue());
             self.socket.limit_unsent(pace.unsent()).map_err(|error| format!("limit what is unsent: {error}"))?;
         }
-        if !more {
-            // An idle stream holds nothing.
-            *batch = Batch::default();
-        }
-        Ok(())
+        Ok(more)
     }
 }
 
@@ -124,6 +145,13 @@ impl Drop for Writer {
         // Nobody takes anything out any more.
         self.esp.close();
     }
+}
+
+/// Room for packets on their way from the queue into a batch.
+#[derive(Default)]
+struct Packets {
+    taken: Vec<BytesMut>,
+    framed: BytesMut,
 }
 
 /// What is written together, framed: nothing is copied.
