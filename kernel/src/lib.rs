@@ -11,6 +11,7 @@ mod planes;
 mod routes;
 mod shunt_rules;
 mod socket;
+pub mod tcp;
 mod threads;
 mod tun;
 mod watch;

@@ -89,6 +89,9 @@ impl Client {
 
     /// Latches a TCP or UDP socket, before it connects to `remote` or after. A socket that is not bound is bound to the
     /// kernel's choice of address for `remote`. The socket stays the caller's, in whatever mode it is.
+    ///
+    /// What is read after that came under the latch: a UDP socket is connected by the daemon, and what waited in its queue is
+    /// dropped; a TCP connection on which data has come in before is refused, unless [`Wanted::late`] is set.
     pub fn latch_socket(
         &self,
         socket: impl AsFd,

@@ -21,7 +21,7 @@ use crate::database::{Algorithms, Class, LatchError, LatchState, OnBreak, Protec
 pub const VERSION: u32 = 1;
 
 /// What this crate knows beyond the first form of [`VERSION`]: `docs/latch-protocol.md` says what came with which.
-pub const REVISION: u32 = 5;
+pub const REVISION: u32 = 6;
 
 /// The first [`REVISION`] that has [`Wanted::larval`].
 pub const LARVAL_REVISION: u32 = 5;
@@ -110,6 +110,9 @@ pub struct Wanted {
     /// Of `create` only: do not wait for SAs that must be made first, but answer [`Larval`] (RFC 5660 §2.3).
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub larval: bool,
+    /// Of `create` only: data may have come in on the TCP connection before, under no latch.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub late: bool,
     /// Where the socket will connect to; left out when it is connected, and by a listener.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub remote: Option<SocketAddr>,

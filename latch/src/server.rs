@@ -30,8 +30,8 @@ use std::fmt;
 use std::fs;
 use std::future::Future;
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::{AsFd, OwnedFd};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
@@ -40,7 +40,8 @@ use std::time::Duration;
 
 use ipsec::selector::Flow;
 use pad::IdentityPattern;
-use rustix::net::SocketAddrUnix;
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SocketAddrUnix};
 use serde::Serialize;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::UnixListener;
@@ -71,6 +72,8 @@ pub struct ServerConfig {
     pub initiator: Option<Initiator>,
     /// Tells what protects a flow at a moment (RFC 5660 §2).
     pub surveyor: Option<Surveyor>,
+    /// Tells whether data has ever come in on a TCP socket.
+    pub has_received: fn(BorrowedFd<'_>) -> io::Result<bool>,
     /// Why no latch can be had, if so: nobody would enforce it.
     pub unenforced: Option<String>,
 }
@@ -175,6 +178,9 @@ const ENDPOINT_VERSION: [u8; 2] = [1, 2];
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 
+/// Datagrams that may wait in a UDP socket's queue, which the system bounds by their octets.
+const MAX_QUEUED: usize = 100_000;
+
 /// Events that a slow watcher may fall behind.
 const EVENT_QUEUE: usize = 1024;
 
@@ -183,6 +189,7 @@ struct Shared {
     device: Option<String>,
     initiator: Option<Initiator>,
     surveyor: Option<Surveyor>,
+    has_received: fn(BorrowedFd<'_>) -> io::Result<bool>,
     unenforced: Option<String>,
     limits: Limits,
     latches: Arc<Semaphore>,
@@ -198,8 +205,9 @@ async fn serve_within(config: ServerConfig, database: Arc<Database>, limits: Lim
         // Nobody watches, mostly.
         let _ = observed.send(event(alert));
     }));
-    let ServerConfig { path, device, initiator, surveyor, unenforced } = config;
-    let shared = Arc::new(Shared { database, device, initiator, surveyor, unenforced, limits, latches, events });
+    let ServerConfig { path, device, initiator, surveyor, has_received, unenforced } = config;
+    let shared =
+        Arc::new(Shared { database, device, initiator, surveyor, has_received, unenforced, limits, latches, events });
     let sweep = tokio::spawn(sweep(Arc::clone(&shared.database)));
     let tasks = [tokio::spawn(accept(listener, shared)), sweep];
     Ok(Server { path, tasks })
@@ -501,6 +509,11 @@ impl Connection {
             (None, None) => return Err(Refusal::new(Code::Socket, "the socket is not connected: remote is needed")),
         };
         let permit = self.permit()?;
+        let must_be_new = protocol == TCP && !wanted.late;
+        if must_be_new {
+            // Once more under the latch; here a refusal leaves the connection as it is.
+            self.has_received_nothing(&socket)?;
+        }
         self.bind(&socket)?;
         let socket = Arc::new(socket);
         let holder = self.holder(&socket, protocol, request.on_break);
@@ -511,6 +524,7 @@ impl Connection {
             // Where the system does ESP there are no LARVAL latches: the answer waits.
             if wanted.larval && !self.shared.database.system_does_esp() {
                 let latch = self.shared.database.reserve(flow)?;
+                self.begin(latch, &socket, flow, must_be_new)?;
                 tracing::debug!(latch = latch.0, %local, %remote, "latch LARVAL");
                 self.latches.insert(latch, Held { socket, permit, protocol });
                 self.requests.insert(latch, request);
@@ -520,12 +534,35 @@ impl Connection {
             initiating.await?;
         }
         let (latch, class) = self.shared.database.create(flow, &request, holder)?;
+        self.begin(latch, &socket, flow, must_be_new)?;
         tracing::debug!(latch = latch.0, %local, %remote, "latch ESTABLISHED");
         self.latches.insert(latch, Held { socket, permit, protocol });
         let (peer, protection) = describe(&class);
         let (guard, class) = (self.guard(latch), self.number_of(&class));
         let created = Created { latch: latch.0, local, remote, peer, protection, guard, class };
         Ok(Creating::Established(Box::new(created)))
+    }
+
+    /// After the latch has shut the flow, and before its holder hears of it: what the holder reads from then on came under
+    /// the latch (RFC 5660 §2: inbound packets before that are dropped, or the latch fails).
+    fn begin(&self, latch: LatchId, socket: &Socket, flow: Flow, must_be_new: bool) -> Result<(), Refusal> {
+        let begun = match flow.protocol {
+            UDP => connect_and_empty(socket, &flow)
+                .map_err(|error| Refusal::new(Code::System, format!("connecting the socket: {error}"))),
+            _ if must_be_new => self.has_received_nothing(socket),
+            _ => Ok(()),
+        };
+        begun.inspect_err(|_| self.shared.database.release(latch))
+    }
+
+    fn has_received_nothing(&self, socket: &Socket) -> Result<(), Refusal> {
+        match (self.shared.has_received)(socket.as_fd()) {
+            Ok(false) => Ok(()),
+            Ok(true) => Err(refused_socket("connected, and data has come in under no latch: late says that it may")),
+            Err(error) => Err(refused_socket(&format!(
+                "connected, and whether data has come in is not known ({error}): late says that it may"
+            ))),
+        }
     }
 
     /// A LARVAL latch has its SA, or will get none; what to tell its holder, who may have let it go meanwhile.
@@ -565,8 +602,8 @@ impl Connection {
                            latch the accepted connections, or set plane = userspace";
             return Err(Refusal::new(Code::Unenforced, message));
         }
-        if wanted.remote.is_some() || wanted.larval {
-            return Err(Refusal::new(Code::Malformed, "a listener has no remote, and waits for nothing"));
+        if wanted.remote.is_some() || wanted.larval || wanted.late {
+            return Err(Refusal::new(Code::Malformed, "a listener has no remote, waits for nothing and is never late"));
         }
         let (socket, local) = listening_socket(needed(descriptor)?)?;
         let request = request(wanted, TCP)?;
@@ -859,6 +896,22 @@ fn no_such_latch(latch: LatchId) -> Refusal {
 fn reply<T: Serialize>(id: u64, result: &T) -> Result<Vec<u8>, Refusal> {
     let result = serde_json::to_value(result).map_err(|error| Refusal::new(Code::System, error.to_string()))?;
     encode(&ServerMessage::Reply { id, result })
+}
+
+/// From now on a UDP socket takes nothing from others, and nothing is left that came before.
+fn connect_and_empty(socket: &Socket, flow: &Flow) -> io::Result<()> {
+    let remote = match (flow.remote, socket.domain()?) {
+        (IpAddr::V4(address), Domain::IPV6) => address.to_ipv6_mapped().into(),
+        (address, _) => address,
+    };
+    socket.connect(&SocketAddr::new(remote, flow.remote_port).into())?;
+    for _ in 0..MAX_QUEUED {
+        // Datagrams, and errors about those that were sent, go.
+        if rustix::net::recv(socket, &mut [0; 1], RecvFlags::DONTWAIT) == Err(Errno::AGAIN) {
+            return Ok(());
+        }
+    }
+    Err(io::Error::other("datagrams come in without end"))
 }
 
 /// A reset as if the peer had sent it (RFC 5660 §5.5 b): throws away what is queued both ways. Unlike `shutdown`, which

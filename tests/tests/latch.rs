@@ -229,3 +229,62 @@ fn another_peer_that_claims_the_address_breaks_the_latch() {
     assert!(sas.contains("packets-in=0 "), "{sas}");
     drop((a, b, c));
 }
+
+/// Speaks the protocol itself; `argv[1]` is the daemon's socket.
+const CONNECTED_BEFORE: &str = r#"
+import json, socket, sys
+daemon = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+daemon.connect(sys.argv[1])
+number = 0
+def ask(request, descriptor=None, **arguments):
+    global number
+    number += 1
+    octets = json.dumps({"id": number, "request": request, "arguments": arguments}).encode()
+    socket.send_fds(daemon, [octets], [descriptor.fileno()] if descriptor else [])
+    answer = json.loads(daemon.recv(65536))
+    assert answer["id"] == number, answer
+    return answer
+assert ask("hello", version=1)["result"]["revision"] >= 6
+def talk(s):
+    s.sendall(b"through")
+    assert s.recv(100) == b"through"
+def connected():
+    s = socket.create_connection(("10.2.0.1", 4000), source_address=("10.1.0.1", 0))
+    s.settimeout(20)
+    return s
+
+new = connected()
+created = ask("create", new, peer="b.example")
+assert created["result"]["peer"]["id"]["text"] == "b.example", created
+talk(new)
+
+for waiting in (False, True):
+    old = connected()
+    talk(old)
+    if waiting:
+        old.sendall(b"more")
+        old.recv(1, socket.MSG_PEEK)
+    answer = ask("create", old, peer="b.example")
+    assert answer.get("code") == "socket" and "late" in answer["message"], answer
+    # It is as it was.
+    if waiting:
+        assert old.recv(100) == b"more"
+    talk(old)
+    answer = ask("create", old, peer="c.example", late=True)
+    assert answer.get("code") == "wrong-peer", answer
+    answer = ask("create", old, peer="b.example", late=True)
+    assert answer["type"] == "reply", answer
+    talk(old)
+print("all went well")
+"#;
+
+// RFC 5660 §2: what came in before there was a latch must not be taken for what came under it.
+#[test]
+fn a_connection_that_carried_data_is_latched_only_with_its_holder_s_consent() {
+    let scene = Scene::works(Latchkey, Latchkey, &Suite::default());
+    let _server = scene.host_b.spawn("socat", &["TCP4-LISTEN:4000,bind=10.2.0.1,reuseaddr,fork", "EXEC:cat"]);
+    scene.host_b.wait_for_listener(4000);
+    let socket = scene.a.latch_socket();
+    let arguments = ["-c", CONNECTED_BEFORE, socket.to_str().unwrap()];
+    assert!(scene.host_a.check("/usr/bin/python3", &arguments).contains("all went well"));
+}

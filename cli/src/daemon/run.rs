@@ -176,6 +176,7 @@ pub async fn run(options: DaemonOptions) -> anyhow::Result<()> {
                     Box::pin(async move { control.survey(flow, children).await })
                 }
             })),
+            has_received: kernel::tcp::has_received,
             unenforced: unenforced.then(|| UNENFORCED.to_owned()),
         },
         database,

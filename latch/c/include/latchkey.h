@@ -158,9 +158,11 @@ struct latchkey_wanted {
     int on_break;
     /* enum latchkey_initiate. */
     int initiate;
+    /* Not 0 if data may have come in on the TCP connection before, under no latch; else such a socket is refused. */
+    int late;
 };
 
-#define LATCHKEY_WANTED(peer) { sizeof(struct latchkey_wanted), (peer), 0, 0, 0, 0, 0, 0, 0 }
+#define LATCHKEY_WANTED(peer) { sizeof(struct latchkey_wanted), (peer), 0, 0, 0, 0, 0, 0, 0, 0 }
 
 /* A change of a latch's state. */
 struct latchkey_change {
@@ -249,7 +251,9 @@ int latchkey_descriptor(latchkey_client client, int *descriptor);
 /*
  * Latches a TCP or UDP socket that will connect to an address, or has; then call connect. A socket that is not bound
  * is bound to the address from which the system would reach the other end, and is left so when the latch is refused. Waits
- * until the daemon has made an SA where one is needed, a minute at most.
+ * until the daemon has made an SA where one is needed, a minute at most. What is read afterwards came under the latch: a UDP
+ * socket is connected, and what waited in its queue is dropped; a TCP connection on which data has come in before is
+ * refused with LATCHKEY_SOCKET, unless wanted->late is set.
  */
 int latchkey_latch_socket(latchkey_client client, int socket, const struct sockaddr *remote, socklen_t length,
                           const struct latchkey_wanted *wanted, latchkey_latch *latch);

@@ -32,6 +32,7 @@ pub struct WantedArgument {
     pub(crate) replay_protection: c_int,
     pub(crate) on_break: c_int,
     pub(crate) initiate: c_int,
+    pub(crate) late: c_int,
 }
 
 /// More suites than there are algorithms are none that were meant.
@@ -155,6 +156,7 @@ pub(crate) unsafe fn wanted(pointer: *const WantedArgument) -> Result<Wanted, Fa
     };
     Ok(Wanted {
         larval: false,
+        late: given.late != 0,
         peer: peer.ok_or_else(|| refused("wanted.peer is null"))?.to_owned(),
         local_id: local_id.map(str::to_owned),
         mode,

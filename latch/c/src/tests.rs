@@ -75,7 +75,8 @@ fn the_header_numbers_statuses_as_the_library_does() {
 fn the_compiler_lays_structs_out_as_the_library_does() {
     let folder = tempfile::tempdir().unwrap();
     let (source, program) = (folder.path().join("shapes.c"), folder.path().join("shapes"));
-    let fields = ["peer", "local_id", "mode", "suites", "suite_count", "replay_protection", "on_break", "initiate"];
+    let fields =
+        ["peer", "local_id", "mode", "suites", "suite_count", "replay_protection", "on_break", "initiate", "late"];
     let mut text = "#include <latchkey.h>\n#include <stdio.h>\nint main(void) {\n".to_owned();
     let mut print = |what: &str| text += &format!("printf(\"%zu\\n\", (size_t) {what});\n");
     for name in ["suite", "wanted", "change"] {
@@ -112,6 +113,7 @@ fn the_compiler_lays_structs_out_as_the_library_does() {
         offset_of!(WantedArgument, replay_protection),
         offset_of!(WantedArgument, on_break),
         offset_of!(WantedArgument, initiate),
+        offset_of!(WantedArgument, late),
         offset_of!(ChangeResult, state),
         offset_of!(ChangeResult, reason),
         offset_of!(SuiteArgument, key_bits),
@@ -186,11 +188,12 @@ fn what_is_wanted_is_checked_field_by_field() {
         replay_protection: 1,
         on_break: 2,
         initiate: 1,
+        late: 1,
     };
     // SAFETY: pointers are null or point to strings and structs that live here.
     let read = |wanted: WantedArgument| unsafe { arguments::wanted(&raw const wanted) };
     let wanted = read(good).ok().unwrap();
-    assert_eq!((wanted.peer.as_str(), wanted.replay_protection), ("db.example", true));
+    assert_eq!((wanted.peer.as_str(), wanted.replay_protection, wanted.late), ("db.example", true, true));
     let suites = [SuiteArgument { encr: 20, key_bits: 256, integ: 0 }];
     let wanted = read(WantedArgument { suites: suites.as_ptr(), suite_count: 1, ..good }).ok().unwrap();
     assert_eq!(wanted.suites[0].key_bits, 256);

@@ -380,14 +380,27 @@ async fn lists_of_any_length_come_in_pages() {
 async fn the_socket_is_for_its_group_and_replaces_only_a_dead_one() {
     let house = House::new().await;
     assert_eq!(fs::metadata(&house.path).unwrap().permissions().mode() & 0o7777, 0o660);
-    let config =
-        ServerConfig { path: house.path.clone(), device: None, initiator: None, surveyor: None, unenforced: None };
+    let config = ServerConfig {
+        path: house.path.clone(),
+        device: None,
+        initiator: None,
+        surveyor: None,
+        has_received: nothing,
+        unenforced: None,
+    };
     let taken = serve(config.clone(), Arc::default()).await.unwrap_err();
     assert_eq!(taken.kind(), io::ErrorKind::AddrInUse);
     let file = house.directory.path().join("file");
     fs::write(&file, "precious").unwrap();
     let taken = serve(
-        ServerConfig { path: file.clone(), device: None, initiator: None, surveyor: None, unenforced: None },
+        ServerConfig {
+            path: file.clone(),
+            device: None,
+            initiator: None,
+            surveyor: None,
+            has_received: nothing,
+            unenforced: None,
+        },
         Arc::default(),
     )
     .await
@@ -398,7 +411,14 @@ async fn the_socket_is_for_its_group_and_replaces_only_a_dead_one() {
     drop(listen(&dead).unwrap());
     assert!(
         serve(
-            ServerConfig { path: dead, device: None, initiator: None, surveyor: None, unenforced: None },
+            ServerConfig {
+                path: dead,
+                device: None,
+                initiator: None,
+                surveyor: None,
+                has_received: nothing,
+                unenforced: None
+            },
             Arc::default()
         )
         .await
@@ -416,6 +436,7 @@ async fn a_device_that_is_not_there_fails_the_latch() {
         device: Some("nosuchdevice0".into()),
         initiator: None,
         surveyor: None,
+        has_received: nothing,
         unenforced: None,
     };
     let server = serve(config, Arc::clone(&database)).await.unwrap();
@@ -438,6 +459,7 @@ async fn a_server_that_cannot_enforce_latches_gives_none() {
         device: None,
         initiator: None,
         surveyor: None,
+        has_received: nothing,
         unenforced: Some("nobody looks".into()),
     };
     let server = serve(config, Arc::clone(&database)).await.unwrap();
@@ -459,6 +481,7 @@ async fn a_latched_socket_is_bound_to_the_device() {
         device: Some("lo".into()),
         initiator: None,
         surveyor: None,
+        has_received: nothing,
         unenforced: None,
     };
     let server = serve(config, Arc::clone(&database)).await.unwrap();
@@ -569,6 +592,68 @@ async fn a_udp_socket_is_latched_and_silenced() {
     house.no_latches().await;
 }
 
+// RFC 5660 §2: packets that came before the latch are not accepted: dropped, or there is no latch.
+#[tokio::test]
+async fn what_came_before_the_latch_is_not_read_under_it() {
+    let house = House::with_sa().await;
+    let raw = house.raw().await;
+    let (far, stranger) = (UdpSocket::bind("127.0.0.1:0").unwrap(), UdpSocket::bind("127.0.0.1:0").unwrap());
+    let remote = far.local_addr().unwrap();
+    for (domain, address) in [(Domain::IPV4, "127.0.0.1:0"), (Domain::IPV6, "[::ffff:127.0.0.1]:0")] {
+        let near = Socket::new(domain, Type::DGRAM, Some(Protocol::UDP)).unwrap();
+        near.bind(&address.parse::<SocketAddr>().unwrap().into()).unwrap();
+        let near = std::net::UdpSocket::from(near);
+        let local = canonical(near.local_addr().unwrap());
+        for sender in [&stranger, &far] {
+            sender.send_to(b"before", local).unwrap();
+        }
+        let create = json!({"id": 1, "request": "create", "arguments": {"peer": "%any", "remote": remote}}).to_string();
+        raw.send(create.as_bytes(), Some(near.as_fd())).await.unwrap();
+        assert_eq!(answer(&raw).await["type"], "reply");
+        // It is connected from then on, so that nobody else gets in either.
+        assert_eq!(near.peer_addr().map(canonical).unwrap(), remote);
+        stranger.send_to(b"from elsewhere", local).unwrap();
+        far.send_to(b"under the latch", local).unwrap();
+        near.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut buffer = [0; 64];
+        let length = near.recv(&mut buffer).unwrap();
+        assert_eq!(&buffer[..length], b"under the latch");
+    }
+}
+
+#[tokio::test]
+async fn a_connection_that_has_received_data_is_latched_only_if_its_holder_says_that_it_may() {
+    let directory = TempDir::new().unwrap();
+    let path = directory.path().join("latch.sock");
+    let database = Arc::new(Database::new());
+    let config = ServerConfig {
+        path: path.clone(),
+        device: None,
+        initiator: None,
+        surveyor: None,
+        has_received: |_| Ok(true),
+        unenforced: None,
+    };
+    let server = serve(config, Arc::clone(&database)).await.unwrap();
+    let house = House { server, database, path, directory };
+    house.install(1, house.class("peer.example"));
+    let raw = house.raw().await;
+    let far = TcpListener::bind("127.0.0.1:0").unwrap();
+    let near = std::net::TcpStream::connect(far.local_addr().unwrap()).unwrap();
+    let flow = flow(TCP, near.local_addr().unwrap(), near.peer_addr().unwrap());
+    raw.send(br#"{"id":1,"request":"create","arguments":{"peer":"%any"}}"#, Some(near.as_fd())).await.unwrap();
+    let refusal = answer(&raw).await;
+    assert!(refusal["code"] == "socket" && refusal["message"].as_str().unwrap().contains("late"), "{refusal}");
+    assert!(house.database.find(&flow).is_none(), "nothing is left of it");
+    let late = br#"{"id":1,"request":"create","arguments":{"peer":"%any","late":true}}"#;
+    raw.send(late, Some(near.as_fd())).await.unwrap();
+    assert_eq!(answer(&raw).await["type"], "reply");
+    let listener = bound();
+    let listen = br#"{"id":1,"request":"listen","arguments":{"peer":"%any","late":true}}"#;
+    raw.send(listen, Some(listener.as_fd())).await.unwrap();
+    assert_eq!(answer(&raw).await["code"], "malformed");
+}
+
 #[tokio::test]
 async fn a_stream_that_waits_survives_a_break() {
     let house = House::with_sa().await;
@@ -627,8 +712,14 @@ async fn an_sa_is_made_when_there_is_none_and_a_narrow_one_when_asked_for() {
             })
         }
     });
-    let config =
-        ServerConfig { path: path.clone(), device: None, initiator: Some(initiator), surveyor: None, unenforced: None };
+    let config = ServerConfig {
+        path: path.clone(),
+        device: None,
+        initiator: Some(initiator),
+        surveyor: None,
+        has_received: nothing,
+        unenforced: None,
+    };
     let server = serve(config, Arc::clone(&database)).await.unwrap();
     let house = House { server, database, path, directory };
     let (client, far) = (Client::connect(&house.path).await.unwrap(), TcpListener::bind("127.0.0.1:0").unwrap());
@@ -669,8 +760,14 @@ async fn a_larval_latch_is_told_at_once_and_comes_to_its_end_later() {
             })
         }
     });
-    let config =
-        ServerConfig { path: path.clone(), device: None, initiator: Some(initiator), surveyor: None, unenforced: None };
+    let config = ServerConfig {
+        path: path.clone(),
+        device: None,
+        initiator: Some(initiator),
+        surveyor: None,
+        has_received: nothing,
+        unenforced: None,
+    };
     let server = serve(config, Arc::clone(&database)).await.unwrap();
     let house = House { server, database, path, directory };
     let raw = house.raw().await;
@@ -765,8 +862,14 @@ async fn what_protects_a_flow_now_is_told_with_it_and_classes_can_be_compared() 
             Box::pin(std::future::ready(sas))
         }
     });
-    let config =
-        ServerConfig { path: path.clone(), device: None, initiator: None, surveyor: Some(surveyor), unenforced: None };
+    let config = ServerConfig {
+        path: path.clone(),
+        device: None,
+        initiator: None,
+        surveyor: Some(surveyor),
+        has_received: nothing,
+        unenforced: None,
+    };
     let database = Arc::new(Database::new());
     let server = serve(config, Arc::clone(&database)).await.unwrap();
     let house = House { server, database, path, directory };
@@ -876,8 +979,14 @@ impl House {
         let directory = TempDir::new().unwrap();
         let path = directory.path().join("latch.sock");
         let database = Arc::new(Database::new());
-        let config =
-            ServerConfig { path: path.clone(), device: None, initiator: None, surveyor: None, unenforced: None };
+        let config = ServerConfig {
+            path: path.clone(),
+            device: None,
+            initiator: None,
+            surveyor: None,
+            has_received: nothing,
+            unenforced: None,
+        };
         let server = serve_within(config, Arc::clone(&database), limits).await.unwrap();
         Self { server, database, path, directory }
     }
@@ -928,6 +1037,11 @@ impl Far {
         far.set_read_timeout(Some(PATIENCE)).unwrap();
         (stream, far)
     }
+}
+
+/// Nothing has come in on any socket.
+fn nothing(_: BorrowedFd<'_>) -> io::Result<bool> {
+    Ok(false)
 }
 
 fn class(peer: &str, proof: Proof) -> Class {
