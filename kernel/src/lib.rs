@@ -2,6 +2,7 @@
 //! netlink, and the threads of the user-space ESP plane. All `unsafe` is here, and at the C
 //! edge of `latch`, each with its reason.
 
+pub mod addresses;
 pub mod interfaces;
 mod netlink;
 pub mod netns;

@@ -10,11 +10,13 @@ use std::net::IpAddr;
 
 use ipsec::selector::TrafficSelector;
 
+use crate::addresses::Addresses;
 use crate::netlink::{Netlink, Route, Rule, RuleAction, RuleSelector};
 
 /// The routes of the installed SA pairs, traps and shunts, counted by user.
 pub(crate) struct Routes {
     netlink: Netlink,
+    addresses: Addresses,
     table: u32,
     mark: u32,
     link: u32,
@@ -82,7 +84,8 @@ impl Owner {
 }
 
 impl Routes {
-    /// Adds the rules, unless routes are not wanted. A family that the system lacks is left out.
+    /// Adds the rules, unless routes are not wanted. A family that the system lacks is left out. For the network namespace of
+    /// the calling thread, which is that of `netlink`.
     pub(crate) fn new(
         mut netlink: Netlink,
         link: u32,
@@ -103,6 +106,7 @@ impl Routes {
         }
         Ok(Self {
             netlink,
+            addresses: Addresses::subscribe()?,
             table,
             mark,
             link,
@@ -128,7 +132,7 @@ impl Routes {
             return Ok(());
         }
         let networks = networks(remote_ts)?;
-        let addresses = self.netlink.addresses()?;
+        let addresses = self.addresses.all(&mut self.netlink)?;
         self.last += 1;
         let order = self.last;
         self.by_owner.insert(owner, (order, networks.iter().copied().collect()));
@@ -160,7 +164,7 @@ impl Routes {
         if !self.enabled || self.users.is_empty() {
             return Ok(());
         }
-        let addresses = self.netlink.addresses()?;
+        let addresses = self.addresses.all(&mut self.netlink)?;
         let networks: BTreeSet<Subnet> = self.users.keys().map(|(network, ..)| *network).collect();
         let mut outcome = Ok(());
         for network in networks {

@@ -298,10 +298,14 @@ pub(super) enum Event {
     StatesFlushed,
     /// Policies of ours were removed or changed.
     PoliciesChanged,
+    /// All policies were removed.
+    PoliciesFlushed,
     /// Policies of latches were removed.
     LatchesChanged,
     /// Somebody installed or changed a policy.
     Policy(PolicyReport),
+    /// Somebody removed one of theirs.
+    PolicyRemoved(PolicyId),
 }
 
 /// Stands in the `user` field of the selectors of all states and policies that are ours ("LtKy"). The kernel keeps it and
@@ -336,6 +340,11 @@ impl Message {
         message.u16(flags);
         message.zeros(8);
         message
+    }
+
+    /// Flags of the request.
+    pub(super) fn flags(&self) -> u16 {
+        Reader { rest: self.octets.get(6..).unwrap_or_default() }.u16().unwrap_or_default()
     }
 
     /// The finished message. The kernel names `port`, whose socket it is sent from, in the news of what it changes.
@@ -782,8 +791,6 @@ fn mode_number(mode: Mode) -> u8 {
 pub(super) struct Received<'a> {
     pub(super) kind: u16,
     pub(super) sequence: u32,
-    /// Who asked for what this is the answer to or the news of: 0 is the kernel itself.
-    pub(super) port: u32,
     pub(super) payload: &'a [u8],
 }
 
@@ -793,10 +800,10 @@ pub(super) fn messages(datagram: &[u8]) -> impl Iterator<Item = Received<'_>> {
     std::iter::from_fn(move || {
         let mut reader = Reader { rest };
         let length = usize::try_from(reader.u32()?).ok()?;
-        let (kind, _flags, sequence, port) = (reader.u16()?, reader.u16()?, reader.u32()?, reader.u32()?);
+        let (kind, _flags, sequence, _port) = (reader.u16()?, reader.u16()?, reader.u32()?, reader.u32()?);
         let payload = reader.take(length.checked_sub(HEADER)?)?;
         rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
-        Some(Received { kind, sequence, port, payload })
+        Some(Received { kind, sequence, payload })
     })
 }
 
@@ -956,20 +963,24 @@ pub(super) fn event(kind: u16, payload: &[u8]) -> Option<Event> {
         }
         kind::DELETE_SA => state_id(&mut reader).map(Event::StateRemoved),
         kind::FLUSH_SA => Some(Event::StatesFlushed),
-        kind::FLUSH_POLICY => Some(Event::PoliciesChanged),
+        kind::FLUSH_POLICY => Some(Event::PoliciesFlushed),
         kind::DELETE_POLICY => {
             // `struct xfrm_userpolicy_id` says which by its index or by its selector; an attribute says all.
             reader.take(64)?;
-            let mut removed = None;
+            let (mut removed, mut mark, mut if_id) = (None, Mark::default(), 0);
             while let Some((kind, mut value)) = reader.attribute() {
-                if kind == attribute::POLICY {
-                    removed = policy_report(&mut value);
+                match kind {
+                    attribute::POLICY => removed = policy_report(&mut value),
+                    attribute::MARK => mark = Mark { value: value.u32()?, mask: value.u32()? },
+                    attribute::IF_ID => if_id = value.u32()?,
+                    _ => {}
                 }
             }
-            match removed? {
-                removed if removed.of_latch => Some(Event::LatchesChanged),
-                removed => removed.ours.then_some(Event::PoliciesChanged),
-            }
+            Some(match removed? {
+                removed if removed.of_latch => Event::LatchesChanged,
+                removed if removed.ours => Event::PoliciesChanged,
+                removed => Event::PolicyRemoved(PolicyId { mark, if_id, ..removed.id }),
+            })
         }
         kind::NEW_POLICY | kind::UPDATE_POLICY => match policy(payload)? {
             report if report.ours => Some(Event::PoliciesChanged),

@@ -1,6 +1,7 @@
 //! The thread that hears what the kernel says by itself: acquires, expiries, changed mappings.
 
 use std::io;
+use std::os::fd::AsFd as _;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
@@ -21,7 +22,9 @@ pub(crate) fn start(
     xfrm: &Arc<Xfrm>,
     latches: Option<&Arc<Latches>>,
 ) -> io::Result<JoinHandle<()>> {
-    let socket = socket::subscribe()?;
+    // What we ask for ourselves is no news.
+    let own: Vec<u32> = [Some(xfrm.port), latches.map(|latches| latches.port)].into_iter().flatten().collect();
+    let socket = socket::subscribe(&own)?;
     let (shared, xfrm, latches) = (Arc::clone(shared), Arc::clone(xfrm), latches.map(Arc::clone));
     thread::Builder::new()
         .name("latchkey-xfrm".into())
@@ -33,7 +36,9 @@ fn listen(shared: &Shared, xfrm: &Xfrm, latches: Option<&Latches>, socket: &Sock
     // States come with their keys.
     let mut buffer = Vec::with_capacity(1 << 16);
     loop {
-        let mut descriptors = [PollFd::new(&shared.stop, PollFlags::IN), PollFd::new(socket, PollFlags::IN)];
+        let [stop, news, alarm] = [shared.stop.as_fd(), socket.as_fd(), xfrm.alarm.as_fd()]
+            .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
+        let mut descriptors = [stop, news, alarm];
         let patience = match lock(&xfrm.tables) {
             tables if tables.is_waiting() => &OFTEN,
             tables if tables.is_suspect() => &SOON,
@@ -49,11 +54,12 @@ fn listen(shared: &Shared, xfrm: &Xfrm, latches: Option<&Latches>, socket: &Sock
         if !descriptors[0].revents().is_empty() {
             return;
         }
+        xfrm.hear_alarm();
         let mut latches_changed = false;
         loop {
             match socket.recv_from(&mut buffer, 0) {
                 Ok((_, from)) if from.port_number() == 0 => {
-                    latches_changed |= hear(shared, xfrm, latches, &buffer);
+                    latches_changed |= hear(shared, xfrm, &buffer);
                 }
                 Ok(_) => {}
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
@@ -87,13 +93,11 @@ fn listen(shared: &Shared, xfrm: &Xfrm, latches: Option<&Latches>, socket: &Sock
 }
 
 /// True when policies of latches may be gone.
-fn hear(shared: &Shared, xfrm: &Xfrm, latches: Option<&Latches>, datagram: &[u8]) -> bool {
+fn hear(shared: &Shared, xfrm: &Xfrm, datagram: &[u8]) -> bool {
     let mut latches_changed = false;
-    // What we asked for ourselves is no news.
-    let ours = |port| port == xfrm.port || latches.is_some_and(|latches| latches.port == port);
-    for received in codec::messages(datagram).filter(|received| !ours(received.port)) {
+    for received in codec::messages(datagram) {
         let Some(event) = codec::event(received.kind, received.payload) else { continue };
-        latches_changed |= matches!(event, Event::LatchesChanged | Event::PoliciesChanged);
+        latches_changed |= matches!(event, Event::LatchesChanged | Event::PoliciesChanged | Event::PoliciesFlushed);
         if let Some(event) = lock(&xfrm.tables).translate(&event) {
             shared.events.plane(event);
         }

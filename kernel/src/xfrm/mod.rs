@@ -9,9 +9,11 @@ mod descriptions;
 mod events;
 mod inbound;
 mod latches;
+mod others;
 mod plane;
 mod priority;
 mod selectors;
+mod shape;
 mod socket;
 mod suite;
 mod tables;
@@ -19,11 +21,14 @@ mod tables;
 use std::fs::File;
 use std::io::{self, Read as _, Seek as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::sync::{Arc, Mutex};
+use std::ops::{Deref, DerefMut};
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use ipsec::plane::{EspKeys, EspSuite, Lifetime, Mark, Mode};
 use ipsec::secret::Secret;
 use ipsec::transform::{Encr, Integ};
+use rustix::event::{EventfdFlags, eventfd};
 
 pub(crate) use self::events::start;
 pub(crate) use self::inbound::InboundPolicies;
@@ -44,6 +49,8 @@ pub(crate) struct Xfrm {
     port: u32,
     /// The kernel has ESP in TCP streams: with IPv4, with IPv6.
     espintcp: (bool, bool),
+    /// Readable when the tables have something to be looked after that the kernel brings no news of.
+    alarm: OwnedFd,
     /// `net.core.xfrm_acq_expires` and what it was.
     acquire_expires: Option<(File, String)>,
 }
@@ -66,11 +73,22 @@ impl Xfrm {
             tracing::info!(states, policies, "removed what an earlier daemon left in the kernel");
         }
         let acquire_expires = shorten_acquires();
-        Ok(Arc::new(Self { tables: Mutex::new(tables), port, espintcp, acquire_expires }))
+        let alarm = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .map_err(|e| context(e.into(), "make an eventfd"))?;
+        Ok(Arc::new(Self { tables: Mutex::new(tables), port, espintcp, alarm, acquire_expires }))
     }
-}
 
-impl Xfrm {
+    /// The tables, for changes: what is left to be looked after wakes the thread that does.
+    fn tables(&self) -> Held<'_> {
+        let tables = lock(&self.tables);
+        Held { needed: tables.needs_care(), tables, alarm: &self.alarm }
+    }
+
+    fn hear_alarm(&self) {
+        // It counts, and is not readable again until the next one.
+        let _ = rustix::io::read(&self.alarm, &mut [0; 8]);
+    }
+
     /// True where the kernel has ESP in TCP streams between addresses of this family.
     pub(crate) fn has_espintcp(&self, ipv6: bool) -> bool {
         if ipv6 { self.espintcp.1 } else { self.espintcp.0 }
@@ -79,6 +97,37 @@ impl Xfrm {
     /// True when this inbound SPI is of a pair that the kernel carries.
     pub(crate) fn receives(&self, spi_in: u32) -> bool {
         lock(&self.tables).receives(spi_in)
+    }
+}
+
+/// The tables while somebody changes them.
+struct Held<'a> {
+    tables: MutexGuard<'a, Tables>,
+    /// They had something to be looked after before.
+    needed: bool,
+    alarm: &'a OwnedFd,
+}
+
+impl Deref for Held<'_> {
+    type Target = Tables;
+
+    fn deref(&self) -> &Tables {
+        &self.tables
+    }
+}
+
+impl DerefMut for Held<'_> {
+    fn deref_mut(&mut self) -> &mut Tables {
+        &mut self.tables
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        if self.tables.needs_care() && !self.needed {
+            // It fails only when it has been counted 2^64 times.
+            let _ = rustix::io::write(self.alarm, &1_u64.to_ne_bytes());
+        }
     }
 }
 

@@ -10,10 +10,9 @@ use ipsec::plane::{
 };
 use ipsec::selector::TrafficSelector;
 
-use super::Xfrm;
 use super::descriptions::Links;
 use super::latches::Described;
-use super::tables::Tables;
+use super::{Held, Xfrm};
 use crate::network::{Inner, lock};
 use crate::routes::{Owner, Routes, Via};
 
@@ -28,8 +27,8 @@ impl KernelPlane {
         Self { network: Arc::clone(network), xfrm: Arc::clone(xfrm) }
     }
 
-    fn tables(&self) -> MutexGuard<'_, Tables> {
-        lock(&self.xfrm.tables)
+    fn tables(&self) -> Held<'_> {
+        self.xfrm.tables()
     }
 
     /// Looks the links up that options name: by a name, or by having the outer address.

@@ -6,12 +6,14 @@ use ipsec::plane::Mark;
 use netlink_sys::protocols::NETLINK_XFRM;
 use netlink_sys::{Socket, SocketAddr};
 use rustix::io::Errno;
+use socket2::{SockFilter, SockRef};
 use zeroize::{Zeroize as _, Zeroizing};
 
 use super::codec::{
     self, Algorithm, Ends, LATCH_OWNER, Message, OWNER, Policy, PolicyId, PolicyReport, State, StateId, StateReport,
     kind,
 };
+use super::others::OthersPolicies;
 use crate::netlink::context;
 
 /// The SAD and SPD of one network namespace.
@@ -47,6 +49,7 @@ pub(super) struct XfrmSocket {
     port: u32,
     /// Of the policies that it installs and removes.
     owner: u32,
+    others: OthersPolicies,
 }
 
 impl XfrmSocket {
@@ -66,7 +69,9 @@ impl XfrmSocket {
         // Errors come with the kernel's own words, and without a copy of our request, which may hold keys.
         socket.set_ext_ack(true)?;
         socket.set_cap_ack(true)?;
-        Ok(Self { socket, sequence: 0, buffer: Vec::with_capacity(BUFFER), port: address.port_number(), owner })
+        let port = address.port_number();
+        let others = OthersPolicies::subscribe(port)?;
+        Ok(Self { socket, sequence: 0, buffer: Vec::with_capacity(BUFFER), port, owner, others })
     }
 
     /// What the kernel's news name as asker when it was us.
@@ -74,16 +79,18 @@ impl XfrmSocket {
         self.port
     }
 
-    /// Sends a request and hands the answers to `each`, up to its acknowledgement or the end of its dump.
+    /// Sends a request and hands the answers to `each`, up to its acknowledgement or the end of its dump; of a request
+    /// that wants neither the answer is one.
     fn request(&mut self, message: Message, mut each: impl FnMut(u16, &[u8])) -> io::Result<()> {
         self.sequence = self.sequence.wrapping_add(1);
+        let to_be_ended = message.flags() & (ACK | DUMP) != 0;
         let octets = message.finish(self.sequence, self.port);
         self.socket.send_to(&octets, &SocketAddr::new(0, 0), 0)?;
         loop {
             let received = self.socket.recv_from(&mut self.buffer, 0);
             let outcome = match received {
                 Ok((_, from)) if from.port_number() != 0 => None,
-                Ok(_) => read(&self.buffer, self.sequence, &mut each),
+                Ok(_) => read(&self.buffer, self.sequence, to_be_ended, &mut each),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => None,
                 Err(e) => Some(Err(e)),
             };
@@ -108,7 +115,7 @@ impl Databases for XfrmSocket {
 
     fn move_state(&mut self, id: StateId, mark: Mark, to: &Ends) -> io::Result<()> {
         let mut description = Zeroizing::new(Vec::new());
-        self.request(codec::name_state(kind::GET_SA, REQUEST | ACK, id, mark), |kind, payload| {
+        self.request(codec::name_state(kind::GET_SA, REQUEST, id, mark), |kind, payload| {
             if kind == kind::NEW_SA {
                 *description = payload.to_vec();
             }
@@ -140,7 +147,7 @@ impl Databases for XfrmSocket {
 
     fn state(&mut self, id: StateId, mark: Mark) -> io::Result<Option<StateReport>> {
         let mut report = None;
-        let message = codec::name_state(kind::GET_SA, REQUEST | ACK, id, mark);
+        let message = codec::name_state(kind::GET_SA, REQUEST, id, mark);
         let asked = self.request(message, |kind, payload| {
             if kind == kind::NEW_SA {
                 report = codec::state(payload);
@@ -173,8 +180,15 @@ impl Databases for XfrmSocket {
     }
 
     fn foreign_policy(&mut self, id: &PolicyId) -> io::Result<Option<PolicyReport>> {
+        if !self.others.is_known() {
+            let all = self.policies()?;
+            self.others.learn(all);
+        }
+        if !self.others.may_have(id) {
+            return Ok(None);
+        }
         let mut report = None;
-        let asked = self.request(codec::name_policy(kind::GET_POLICY, REQUEST | ACK, id, 0), |kind, payload| {
+        let asked = self.request(codec::name_policy(kind::GET_POLICY, REQUEST, id, 0), |kind, payload| {
             if kind == kind::NEW_POLICY {
                 report = codec::policy(payload);
             }
@@ -195,7 +209,12 @@ impl Databases for XfrmSocket {
 }
 
 /// Reads a datagram; `Some` when the request is answered.
-fn read(datagram: &[u8], sequence: u32, each: &mut impl FnMut(u16, &[u8])) -> Option<io::Result<()>> {
+fn read(
+    datagram: &[u8],
+    sequence: u32,
+    to_be_ended: bool,
+    each: &mut impl FnMut(u16, &[u8]),
+) -> Option<io::Result<()>> {
     for received in codec::messages(datagram).filter(|received| received.sequence == sequence) {
         match received.kind {
             kind::DONE => return Some(Ok(())),
@@ -206,7 +225,12 @@ fn read(datagram: &[u8], sequence: u32, each: &mut impl FnMut(u16, &[u8])) -> Op
                     None => Err(io::Error::new(io::ErrorKind::InvalidData, "a cut-off answer of the kernel")),
                 });
             }
-            other => each(other, received.payload),
+            other => {
+                each(other, received.payload);
+                if !to_be_ended {
+                    return Some(Ok(()));
+                }
+            }
         }
     }
     None
@@ -245,16 +269,41 @@ fn found(outcome: io::Result<()>) -> io::Result<bool> {
     }
 }
 
-/// The kernel's socket for news. It never waits for us: what does not fit is lost, and the next read says so.
-pub(super) fn subscribe() -> io::Result<Socket> {
-    let mut socket = Socket::new(NETLINK_XFRM).map_err(|e| context(e, "open an XFRM netlink socket"))?;
-    socket.bind(&SocketAddr::new(0, GROUPS)).map_err(|e| context(e, "subscribe to the kernel's IPsec events"))?;
-    socket.set_non_blocking(true)?;
+/// The kernel's socket for news but those of changes that `own` ports asked for. It never waits for us: what does not fit is
+/// lost, and the next read says so.
+pub(super) fn subscribe(own: &[u32]) -> io::Result<Socket> {
+    let socket = subscribe_to(GROUPS, own)?;
     // The forced variant passes by the system-wide limit and needs CAP_NET_ADMIN.
     if rustix::net::sockopt::set_socket_recv_buffer_size_force(&socket, EVENT_BUFFER).is_err() {
         socket.set_rx_buf_sz(EVENT_BUFFER)?;
     }
     Ok(socket)
+}
+
+pub(super) fn subscribe_to(groups: u32, own: &[u32]) -> io::Result<Socket> {
+    let mut socket = Socket::new(NETLINK_XFRM).map_err(|e| context(e, "open an XFRM netlink socket"))?;
+    pass_over(&socket, own).map_err(|e| context(e, "have our own changes left out of the kernel's IPsec events"))?;
+    socket.bind(&SocketAddr::new(0, groups)).map_err(|e| context(e, "subscribe to the kernel's IPsec events"))?;
+    socket.set_non_blocking(true)?;
+    Ok(socket)
+}
+
+/// Has the kernel leave out, on this socket, news of what these ports asked for: nobody wakes for them.
+fn pass_over(socket: &Socket, ports: &[u32]) -> io::Result<()> {
+    // Of the classic instructions: load a big-endian word from a place, compare it and skip so many, return.
+    const LOAD: u16 = 0x20;
+    const SKIP_IF_EQUAL: u16 = 0x15;
+    const RETURN: u16 = 0x06;
+    const PORT: u32 = 12;
+    let mut program = vec![SockFilter::new(LOAD, 0, 0, PORT)];
+    for (following, port) in (0..ports.len()).rev().zip(ports) {
+        // Over the other comparisons and what takes the message.
+        let to_the_end = u8::try_from(following + 1).map_err(io::Error::other)?;
+        program.push(SockFilter::new(SKIP_IF_EQUAL, to_the_end, 0, u32::from_be_bytes(port.to_ne_bytes())));
+    }
+    program.push(SockFilter::new(RETURN, 0, 0, u32::MAX));
+    program.push(SockFilter::new(RETURN, 0, 0, 0));
+    SockRef::from(socket).attach_filter(&program)
 }
 
 const REQUEST: u16 = 1;

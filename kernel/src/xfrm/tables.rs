@@ -17,6 +17,7 @@ use super::codec::{
 };
 use super::descriptions::{Links, ends, hull, inbound, outbound, policies, policy};
 use super::priority::Purpose;
+use super::shape::Shape;
 use super::socket::{Databases, XfrmSocket, errno};
 use super::{selectors, suite};
 
@@ -36,6 +37,8 @@ pub(super) struct Tables<D = XfrmSocket> {
     policies: HashMap<PolicyId, Vec<Wish>>,
     /// Inbound SPIs of pairs whose peer is not ready.
     waiting: Vec<u32>,
+    /// Which kinds of states the kernel has been seen to understand.
+    understood: HashSet<Shape>,
     /// When the counters of all were read.
     read_at: Option<Instant>,
     /// Something went wrong, or somebody else was at the databases: they may be otherwise than they should.
@@ -126,6 +129,7 @@ impl<D: Databases> Tables<D> {
             shunts: BTreeMap::new(),
             policies: HashMap::new(),
             waiting: Vec::new(),
+            understood: HashSet::new(),
             read_at: None,
             suspect: false,
         }
@@ -229,7 +233,7 @@ impl<D: Databases> Tables<D> {
         }
     }
 
-    /// Installs a state and makes sure that the kernel understood it as it was meant.
+    /// Installs a state, and if it is the first of its kind makes sure that the kernel understood it as it was meant.
     fn add_state(&mut self, state: &State, suite: &EspSuite, keys: &EspKeys) -> Result<(), PlaneError> {
         let algorithms = suite::algorithms(suite, keys)?;
         let name = describe(state.id);
@@ -244,6 +248,10 @@ impl<D: Databases> Tables<D> {
             },
             _ => system(format!("install the state of {name}"), e),
         })?;
+        let shape = Shape::of(state);
+        if self.understood.contains(&shape) {
+            return Ok(());
+        }
         let read_back = self.databases.state(state.id, state.mark);
         let complaint = match &read_back {
             Ok(Some(report)) => difference(state, report),
@@ -251,7 +259,10 @@ impl<D: Databases> Tables<D> {
             Err(e) => Some(e.to_string()),
         };
         match complaint {
-            None => Ok(()),
+            None => {
+                self.understood.insert(shape);
+                Ok(())
+            }
             Some(complaint) => {
                 self.remove_state(state.id, state.mark);
                 let e = io::Error::new(io::ErrorKind::InvalidData, complaint);
@@ -539,6 +550,11 @@ impl<D: Databases> Tables<D> {
         Ok(events)
     }
 
+    /// True while something is to be looked after that the kernel brings no news of.
+    pub(super) fn needs_care(&self) -> bool {
+        self.is_waiting() || self.is_suspect()
+    }
+
     /// True while some peer's first packet is waited for.
     pub(super) fn is_waiting(&self) -> bool {
         !self.waiting.is_empty()
@@ -686,11 +702,11 @@ impl<D: Databases> Tables<D> {
                 self.suspect |= self.states.contains_key(id);
                 None
             }
-            Event::StatesFlushed | Event::PoliciesChanged => {
+            Event::StatesFlushed | Event::PoliciesChanged | Event::PoliciesFlushed => {
                 self.suspect = true;
                 None
             }
-            Event::LatchesChanged => None,
+            Event::LatchesChanged | Event::PolicyRemoved(_) => None,
             Event::Policy(other) => {
                 let ours = self.policies.get(&other.id).and_then(|wishes| best(wishes));
                 if ours.is_some_and(|ours| other.priority <= ours.priority) {

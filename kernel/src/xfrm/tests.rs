@@ -7,10 +7,10 @@ use std::net::{IpAddr, UdpSocket};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use ipsec::plane::{KernelOptions, Mode, PlaneError, PlaneEvent, Trap};
+use ipsec::plane::{KernelOptions, Mark, Mode, PlaneError, PlaneEvent, Trap};
 use ipsec::selector::TrafficSelector;
 
-use super::codec::{self, Action, Direction, Policy, PolicyId, Port, Selector, Template, kind};
+use super::codec::{self, Action, Direction, Event, Policy, PolicyId, Port, Selector, Template, kind};
 use super::descriptions::Links;
 use super::selectors;
 use super::socket::{Databases as _, XfrmSocket, subscribe};
@@ -62,7 +62,7 @@ fn no_links() -> Links {
 fn a_packet_that_falls_into_a_trap_is_reported_and_dropped() {
     host()
         .run(|| {
-            let events = subscribe().unwrap();
+            let events = subscribe(&[]).unwrap();
             let mut tables = tables();
             tables.install_trap(&trap(9, "10.1.0.0/24", "10.2.0.0/24"), &no_links()).unwrap();
             let again = tables.install_trap(&trap(9, "10.1.0.0/24", "10.3.0.0/24"), &no_links());
@@ -105,7 +105,7 @@ fn acquired(events: &netlink_sys::Socket, tables: &mut Tables, trap: u32) -> ips
 fn the_packet_of_an_acquire_is_read_as_selectors_have_it() {
     host()
         .run(|| {
-            let events = subscribe().unwrap();
+            let events = subscribe(&[]).unwrap();
             let mut tables = tables();
             tables.install_trap(&trap(9, "10.1.0.0/24", "10.2.0.0/24"), &no_links()).unwrap();
             Command::new("ping")
@@ -157,7 +157,12 @@ fn a_policy_of_somebody_else_for_the_same_packets_is_noticed() {
                         packets (priority 375000)";
         assert_eq!(refused.to_string(), expected);
         assert_eq!(ip("xfrm policy").matches("dir out").count(), 1, "what failed leaves nothing");
-        // One that goes behind ours is no harm.
+        // One that is no more, or goes behind ours, is no harm.
+        ip("xfrm policy flush");
+        tables.install_trap(&trap(9, "10.1.0.0/24", "10.2.0.0/24"), &no_links()).unwrap();
+        tables.remove_trap(9).unwrap();
+        ip("xfrm policy add src 10.1.0.0/24 dst 10.2.0.0/24 dir out priority 375000 action block");
+        tables.install_trap(&trap(9, "10.1.0.0/24", "10.2.0.0/24"), &no_links()).unwrap_err();
         ip("xfrm policy update src 10.1.0.0/24 dst 10.2.0.0/24 dir out priority 500000 action block");
         tables.install_trap(&trap(9, "10.1.0.0/24", "10.2.0.0/24"), &no_links()).unwrap();
     })
@@ -180,14 +185,14 @@ fn policies_that_somebody_removed_are_put_back() {
         .unwrap();
 }
 
-// Else each change of our own would have all states and policies read and compared.
+// Else each change of our own would wake a thread, and have all states and policies read and compared.
 #[test]
-fn the_kernel_s_news_of_our_own_changes_name_us() {
+fn our_own_changes_are_no_news_and_those_of_others_are() {
     host()
         .run(|| {
-            let news = subscribe().unwrap();
             let mut socket = XfrmSocket::open().unwrap();
-            let port = socket.port();
+            let mut of_latches = XfrmSocket::open_for_latches().unwrap();
+            let news = subscribe(&[socket.port(), of_latches.port()]).unwrap();
             let id = PolicyId {
                 direction: Direction::Out,
                 selector: selectors::outbound(&[network("10.1.0.0/24")], &[network("10.2.0.0/24")], 0).unwrap()[0],
@@ -195,17 +200,22 @@ fn the_kernel_s_news_of_our_own_changes_name_us() {
                 if_id: 0,
             };
             let policy = Policy { id, priority: 1000, action: Action::Drop };
-            socket.add_policy(&policy).unwrap();
-            socket.set_policy(&Policy { priority: 2000, ..policy }).unwrap();
-            assert!(socket.delete_policy(&id).unwrap());
-            ip("xfrm policy add src 10.1.0.0/24 dst 10.2.0.0/24 dir out action block");
-            let mut askers = Vec::new();
+            for socket in [&mut socket, &mut of_latches] {
+                socket.add_policy(&policy).unwrap();
+                socket.set_policy(&Policy { priority: 2000, ..policy }).unwrap();
+                assert!(socket.delete_policy(&id).unwrap());
+            }
+            ip("xfrm policy add src 10.1.0.0/24 dst 10.2.0.0/24 dir out action block mark 5 if_id 6");
+            ip("xfrm policy delete src 10.1.0.0/24 dst 10.2.0.0/24 dir out mark 5 if_id 6");
+            let mut heard = Vec::new();
             let mut buffer = Vec::with_capacity(1 << 16);
             while news.recv_from(&mut buffer, 0).is_ok() {
-                askers.extend(codec::messages(&buffer).map(|received| received.port == port));
+                heard.extend(codec::messages(&buffer).filter_map(|news| codec::event(news.kind, news.payload)));
                 buffer.clear();
             }
-            assert_eq!(askers, [true, true, true, false]);
+            let id = PolicyId { mark: Mark { value: 5, mask: u32::MAX }, if_id: 6, ..id };
+            let [Event::Policy(added), Event::PolicyRemoved(removed)] = &heard[..] else { panic!("{heard:?}") };
+            assert_eq!((added.id, *removed), (id, id));
         })
         .unwrap();
 }
