@@ -30,19 +30,31 @@ impl Installed {
     }
 
     /// Compiles a program as its users do.
-    fn compile(&self, file: &str, flags: &[&str]) -> PathBuf {
-        let pc = fs::read_to_string(self.root.path().join("lib/pkgconfig/latchkey.pc")).unwrap();
-        assert!(pc.contains("Libs: -L${libdir} -llatchkey") && !pc.contains('@'), "{pc}");
+    fn compile(&self, file: &str, flags: &[String]) -> PathBuf {
         let output = self.root.path().join(Path::new(file).file_stem().unwrap());
-        let (include, lib) = (self.root.path().join("include"), self.root.path().join("lib"));
         let status = Command::new("cc")
-            .args(["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-g", "-I", include.to_str().unwrap()])
+            .args(["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-g"])
+            .args(self.pkg_config(&["--cflags"]))
             .arg(source(file))
-            .args(["-o", output.to_str().unwrap(), "-L", lib.to_str().unwrap()])
+            .args(["-o", output.to_str().unwrap()])
             .args(flags)
             .status();
         assert!(status.expect("apt-get install gcc").success(), "{file}");
         output
+    }
+
+    /// What pkg-config says of it, word by word.
+    fn pkg_config(&self, args: &[&str]) -> Vec<String> {
+        let output = Command::new("pkg-config")
+            .args(args)
+            .arg("latchkey")
+            .env("PKG_CONFIG_PATH", self.root.path().join("lib/pkgconfig"))
+            // Else it leaves out folders that the compiler looks through anyway.
+            .env("PKG_CONFIG_ALLOW_SYSTEM_LIBS", "1")
+            .output()
+            .expect("apt-get install pkg-config");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap().split_whitespace().map(str::to_owned).collect()
     }
 
     fn library_path(&self) -> String {
@@ -57,7 +69,7 @@ fn source(name: &str) -> PathBuf {
 #[test]
 fn two_c_programs_talk_over_latched_connections_until_the_latch_breaks() {
     let installed = Installed::new();
-    let dynamic = installed.compile("examples/talk.c", &["-llatchkey"]);
+    let dynamic = installed.compile("examples/talk.c", &installed.pkg_config(&["--libs"]));
     let scene = Scene::works(Latchkey, Latchkey, &Suite::default());
     let start = |daemon: &latchkey_tests::daemon::Daemon, host: &latchkey_tests::host::Host, name, args: &[&str]| {
         let mut command = host.command(dynamic.to_str().unwrap(), args);
@@ -101,9 +113,9 @@ fn two_c_programs_talk_over_latched_connections_until_the_latch_breaks() {
 fn a_c_program_with_wrong_input_gets_errors_and_no_harm() {
     let installed = Installed::new();
     // The static library, with what pkg-config gives for it.
-    let lib = format!("{}/liblatchkey.a", installed.library_path());
-    let program = installed
-        .compile("tests/wrong_input.c", &[&lib, "-lgcc_s", "-lutil", "-lrt", "-lpthread", "-lm", "-ldl", "-lc"]);
+    let mut flags = installed.pkg_config(&["--libs", "--static"]);
+    flags.iter_mut().filter(|flag| *flag == "-llatchkey").for_each(|flag| *flag = "-l:liblatchkey.a".to_owned());
+    let program = installed.compile("tests/wrong_input.c", &flags);
     let scene = Scene::works(Latchkey, Latchkey, &Suite::default());
     let _server = scene.host_b.spawn("socat", &["TCP4-LISTEN:4000,bind=10.2.0.1,reuseaddr,fork", "EXEC:cat"]);
     scene.host_b.wait_for_listener(4000);
@@ -116,4 +128,19 @@ fn a_c_program_with_wrong_input_gets_errors_and_no_harm() {
         .unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success() && !text.contains("WRONG"), "{}: {text}", output.status);
+}
+
+#[test]
+fn pkg_config_tells_where_the_library_is() {
+    let installed = Installed::new();
+    let root = installed.root.path().to_str().unwrap();
+    assert_eq!(installed.pkg_config(&["--cflags"]), [format!("-I{root}/include")]);
+    assert_eq!(installed.pkg_config(&["--libs"]), [format!("-L{root}/lib"), "-llatchkey".to_owned()]);
+    assert_eq!(installed.pkg_config(&["--modversion"]), [env!("CARGO_PKG_VERSION")]);
+    // What the Rust compiler says that the static library needs.
+    let needed = installed.pkg_config(&["--libs", "--static"]);
+    for library in ["-lgcc_s", "-lpthread", "-lm", "-ldl", "-lc"] {
+        assert!(needed.iter().any(|flag| flag == library), "{needed:?}");
+    }
+    assert!(fs::exists(format!("{root}/lib/liblatchkey.so.0")).unwrap());
 }

@@ -9,70 +9,133 @@ use serde_json::json;
 use crate::handles::Entry;
 use crate::status::{Failure, Status};
 
+macro_rules! items {
+    ($($variant:ident = $number:literal $name:literal;)*) => {
+        /// `enum latchkey_item`.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub(crate) enum Item {
+            $($variant = $number,)*
+        }
+
+        #[cfg(test)]
+        impl Item {
+            pub(crate) const ALL: &[(Self, &str)] = &[$((Self::$variant, $name),)*];
+        }
+
+        impl TryFrom<c_int> for Item {
+            type Error = Failure;
+
+            fn try_from(number: c_int) -> Result<Self, Failure> {
+                match number {
+                    $($number => Ok(Self::$variant),)*
+                    _ => Err(unknown(number)),
+                }
+            }
+        }
+    };
+}
+
+items! {
+    PeerId = 1 "PEER_ID";
+    LocalId = 2 "LOCAL_ID";
+    Proof = 3 "PROOF";
+    Mode = 4 "MODE";
+    Suite = 5 "SUITE";
+    LocalAddress = 6 "LOCAL_ADDRESS";
+    RemoteAddress = 7 "REMOTE_ADDRESS";
+    Json = 8 "JSON";
+    Guard = 9 "GUARD";
+    Connection = 10 "CONNECTION";
+    OuterLocalAddress = 11 "OUTER_LOCAL_ADDRESS";
+    OuterRemoteAddress = 12 "OUTER_REMOTE_ADDRESS";
+    Transport = 13 "TRANSPORT";
+    AddressBinding = 14 "ADDRESS_BINDING";
+    PeerIdData = 32 "PEER_ID_DATA";
+    LocalIdData = 33 "LOCAL_ID_DATA";
+    Certificate = 34 "CERTIFICATE";
+    TrustAnchor = 35 "TRUST_ANCHOR";
+    Number = 64 "NUMBER";
+    PeerIdKind = 65 "PEER_ID_KIND";
+    LocalIdKind = 66 "LOCAL_ID_KIND";
+    Encr = 67 "ENCR";
+    KeyBits = 68 "KEY_BITS";
+    Integ = 69 "INTEG";
+    Esn = 70 "ESN";
+    ReplayProtection = 71 "REPLAY_PROTECTION";
+    Class = 72 "CLASS";
+    AuthMethod = 73 "AUTH_METHOD";
+    NatLocal = 74 "NAT_LOCAL";
+    NatRemote = 75 "NAT_REMOTE";
+}
+
 /// The text or octets of an item, and whether it is a text.
-pub(crate) fn octets(entry: &Entry, item: c_int) -> Result<(Vec<u8>, bool), Failure> {
+pub(crate) fn octets(entry: &Entry, number: c_int) -> Result<(Vec<u8>, bool), Failure> {
+    let item = Item::try_from(number)?;
     if let Entry::Listener(listener) = entry {
         return match item {
-            6 => Ok((listener.local_addr().to_string().into_bytes(), true)),
+            Item::LocalAddress => Ok((listener.local_addr().to_string().into_bytes(), true)),
             _ => Err(absent()),
         };
     }
     let told = told(entry)?;
     let (peer, protection) = (&told.peer, &told.protection);
     let text = match item {
-        1 => peer.id.text.clone(),
-        2 => peer.local_id.text.clone(),
-        3 => match &peer.proof {
+        Item::PeerId => peer.id.text.clone(),
+        Item::LocalId => peer.local_id.text.clone(),
+        Item::Proof => match &peer.proof {
             ProofInfo::SharedKey => "shared-key".to_owned(),
             ProofInfo::Certificate { .. } => "certificate".to_owned(),
         },
-        4 => protection.mode.clone(),
-        5 => protection.suite.clone(),
-        6 => told.local.to_string(),
-        7 => told.remote.to_string(),
-        8 => json!(told.as_ref()).to_string(),
-        9 => guard(told.guard.ok_or_else(absent)?)?.to_owned(),
-        10 => first(&told)?.connection.clone(),
-        11 => first(&told)?.outer_local.to_string(),
-        12 => first(&told)?.outer_remote.to_string(),
-        13 => first(&told)?.transport.clone(),
-        14 => address(first(&told)?.address)?.to_owned(),
-        32 => return Ok((peer.id.data.clone(), false)),
-        33 => return Ok((peer.local_id.data.clone(), false)),
-        34 | 35 => {
+        Item::Mode => protection.mode.clone(),
+        Item::Suite => protection.suite.clone(),
+        Item::LocalAddress => told.local.to_string(),
+        Item::RemoteAddress => told.remote.to_string(),
+        Item::Json => json!(told.as_ref()).to_string(),
+        Item::Guard => guard(told.guard.ok_or_else(absent)?)?.to_owned(),
+        Item::Connection => first(&told)?.connection.clone(),
+        Item::OuterLocalAddress => first(&told)?.outer_local.to_string(),
+        Item::OuterRemoteAddress => first(&told)?.outer_remote.to_string(),
+        Item::Transport => first(&told)?.transport.clone(),
+        Item::AddressBinding => address(first(&told)?.address)?.to_owned(),
+        Item::PeerIdData => return Ok((peer.id.data.clone(), false)),
+        Item::LocalIdData => return Ok((peer.local_id.data.clone(), false)),
+        Item::Certificate | Item::TrustAnchor => {
             return match &peer.proof {
-                ProofInfo::Certificate { end_entity, .. } if item == 34 => Ok((end_entity.clone(), false)),
+                ProofInfo::Certificate { end_entity, .. } if item == Item::Certificate => {
+                    Ok((end_entity.clone(), false))
+                }
                 ProofInfo::Certificate { trust_anchor, .. } => Ok((trust_anchor.clone(), false)),
                 ProofInfo::SharedKey => Err(absent()),
             };
         }
-        _ => return Err(unknown(item)),
+        _ => return Err(unknown(number)),
     };
     // A zero inside would end it early: a peer chooses its identity.
     Ok((text.replace('\0', "\u{fffd}").into_bytes(), true))
 }
 
 /// The number of an item.
-pub(crate) fn number(entry: &Entry, item: c_int) -> Result<u64, Failure> {
+pub(crate) fn number(entry: &Entry, number: c_int) -> Result<u64, Failure> {
+    let item = Item::try_from(number)?;
     if let Entry::Listener(listener) = entry {
-        return if item == 64 { Ok(listener.number()) } else { Err(absent()) };
+        return if item == Item::Number { Ok(listener.number()) } else { Err(absent()) };
     }
     let told = told(entry)?;
     let (peer, protection) = (&told.peer, &told.protection);
     match item {
-        64 => told.latch.as_ref().map(|latch| latch.number).ok_or_else(absent),
-        65 => Ok(peer.id.kind.into()),
-        66 => Ok(peer.local_id.kind.into()),
-        67 => Ok(protection.encr.into()),
-        68 => Ok(protection.key_bits.into()),
-        69 => Ok(protection.integ.into()),
-        70 => Ok(protection.esn.into()),
-        71 => Ok(protection.replay_protection.into()),
-        72 => told.class.map(Into::into).ok_or_else(absent),
-        73 => Ok(first(&told)?.method.into()),
-        74 => Ok(first(&told)?.nat_local.into()),
-        75 => Ok(first(&told)?.nat_remote.into()),
-        _ => Err(unknown(item)),
+        Item::Number => told.latch.as_ref().map(|latch| latch.number).ok_or_else(absent),
+        Item::PeerIdKind => Ok(peer.id.kind.into()),
+        Item::LocalIdKind => Ok(peer.local_id.kind.into()),
+        Item::Encr => Ok(protection.encr.into()),
+        Item::KeyBits => Ok(protection.key_bits.into()),
+        Item::Integ => Ok(protection.integ.into()),
+        Item::Esn => Ok(protection.esn.into()),
+        Item::ReplayProtection => Ok(protection.replay_protection.into()),
+        Item::Class => told.class.map(Into::into).ok_or_else(absent),
+        Item::AuthMethod => Ok(first(&told)?.method.into()),
+        Item::NatLocal => Ok(first(&told)?.nat_local.into()),
+        Item::NatRemote => Ok(first(&told)?.nat_remote.into()),
+        _ => Err(unknown(number)),
     }
 }
 

@@ -9,7 +9,10 @@ use std::process::Command;
 use std::ptr::{null, null_mut};
 
 use super::*;
+use latch::protocol::{Disposition, Initiate};
+
 use crate::arguments::SuiteArgument;
+use crate::items::Item;
 
 fn header() -> String {
     fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("include/latchkey.h")).unwrap()
@@ -52,21 +55,89 @@ fn the_header_declares_what_the_library_exports() {
 }
 
 #[test]
-fn the_header_numbers_statuses_as_the_library_does() {
+fn statuses_have_the_names_of_their_constants() {
     let enumerators = enumerators();
     for (status, name) in Status::ALL {
-        let constant = format!("LATCHKEY_{}", name.to_uppercase().replace('-', "_"));
-        assert_eq!(enumerators.get(&constant), Some(&(*status as i32)), "{constant}");
+        assert!(enumerators.contains_key(&format!("LATCHKEY_{}", name.to_uppercase().replace('-', "_"))), "{name}");
         // SAFETY: the function gives static strings that end with a zero.
         assert_eq!(unsafe { CStr::from_ptr(latchkey_status_name(*status as i32)) }.to_str().unwrap(), *name);
     }
-    for (name, state) in [
-        ("LISTENER", State::Listener),
-        ("ESTABLISHED", State::Established),
-        ("BROKEN", State::Broken),
-        ("CLOSED", State::Closed),
+}
+
+/// What the compiler makes of each constant, and the library's number for it: all of them, both ways.
+#[test]
+fn the_compiler_numbers_what_the_library_does() {
+    let wanted = |on_break, initiate| {
+        let peer = c"%any";
+        let given = WantedArgument {
+            size: size_of::<WantedArgument>(),
+            peer: peer.as_ptr(),
+            local_id: null(),
+            mode: null(),
+            suites: null(),
+            suite_count: 0,
+            replay_protection: 0,
+            on_break,
+            initiate,
+            late: 0,
+        };
+        // SAFETY: pointers are null or point to strings that live here.
+        unsafe { arguments::wanted(&raw const given) }.ok()
+    };
+    let mut ours: BTreeMap<String, c_int> = BTreeMap::new();
+    ours.extend(Status::ALL.iter().map(|(status, name)| (name.to_uppercase().replace('-', "_"), *status as c_int)));
+    ours.extend(Item::ALL.iter().map(|(item, name)| ((*name).to_owned(), *item as c_int)));
+    let states = [State::Listener, State::Established, State::Broken, State::Closed];
+    ours.extend(states.map(|state| (state.to_string().to_uppercase(), number(state))));
+    for (name, on_break) in [
+        ("DEFAULT", None),
+        ("RESET", Some(Disposition::Reset)),
+        ("WAIT", Some(Disposition::Wait)),
+        ("UNREACHABLE", Some(Disposition::Unreachable)),
     ] {
-        assert_eq!(enumerators[&format!("LATCHKEY_{name}")], number(state));
+        let all = -9..99;
+        let numbers: Vec<c_int> =
+            all.filter(|number| wanted(*number, 0).is_some_and(|wanted| wanted.on_break == on_break)).collect();
+        assert_eq!(numbers.len(), 1, "{name}");
+        ours.insert(name.to_owned(), numbers[0]);
+    }
+    for (name, initiate) in [("NEEDED", Initiate::Needed), ("NARROW", Initiate::Narrow), ("NEVER", Initiate::No)] {
+        let all = -9..99;
+        let numbers: Vec<c_int> =
+            all.filter(|number| wanted(0, *number).is_some_and(|wanted| wanted.initiate == initiate)).collect();
+        assert_eq!(numbers.len(), 1, "{name}");
+        ours.insert(name.to_owned(), numbers[0]);
+    }
+
+    let folder = tempfile::tempdir().unwrap();
+    let (source, program) = (folder.path().join("numbers.c"), folder.path().join("numbers"));
+    let mut text = "#include <latchkey.h>\n#include <stdio.h>\nint main(void) {\n".to_owned();
+    for name in enumerators().keys() {
+        text += &format!("printf(\"{name} %d\\n\", (int) {name});\n");
+    }
+    fs::write(&source, text + "return 0;\n}\n").unwrap();
+    let include = Path::new(env!("CARGO_MANIFEST_DIR")).join("include");
+    let compiled = Command::new("cc").arg("-I").arg(&include).arg(&source).arg("-o").arg(&program).status();
+    assert!(compiled.expect("apt-get install gcc").success());
+    let output = String::from_utf8(Command::new(&program).output().unwrap().stdout).unwrap();
+    let theirs: BTreeMap<String, c_int> = output
+        .lines()
+        .filter_map(|line| line.strip_prefix("LATCHKEY_")?.split_once(' '))
+        .map(|(name, number)| (name.to_owned(), number.parse().unwrap()))
+        .collect();
+    assert_eq!(theirs, ours);
+    assert!(theirs.len() > 60);
+}
+
+/// Each function is called by a C program of the tests, rightly and wrongly.
+#[test]
+fn c_programs_call_every_function() {
+    let (right, wrong) = (include_str!("../examples/talk.c"), include_str!("../tests/wrong_input.c"));
+    let source = include_str!("lib.rs");
+    let exported = source.lines().filter_map(|line| Some(line.split_once("extern \"C\" fn ")?.1.split_once('(')?.0));
+    for name in exported {
+        let call = format!("{name}(");
+        assert!(wrong.contains(&call) && (right.contains(&call) || wrong.matches(&call).count() > 1), "{name}");
     }
 }
 

@@ -62,6 +62,9 @@ int main(int argc, char **argv)
     struct latchkey_wanted wanted = LATCHKEY_WANTED(argv[1]);
     expect("open", latchkey_open(getenv("LATCH_SOCKET"), &client), LATCHKEY_OK);
     expect("not the socket", latchkey_open("/dev/null", &number), LATCHKEY_SYSTEM);
+    expect("nowhere to put it", latchkey_open(getenv("LATCH_SOCKET"), NULL), LATCHKEY_ARGUMENT);
+    if (strcmp(latchkey_status_name(4711), "unknown") != 0)
+        printf("WRONG: a name for 4711\n"), failures++;
 
     int fd = socket(AF_INET, SOCK_STREAM, 0), file = open("/dev/null", O_RDWR);
     expect("no descriptor", latchkey_latch_socket(client, -1, remote, length, &wanted, &latch), LATCHKEY_SOCKET);
@@ -80,6 +83,55 @@ int main(int argc, char **argv)
     expect("a latch as a client", latchkey_latch_listener(client + 1000, fd, &wanted, &latch), LATCHKEY_HANDLE);
     expect("a client as a latch", latchkey_release(client), LATCHKEY_HANDLE);
     expect("a client as a listener", latchkey_accept(client, fd, &latch), LATCHKEY_HANDLE);
+    expect("null listener", latchkey_latch_listener(client, fd, &wanted, NULL), LATCHKEY_ARGUMENT);
+    expect("a closed listener", latchkey_latch_listener(client, 999, &wanted, &number), LATCHKEY_SOCKET);
+    int unbound = socket(AF_INET, SOCK_STREAM, 0);
+    expect("not bound", latchkey_latch_listener(client, unbound, &wanted, &number), LATCHKEY_SOCKET);
+    close(unbound);
+    expect("null latch", latchkey_latch_socket(client, fd, remote, length, &wanted, NULL), LATCHKEY_ARGUMENT);
+    expect("a closed flow", latchkey_whois(client, 999, &number), LATCHKEY_SOCKET);
+    expect("null found", latchkey_whois(client, fd, NULL), LATCHKEY_ARGUMENT);
+    expect("null descriptor", latchkey_descriptor(client, NULL), LATCHKEY_ARGUMENT);
+    expect("null change", latchkey_next(client, 0, NULL), LATCHKEY_ARGUMENT);
+    wanted.size--;
+    expect("another size", latchkey_latch_socket(client, fd, remote, length, &wanted, &latch), LATCHKEY_ARGUMENT);
+    wanted.size++;
+    wanted.on_break = 4;
+    expect("no disposition", latchkey_latch_socket(client, fd, remote, length, &wanted, &latch), LATCHKEY_ARGUMENT);
+    wanted.on_break = LATCHKEY_DEFAULT;
+
+    /* A listener latch, and who did not come through it. */
+    struct sockaddr_in local = {.sin_family = AF_INET};
+    int listening = socket(AF_INET, SOCK_STREAM, 0);
+    latchkey_latch listener;
+    inet_pton(AF_INET, "10.1.0.1", &local.sin_addr);
+    if (bind(listening, (struct sockaddr *)&local, sizeof(local)) != 0)
+        perror("bind"), failures++;
+    expect("listen", latchkey_latch_listener(client, listening, &wanted, &listener), LATCHKEY_OK);
+    expect("accept nothing", latchkey_accept(listener, 999, &number), LATCHKEY_SOCKET);
+    expect("accept nowhere", latchkey_accept(listener, listening, NULL), LATCHKEY_ARGUMENT);
+    expect("no connection", latchkey_accept(listener, fd, &number), LATCHKEY_SOCKET);
+    expect("a listener's state", latchkey_state(listener, &descriptor), LATCHKEY_OK);
+    if (descriptor != LATCHKEY_LISTENER)
+        printf("WRONG: state %d\n", descriptor), failures++;
+    expect("a listener has no peer", latchkey_get(listener, LATCHKEY_PEER_ID, large, sizeof(large), &size),
+           LATCHKEY_ABSENT);
+    expect("a listener is not inquired", latchkey_inquire(listener, &number), LATCHKEY_HANDLE);
+    expect("its end", latchkey_release(listener), LATCHKEY_OK);
+    close(listening);
+
+    /* What came before a latch would be read as if it had come under it. */
+    int old = socket(AF_INET, SOCK_STREAM, 0);
+    local.sin_port = 0;
+    if (bind(old, (struct sockaddr *)&local, sizeof(local)) != 0 || connect(old, remote, length) != 0
+        || write(old, "x", 1) != 1 || read(old, small, 1) != 1)
+        perror("a connection without a latch"), failures++;
+    expect("too late", latchkey_latch_socket(client, old, remote, length, &wanted, &latch), LATCHKEY_SOCKET);
+    wanted.late = 1;
+    expect("late", latchkey_latch_socket(client, old, remote, length, &wanted, &latch), LATCHKEY_OK);
+    wanted.late = 0;
+    expect("let it go", latchkey_release(latch), LATCHKEY_OK);
+    close(old);
     expect("not connected", latchkey_whois(client, fd, &latch), LATCHKEY_REFUSED);
 
     expect("latch", latchkey_latch_socket(client, fd, remote, length, &wanted, &latch), LATCHKEY_OK);
@@ -112,6 +164,16 @@ int main(int argc, char **argv)
     expect("json", latchkey_get(latch, LATCHKEY_JSON, large, sizeof(large), &size), LATCHKEY_OK);
     expect("no such binding", latchkey_channel_binding(latch, "tls-unique", large, sizeof(large), &size),
            LATCHKEY_NO_BINDING);
+    expect("a small binding", latchkey_channel_binding(latch, NULL, small, 2, &size), LATCHKEY_TOO_SMALL);
+    if (size != 33)
+        printf("WRONG: a binding of %zu octets\n", size), failures++;
+    expect("a binding", latchkey_channel_binding(latch, NULL, large, size, &size), LATCHKEY_OK);
+    expect("null binding", latchkey_channel_binding(latch, NULL, NULL, 33, &size), LATCHKEY_ARGUMENT);
+    expect("null state", latchkey_state(latch, NULL), LATCHKEY_ARGUMENT);
+    expect("null number", latchkey_get_number(latch, LATCHKEY_NUMBER, NULL), LATCHKEY_ARGUMENT);
+    expect("a text as a number", latchkey_get_number(latch, LATCHKEY_PEER_ID, &number), LATCHKEY_ARGUMENT);
+    expect("null told", latchkey_inquire(latch, NULL), LATCHKEY_ARGUMENT);
+    expect("null wait", latchkey_wait(latch, 0, NULL), LATCHKEY_ARGUMENT);
     expect("no key pairs", latchkey_channel_binding(latch, "ipsec-ikev2-endpoint", large, sizeof(large), &size),
            LATCHKEY_NO_BINDING);
     expect("nothing happens", latchkey_wait(latch, 50, &change), LATCHKEY_TIMEOUT);
@@ -148,5 +210,8 @@ int main(int argc, char **argv)
     expect("release twice", latchkey_release(latch), LATCHKEY_HANDLE);
     expect("close", latchkey_close(client), LATCHKEY_OK);
     expect("close twice", latchkey_close(client), LATCHKEY_HANDLE);
+    expect("closed: next", latchkey_next(client, 0, &change), LATCHKEY_HANDLE);
+    expect("closed: descriptor", latchkey_descriptor(client, &descriptor), LATCHKEY_HANDLE);
+    expect("closed: latch", latchkey_latch_socket(client, fd, remote, length, &wanted, &latch), LATCHKEY_HANDLE);
     return failures != 0;
 }
