@@ -1,6 +1,8 @@
 //! The hook through which a latch sees every packet (RFC 5660 §2).
 
-use crate::selector::Flow;
+use std::net::IpAddr;
+
+use crate::selector::{Flow, TrafficSelector};
 
 /// A congruence class: the interned number of all that a latch pins (both identities with their
 /// credentials, mode, protection, suites, replay protection). Two SAs of one class are
@@ -55,6 +57,37 @@ pub enum Passage {
     Class(ClassId),
 }
 
+/// A port of ours, with one address or all of one family, whose connections are latched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Port {
+    /// Upper-layer protocol.
+    pub protocol: u8,
+    /// Our address; the unspecified one is any of its family.
+    pub local: IpAddr,
+    /// The port's number.
+    pub number: u16,
+}
+
+impl Port {
+    /// True when a flow's local end is this, or one that takes in more, as that of a socket which listens.
+    pub fn meets(&self, flow: &Flow) -> bool {
+        let any = self.local.is_unspecified() && self.local.is_ipv4() == flow.local.is_ipv4();
+        (self.protocol, self.number) == (flow.protocol, flow.local_port)
+            && (any || self.local == flow.local || flow.local.is_unspecified())
+    }
+}
+
+/// What an SA covers, and what may come to a port by it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Claim {
+    /// Packets of the SA's class, or none.
+    pub passage: Passage,
+    /// Our ends.
+    pub local_ts: Vec<TrafficSelector>,
+    /// The other ends.
+    pub remote_ts: Vec<TrafficSelector>,
+}
+
 /// The operating system's own barrier around latched flows, beside the packet check: it keeps them from all ways past the
 /// tunnel, is there where the system does ESP and nobody checks packets, and outlives the process.
 ///
@@ -71,6 +104,14 @@ pub trait FlowBarrier: Send + Sync {
     fn lift(&self, flow: &Flow);
     /// Puts right what others have taken away from it; to be called now and then.
     fn verify(&self);
+    /// From now on, a flow of the port that is not latched passes where one claim is about it, or several with the same
+    /// passage, by that passage; and else not at all. Replaces what was said of the port before. When it fails, no such flow
+    /// passes, or only by what was and is said.
+    fn set_port(&self, port: &Port, claims: &[Claim]) -> Result<(), String>;
+    /// Nothing is said of the port any more.
+    fn lift_port(&self, port: &Port);
+    /// Ports that an earlier process left, and through which no flow passes until they are lifted.
+    fn abandoned_ports(&self) -> Vec<Port>;
     /// True where the system does ESP, so that the packet check does not see all packets.
     fn stands_alone(&self) -> bool;
 }

@@ -1,5 +1,5 @@
 //! The latch database (RFC 5660 §2.3): which flows are pinned to which congruence class, and the check of each
-//! packet against it. No IO.
+//! packet against it. Its only IO is to ask the system for its connections (`ports`).
 //!
 //! # Invariants
 //!
@@ -35,6 +35,8 @@
 //! The packet path never takes it: it reads one counter, and, if there are latches, one entry of a sharded map.
 //! Holders are told with no lock held; they may call back.
 
+mod ports;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::hash::{Hash, Hasher};
@@ -49,6 +51,8 @@ use ipsec::plane::{EspSuite, Mode};
 use ipsec::selector::{Flow, TrafficSelector};
 use ipsec::transform::{Encr, Integ};
 use pad::{Identity, IdentityPattern, PeerIdentity, Proof};
+
+use self::ports::Connections;
 
 /// All that a latch pins (RFC 5660 §2); interned as a [`ClassId`]. The IKE SA does not enter: rekeys and new
 /// IKE SAs of the same peer are congruent. What equality compares is in the module's documentation.
@@ -274,6 +278,7 @@ pub struct Database {
     /// What non-first fragments, which have no ports, are checked against.
     pairs: DashMap<Pair, PairPins>,
     barrier: OnceLock<Arc<dyn FlowBarrier>>,
+    connections: Connections,
 }
 
 impl Database {
@@ -290,7 +295,7 @@ impl Database {
 
     /// True where packets pass that the packet check does not see, and latches stand on the system's barrier alone.
     pub fn system_does_esp(&self) -> bool {
-        self.barrier.get().is_some_and(|barrier| barrier.stands_alone())
+        self.alone().is_some()
     }
 
     /// Takes away the barriers of flows that are no longer latched, and whose connection `has_ended`.
@@ -360,7 +365,12 @@ impl Database {
         local_ts: &[TrafficSelector],
         remote_ts: &[TrafficSelector],
     ) -> Vec<Alert> {
-        let broken = self.break_conflicting(&mut self.control(), class, local_ts, remote_ts);
+        let mut control = self.control();
+        let newcomer = CoveringSa { class, local_ts: local_ts.to_vec(), remote_ts: remote_ts.to_vec() };
+        let found = self.before_newcomer(&mut control, newcomer);
+        let broken = self.break_conflicting(&mut control, class, local_ts, remote_ts);
+        drop(control);
+        self.tell(found);
         self.tell(broken)
     }
 
@@ -374,7 +384,8 @@ impl Database {
         remote_ts: &[TrafficSelector],
         newcomer: impl Fn(&Class) -> Newcomer,
     ) -> Vec<Flow> {
-        let control = self.control();
+        let mut control = self.control();
+        let found = self.before_reservation(&mut control, local_ts, remote_ts, &newcomer);
         let within = control.within(remote_ts).into_iter().filter_map(|id| control.latches.get(&id));
         let latches = within.filter(|latch| {
             (latch.condition == Condition::Established || latch.recovers())
@@ -385,7 +396,10 @@ impl Database {
                     Newcomer::Stranger => true,
                 }
         });
-        latches.map(|latch| latch.flow).collect()
+        let reserved = latches.map(|latch| latch.flow).collect();
+        drop(control);
+        self.tell(found);
+        reserved
     }
 
     /// What applications can bind to the IKE SA of an SA that is about to be installed; forgotten when it is `removed`.
@@ -420,9 +434,13 @@ impl Database {
     /// SA was not yet known here.
     pub fn installed(&self, sa: u64, class: ClassId, local_ts: Vec<TrafficSelector>, remote_ts: Vec<TrafficSelector>) {
         let mut control = self.control();
-        let broken = self.break_conflicting(&mut control, class, &local_ts, &remote_ts);
-        control.insert_sa(sa, CoveringSa { class, local_ts, remote_ts });
+        let sa_in = CoveringSa { class, local_ts, remote_ts };
+        let found = self.before_newcomer(&mut control, sa_in.clone());
+        let broken = self.break_conflicting(&mut control, class, &sa_in.local_ts, &sa_in.remote_ts);
+        control.newcomer = None;
+        control.insert_sa(sa, sa_in);
         drop(control);
+        self.tell(found);
         self.tell(broken);
     }
 
@@ -430,10 +448,13 @@ impl Database {
     /// (RFC 5660 §2). Those that wait for this SA to go are ESTABLISHED again.
     pub fn removed(&self, sa: u64) {
         let mut control = self.control();
+        let found = self.before_removal(&mut control, sa);
         control.remove_sa(sa);
         control.bindings.remove(&sa);
+        self.open_ports(&control);
         let restored = self.restore(&mut control);
         drop(control);
+        self.tell(found);
         self.tell(restored);
     }
 
@@ -457,11 +478,13 @@ impl Database {
     }
 
     fn lose(&self, mut control: MutexGuard<'_, Control>, lost: &Class, reason: String) {
+        let found = self.find_all(&mut control);
         let latches = control.latches.iter().filter(|(_, latch)| latch.class.is_between_the_ends_of(lost));
         let ids: Vec<LatchId> = latches.map(|(id, _)| *id).collect();
         let broken: Vec<_> =
             ids.into_iter().filter_map(|id| self.mark(&mut control, id, Condition::Dead, reason.clone())).collect();
         drop(control);
+        self.tell(found);
         self.tell(broken);
     }
 
@@ -469,6 +492,7 @@ impl Database {
     /// it is latched, or `None`. Breaks what conflicts, restores what does not any more.
     pub fn policy_changed(&self, conflict: impl Fn(&Flow, &Class) -> Option<String>) {
         let mut control = self.control();
+        let found = self.find_all(&mut control);
         let conflicts: Vec<_> = control
             .latches
             .iter()
@@ -490,6 +514,7 @@ impl Database {
         }
         changed.extend(self.restore(&mut control));
         drop(control);
+        self.tell(found);
         self.tell(changed);
     }
 
@@ -610,12 +635,15 @@ impl Database {
         if control.listeners.values().any(|other| other.listener.meets(&listener)) {
             return Err(LatchError::Exists(listener.to_string()));
         }
+        self.close_port(&control, &listener)?;
         control.last_latch += 1;
         let id = LatchId(control.last_latch);
-        control.listeners.insert(id, Listening { listener, request, holder: Arc::from(holder), waiting: 0 });
+        let listening = Listening { listener, request, holder: Arc::from(holder), waiting: 0, shut: false };
+        control.listeners.insert(id, listening);
         // The counter first, as in `insert`.
         self.latched.fetch_add(1, Ordering::SeqCst);
         self.ports.entry((listener.protocol, listener.port)).or_default().push(listener);
+        self.open_ports(&control);
         Ok(id)
     }
 
@@ -628,6 +656,21 @@ impl Database {
         holder: Box<dyn Fn(Alert) + Send + Sync>,
     ) -> Result<(LatchId, Arc<Class>), LatchError> {
         let mut control = self.control();
+        let is_new = !control.by_flow.contains_key(flow) && !self.is_closed(flow);
+        let adopted = is_new.then(|| self.adopt(&mut control, flow)).flatten();
+        let accepted = self.take(&mut control, listener, flow, holder);
+        drop(control);
+        self.tell(adopted.into_iter().collect());
+        accepted
+    }
+
+    fn take(
+        &self,
+        control: &mut Control,
+        listener: LatchId,
+        flow: &Flow,
+        holder: Box<dyn Fn(Alert) + Send + Sync>,
+    ) -> Result<(LatchId, Arc<Class>), LatchError> {
         let found = control.by_flow.get(flow).copied().and_then(|id| Some((id, control.latches.get_mut(&id)?)));
         let Some((id, latch)) = found.filter(|(_, latch)| latch.listener == Some(listener)) else {
             return Err(LatchError::NotAccepted(flow.to_string()));
@@ -660,7 +703,9 @@ impl Database {
     /// that it made stay. Unknown numbers are ignored.
     pub fn release(&self, latch: LatchId) {
         let mut control = self.control();
+        let found = if control.listeners.contains_key(&latch) { self.find_all(&mut control) } else { Vec::new() };
         if let Some(gone) = control.listeners.remove(&latch) {
+            self.lift_ports(&gone.listener);
             let port = (gone.listener.protocol, gone.listener.port);
             if let Entry::Occupied(mut entry) = self.ports.entry(port) {
                 entry.get_mut().retain(|listener| *listener != gone.listener);
@@ -669,6 +714,8 @@ impl Database {
                 }
             }
             self.latched.fetch_sub(1, Ordering::SeqCst);
+            drop(control);
+            self.tell(found);
             return;
         }
         if let Some(flow) = control.larval.remove(&latch) {
@@ -1192,6 +1239,8 @@ struct Classes {
 #[derive(Default)]
 struct Control {
     sas: BTreeMap<u64, CoveringSa>,
+    /// Asked for and not yet installed.
+    newcomer: Option<CoveringSa>,
     bindings: HashMap<u64, Bindings>,
     /// SAs by the smallest network around each of their remote selectors.
     by_subnet: HashMap<Subnet, BTreeSet<u64>>,
@@ -1354,6 +1403,7 @@ enum Coverage {
     Several,
 }
 
+#[derive(Clone)]
 struct CoveringSa {
     class: ClassId,
     local_ts: Vec<TrafficSelector>,
@@ -1400,6 +1450,8 @@ struct Listening {
     holder: Holder,
     /// Its latches that nobody has taken.
     waiting: usize,
+    /// Nobody gets in any more.
+    shut: bool,
 }
 
 impl Latch {
@@ -1514,6 +1566,11 @@ fn read<T>(lock: &RwLock<T>) -> std::sync::RwLockReadGuard<'_, T> {
 fn covers(local_ts: &[TrafficSelector], remote_ts: &[TrafficSelector], flow: &Flow) -> bool {
     local_ts.iter().any(|ts| ts.matches(flow.protocol, flow.local, flow.local_port))
         && remote_ts.iter().any(|ts| ts.matches(flow.protocol, flow.remote, flow.remote_port))
+}
+
+/// Some address is selected by both.
+fn meet(one: &[TrafficSelector], other: &[TrafficSelector]) -> bool {
+    one.iter().any(|one| other.iter().any(|other| one.start <= other.end && other.start <= one.end))
 }
 
 /// Ports of 0 would be taken for fragments by the packet check, so they must not be latched.

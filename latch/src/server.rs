@@ -231,8 +231,14 @@ async fn sweep(database: Arc<Database>) {
     let mut turns = interval(SWEEP);
     loop {
         turns.tick().await;
-        let (latches, abandoned) = (database.list(), database.abandoned());
-        if latches.is_empty() && abandoned.is_empty() {
+        let (abandoned, ports) = (database.abandoned(), database.abandoned_ports());
+        let of_system = Arc::clone(&database);
+        // What has come by way of the system is looked for before what has gone.
+        if let Err(error) = tokio::task::spawn_blocking(move || of_system.find_connections()).await {
+            tracing::error!(%error, "looking for connections of listener latches");
+        }
+        let latches = database.list();
+        if latches.is_empty() && abandoned.is_empty() && ports.is_empty() {
             suspects.clear();
             opened.clear();
             continue;
@@ -273,6 +279,7 @@ async fn sweep(database: Arc<Database>) {
         let over: Vec<LatchId> = held.iter().filter(|(_, flow)| is_over(flow)).map(|(latch, _)| *latch).collect();
         database.ended(&over);
         database.lift_abandoned(is_over);
+        database.lift_abandoned_ports(|port| connections.keys().any(|flow| port.meets(flow)));
         suspects = ended;
     }
 }
@@ -597,11 +604,6 @@ impl Connection {
 
     fn listen(&mut self, wanted: &Wanted, descriptor: Option<OwnedFd>) -> Result<Listening, Refusal> {
         self.enforced()?;
-        if self.shared.database.system_does_esp() {
-            let message = "the kernel does ESP here, and its policies give no connection a latch by its first packet: \
-                           latch the accepted connections, or set plane = userspace";
-            return Err(Refusal::new(Code::Unenforced, message));
-        }
         if wanted.remote.is_some() || wanted.larval || wanted.late {
             return Err(Refusal::new(Code::Malformed, "a listener has no remote, waits for nothing and is never late"));
         }

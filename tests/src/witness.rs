@@ -103,6 +103,126 @@ while True:
     time.sleep(0.005)
 "#;
 
+/// Latches a listener and echoes what comes to it; accepts nothing while a file is there. Says in a file what happens.
+const SERVER: &str = r#"
+import json, os, select, socket, sys
+told = json.loads(sys.argv[1])
+out = open(told["report"], "a", buffering=1)
+service = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+service.connect(told["service"])
+def alert(message):
+    print("alert", message["state"], message["reason"], file=out)
+def call(name, arguments, descriptors=[]):
+    message = json.dumps({"id": 7, "request": name, "arguments": arguments}).encode()
+    try:
+        socket.send_fds(service, [message], descriptors)
+        while True:
+            answer = json.loads(service.recv(65536) or '{"type": "refusal", "code": "gone", "message": ""}')
+            if answer["type"] != "alert":
+                return answer
+            alert(answer)
+    except OSError:
+        return {"type": "refusal", "code": "gone", "message": ""}
+call("hello", {"version": 1})
+host, port = told["local"].rsplit(":", 1)
+host = host.strip("[]")
+listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+listener.bind((host, int(port)))
+answer = call("listen", {"peer": told["peer"], "on_break": told["on_break"]}, [listener.fileno()])
+if answer["type"] == "refusal":
+    print("refused", answer["code"], answer["message"], file=out)
+    sys.exit()
+number = answer["result"]["latch"]
+listener.listen(16)
+print("listening", file=out)
+connections, watched = [], [service]
+while True:
+    paused = os.path.exists(told["pause"])
+    readable, _, _ = select.select(watched + connections + ([] if paused else [listener]), [], [], 0.1)
+    for one in readable:
+        if one is service:
+            message = service.recv(65536)
+            if message:
+                alert(json.loads(message))
+            else:
+                watched = []
+                print("daemon gone", file=out)
+        elif one is listener:
+            connection, _ = listener.accept()
+            answer = call("accept", {"listener": number}, [connection.fileno()])
+            if answer["type"] == "refusal":
+                print("refused", answer["code"], answer["message"], file=out)
+                connection.close()
+            else:
+                result = answer["result"]
+                print("accepted", result["peer"]["id"]["text"], "guard", result["guard"], file=out)
+                connections.append(connection)
+        else:
+            try:
+                heard = one.recv(4096)
+                if heard:
+                    print("heard", heard, file=out)
+                    one.send(heard)
+                else:
+                    raise OSError("end of data")
+            except OSError as error:
+                print("error", error, file=out)
+                connections.remove(one)
+"#;
+
+/// A running echo server whose listener is latched, on port 7 of the address; killed on drop.
+pub struct Server {
+    report: PathBuf,
+    pause: PathBuf,
+    _process: Process,
+}
+
+impl Server {
+    /// Starts it on the daemon's host; connections wait when their latches break.
+    pub fn start(daemon: &Daemon, host: &Host, local: &str, peer: &str) -> Self {
+        let report = daemon.path(&format!("server-{local}"));
+        let pause = daemon.path(&format!("pause-{local}"));
+        fs::write(&report, "").unwrap();
+        let told = format!(
+            r#"{{"service": "{}", "report": "{}", "pause": "{}", "local": "{local}", "peer": "{peer}", "on_break": "wait"}}"#,
+            daemon.latch_socket().display(),
+            report.display(),
+            pause.display(),
+        );
+        let server = Self { report, pause, _process: host.spawn("python3", &["-c", SERVER, &told]) };
+        wait_for("the server's answer", PATIENCE, || !server.report().is_empty());
+        server
+    }
+
+    /// All that it has said.
+    pub fn report(&self) -> String {
+        fs::read_to_string(&self.report).unwrap()
+    }
+
+    /// Waits until it has said this so many times.
+    pub fn says(&self, what: &str, times: usize) {
+        let said = || self.report().matches(what).count() >= times;
+        let start = std::time::Instant::now();
+        let limit = if crate::uml::inside() { 3 * PATIENCE } else { PATIENCE };
+        while !said() {
+            assert!(start.elapsed() < limit, "the server does not say {what:?} {times} times but:\n{}", self.report());
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// From now on it accepts nothing, or goes on.
+    pub fn pause(&self, paused: bool) {
+        if paused {
+            fs::write(&self.pause, "").unwrap();
+            // A turn may have begun before.
+            std::thread::sleep(Duration::from_millis(300));
+        } else {
+            fs::remove_file(&self.pause).unwrap();
+        }
+    }
+}
+
 /// What a [`Talker`] does.
 #[derive(Clone, Copy)]
 pub struct Talk<'a> {

@@ -6,6 +6,9 @@
 //! space does, and whenever a latch is not ESTABLISHED or its class has no SA, they drop all. What goes through the
 //! tunnel's device passes them by; of inbound IPv6 that cannot be said, so there is no policy for it where user space does ESP.
 //!
+//! Where the kernel does ESP, a port whose connections are latched has policies too (`ports`), for those that have no
+//! latch yet.
+//!
 //! # Invariants
 //!
 //! * They stay when the process ends, however it ends. A successor finds them, lets nothing pass, and takes each away when
@@ -22,11 +25,12 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::{Mutex, MutexGuard};
 
-use ipsec::guard::{ClassId, FlowBarrier, Passage};
+use ipsec::guard::{self, Claim, ClassId, FlowBarrier, Passage};
 use ipsec::plane::{Encapsulation, Mark, Mode, SaPair};
 use ipsec::selector::Flow;
 
 use super::codec::{Action, Direction, Ends, Policy, PolicyId, Port, Selector, Template};
+use super::ports::{self, Policies};
 use super::priority::{self, Purpose};
 use super::socket::{Databases as _, XfrmSocket};
 use super::{descriptions, selectors};
@@ -47,9 +51,19 @@ struct State {
     kernel_does_esp: bool,
     flows: BTreeMap<Flow, Barrier>,
     abandoned: BTreeSet<Flow>,
+    ports: BTreeMap<guard::Port, OpenPort>,
+    abandoned_ports: BTreeSet<guard::Port>,
     /// The kernel's SAs by inbound SPI.
     paths: BTreeMap<u32, Path>,
     last_path: u64,
+}
+
+/// A port whose connections are latched.
+#[derive(Default)]
+struct OpenPort {
+    claims: Vec<Claim>,
+    /// That the kernel has.
+    policies: Policies,
 }
 
 #[derive(Clone, Copy)]
@@ -60,15 +74,16 @@ struct Barrier {
 }
 
 /// A pair of SAs, as far as it says which packets take it.
-struct Path {
-    class: ClassId,
+pub(super) struct Path {
+    pub(super) class: ClassId,
     reqid: u32,
     mode: Mode,
-    selectors: Vec<Selector>,
+    pub(super) selectors: Vec<Selector>,
     ends: Ends,
-    order: u64,
+    /// The newest has most.
+    pub(super) order: u64,
     /// Its packets need marks or interfaces, which a latch's policies do not say.
-    special: bool,
+    pub(super) special: bool,
 }
 
 impl Latches {
@@ -76,14 +91,17 @@ impl Latches {
     pub(crate) fn open(tun: u32, kernel_does_esp: bool) -> io::Result<Self> {
         let mut socket = XfrmSocket::open_for_latches()?;
         let port = socket.port();
-        let mut left = BTreeSet::new();
+        let (mut left, mut ports_left) = (BTreeSet::new(), BTreeSet::new());
         for report in socket.policies()?.iter().filter(|report| report.of_latch) {
-            match flow(&report.id) {
-                Some(flow) => {
+            match (flow(&report.id), ports::closes(report)) {
+                (Some(flow), _) => {
                     left.insert(flow);
                 }
-                // Of a tunnel's device that is no more.
-                None => {
+                (None, Some(port)) => {
+                    ports_left.insert(port);
+                }
+                // What passed of a port that is closed behind it, or of a tunnel's device that is no more.
+                (None, None) => {
                     socket.delete_policy(&report.id)?;
                 }
             }
@@ -94,14 +112,20 @@ impl Latches {
             kernel_does_esp,
             flows: BTreeMap::new(),
             abandoned: left,
+            ports: BTreeMap::new(),
+            abandoned_ports: ports_left,
             paths: BTreeMap::new(),
             last_path: 0,
         };
         for flow in state.abandoned.clone() {
             state.put(&flow, Barrier { passage: Passage::None, actions: [Action::Drop; 2] })?;
         }
-        if !state.abandoned.is_empty() {
-            tracing::info!(flows = state.abandoned.len(), "latched flows of an earlier daemon stay closed");
+        for port in state.abandoned_ports.clone() {
+            state.put_policies(&ports::closed(&port, tun))?;
+        }
+        let (flows, ports) = (state.abandoned.len(), state.abandoned_ports.len());
+        if flows + ports > 0 {
+            tracing::info!(flows, ports, "what an earlier daemon latched stays closed");
         }
         Ok(Self { state: Mutex::new(state), port, kernel_does_esp })
     }
@@ -125,6 +149,7 @@ impl Latches {
         };
         state.paths.insert(pair.spi_in, path);
         state.follow(pair.spi_in);
+        state.follow_ports(pair.class);
     }
 
     /// It is about to move to other ends.
@@ -132,7 +157,9 @@ impl Latches {
         let mut state = self.state();
         if let Some(path) = state.paths.get_mut(&spi_in) {
             path.ends = descriptions::ends(to);
+            let class = path.class;
             state.follow(spi_in);
+            state.follow_ports(class);
         }
     }
 
@@ -141,6 +168,7 @@ impl Latches {
         let mut state = self.state();
         let Some(gone) = state.paths.remove(&spi_in) else { return };
         state.follow_class(gone.class, &gone.selectors);
+        state.follow_ports(gone.class);
     }
 
     /// All go.
@@ -148,6 +176,7 @@ impl Latches {
         let mut state = self.state();
         for gone in std::mem::take(&mut state.paths).into_values() {
             state.follow_class(gone.class, &gone.selectors);
+            state.follow_ports(gone.class);
         }
     }
 
@@ -162,6 +191,13 @@ impl Latches {
         for flow in state.abandoned.clone() {
             if let Err(error) = state.put(&flow, CLOSED) {
                 tracing::error!(%flow, %error, "putting back the policies of a flow that was latched");
+            }
+        }
+        let open = state.ports.values().map(|open| open.policies.clone());
+        let closed = state.abandoned_ports.iter().map(|port| ports::closed(port, state.tun));
+        for policies in open.chain(closed).collect::<Vec<_>>() {
+            if let Err(error) = state.put_policies(&policies) {
+                tracing::error!(%error, "putting back the policies of a port whose connections are latched");
             }
         }
     }
@@ -238,12 +274,10 @@ impl FlowBarrier for Latches {
     fn verify(&self) {
         let mut state = self.state();
         let there = state.socket.policies();
-        let expected: usize = state
-            .flows
-            .keys()
-            .chain(&state.abandoned)
-            .map(|flow| if flow.local.is_ipv4() || !state.kernel_does_esp { 2 } else { 3 })
-            .sum();
+        let of_flows = state.flows.keys().chain(&state.abandoned);
+        let of_flows: usize =
+            of_flows.map(|flow| if flow.local.is_ipv4() || !state.kernel_does_esp { 2 } else { 3 }).sum();
+        let expected = of_flows + state.policies_of_ports();
         drop(state);
         match there {
             // Nobody else's have this mark.
@@ -254,6 +288,32 @@ impl FlowBarrier for Latches {
             }
             Err(error) => tracing::error!(%error, "looking through the policies of latched flows"),
         }
+    }
+
+    fn set_port(&self, port: &guard::Port, claims: &[Claim]) -> Result<(), String> {
+        let mut state = self.state();
+        if !state.ports.contains_key(port) && state.policies_of_ports() >= MOST_OF_PORTS {
+            return Err(format!("the system has {MOST_OF_PORTS} policies for latched ports, and takes no more"));
+        }
+        state.ports.entry(*port).or_default().claims = claims.to_vec();
+        state.open_port(port)?;
+        state.abandoned_ports.remove(port);
+        Ok(())
+    }
+
+    fn lift_port(&self, port: &guard::Port) {
+        let mut state = self.state();
+        let open = state.ports.remove(port).map(|open| open.policies);
+        let policies = if state.abandoned_ports.remove(port) { Some(ports::closed(port, state.tun)) } else { open };
+        for id in policies.iter().flat_map(BTreeMap::keys) {
+            if let Err(error) = state.socket.delete_policy(id) {
+                tracing::error!(port = port.number, %error, "removing the policies of a port that is no longer latched");
+            }
+        }
+    }
+
+    fn abandoned_ports(&self) -> Vec<guard::Port> {
+        self.state().abandoned_ports.iter().copied().collect()
     }
 
     fn stands_alone(&self) -> bool {
@@ -291,6 +351,66 @@ impl State {
                 Err(error) => tracing::error!(%flow, %error, "changing the policies of a latched flow"),
             }
         }
+    }
+
+    /// Ports whose connections may take a pair of this class, or have taken it, take what there is.
+    fn follow_ports(&mut self, class: ClassId) {
+        let admits = |open: &OpenPort| open.claims.iter().any(|claim| claim.passage == Passage::Class(class));
+        let concerned: Vec<guard::Port> =
+            self.ports.iter().filter(|(_, open)| admits(open)).map(|(port, _)| *port).collect();
+        for port in concerned {
+            if let Err(error) = self.open_port(&port) {
+                tracing::error!(port = port.number, error, "changing the policies of a latched port");
+            }
+        }
+    }
+
+    /// Has the kernel do what is said of a port. What closes comes first, so that nothing passes in between that should not
+    /// pass before or after.
+    fn open_port(&mut self, port: &guard::Port) -> Result<(), String> {
+        let Some(open) = self.ports.get(port) else { return Ok(()) };
+        let (wanted, refused) = match ports::policies(port, self.tun, &open.claims, self.paths.values()) {
+            Ok(wanted) => (wanted, Ok(())),
+            Err(reason) => (ports::closed(port, self.tun), Err(reason)),
+        };
+        let mut there = open.policies.clone();
+        let done = self.change(&mut there, &wanted);
+        if let Some(open) = self.ports.get_mut(port) {
+            open.policies = there;
+        }
+        done.map_err(|error| format!("install the policies of port {}: {error}", port.number))?;
+        refused
+    }
+
+    fn change(&mut self, there: &mut Policies, wanted: &Policies) -> io::Result<()> {
+        let opens = |what: &(u32, Action)| matches!(what.1, Action::Protect(_));
+        for opening in [false, true] {
+            for (id, what) in wanted.iter().filter(|(_, what)| opens(what) == opening) {
+                if there.get(id) != Some(what) {
+                    self.socket.set_policy(&Policy { id: *id, priority: what.0, action: what.1 })?;
+                    there.insert(*id, *what);
+                }
+            }
+            let gone: Vec<PolicyId> = (there.iter())
+                .filter(|(id, what)| !wanted.contains_key(id) && opens(what) != opening)
+                .map(|(id, _)| *id)
+                .collect();
+            for id in gone {
+                self.socket.delete_policy(&id)?;
+                there.remove(&id);
+            }
+        }
+        Ok(())
+    }
+
+    /// Installs them whether they are there or not.
+    fn put_policies(&mut self, policies: &Policies) -> io::Result<()> {
+        self.change(&mut Policies::new(), policies)
+    }
+
+    fn policies_of_ports(&self) -> usize {
+        let open: usize = self.ports.values().map(|open| open.policies.len()).sum();
+        open + self.abandoned_ports.iter().map(|port| ports::closed(port, self.tun).len()).sum::<usize>()
     }
 
     /// What the policies of a flow have to do; fails where its SAs are such that they cannot say it.
@@ -346,7 +466,7 @@ impl State {
 }
 
 impl Path {
-    fn template(&self, inbound: bool) -> Template {
+    pub(super) fn template(&self, inbound: bool) -> Template {
         let ends = if inbound { self.ends.reversed() } else { self.ends };
         let (source, destination) = match self.mode {
             Mode::Tunnel => (ends.source, ends.destination),
@@ -378,10 +498,14 @@ fn through(flow: &Flow, tun: u32) -> Option<PolicyId> {
     flow.local.is_ipv6().then_some(id)
 }
 
-/// The flow that a policy of a latch is for; `None` where it is about one interface.
+/// The flow that a policy of a latch is for; `None` where it is about one interface, or more than one flow.
 fn flow(id: &PolicyId) -> Option<Flow> {
     let outbound = if id.direction == Direction::Out { id.selector } else { id.selector.reversed() };
-    (outbound.interface == 0).then_some(Flow {
+    let exact = [outbound.source_port, outbound.destination_port].iter().all(|port| port.mask == u16::MAX)
+        && [outbound.source, outbound.destination]
+            .iter()
+            .all(|(ip, prefix)| *prefix == if ip.is_ipv4() { 32 } else { 128 });
+    (outbound.interface == 0 && exact).then_some(Flow {
         protocol: outbound.protocol,
         local: outbound.source.0,
         local_port: outbound.source_port.port,
@@ -400,7 +524,7 @@ fn includes(selector: &Selector, flow: &Flow) -> bool {
         && port(selector.destination_port, flow.remote_port)
 }
 
-fn within((network, prefix): (IpAddr, u8), address: IpAddr) -> bool {
+pub(super) fn within((network, prefix): (IpAddr, u8), address: IpAddr) -> bool {
     let same = |network: u128, address: u128, bits: u32| {
         (network ^ address).checked_shr(bits.saturating_sub(prefix.into())).unwrap_or(0) == 0
     };
@@ -415,7 +539,9 @@ const DIRECTIONS: [Direction; 2] = [Direction::Out, Direction::In];
 const CLOSED: Barrier = Barrier { passage: Passage::None, actions: [Action::Drop; 2] };
 /// Before policies of SAs, whatever their selectors (`priority`).
 const OF_A_LATCH: u32 = 1;
-const THROUGH_THE_TUNNEL: u32 = 0;
+pub(super) const THROUGH_THE_TUNNEL: u32 = 0;
+/// Of all ports: each costs the kernel some hundred octets.
+const MOST_OF_PORTS: usize = 65_536;
 /// The kernel looks through the policies of two hosts one by one.
 const MOST: usize = 4096;
 
@@ -425,6 +551,8 @@ mod tests {
     #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
     use std::net::UdpSocket;
+
+    use ipsec::selector::TrafficSelector;
 
     use super::*;
     use crate::xfrm::tests::{host, ip};
@@ -582,6 +710,144 @@ mod tests {
                 assert!(policies.contains(&format!("dev if{}", TUN + 1)), "{policies}");
                 assert!(!policies.contains(&format!("dev if{TUN} ")), "{policies}");
                 successor.lift(&flow);
+                assert_eq!(ip("xfrm policy"), "");
+            })
+            .unwrap();
+    }
+
+    /// How many policies drop all, and how many demand an SA.
+    fn counted() -> (usize, usize) {
+        let text = ip("xfrm policy");
+        (text.matches("action block").count(), text.matches("reqid ").count())
+    }
+
+    fn port() -> guard::Port {
+        guard::Port { protocol: 17, local: "10.1.0.1".parse().unwrap(), number: 7000 }
+    }
+
+    fn claim(class: Option<u32>, remote: (&str, u8)) -> Claim {
+        let network =
+            |(address, prefix): (&str, u8)| vec![TrafficSelector::network(address.parse().unwrap(), prefix).unwrap()];
+        Claim {
+            passage: class.map_or(Passage::None, |class| Passage::Class(ClassId(class))),
+            local_ts: network(("10.1.0.0", 24)),
+            remote_ts: network(remote),
+        }
+    }
+
+    // RFC 5660 §2.3: a connection comes by the SA that covers its other end, or not at all, whatever becomes of the daemon.
+    #[test]
+    fn a_port_is_closed_but_to_what_its_claims_admit_even_when_the_process_is_gone() {
+        host()
+            .run(|| {
+                let latches = Latches::open(TUN, true).unwrap();
+                latches.set_port(&port(), &[]).unwrap();
+                assert!(!sends(7000) && sends(7002));
+                latches.installed(&pair(1, 1, 40, ("10.2.0.0", 24)));
+                assert_eq!(counted(), (2, 0), "nobody may come by it");
+                latches.set_port(&port(), &[claim(Some(1), ("10.2.0.0", 24))]).unwrap();
+                assert_eq!(counted(), (2, 2));
+                // A latch goes before.
+                latches.set(&udp_flow(7000), Passage::None).unwrap();
+                assert!(ip("xfrm policy").contains("priority 1 "));
+                latches.verify();
+                // Somebody empties the kernel's databases.
+                ip("xfrm policy flush");
+                latches.verify();
+                assert_eq!(counted(), (4, 2));
+                // Killed.
+                drop(latches);
+                let successor = Latches::open(TUN, true).unwrap();
+                assert_eq!(counted(), (4, 0));
+                assert_eq!((successor.abandoned_ports(), successor.abandoned()), (vec![port()], vec![udp_flow(7000)]));
+                successor.lift(&udp_flow(7000));
+                assert!(!sends(7000));
+                successor.verify();
+                // A new listener has it.
+                successor.set_port(&port(), &[]).unwrap();
+                assert_eq!(successor.abandoned_ports(), []);
+                successor.lift_port(&port());
+                assert_eq!(ip("xfrm policy"), "");
+            })
+            .unwrap();
+    }
+
+    // RFC 5660 §2.3: "MUST NOT be created if there exist conflicting SAs".
+    #[test]
+    fn nobody_comes_from_where_sas_of_different_classes_meet() {
+        host()
+            .run(|| {
+                let latches = Latches::open(TUN, true).unwrap();
+                latches.installed(&pair(1, 1, 40, ("10.2.0.0", 24)));
+                latches.installed(&pair(2, 2, 41, ("10.2.0.128", 25)));
+                latches.installed(&pair(3, 1, 42, ("10.2.0.0", 28)));
+                let all = [
+                    claim(Some(1), ("10.2.0.0", 24)),
+                    claim(Some(2), ("10.2.0.128", 25)),
+                    claim(None, ("10.2.0.64", 26)),
+                    claim(Some(1), ("10.2.0.0", 28)),
+                ];
+                latches.set_port(&port(), &all).unwrap();
+                let text = ip("xfrm policy");
+                let outbound = |destination: &str| {
+                    let at = text.find(&format!("src 10.1.0.1/32 dst {destination} ")).unwrap();
+                    let policy = &text[at..];
+                    policy[..policy[4..].find("src 10.").map_or(policy.len(), |end| end + 4)].to_owned()
+                };
+                for destination in ["10.2.0.128/25", "10.2.0.64/26"] {
+                    let policy = outbound(destination);
+                    assert!(policy.contains("action block priority 2 "), "{policy}");
+                }
+                for (destination, reqid) in [("10.2.0.0/24", "reqid 40"), ("10.2.0.0/28", "reqid 42")] {
+                    let policy = outbound(destination);
+                    assert!(policy.contains(reqid), "{policy}");
+                }
+                // The other class's SA goes: first from the kernel.
+                latches.removed(2);
+                assert!(ip("xfrm policy").contains("10.2.0.128/25"), "until nobody claims it any more");
+                latches.set_port(&port(), &[all[0].clone(), all[3].clone()]).unwrap();
+                let text = ip("xfrm policy");
+                assert!(!text.contains("/25") && !text.contains("/26") && text.contains("reqid 40"), "{text}");
+                latches.moved(
+                    1,
+                    &Encapsulation::None {
+                        local: "192.0.2.1".parse().unwrap(),
+                        remote: "198.51.100.2".parse().unwrap(),
+                    },
+                );
+                assert!(ip("xfrm policy").contains("tmpl src 192.0.2.1 dst 198.51.100.2"));
+                latches.all_removed();
+                assert_eq!(counted(), (2, 0));
+                latches.lift_port(&port());
+                assert_eq!(ip("xfrm policy"), "");
+            })
+            .unwrap();
+    }
+
+    #[test]
+    fn a_port_of_all_addresses_has_what_the_selectors_leave_of_it() {
+        host()
+            .run(|| {
+                let latches = Latches::open(TUN, true).unwrap();
+                let any = guard::Port { protocol: 6, local: "::".parse().unwrap(), number: 80 };
+                latches.set_port(&any, &[claim(Some(1), ("10.2.0.0", 24))]).unwrap();
+                let text = ip("xfrm policy");
+                assert_eq!(text.matches("action block").count(), 2, "{text}");
+                assert!(
+                    text.contains("src ::/0 dst ::/0 proto tcp sport 80") && text.contains(&format!("dev if{TUN}"))
+                );
+                drop(latches);
+                let successor = Latches::open(TUN + 1, true).unwrap();
+                assert_eq!(successor.abandoned_ports(), [any]);
+                assert!(!ip("xfrm policy").contains(&format!("dev if{TUN} ")));
+                successor.lift_port(&any);
+                let any = guard::Port { local: "0.0.0.0".parse().unwrap(), ..any };
+                successor.installed(&pair(1, 1, 40, ("10.2.0.0", 24)));
+                successor.set_port(&any, &[claim(Some(1), ("10.2.0.0", 24))]).unwrap();
+                assert!(ip("xfrm policy").contains("src 10.1.0.0/24 dst 10.2.0.0/24 proto tcp sport 80"));
+                let most = vec![claim(Some(1), ("10.2.0.0", 24)); 3];
+                successor.set_port(&any, &most).unwrap();
+                successor.lift_port(&any);
                 assert_eq!(ip("xfrm policy"), "");
             })
             .unwrap();

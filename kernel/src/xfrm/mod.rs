@@ -2,7 +2,7 @@
 //!
 //! `codec` knows the octets, `socket` asks and answers, `descriptions`, `suite` and `selectors` put the negotiated into
 //! the kernel's words, `tables` holds what is installed and keeps the kernel's databases like it, `plane` is the data plane, `latches`
-//! keeps latched flows apart, `inbound` serves shunts of user space, `events` is the thread that listens.
+//! and `ports` keep latched flows apart, `inbound` serves shunts of user space, `events` is the thread that listens.
 
 pub(crate) mod codec;
 mod descriptions;
@@ -11,6 +11,7 @@ mod inbound;
 mod latches;
 mod others;
 mod plane;
+mod ports;
 mod priority;
 mod selectors;
 mod shape;

@@ -1,7 +1,10 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
 
+mod ports;
+
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
+use ipsec::guard::{Claim, Port};
 use ipsec::transform::{Encr, Integ};
 use pad::AuthMethod;
 use proptest::prelude::*;
@@ -984,6 +987,7 @@ proptest! {
 #[derive(Default)]
 struct FakeBarrier {
     flows: Mutex<BTreeMap<Flow, (Passage, bool)>>,
+    ports: Mutex<BTreeMap<Port, Vec<Claim>>>,
     refuses: AtomicBool,
     alone: bool,
 }
@@ -1023,6 +1027,22 @@ impl FlowBarrier for FakeBarrier {
     }
 
     fn verify(&self) {}
+
+    fn set_port(&self, port: &Port, claims: &[Claim]) -> Result<(), String> {
+        if self.refuses.load(Ordering::SeqCst) {
+            return Err("refused".to_owned());
+        }
+        self.ports.lock().unwrap().insert(*port, claims.to_vec());
+        Ok(())
+    }
+
+    fn lift_port(&self, port: &Port) {
+        self.ports.lock().unwrap().remove(port);
+    }
+
+    fn abandoned_ports(&self) -> Vec<Port> {
+        Vec::new()
+    }
 
     fn stands_alone(&self) -> bool {
         self.alone

@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use latchkey_tests::capture::Capture;
 use latchkey_tests::daemon::Kind::LatchkeyKernel;
-use latchkey_tests::host::wait_for;
+use latchkey_tests::host::{Host, wait_for};
 use latchkey_tests::uml::in_guest;
-use latchkey_tests::witness::{Echo, Talk, Talker, Three, Wires};
+use latchkey_tests::witness::{Echo, Server, Talk, Talker, Three, Wires};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -62,5 +62,90 @@ fn a_latched_connection_stays_with_its_peer_and_never_leaves_in_clear() {
         three.a.control(&["--terminate", "--ike", "to-b"]);
         let _ = three.host_a.run("socat", &["-u", "/dev/null", "TCP4:10.2.0.1:7,bind=10.1.0.1,connect-timeout=1"]);
         wires.saw("tcp port 7");
+    });
+}
+
+/// Sends a line from this port to B's server, and gives what comes back.
+fn call(host: &Host, port: u16, line: &str) -> String {
+    let to = format!("TCP4:10.2.0.1:7,bind=10.1.0.1:{port},reuseaddr,connect-timeout=2");
+    let script = format!("echo {line} | timeout 8 socat -t 5 - {to}");
+    String::from_utf8_lossy(&host.run("sh", &["-c", &script]).stdout).into_owned()
+}
+
+// RFC 5660 §2.2, §2.3, §5.1: who comes to a latched listener comes by the SA of the class that covers him, and is latched to it
+// before an SA of another class is in, accepted or not; nobody else is answered, whatever becomes of the daemon.
+#[test]
+fn a_latched_listener_takes_the_right_peer_only_and_answers_nobody_else() {
+    in_guest(|| {
+        let mut three = Three::start(LatchkeyKernel, |text| text);
+        three.open_a_way_in_clear();
+        three.host_c.add_inner("10.1.0.1/32");
+        let (wires, from_a) = (Wires::of(&[&three.host_b]), Wires::of(&[&three.host_a]));
+        let links = |host: &Host, address: &str| {
+            let link = host.check("ip", &["-o", "addr", "show", "to", address]);
+            link.split_whitespace().nth(1).unwrap().to_owned()
+        };
+        let loot = Capture::delivered(&three.host_c, &links(&three.host_c, "203.0.113.3"));
+        let server = Server::start(&three.b, &three.host_b, "10.2.0.1:7", "a.example");
+        server.says("listening", 1);
+        // A SYN in clear gets no answer, not even that nobody listens.
+        assert_eq!(call(&three.host_a, 5000, "clear"), "");
+        from_a.saw("tcp dst port 7");
+        let no_answer = || wires.saw_nothing_of("src port 7", "no such text");
+        no_answer();
+        // A may come.
+        three.a.initiate("net-b");
+        assert_eq!(call(&three.host_a, 5001, "first"), "first\n");
+        server.says("accepted a.example guard system", 1);
+        let talk = Talk { local: "10.1.0.1:5002", on_break: "wait", ..Talk::default() };
+        let talker = Talker::start(&three.a, &three.host_a, &talk);
+        talker.talks();
+        three.a.control(&["--rekey", "--child", "net-b"]);
+        talker.talks();
+        // One more that nobody accepts.
+        server.pause(true);
+        let waiting = Talk { local: "10.1.0.1:5003", ..talk };
+        let waiting = Talker::start(&three.a, &three.host_a, &waiting);
+        waiting.says("connected");
+        server.says("alert established", 3);
+
+        // C, who is of the same authority, claims A's address: who has come hears of it, and C gets nothing.
+        three.c.initiate("net-b");
+        server.says("alert broken an SA of c.example claims", 2);
+        talker.is_silenced();
+        server.pause(false);
+        server.says("refused not-accepted", 1);
+        assert_eq!(call(&three.host_c, 5004, "conflict"), "");
+        // C alone: it is not whom the listener takes.
+        three.a.control(&["--terminate", "--ike", "to-b"]);
+        assert_eq!(call(&three.host_c, 5005, "impostor"), "");
+        assert_eq!(loot.list("tcp and src port 7"), "", "C got an answer");
+        three.c.control(&["--terminate", "--ike", "to-b"]);
+        three.a.initiate("net-b");
+        talker.talks();
+
+        // The daemon dies: what has come goes on under the same SAs, and without them nothing does.
+        three.b.signal("KILL");
+        wait_for("B's end", PATIENCE, || !three.b.is_running());
+        server.says("daemon gone", 1);
+        talker.talks();
+        three.host_b.ip(&["xfrm", "state", "flush"]);
+        talker.is_silenced();
+        three.b.restart(&three.host_b);
+        three.c.initiate("net-b");
+        assert_eq!(call(&three.host_c, 5006, "impostor"), "");
+        three.c.control(&["--terminate", "--ike", "to-b"]);
+        assert_eq!(call(&three.host_a, 5007, "clear"), "");
+        assert_eq!(loot.list("tcp and src port 7"), "", "C got an answer");
+        no_answer();
+        wires.saw_nothing_of("src port 7", latchkey_tests::witness::MARK);
+        // The port stays closed until what came to it has ended, or it is latched anew.
+        drop((server, talker, waiting));
+        let server = Server::start(&three.b, &three.host_b, "0.0.0.0:7", "a.example");
+        three.a.control(&["--terminate", "--ike", "to-b"]);
+        three.a.initiate("net-b");
+        assert_eq!(call(&three.host_a, 5008, "again"), "again\n");
+        server.says("accepted a.example", 1);
+        wires.saw("esp");
     });
 }
