@@ -373,7 +373,9 @@ fn tell(shown: &Inquired, json: bool) -> anyhow::Result<()> {
 fn told(sa: &SaInfo) -> String {
     let nat = |behind: bool| if behind { " (behind a NAT)" } else { "" };
     let address = match sa.address {
+        AddressBinding::Proved => "is its proved identity",
         AddressBinding::Assigned => "was assigned by us",
+        AddressBinding::Reserved => "is one that the configuration lets nobody else have",
         AddressBinding::Outer => "is its outer one",
         AddressBinding::Configured => "is one that the configuration lets it have",
         AddressBinding::Other => "is bound to it in a way that this program does not know",

@@ -243,7 +243,9 @@ impl Streams {
     /// The same as the way says.
     pub fn open_along(&self, stream: u64, way: Way) {
         let live = self.inner.live();
-        let Some(ends) = (stream < FIRST_ACCEPTED).then(|| self.inner.register(stream, None)).flatten() else {
+        let Some(ends) =
+            (stream < FIRST_ACCEPTED).then(|| self.inner.register(stream, None, way.tls.is_some())).flatten()
+        else {
             warn!(stream, "stream number is in use or not the caller's to choose, or streams are shut down");
             return;
         };
@@ -260,6 +262,11 @@ impl Streams {
         let Some(framed) = frame_ike(message) else { return false };
         let table = self.inner.table();
         table.streams.get(&stream).is_some_and(|entry| entry.ike.try_send(framed).is_ok())
+    }
+
+    /// Whether a stream is in TLS; false if there is none of this number.
+    pub fn is_tls(&self, stream: u64) -> bool {
+        self.inner.table().streams.get(&stream).is_some_and(|entry| entry.tls)
     }
 
     /// The daemon authenticated a message on it: the limits for strangers no longer apply, and complaints so
@@ -391,6 +398,8 @@ struct Entry {
     phase: watch::Sender<Phase>,
     standing: Arc<Standing>,
     stranger: Option<StrangerSlot>,
+    /// It is in TLS.
+    tls: bool,
     /// Of a plain stream that is open.
     gate: Option<Arc<Gate>>,
 }
@@ -453,7 +462,7 @@ impl Inner {
     }
 
     /// `None` when the number is in use or after shutdown.
-    fn register(&self, number: u64, stranger: Option<StrangerSlot>) -> Option<Ends> {
+    fn register(&self, number: u64, stranger: Option<StrangerSlot>, tls: bool) -> Option<Ends> {
         let (ike_sender, ike) = mpsc::channel(self.limits.queue.max(1));
         let (phase_sender, phase) = watch::channel(Phase::Open);
         let standing = Arc::new(Standing::default());
@@ -462,7 +471,8 @@ impl Inner {
             return None;
         }
 
-        let entry = Entry { ike: ike_sender, phase: phase_sender, standing: standing.clone(), stranger, gate: None };
+        let entry =
+            Entry { ike: ike_sender, phase: phase_sender, standing: standing.clone(), stranger, tls, gate: None };
         table.streams.insert(number, entry);
         Some(Ends { ike, phase, standing })
     }
@@ -527,7 +537,7 @@ impl Inner {
         }
         let number = self.next_accepted.fetch_add(1, Ordering::Relaxed);
         let evicted = slot.evicted();
-        let Some(ends) = self.register(number, Some(slot)) else { return };
+        let Some(ends) = self.register(number, Some(slot), tls.is_some()) else { return };
         // From here on the table ends it, by its phase, and not the future that we run in.
         let established = Established {
             number,

@@ -485,7 +485,7 @@ pub struct SaInfo {
     pub outer_local: SocketAddr,
     /// The peer's outer address and port as we see it: behind a NAT the public one.
     pub outer_remote: SocketAddr,
-    /// `udp`, `udp-encapsulated` or `tcp`.
+    /// `udp`, `udp-encapsulated`, `tcp` or `tls`.
     pub transport: String,
     /// We are behind a NAT.
     pub nat_local: bool,
@@ -511,11 +511,15 @@ pub struct SaInfo {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum AddressBinding {
+    /// The identity that the peer has proved is the address.
+    Proved,
     /// We gave the address to this peer, and to no other while it has it.
     Assigned,
+    /// The configuration lets the peer have it, and nobody else.
+    Reserved,
     /// It is the outer address that the peer is reached at; behind a NAT others may have it too.
     Outer,
-    /// The configuration lets the peer have it; it may let others.
+    /// The configuration lets the peer have it, and may let others.
     Configured,
     /// One that this crate does not know.
     #[serde(other)]

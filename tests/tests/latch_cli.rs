@@ -72,7 +72,7 @@ fn the_latch_commands_tell_and_break_and_refuse() {
             && said.contains(", 192.0.2.1:4500 to 192.0.2.2:4500 over udp-encapsulated, AUTH method 2;"),
         "{said}"
     );
-    assert!(said.contains("the peer's address is one that the configuration lets it have"), "{said}");
+    assert!(said.contains("the peer's address is one that the configuration lets nobody else have"), "{said}");
     let said = run(a, host_a, &["whois", "--udp", "--json", "10.1.0.1:53", "10.2.0.1:53"]).unwrap();
     assert!(said.contains("\"nat_remote\": false") && said.contains("\"remote_ts\": [\n"), "{said}");
     assert!(said.contains("\"protocol\": 17") && said.contains("\"latch\": null"), "{said}");

@@ -1,11 +1,12 @@
 //! What a configuration says of latched flows: which it would break (RFC 5660 §2.2, SPD conflicts), and which child is for
 //! a flow that has no SA yet.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use ike::config::{Child, ConfiguredSelector};
 use ipsec::plane::Mode;
-use ipsec::selector::Flow;
+use ipsec::selector::{Flow, TrafficSelector};
 use ipsec::transform::{Encr, Integ, Proposal, TransformType};
 use pad::Identity;
 
@@ -65,6 +66,24 @@ pub fn child_for<'a>(
     })
 }
 
+/// True when connections let a peer have an address behind it, and nobody else: no other identity, and none that is found
+/// out only when it comes, by a pattern or an address that the IKE SA brings.
+pub fn is_reserved(connections: &[ConnectionDefinition], peer: &Identity, address: IpAddr) -> bool {
+    let within = |fixed: &TrafficSelector| {
+        fixed.start.is_ipv4() == address.is_ipv4() && (fixed.start..=fixed.end).contains(&address)
+    };
+    let has = |definition: &ConnectionDefinition, is: &dyn Fn(&ConfiguredSelector) -> bool| {
+        definition.connection.children.iter().flat_map(|child| &child.remote_ts).any(is)
+    };
+    let is_named = |selector: &_| matches!(selector, ConfiguredSelector::Fixed(fixed) if within(fixed));
+    let may_be = |selector: &_| !matches!(selector, ConfiguredSelector::Fixed(fixed) if !within(fixed));
+    connections.iter().any(|definition| has(definition, &is_named))
+        && connections
+            .iter()
+            .filter(|definition| has(definition, &may_be))
+            .all(|definition| definition.connection.remote.remote_id.as_exact() == Some(peer))
+}
+
 fn covers(child: &Child, flow: &Flow) -> bool {
     let covered = |selectors: &[ConfiguredSelector], address, port| {
         selectors.iter().any(|selector| match selector {
@@ -106,6 +125,31 @@ mod tests {
         let loaded = load::load(directory.path());
         assert!(!loaded.has_errors(), "{:?}", loaded.reports);
         loaded.configured.connections
+    }
+
+    // RFC 5660 §1: addresses that are bound to identities by the configuration.
+    #[test]
+    fn an_address_is_reserved_when_nobody_else_may_have_it() {
+        let good = "local_ts = 10.1.0.0/24\nremote_ts = 10.2.0.0/24,fd02::/64";
+        let peer = Identity::Fqdn("b.example".into());
+        let reserved = |connections: &[ConnectionDefinition], address: &str| {
+            is_reserved(connections, &peer, address.parse().unwrap())
+        };
+        let one = connections(good, "b.example");
+        assert!(reserved(&one, "10.2.0.1") && reserved(&one, "fd02::1"));
+        assert!(!reserved(&one, "10.3.0.1") && !reserved(&one, "fd03::1") && !reserved(&[], "10.2.0.1"));
+        assert!(!reserved(&connections(good, "*.example"), "10.2.0.1"), "a pattern");
+        assert!(!reserved(&connections(good, "c.example"), "10.2.0.1"), "somebody else");
+        assert!(!reserved(&connections("remote_ts = dynamic", "b.example"), "10.2.0.1"), "nobody names it");
+        for (other, id, left) in [
+            ("remote_ts = 10.2.0.0/25", "c.example", false),
+            ("remote_ts = 10.3.0.0/24", "c.example", true),
+            ("remote_ts = dynamic", "c.example", false),
+            ("remote_ts = 10.2.0.0/25", "b.example", true),
+        ] {
+            let both: Vec<_> = one.iter().cloned().chain(connections(other, id)).collect();
+            assert_eq!(reserved(&both, "10.2.0.1"), left, "{other} {id}");
+        }
     }
 
     // RFC 5660 §2.2: whatever alters how the flow is protected is a conflict.

@@ -839,7 +839,8 @@ impl Core {
     /// A Child SA and its IKE SA as applications are told of them (RFC 5660 §2).
     fn survey(&self, flow: &Flow, child: ChildSaId) -> Option<SaInfo> {
         let status = self.shards.ike_sa(self.shards.owner(child)?)?;
-        survey::tell(&status, child, flow.remote)
+        let reserved = |peer: &_| latches::is_reserved(self.connections.all(), peer, flow.remote);
+        survey::tell(&status, child, flow.remote, reserved, |stream| self.streams.is_tls(stream))
     }
 
     fn usage(&self, child: ChildSaId) -> Option<(Usage, Carrier)> {

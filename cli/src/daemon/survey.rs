@@ -4,23 +4,34 @@ use std::net::IpAddr;
 
 use ike::engine::{ChildSaId, IkeSaStatus, Transport};
 use latch::protocol::{AddressBinding, IkeSuiteInfo, SaInfo};
-use pad::{AuthMethod, Proof};
+use pad::{AuthMethod, Identity, Proof};
 
-/// One Child SA of an IKE SA, and how the peer came to an address behind it.
-pub(super) fn tell(status: &IkeSaStatus, child: ChildSaId, remote: IpAddr) -> Option<SaInfo> {
+/// One Child SA of an IKE SA, and how the peer came to an address behind it. `reserved` says whether the configuration lets
+/// a peer alone have an address, `is_tls` whether a stream is in TLS.
+pub(super) fn tell(
+    status: &IkeSaStatus,
+    child: ChildSaId,
+    remote: IpAddr,
+    reserved: impl FnOnce(&Identity) -> bool,
+    is_tls: impl FnOnce(u64) -> bool,
+) -> Option<SaInfo> {
     let child = status.children.iter().find(|known| known.id == child)?;
-    let method = match &status.peer.as_ref()?.proof {
+    let peer = status.peer.as_ref()?;
+    let method = match &peer.proof {
         Proof::PreSharedKey => AuthMethod::SHARED_KEY,
         Proof::Certificate { method, .. } => *method,
     };
     let transport = match status.path.transport {
         Transport::Udp => "udp",
         Transport::UdpEncap => "udp-encapsulated",
+        Transport::Stream(stream) if is_tls(stream.0) => "tls",
         Transport::Stream(_) => "tcp",
     };
     let assigned = status.assigned.as_ref().is_some_and(|assigned| assigned.remote.contains(&remote));
     let address = match () {
+        () if peer.id == Identity::from_address(remote) => AddressBinding::Proved,
         () if assigned => AddressBinding::Assigned,
+        () if reserved(&peer.id) => AddressBinding::Reserved,
         () if status.path.remote.ip().to_canonical() == remote => AddressBinding::Outer,
         () => AddressBinding::Configured,
     };

@@ -197,9 +197,9 @@ enum latchkey_item {
     LATCHKEY_CONNECTION = 10,
     LATCHKEY_OUTER_LOCAL_ADDRESS = 11,
     LATCHKEY_OUTER_REMOTE_ADDRESS = 12,
-    /* "udp", "udp-encapsulated" or "tcp"; */
+    /* "udp", "udp-encapsulated", "tcp" or "tls"; */
     LATCHKEY_TRANSPORT = 13,
-    /* how the remote address is bound to the peer's identity: "assigned", "outer" or "configured". */
+    /* how the remote address is bound to the peer's identity: "proved", "assigned", "reserved", "outer" or "configured". */
     LATCHKEY_ADDRESS_BINDING = 14,
 
     /* Octets: the data of the identities (RFC 7296 section 3.5), which programs should compare rather than texts; */

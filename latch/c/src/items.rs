@@ -174,7 +174,9 @@ fn guard(guard: Guard) -> Result<&'static str, Failure> {
 
 fn address(address: AddressBinding) -> Result<&'static str, Failure> {
     match address {
+        AddressBinding::Proved => Ok("proved"),
         AddressBinding::Assigned => Ok("assigned"),
+        AddressBinding::Reserved => Ok("reserved"),
         AddressBinding::Outer => Ok("outer"),
         AddressBinding::Configured => Ok("configured"),
         AddressBinding::Other => Err(absent()),

@@ -155,7 +155,7 @@ int main(int argc, char **argv)
     if (strncmp(large, "192.0.2.2:", 10) != 0)
         printf("WRONG: %s\n", large), failures++;
     expect("address binding", latchkey_get(number, LATCHKEY_ADDRESS_BINDING, large, sizeof(large), &size), LATCHKEY_OK);
-    if (strcmp(large, "configured") != 0)
+    if (strcmp(large, "reserved") != 0)
         printf("WRONG: %s\n", large), failures++;
     expect("forget it", latchkey_release(number), LATCHKEY_OK);
     expect("inquire a client", latchkey_inquire(client, &number), LATCHKEY_HANDLE);
