@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::BytesMut;
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, mpsc, watch};
@@ -26,7 +26,7 @@ use crate::tls::{TlsClient, TlsServer};
 use duplex::Duplex;
 use handed::Gate;
 use pace::Pace;
-use queue::EspQueue;
+use queue::Queue;
 use reader::Reader;
 use standing::Standing;
 use strangers::{StrangerSlot, Strangers};
@@ -251,9 +251,8 @@ impl Streams {
         };
         let inner = self.inner.clone();
         tokio::spawn(async move {
-            let reason = inner.clone().originate(stream, way, ends).await;
-            inner.ended(stream, reason).await;
-            drop(live);
+            let started = inner.clone().originate(stream, way, ends).await;
+            inner.supervise(started, stream, live);
         });
     }
 
@@ -261,7 +260,7 @@ impl Streams {
     pub fn send_ike(&self, stream: u64, message: &[u8]) -> bool {
         let Some(framed) = frame_ike(message) else { return false };
         let table = self.inner.table();
-        table.streams.get(&stream).is_some_and(|entry| entry.ike.try_send(framed).is_ok())
+        table.streams.get(&stream).is_some_and(|entry| entry.queue.push_ike(framed, self.inner.limits.queue))
     }
 
     /// Whether a stream is in TLS; false if there is none of this number.
@@ -394,7 +393,7 @@ struct Table {
 }
 
 struct Entry {
-    ike: mpsc::Sender<Bytes>,
+    queue: Arc<Queue>,
     phase: watch::Sender<Phase>,
     standing: Arc<Standing>,
     stranger: Option<StrangerSlot>,
@@ -428,7 +427,7 @@ enum Phase {
 
 /// The tasks' ends of what an [`Entry`] holds.
 struct Ends {
-    ike: mpsc::Receiver<Bytes>,
+    queue: Arc<Queue>,
     phase: watch::Receiver<Phase>,
     standing: Arc<Standing>,
 }
@@ -444,6 +443,47 @@ struct Established {
     accepted: Option<(Instant, Instant)>,
     /// Told when another takes its place.
     evicted: Option<Arc<Notify>>,
+}
+
+/// A stream whose tasks run.
+struct Running {
+    halves: JoinSet<Half>,
+    phase: watch::Receiver<Phase>,
+    evicted: Option<Arc<Notify>>,
+}
+
+impl Running {
+    /// The reason of its end.
+    async fn end(mut self, patience: Duration) -> String {
+        let (mut killed, draining) = (self.phase.clone(), self.phase);
+        let halves = &mut self.halves;
+        let over = async {
+            match halves.join_next().await {
+                Some(Ok(Half::Read(reason))) => {
+                    if *draining.borrow() == Phase::Draining {
+                        let _ = timeout(patience, halves.join_next()).await;
+                    }
+                    reason
+                }
+                Some(Ok(Half::Written(Ok(())))) => {
+                    let _ = timeout(LINGER, halves.join_next()).await;
+                    "closed by this side".to_owned()
+                }
+                Some(Ok(Half::Written(Err(reason)))) => reason,
+                Some(Err(error)) => format!("internal error: {error}"),
+                None => "internal error: no tasks".to_owned(),
+            }
+        };
+        let reason = tokio::select! {
+            biased;
+            reason = kill_reason(&mut killed) => reason.to_owned(),
+            () = told(self.evicted) => EVICTED.to_owned(),
+            reason = over => reason,
+        };
+        // Waits for both, so that nothing of the stream follows its `Closed`.
+        self.halves.shutdown().await;
+        reason
+    }
 }
 
 enum Half {
@@ -463,7 +503,7 @@ impl Inner {
 
     /// `None` when the number is in use or after shutdown.
     fn register(&self, number: u64, stranger: Option<StrangerSlot>, tls: bool) -> Option<Ends> {
-        let (ike_sender, ike) = mpsc::channel(self.limits.queue.max(1));
+        let queue = Arc::new(Queue::default());
         let (phase_sender, phase) = watch::channel(Phase::Open);
         let standing = Arc::new(Standing::default());
         let mut table = self.table();
@@ -472,9 +512,9 @@ impl Inner {
         }
 
         let entry =
-            Entry { ike: ike_sender, phase: phase_sender, standing: standing.clone(), stranger, tls, gate: None };
+            Entry { queue: queue.clone(), phase: phase_sender, standing: standing.clone(), stranger, tls, gate: None };
         table.streams.insert(number, entry);
-        Some(Ends { ike, phase, standing })
+        Some(Ends { queue, phase, standing })
     }
 
     /// Takes a new connection in, or drops it when there are too many strangers.
@@ -550,9 +590,8 @@ impl Inner {
         };
         let live = self.live();
         tokio::spawn(async move {
-            let reason = self.clone().serve(established, ends).await;
-            self.ended(number, reason).await;
-            drop(live);
+            let started = self.clone().start(established, ends).await;
+            self.supervise(started, number, live);
         });
     }
 
@@ -574,8 +613,13 @@ impl Inner {
         }
     }
 
-    /// A stream that we open, from connect to last octet; gives the reason of its end.
-    async fn originate(self: Arc<Self>, number: u64, Way { local, remote, tls, proxy }: Way, mut ends: Ends) -> String {
+    /// Connects a stream that we open and starts its tasks.
+    async fn originate(
+        self: Arc<Self>,
+        number: u64,
+        Way { local, remote, tls, proxy }: Way,
+        mut ends: Ends,
+    ) -> Result<Running, String> {
         let connect = async {
             let first = match &proxy {
                 None => remote,
@@ -600,36 +644,41 @@ impl Inner {
         };
         let connected = tokio::select! {
             biased;
-            () = closing(&mut ends.phase) => return "closed while connecting".into(),
+            () = closing(&mut ends.phase) => return Err("closed while connecting".into()),
             connected = connect => connected,
         };
         match connected {
             Ok((socket, local)) => {
                 let deframer = Deframer::without_prefix();
-                self.serve(Established { number, socket, local, remote, deframer, accepted: None, evicted: None }, ends)
+                self.start(Established { number, socket, local, remote, deframer, accepted: None, evicted: None }, ends)
                     .await
             }
-            Err(error) => format!("connect: {error}"),
+            Err(error) => Err(format!("connect: {error}")),
         }
     }
 
-    async fn serve(self: Arc<Self>, established: Established, mut ends: Ends) -> String {
+    /// Tells of a stream and starts its tasks; whoever runs them to the end gets the reason of that.
+    async fn start(self: Arc<Self>, established: Established, mut ends: Ends) -> Result<Running, String> {
         let Established { number, socket, local, remote, mut deframer, accepted, evicted } = established;
         let (read_half, write_half, gate) = socket.split(deframer.buffer(), accepted.is_none());
         if let Some(entry) = self.table().streams.get_mut(&number) {
             entry.gate = gate;
         }
-        let esp = Arc::new(EspQueue::default());
-        let opened =
-            StreamEvent::Opened { stream: number, local, remote, accepted: accepted.is_some(), esp: esp.sender() };
+        let opened = StreamEvent::Opened {
+            stream: number,
+            local,
+            remote,
+            accepted: accepted.is_some(),
+            esp: ends.queue.sender(),
+        };
         tokio::select! {
             biased;
-            sent = self.events.send(opened) => if sent.is_err() { return "nobody listens to events".into() },
-            () = closing(&mut ends.phase) => return "closed by this side".into(),
+            sent = self.events.send(opened) => if sent.is_err() { return Err("nobody listens to events".into()) },
+            () = closing(&mut ends.phase) => return Err("closed by this side".into()),
         }
         let accepted = accepted.map(|(at, deadline)| (at, deadline.max(Instant::now() + GRACE)));
 
-        let (mut killed, draining) = (ends.phase.clone(), ends.phase.clone());
+        let phase = ends.phase.clone();
         let mut halves = JoinSet::new();
         let reader = Reader {
             number,
@@ -637,9 +686,7 @@ impl Inner {
             remote,
             socket: read_half,
             deframer,
-            limits: self.limits.clone(),
-            esp: self.esp.clone(),
-            events: self.events.clone(),
+            inner: self.clone(),
             phase: ends.phase.clone(),
             standing: ends.standing,
             accepted,
@@ -648,41 +695,26 @@ impl Inner {
             number,
             socket: write_half,
             prefix: accepted.is_none(),
-            ike: ends.ike,
-            esp,
+            queue: ends.queue,
             seal: self.seal.get().cloned(),
             phase: ends.phase,
             patience: self.limits.write,
         };
         halves.spawn(async move { Half::Read(reader.run().await) });
         halves.spawn(async move { Half::Written(writer.run().await) });
+        Ok(Running { halves, phase, evicted })
+    }
 
-        let over = async {
-            match halves.join_next().await {
-                Some(Ok(Half::Read(reason))) => {
-                    if *draining.borrow() == Phase::Draining {
-                        let _ = timeout(self.limits.write, halves.join_next()).await;
-                    }
-                    reason
-                }
-                Some(Ok(Half::Written(Ok(())))) => {
-                    let _ = timeout(LINGER, halves.join_next()).await;
-                    "closed by this side".to_owned()
-                }
-                Some(Ok(Half::Written(Err(reason)))) => reason,
-                Some(Err(error)) => format!("internal error: {error}"),
-                None => "internal error: no tasks".to_owned(),
-            }
-        };
-        let reason = tokio::select! {
-            biased;
-            reason = kill_reason(&mut killed) => reason.to_owned(),
-            () = told(evicted) => EVICTED.to_owned(),
-            reason = over => reason,
-        };
-        // Waits for both, so that nothing of the stream follows its `Closed`.
-        halves.shutdown().await;
-        reason
+    /// Waits for a stream's end, in a task of its own: what led to its beginning was larger, and is over.
+    fn supervise(self: Arc<Self>, started: Result<Running, String>, number: u64, live: Live) {
+        tokio::spawn(async move {
+            let reason = match started {
+                Ok(running) => running.end(self.limits.write).await,
+                Err(reason) => reason,
+            };
+            self.ended(number, reason).await;
+            drop(live);
+        });
     }
 
     /// Forgets a stream and says so.

@@ -17,6 +17,7 @@ const SECONDS: &str = "4";
 
 fn main() {
     let hostile = std::env::args().nth(1).unwrap_or_else(|| "10000".to_owned());
+    let only = std::env::args().nth(2);
     let folder = tempfile::tempdir().unwrap();
     let authority = Authority::new("TLS CA", &rcgen::PKCS_ECDSA_P256_SHA256);
     let site = authority.issue_for_tls("b.example");
@@ -34,6 +35,9 @@ fn main() {
         ("0.1 % loss", "numgen random mod 1000 < 1 drop;", 0),
         ("1 % loss", "numgen random mod 100 < 1 drop;", 0),
     ] {
+        if only.as_ref().is_some_and(|only| only != label) {
+            continue;
+        }
         for (name, connection) in [
             ("plain TCP, no tunnel", ""),
             ("Latchkey over UDP", "tcp = no\nencap = yes\n"),
@@ -59,8 +63,10 @@ fn main() {
             println!("{name:<28} {label:>16} {rate:>10.1} {median:>14.2} {longest:>14.1}");
         }
     }
-    set_up();
-    torture(&hostile);
+    if only.is_none() {
+        set_up();
+        torture(&hostile);
+    }
 }
 
 fn throughput(road: &Road, (from, to): (&str, &str)) -> (f64, f64, f64) {

@@ -183,3 +183,27 @@ proptest! {
         frames_of(Deframer::expecting_prefix(), &[&stream]);
     }
 }
+
+// What is read is not copied on its way to whoever decrypts it in place, and its memory serves for the next read.
+#[test]
+fn messages_are_parts_of_what_was_read() {
+    let frame = frame_esp(&[7; 1400]).unwrap();
+    let stream = frame.repeat(50);
+    let mut deframer = Deframer::without_prefix();
+    let mut first = None;
+    for _ in 0..20 {
+        let buffer = deframer.buffer();
+        buffer.reserve(stream.len());
+        let (start, room) = (buffer.as_ptr().addr(), buffer.capacity());
+        buffer.extend_from_slice(&stream);
+        assert_eq!(buffer.as_ptr().addr(), start, "room was reserved");
+        let mut messages = Vec::new();
+        while let Some(Frame::Esp(message)) = deframer.next_frame().unwrap() {
+            let at = message.as_ptr().addr();
+            assert!((start..start + room).contains(&at), "a copy");
+            messages.push(message);
+        }
+        assert_eq!(messages.len(), 50);
+        assert_eq!(*first.get_or_insert(start), start, "other memory");
+    }
+}

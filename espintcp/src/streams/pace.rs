@@ -4,13 +4,13 @@
 use std::time::{Duration, Instant};
 
 /// Bounds of what TCP holds unsent. The upper one is what a gigabit needs while the writer is being woken.
-const UNSENT: (u32, u32) = (8 * 1024, 128 * 1024);
+const UNSENT: (u32, u32) = (4 * 1024, 128 * 1024);
 /// How long the rate is measured.
 const WINDOW: Duration = Duration::from_millis(100);
 /// What is unsent is worth about so many of these in a second.
-const PER_SECOND: u64 = 100;
+const PER_SECOND: u64 = 200;
 /// The queue holds so many times as much.
-const QUEUE: usize = 8;
+const QUEUE: usize = 16;
 
 /// The rate of one stream.
 #[derive(Debug)]
@@ -27,7 +27,7 @@ impl Default for Pace {
 }
 
 impl Pace {
-    /// Octets that TCP may hold unsent before the writer waits (TCP_NOTSENT_LOWAT): of about 10 ms.
+    /// Octets that TCP may hold unsent before the writer waits (TCP_NOTSENT_LOWAT): of about 5 ms.
     pub(super) fn unsent(&self) -> u32 {
         self.unsent
     }
@@ -79,10 +79,10 @@ mod tests {
         let (mut pace, mut now) = (Pace::default(), Instant::now());
         assert_eq!(pace.unsent(), 128 * 1024);
         // 1, 10, 50 Mbit/s and a gigabit, and back.
-        for (octets, unsent) in [(625, 8), (6250, 16), (31_250, 64), (625_000, 128), (625, 8)] {
+        for (octets, unsent) in [(625, 4), (6250, 8), (31_250, 32), (625_000, 128), (625, 4)] {
             assert_eq!(run(&mut pace, now, octets), unsent * 1024, "{octets}");
             now += Duration::from_secs(1);
-            assert_eq!((pace.batch(), pace.queue()), (unsent as usize * 512, unsent as usize * 8192));
+            assert_eq!((pace.batch(), pace.queue()), (unsent as usize * 512, unsent as usize * 16_384));
         }
     }
 

@@ -1,4 +1,4 @@
-//! Packets that wait for a stream's writer, in few pieces of memory, and not for long. A stream takes what it is given only as
+//! What waits for a stream's writer: IKE messages, which go first, and packets, in few pieces of memory and not for long. A stream takes what it is given only as
 //! fast as its path allows, so whoever sends more fills this queue. FQ-CoDel (RFC 8290): each flow has a queue of its own and
 //! they take turns, those with little to send first, so nobody waits behind somebody else's transfer; and where packets of one
 //! have been waiting too long for a while, some are dropped (RFC 8289), and its sender slows down.
@@ -11,7 +11,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use bytes::{Buf, BufMut, BytesMut};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 use tokio::sync::Notify;
 
 use super::lock;
@@ -38,7 +38,7 @@ const LENGTH: usize = 2;
 /// Where packets for a stream go in.
 #[derive(Clone)]
 pub struct EspSender {
-    queue: Arc<EspQueue>,
+    queue: Arc<Queue>,
 }
 
 impl fmt::Debug for EspSender {
@@ -57,15 +57,17 @@ impl EspSender {
     }
 }
 
-/// The writer's end; see [`EspQueue::sender`] for the other one.
+/// The writer's end; see [`Queue::sender`] for the other one.
 #[derive(Default)]
-pub(super) struct EspQueue {
+pub(super) struct Queue {
     waiting: Mutex<Waiting>,
     filled: Notify,
 }
 
 #[derive(Default)]
 struct Waiting {
+    /// IKE messages, framed.
+    ike: VecDeque<Bytes>,
     /// Those that have packets, and those of which something is remembered; at most [`FLOWS`].
     flows: Vec<FlowQueue>,
     /// Whose turn it is, by number (RFC 8290 §4.1): first those that had nothing to send before, then the others.
@@ -103,23 +105,50 @@ struct Chunk {
     packets: BytesMut,
 }
 
-impl EspQueue {
+impl Queue {
     pub(super) fn sender(self: &Arc<Self>) -> EspSender {
         EspSender { queue: self.clone() }
     }
 
-    /// Resolves when there may be packets.
+    /// Resolves when there may be something.
     pub(super) async fn filled(&self) {
         self.filled.notified().await;
     }
 
+    /// There is nothing.
     pub(super) fn is_empty(&self) -> bool {
-        self.waiting().octets == 0
+        let waiting = self.waiting();
+        waiting.octets == 0 && waiting.ike.is_empty()
     }
 
-    /// No more packets are taken in.
+    /// No more is taken in.
     pub(super) fn close(&self) {
         self.waiting().closed = true;
+    }
+
+    /// Queues a framed IKE message; false when so many wait already, or the stream is closing.
+    pub(super) fn push_ike(&self, message: Bytes, most: usize) -> bool {
+        let mut waiting = self.waiting();
+        let fits = !waiting.closed && waiting.ike.len() < most;
+        if fits {
+            waiting.ike.push_back(message);
+        }
+        drop(waiting);
+        if fits {
+            self.filled.notify_one();
+        }
+        fits
+    }
+
+    /// The next IKE message.
+    pub(super) fn take_ike(&self) -> Option<Bytes> {
+        let mut waiting = self.waiting();
+        let message = waiting.ike.pop_front();
+        if waiting.ike.is_empty() {
+            // An idle stream holds nothing.
+            waiting.ike = VecDeque::new();
+        }
+        message
     }
 
     /// Most octets that may wait from now on.
@@ -367,14 +396,14 @@ mod tests {
         packets.iter().map(|packet| number(packet)).collect()
     }
 
-    fn take(queue: &EspQueue, now: Instant, room: usize) -> Vec<BytesMut> {
+    fn take(queue: &Queue, now: Instant, room: usize) -> Vec<BytesMut> {
         let mut out = Vec::new();
         queue.take(now, room, &mut out);
         out
     }
 
     /// So many packets of one flow come in each millisecond, and so many leave; gives the numbers of those that left.
-    fn passes(queue: &EspQueue, start: Instant, milliseconds: u64, arrivals: usize, departures: usize) -> Vec<u32> {
+    fn passes(queue: &Queue, start: Instant, milliseconds: u64, arrivals: usize, departures: usize) -> Vec<u32> {
         let (mut left, mut next) = (Vec::new(), 0);
         for millisecond in 0..milliseconds {
             let now = start + Duration::from_millis(millisecond);
@@ -389,7 +418,7 @@ mod tests {
 
     #[test]
     fn packets_of_a_flow_leave_in_order() {
-        let (queue, now) = (EspQueue::default(), Instant::now());
+        let (queue, now) = (Queue::default(), Instant::now());
         for number in 0..40 {
             assert!(queue.push(now, 9, &packet(number)));
         }
@@ -405,7 +434,7 @@ mod tests {
 
     #[test]
     fn what_is_no_packet_or_too_much_is_not_queued() {
-        let (queue, now) = (EspQueue::default(), Instant::now());
+        let (queue, now) = (Queue::default(), Instant::now());
         for packet in [&[][..], &[1; 65_534]] {
             assert!(!queue.push(now, 0, packet));
         }
@@ -418,10 +447,21 @@ mod tests {
         assert!(!queue.push(now, 0, &packet(1)));
     }
 
+    #[test]
+    fn ike_messages_are_bounded_apart() {
+        let (queue, message) = (Queue::default(), Bytes::from_static(b"x"));
+        assert_eq!((0..100).filter(|_| queue.push_ike(message.clone(), 3)).count(), 3);
+        assert!(!queue.is_empty() && queue.push(Instant::now(), 0, &packet(0)));
+        assert_eq!(std::iter::from_fn(|| queue.take_ike()).count(), 3);
+        assert_eq!(queue.waiting().ike.capacity(), 0, "an idle queue holds nothing");
+        queue.close();
+        assert!(!queue.push_ike(message, 3));
+    }
+
     // RFC 8290 §4.1: who fills the queue makes room for the others, from its oldest on.
     #[test]
     fn who_has_the_most_waiting_makes_room() {
-        let (queue, now) = (EspQueue::default(), Instant::now());
+        let (queue, now) = (Queue::default(), Instant::now());
         queue.set_limit(10 * 1002);
         assert_eq!((0..20).filter(|number| queue.push(now, 1, &packet(*number))).count(), 10);
         for number in 100..103 {
@@ -436,7 +476,7 @@ mod tests {
     // RFC 8290 §1.3, §4.2: a packet now and then does not wait behind a transfer, and two transfers share the stream.
     #[test]
     fn flows_take_turns_and_a_sparse_one_goes_first() {
-        let (queue, now) = (EspQueue::default(), Instant::now());
+        let (queue, now) = (Queue::default(), Instant::now());
         for number in 0..200 {
             queue.push(now, 1, &packet(number));
         }
@@ -466,7 +506,7 @@ mod tests {
     // However many flows there are, they share so many queues, and nothing is lost or left.
     #[test]
     fn flows_are_bounded() {
-        let (queue, now) = (EspQueue::default(), Instant::now());
+        let (queue, now) = (Queue::default(), Instant::now());
         for number in 0..500 {
             assert!(queue.push(now, u64::from(number).wrapping_mul(0x9e37_79b9_7f4a_7c15), &packet(number)));
         }
@@ -479,7 +519,7 @@ mod tests {
 
     #[test]
     fn nothing_is_dropped_of_a_burst_or_where_the_stream_keeps_up() {
-        let (queue, now) = (EspQueue::default(), Instant::now());
+        let (queue, now) = (Queue::default(), Instant::now());
         assert_eq!(passes(&queue, now, 1000, 3, 3).len(), 3000);
         for number in 0..80 {
             queue.push(now, 1, &packet(number));
@@ -492,7 +532,7 @@ mod tests {
     // RFC 8289 §3.2: a stall is no standing queue.
     #[test]
     fn what_waited_for_a_stalled_stream_is_sent() {
-        let (queue, now) = (EspQueue::default(), Instant::now());
+        let (queue, now) = (Queue::default(), Instant::now());
         for number in 0..500 {
             queue.push(now, 1, &packet(number));
         }
@@ -502,7 +542,7 @@ mod tests {
     // RFC 8289 §5.3: whoever sends a quarter more than the stream takes is told so more and more often.
     #[test]
     fn a_standing_queue_gets_shorter() {
-        let (queue, now) = (EspQueue::default(), Instant::now());
+        let (queue, now) = (Queue::default(), Instant::now());
         let left = passes(&queue, now, 20_000, 5, 4);
         let late = now + Duration::from_secs(20);
         let dropped = left.windows(2).map(|two| (two[0], two[1] - two[0] - 1)).filter(|(_, gap)| *gap > 0);

@@ -6,12 +6,12 @@ use std::sync::Arc;
 
 use bytes::BytesMut;
 use tokio::io::{AsyncRead, AsyncReadExt};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
 
 use super::duplex::ReadHalf;
 use super::standing::Standing;
-use super::{EspHandler, MEANINGLESS, Phase, StreamEvent, StreamLimits, UNAUTHENTIC, closing};
+use super::{Inner, MEANINGLESS, Phase, StreamEvent, UNAUTHENTIC, closing};
 use crate::codec::{Deframer, Frame};
 
 /// Least and most octets asked for in one read. The size follows the traffic, so that an idle stream holds little.
@@ -26,9 +26,7 @@ pub(super) struct Reader {
     pub(super) remote: SocketAddr,
     pub(super) socket: ReadHalf,
     pub(super) deframer: Deframer,
-    pub(super) limits: StreamLimits,
-    pub(super) esp: EspHandler,
-    pub(super) events: mpsc::Sender<StreamEvent>,
+    pub(super) inner: Arc<Inner>,
     pub(super) phase: watch::Receiver<Phase>,
     pub(super) standing: Arc<Standing>,
     pub(super) accepted: Option<(Instant, Instant)>,
@@ -62,7 +60,7 @@ impl Reader {
                             remote: self.remote,
                             bytes: message.to_vec(),
                         };
-                        if self.events.send(event).await.is_err() {
+                        if self.inner.events.send(event).await.is_err() {
                             return "nobody listens to events".into();
                         }
                     }
@@ -117,7 +115,7 @@ impl Reader {
         if batch.is_empty() {
             return Ok(());
         }
-        let worth = (self.esp)(self.number, self.local, self.remote, batch);
+        let worth = (self.inner.esp)(self.number, self.local, self.remote, batch);
         batch.clear();
         if worth.authentic {
             self.standing.forgive();
@@ -125,7 +123,7 @@ impl Reader {
         if worth.forged {
             return Err(UNAUTHENTIC);
         }
-        if worth.unknown > 0 && self.standing.complain(worth.unknown, &self.limits) {
+        if worth.unknown > 0 && self.standing.complain(worth.unknown, &self.inner.limits) {
             return Err(MEANINGLESS);
         }
         Ok(())
@@ -133,10 +131,11 @@ impl Reader {
 
     /// The next deadline and what it means to miss it.
     fn due(&self, timers: &Timers) -> Option<(Instant, &'static str)> {
-        let partial = timers.partial_since.map(|since| (since + self.limits.partial_frame, "half a message in time"));
+        let partial =
+            timers.partial_since.map(|since| (since + self.inner.limits.partial_frame, "half a message in time"));
         let stranger = self.accepted.filter(|_| !self.standing.is_vouched()).map(|(accepted, first)| {
             if timers.message_seen {
-                (accepted + self.limits.unauthenticated, "no authentic message in time")
+                (accepted + self.inner.limits.unauthenticated, "no authentic message in time")
             } else {
                 (first, "no message in time")
             }

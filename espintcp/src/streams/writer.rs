@@ -6,12 +6,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::{Buf, Bytes, BytesMut};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use tokio::time::timeout;
 
 use super::duplex::WriteHalf;
 use super::pace::Pace;
-use super::queue::EspQueue;
+use super::queue::Queue;
 use super::{Phase, Seal, closing};
 use crate::codec::{PREFIX, append_esp};
 
@@ -24,9 +24,8 @@ pub(super) struct Writer {
     pub(super) number: u64,
     pub(super) socket: WriteHalf,
     pub(super) prefix: bool,
-    pub(super) ike: mpsc::Receiver<Bytes>,
-    pub(super) esp: Arc<EspQueue>,
-    /// Makes ESP packets of what is in `esp`, unless they are that.
+    pub(super) queue: Arc<Queue>,
+    /// Makes ESP packets of what is in the queue, unless they are that.
     pub(super) seal: Option<Seal>,
     pub(super) phase: watch::Receiver<Phase>,
     pub(super) patience: Duration,
@@ -39,7 +38,7 @@ impl Writer {
         if self.prefix {
             // RFC 9329 §4, §6.1: first of all, once, and only by the TCP Originator.
             batch.push(Bytes::from_static(&PREFIX));
-            let _ = timeout(PREFIX_WAIT, self.wait(&mut batch)).await;
+            let _ = timeout(PREFIX_WAIT, self.wait()).await;
         }
         loop {
             self.gather(&mut batch, &pace, &mut packets);
@@ -48,36 +47,25 @@ impl Writer {
                     // An idle stream holds nothing.
                     (batch, packets) = (Batch::default(), Packets::default());
                 }
-            } else if !self.esp.is_empty() {
+            } else if !self.queue.is_empty() {
                 // What was taken was sealed for another way, or dropped.
                 tokio::task::yield_now().await;
-            } else if !self.wait(&mut batch).await {
+            } else if !self.wait().await {
                 break;
             }
         }
         self.socket.shutdown().await.map_err(|error| format!("write: {error}"))
     }
 
-    /// Waits for a message; false when the stream is to be closed and no more will come.
-    async fn wait(&mut self, batch: &mut Batch) -> bool {
+    /// Waits until there may be something; false when the stream is to be closed and no more will come.
+    async fn wait(&mut self) -> bool {
         tokio::select! {
             biased;
             () = closing(&mut self.phase) => {
-                self.ike.close();
-                self.esp.close();
-                while let Ok(message) = self.ike.try_recv() {
-                    batch.push(message);
-                }
-                !batch.is_empty() || !self.esp.is_empty()
+                self.queue.close();
+                !self.queue.is_empty()
             }
-            message = self.ike.recv() => match message {
-                Some(message) => {
-                    batch.push(message);
-                    true
-                }
-                None => false,
-            },
-            () = self.esp.filled() => true,
+            () = self.queue.filled() => true,
         }
     }
 
@@ -86,12 +74,12 @@ impl Writer {
         let most = pace.batch();
         while batch.octets < most
             && batch.pieces.len() < PIECES
-            && let Ok(message) = self.ike.try_recv()
+            && let Some(message) = self.queue.take_ike()
         {
             batch.push(message);
         }
         let room = most.saturating_sub(batch.octets);
-        if room == 0 || self.esp.take(Instant::now(), room, &mut packets.taken) == 0 {
+        if room == 0 || self.queue.take(Instant::now(), room, &mut packets.taken) == 0 {
             return;
         }
         let Packets { taken, framed } = packets;
@@ -131,9 +119,9 @@ impl Writer {
             Ok(Err(error)) => return Err(format!("write: {error}")),
             Err(_) => return Err("the peer does not read".into()),
         }
-        let more = !self.esp.is_empty();
+        let more = !self.queue.is_empty();
         if pace.wrote(Instant::now(), octets, more) {
-            self.esp.set_limit(pace.queue());
+            self.queue.set_limit(pace.queue());
             self.socket.limit_unsent(pace.unsent()).map_err(|error| format!("limit what is unsent: {error}"))?;
         }
         Ok(more)
@@ -143,7 +131,7 @@ impl Writer {
 impl Drop for Writer {
     fn drop(&mut self) {
         // Nobody takes anything out any more.
-        self.esp.close();
+        self.queue.close();
     }
 }
 
