@@ -8,7 +8,7 @@ use latchkey_tests::daemon::{Daemon, program};
 use latchkey_tests::host::Host;
 use latchkey_tests::middlebox::{A, B, ROUTER, Road};
 use latchkey_tests::pki::Authority;
-use latchkey_tests::scene::{INNER_A, INNER_B, Scene, Suite, configurations};
+use latchkey_tests::scene::{Auth, INNER_A, INNER_B, Scene, Suite, configurations};
 
 /// The router's address on the responder's side.
 const NATTED: &str = "192.0.2.254";
@@ -138,4 +138,48 @@ fn an_identity_that_is_the_address_and_one_that_others_may_have_are_told_apart()
     holds(&at_a, &["address:proved", "text:10.2.0.1,kind:1", "nat_local:false,nat_remote:false"]);
     holds(&at_a, &["outer_local:192.0.2.1:", "outer_remote:192.0.2.2:"]);
     holds(&whois(&scene.b, &scene.host_b, INNER_B, INNER_A), &["address:configured"]);
+}
+
+/// The base64 of a PEM file, as JSON has it.
+fn der(pem: &[u8]) -> String {
+    String::from_utf8_lossy(pem).lines().filter(|line| !line.starts_with('-')).collect()
+}
+
+// RFC 5660 §2: "the peer certificate, when one is used, and the trust anchor to which it was validated"; RFC 7296 §3.8:
+// the AUTH method.
+#[test]
+fn the_certificate_and_the_trust_anchor_of_the_peer_are_told_and_how_it_signed() {
+    for (algorithm, methods) in [(&rcgen::PKCS_ECDSA_P256_SHA256, "method:14"), (&rcgen::PKCS_RSA_SHA256, "method:14")]
+    {
+        let suite = Suite { auth: Auth::Certificates(algorithm), ..Suite::DEFAULT };
+        let [(of_a, files_a), (of_b, files_b)] = configurations(&suite);
+        let file = |files: &latchkey_tests::daemon::Files, name: &str| {
+            der(&files.iter().find(|(known, _)| known == name).unwrap().1)
+        };
+        let (host_a, host_b) = latchkey_tests::scene::hosts();
+        let b = Daemon::start(Latchkey, &host_b, &of_b, &files_b);
+        let a = Daemon::start(Latchkey, &host_a, &of_a, &files_a);
+        let scene = Scene { a, b, host_a, host_b };
+        scene.a.initiate("net");
+        scene.passes();
+        let told = [
+            (whois(&scene.a, &scene.host_a, INNER_A, INNER_B), &files_b, "b.example", "a.example"),
+            (whois(&scene.b, &scene.host_b, INNER_B, INNER_A), &files_a, "a.example", "b.example"),
+        ];
+        for (told, of_peer, peer, own) in told {
+            let certificate = file(of_peer, "x509/cert.pem");
+            let anchor = file(of_peer, "x509ca/ca.pem");
+            holds(&told, &[&format!("peer:{{id:{{text:{peer},kind:2")]);
+            holds(&told, &[&format!("local_id:{{text:{own},kind:2"), methods, "resumed:false"]);
+            holds(&told, &[&format!("proof:{{by:certificate,end_entity:{certificate},trust_anchor:{anchor}}}")]);
+        }
+        // For humans, too; and with the certificate a peer has another class than with a shared key.
+        let socket = scene.a.latch_socket();
+        let args = ["whois", &format!("{INNER_A}:1"), &format!("{INNER_B}:2"), "--socket", socket.to_str().unwrap()];
+        let said = scene.host_a.check(program("latchkey").to_str().unwrap(), &args);
+        assert!(said.contains("b.example by certificate, to us as a.example"), "{said}");
+    }
+    let scene = Scene::works(Latchkey, Latchkey, &Suite::DEFAULT);
+    let told = whois(&scene.a, &scene.host_a, INNER_A, INNER_B);
+    holds(&told, &["proof:{by:shared-key}", "method:2,"]);
 }
