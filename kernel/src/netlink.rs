@@ -24,12 +24,13 @@ use netlink_sys::{Socket, SocketAddr};
 use crate::interfaces::Interface;
 
 /// Who has set the rules of shunts: no protocol of routing has this number.
-const OURS: RouteProtocol = RouteProtocol::Other(76);
+pub(crate) const OURS: RouteProtocol = RouteProtocol::Other(76);
 
 /// A connection to the routing tables of one network namespace.
 pub(crate) struct Netlink {
     socket: Socket,
     sequence: u32,
+    port: u32,
 }
 
 /// A route to a network. Without gateway and link it leads on to the tables behind its own.
@@ -97,8 +98,13 @@ impl Netlink {
     /// Connects to the routing tables of the calling thread's network namespace.
     pub(crate) fn open() -> io::Result<Self> {
         let mut socket = Socket::new(NETLINK_ROUTE).map_err(|e| context(e, "open a routing netlink socket"))?;
-        socket.bind_auto().map_err(|e| context(e, "bind a routing netlink socket"))?;
-        Ok(Self { socket, sequence: 0 })
+        let port = socket.bind_auto().map_err(|e| context(e, "bind a routing netlink socket"))?.port_number();
+        Ok(Self { socket, sequence: 0, port })
+    }
+
+    /// What the system's news name as asker when it was this connection.
+    pub(crate) fn port(&self) -> u32 {
+        self.port
     }
 
     /// The index of a link; `NotFound` when there is none of that name.
@@ -381,9 +387,14 @@ impl Netlink {
 
     /// Adds a rule; one that is there already, left by a predecessor that died, is taken over.
     pub(crate) fn add_rule(&mut self, rule: &Rule) -> io::Result<()> {
+        self.ensure_rule(rule).map(|_| ())
+    }
+
+    /// The same; true when it was not there.
+    pub(crate) fn ensure_rule(&mut self, rule: &Rule) -> io::Result<bool> {
         match self.request(RouteNetlinkMessage::NewRule(rule.message()), NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL) {
-            Ok(_) => Ok(()),
-            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+            Ok(_) => Ok(true),
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(false),
             Err(e) => Err(context(e, format!("add the rule {rule}"))),
         }
     }

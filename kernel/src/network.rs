@@ -35,7 +35,7 @@ use crate::socket::{Header, OuterSocket, keep_flow_label, leave_stream_to_the_ke
 use crate::threads;
 use crate::tun::{Tun, TunWriter};
 use crate::watch::{self, Own};
-use crate::xfrm::{self, InboundPolicies, Latches, Xfrm};
+use crate::xfrm::{self, InboundPolicies, Latches, TunnelMark, Xfrm};
 
 /// How to set the network up.
 #[derive(Clone, Debug)]
@@ -60,6 +60,11 @@ pub struct NetworkConfig {
     pub interfaces: InterfaceFilter,
     /// Who does ESP.
     pub plane: PlaneChoice,
+    /// Where user space does ESP: drop what comes in clear from where an SA protects it (RFC 4301 §5.2).
+    pub drop_cleartext: bool,
+    /// The bit of the mark that IPv6 packets bear that come out of the tunnel, for policies of the kernel; 0 is none, and
+    /// no policies for them.
+    pub tunnel_mark: u32,
 }
 
 /// Who does ESP. What comes in TCP streams is user space's where the kernel has no `espintcp`, and in TLS always.
@@ -87,6 +92,8 @@ impl Default for NetworkConfig {
             install_routes: true,
             interfaces: InterfaceFilter::default(),
             plane: PlaneChoice::default(),
+            drop_cleartext: true,
+            tunnel_mark: 0x4000_0000,
         }
     }
 }
@@ -168,6 +175,8 @@ pub(crate) struct Inner {
     pub(crate) shared: Arc<Shared>,
     pub(crate) routes: Mutex<Routes>,
     pub(crate) shunts: Mutex<ShuntRules>,
+    /// Policies around the tunnel of user space; `None` where the kernel has none.
+    pub(crate) inbound: Option<InboundPolicies>,
     netlink: Mutex<Netlink>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     mark: u32,
@@ -236,27 +245,26 @@ impl Network {
         let nat = Pair::udp(config.nat_port, mark)?;
         let (xfrm, plane_reason) = choose_plane(config.plane, mark)?;
         let passed = plain.sockets().chain(nat.sockets()).try_for_each(OuterSocket::pass_by_policies);
-        let mut inbound = None;
-        let esp = match &xfrm {
+        let (esp, policies) = match &xfrm {
             None => {
                 let esp = Pair::open(|ipv6| OuterSocket::esp(ipv6, mark))?;
-                let opened = passed.and_then(|()| esp.sockets().try_for_each(OuterSocket::pass_by_policies));
-                match opened.and_then(|()| InboundPolicies::open()) {
-                    Ok(policies) => inbound = Some(policies),
-                    Err(error) => tracing::info!(%error, "the kernel cannot help with shunts"),
-                }
-                Some(esp)
+                let passed = passed.and_then(|()| esp.sockets().try_for_each(OuterSocket::pass_by_policies));
+                let policies = passed.and_then(|()| Xfrm::open_policies());
+                let without = "the kernel has no policies of IPsec: nothing is dropped that should have been protected";
+                (Some(esp), policies.inspect_err(|error| tracing::warn!(%error, "{without}")).ok())
             }
-            Some(_) => {
+            Some(xfrm) => {
                 passed?;
                 nat.sockets().try_for_each(OuterSocket::leave_esp_to_the_kernel)?;
-                None
+                (None, Some(Arc::clone(xfrm)))
             }
         };
         let mut netlink = Netlink::open()?;
         let tun = Arc::new(Tun::new(&config.tun_name, config.tun_mtu, &mut netlink)?);
         let tun_name = tun.name().to_owned();
-        tun.pass_by_policies();
+        let tunnel_mark = policies.as_ref().and_then(|_| mark_tunnel(config.tunnel_mark, &tun));
+        tun.pass_by_policies(tunnel_mark.is_some());
+        let inbound = policies.map(|policies| InboundPolicies::new(policies, tunnel_mark, config.drop_cleartext));
         let latches = match Latches::open(tun.index(), xfrm.is_some()) {
             Ok(latches) => Some(Arc::new(latches)),
             Err(error) => {
@@ -266,7 +274,7 @@ impl Network {
         };
         let route_numbers = (config.route_table, config.route_priority, mark);
         let routes = Routes::new(Netlink::open()?, tun.index(), route_numbers, config.install_routes)?;
-        let shunts = ShuntRules::new(Netlink::open()?, (config.route_priority, mark), tun_name.clone(), inbound)?;
+        let shunts = ShuntRules::new(Netlink::open()?, (config.route_priority, mark), tun_name.clone())?;
         warn_of_strict_reverse_paths();
         tell_of_ecn();
 
@@ -289,6 +297,7 @@ impl Network {
             shared: Arc::clone(&shared),
             routes: Mutex::new(routes),
             shunts: Mutex::new(shunts),
+            inbound,
             netlink: Mutex::new(netlink),
             threads: Mutex::default(),
             mark,
@@ -302,10 +311,11 @@ impl Network {
         // From here on, dropping `inner` cleans up.
         let started = threads::start(&shared, &tun)?;
         lock(&inner.threads).extend(started);
-        let own = Own { link: tun.index(), table: config.route_table };
+        let ports = [lock(&inner.routes).port(), lock(&inner.shunts).port()];
+        let own = Own { link: tun.index(), table: config.route_table, ports };
         lock(&inner.threads).push(watch::start(&shared, own)?);
-        if let Some(xfrm) = &inner.xfrm {
-            lock(&inner.threads).push(xfrm::start(&shared, xfrm, inner.latches.as_ref())?);
+        if let Some(inbound) = &inner.inbound {
+            lock(&inner.threads).push(xfrm::start(&shared, inbound.databases(), inner.latches.as_ref())?);
         }
         Ok((Self { inner }, receiver))
     }
@@ -377,10 +387,13 @@ impl Network {
         Ok(interfaces::pairs(&all, filter, *tun_index, in_use, remotes, route))
     }
 
-    /// Puts back the routes into the tunnel that the system removed together with an address of ours.
+    /// Puts back the routes into the tunnel that the system removed together with an address of ours, and rules that
+    /// somebody else removed.
     pub fn restore_routes(&self) {
-        if let Err(e) = lock(&self.inner.routes).restore() {
-            tracing::warn!("{e}");
+        for outcome in [lock(&self.inner.routes).restore(), lock(&self.inner.shunts).restore()] {
+            if let Err(e) = outcome {
+                tracing::warn!("{e}");
+            }
         }
     }
 
@@ -394,7 +407,7 @@ impl Network {
             keep_flow_label(&socket).map_err(|e| context(e, "keep the flow label of a socket"))?;
         }
         match pass_by_policies(&socket, ipv6) {
-            Err(e) if self.inner.xfrm.is_some() || lock(&self.inner.shunts).has_policies() => {
+            Err(e) if self.inner.inbound.is_some() => {
                 return Err(context(e, "keep IPsec policies away from a socket"));
             }
             _ => {}
@@ -710,6 +723,16 @@ fn choose_plane(choice: PlaneChoice, mark: u32) -> io::Result<(Option<Arc<Xfrm>>
             }
         },
     }
+}
+
+/// Has what comes out of the tunnel marked, so that policies for IPv6 can let it pass.
+fn mark_tunnel(bit: u32, tun: &Tun) -> Option<TunnelMark> {
+    if bit == 0 {
+        return None;
+    }
+    let marked = TunnelMark::set(bit, (tun.index(), tun.name()));
+    let without = "IPv6 that should have been protected is not dropped";
+    marked.inspect_err(|error| tracing::warn!(%error, "{without}")).ok()
 }
 
 /// Strict reverse path filtering judges a peer's outer packets by the route into the tunnel.

@@ -26,6 +26,14 @@ impl UserSpacePlane {
     pub(crate) fn new(network: Arc<Inner>, reason: &'static str) -> Self {
         Self { network, installed: BTreeSet::new(), traps: BTreeSet::new(), reason }
     }
+
+    /// Takes away what leads into a pair, and what keeps others out of its place.
+    fn leave(&self, spi_in: u32) {
+        lock(&self.network.routes).remove(Owner::Pair(spi_in));
+        if let Some(inbound) = &self.network.inbound {
+            inbound.remove_pair(spi_in);
+        }
+    }
 }
 
 impl DataPlane for UserSpacePlane {
@@ -39,13 +47,17 @@ impl DataPlane for UserSpacePlane {
         if self.installed.contains(&spi_in) {
             return Err(PlaneError::SpiInUse(spi_in));
         }
-        // Routes come first, since they can be undone exactly. Until the SAs are there, the engine drops what
+        // The peer may send from here on, and what it sends comes out of the tunnel.
+        if let Some(inbound) = &self.network.inbound {
+            inbound.add_pair(&pair)?;
+        }
+        // Then routes, since they can be undone exactly. Until the SAs are there, the engine drops what
         // the routes bring: nothing goes out in clear.
-        lock(&self.network.routes)
+        let routed = lock(&self.network.routes)
             .add(Owner::Pair(spi_in), Via::Tunnel, pair.encapsulation.local(), &pair.local_ts, &pair.remote_ts)
-            .map_err(|e| system(format!("install the routes of SA {spi_in:08x}"), e))?;
-        if let Err(e) = self.network.shared.datapath.install(pair) {
-            lock(&self.network.routes).remove(Owner::Pair(spi_in));
+            .map_err(|e| system(format!("install the routes of SA {spi_in:08x}"), e));
+        if let Err(e) = routed.and_then(|()| self.network.shared.datapath.install(pair)) {
+            self.leave(spi_in);
             return Err(e);
         }
         self.installed.insert(spi_in);
@@ -63,7 +75,7 @@ impl DataPlane for UserSpacePlane {
     fn delete(&mut self, spi_in: u32) -> Result<(), PlaneError> {
         self.network.shared.datapath.delete(spi_in)?;
         self.installed.remove(&spi_in);
-        lock(&self.network.routes).remove(Owner::Pair(spi_in));
+        self.leave(spi_in);
         Ok(())
     }
 
@@ -99,7 +111,14 @@ impl DataPlane for UserSpacePlane {
         if shunts.contains(shunt.number) {
             return Err(PlaneError::ShuntInUse(shunt.number));
         }
-        shunts.add(&shunt)
+        if let Some(inbound) = &self.network.inbound {
+            inbound.add_shunt(&shunt)?;
+        }
+        shunts.add(&shunt).inspect_err(|_| {
+            if let Some(inbound) = &self.network.inbound {
+                inbound.remove_shunt(shunt.number);
+            }
+        })
     }
 
     fn remove_shunt(&mut self, number: u32) -> Result<(), PlaneError> {
@@ -107,7 +126,11 @@ impl DataPlane for UserSpacePlane {
         if !shunts.contains(number) {
             return Err(PlaneError::NoSuchShunt(number));
         }
-        shunts.remove(number).map_err(|e| system(format!("remove the rules of shunt {number}"), e))
+        let removed = shunts.remove(number);
+        if let Some(inbound) = &self.network.inbound {
+            inbound.remove_shunt(number);
+        }
+        removed.map_err(|e| system(format!("remove the rules of shunt {number}"), e))
     }
 
     fn usage(&self, spi_in: u32) -> Result<Usage, PlaneError> {
@@ -116,14 +139,18 @@ impl DataPlane for UserSpacePlane {
 
     fn shutdown(&mut self) -> Result<(), PlaneError> {
         for spi_in in std::mem::take(&mut self.installed) {
-            lock(&self.network.routes).remove(Owner::Pair(spi_in));
             self.network.shared.datapath.delete(spi_in)?;
+            self.leave(spi_in);
         }
         for reqid in std::mem::take(&mut self.traps) {
             lock(&self.network.routes).remove(Owner::Trap(reqid));
             self.network.shared.datapath.remove_trap(reqid)?;
         }
-        lock(&self.network.shunts).clear().map_err(|e| system("remove the rules of shunts".to_owned(), e))
+        let cleared = lock(&self.network.shunts).clear();
+        if let Some(inbound) = &self.network.inbound {
+            inbound.clear().map_err(|e| system("remove the kernel's policies".to_owned(), e))?;
+        }
+        cleared.map_err(|e| system("remove the rules of shunts".to_owned(), e))
     }
 }
 

@@ -158,15 +158,24 @@ impl Routes {
         }
     }
 
-    /// Sets all routes again: the system removes those with a preferred source address together with the address, and
+    /// As whom the system's news name the changes of rules.
+    pub(crate) fn port(&self) -> u32 {
+        self.netlink.port()
+    }
+
+    /// Sets all routes and rules again: the system removes those with a preferred source address together with the address, and
     /// the way to a peer may be another.
     pub(crate) fn restore(&mut self) -> io::Result<()> {
-        if !self.enabled || self.users.is_empty() {
+        if !self.enabled {
             return Ok(());
+        }
+        let ruled = self.rules.iter().map(|rule| self.netlink.add_rule(rule)).fold(Ok(()), io::Result::and);
+        if self.users.is_empty() {
+            return ruled;
         }
         let addresses = self.addresses.all(&mut self.netlink)?;
         let networks: BTreeSet<Subnet> = self.users.keys().map(|(network, ..)| *network).collect();
-        let mut outcome = Ok(());
+        let mut outcome = ruled;
         for network in networks {
             outcome = outcome.and(self.settle(network, Some(&addresses)));
         }

@@ -3,7 +3,7 @@
 //! with ICMP "administratively prohibited" where it forwards (§5.1), with an error to programs of this host.
 //!
 //! Such rules are asked about each packet that is routed, sent here or forwarded, in either direction. What comes for this
-//! host itself is not routed by them: for that there are policies of the kernel, where it has any.
+//! host itself is not routed by them: for that there are policies of the kernel, where it has any ([`crate::xfrm`]).
 
 use std::collections::BTreeMap;
 use std::io;
@@ -12,7 +12,6 @@ use ipsec::plane::{PlaneError, Shunt, ShuntAction};
 use ipsec::selector::TrafficSelector;
 
 use crate::netlink::{FlowSelector, Netlink, Rule, RuleAction, RuleSelector};
-use crate::xfrm::InboundPolicies;
 
 /// Rules of one shunt, at most.
 const MOST_RULES: usize = 256;
@@ -27,27 +26,15 @@ pub(crate) struct ShuntRules {
     /// Of our own packets.
     mark: u32,
     by_number: BTreeMap<u32, Vec<Rule>>,
-    /// For what comes in; `None` where the kernel has no policies.
-    inbound: Option<InboundPolicies>,
     /// What all of them need.
     common: Vec<Rule>,
 }
 
 impl ShuntRules {
     /// Removes what a daemon has left that died.
-    pub(crate) fn new(
-        mut netlink: Netlink,
-        (priority, mark): (u32, u32),
-        device: String,
-        inbound: Option<InboundPolicies>,
-    ) -> io::Result<Self> {
+    pub(crate) fn new(mut netlink: Netlink, (priority, mark): (u32, u32), device: String) -> io::Result<Self> {
         netlink.delete_own_rules()?;
-        Ok(Self { netlink, priority, device, mark, inbound, by_number: BTreeMap::new(), common: Vec::new() })
-    }
-
-    /// True where what comes in meets policies of the kernel.
-    pub(crate) fn has_policies(&self) -> bool {
-        self.inbound.is_some()
+        Ok(Self { netlink, priority, device, mark, by_number: BTreeMap::new(), common: Vec::new() })
     }
 
     /// True for one that is installed.
@@ -55,18 +42,12 @@ impl ShuntRules {
         self.by_number.contains_key(&number)
     }
 
-    /// Installs a shunt's rules and policies: all of them, or on error none.
+    /// Installs a shunt's rules: all of them, or on error none.
     pub(crate) fn add(&mut self, shunt: &Shunt) -> Result<(), PlaneError> {
         let in_rules =
             |source| PlaneError::System { action: format!("install the rules of shunt {}", shunt.number), source };
         let rules = rules(shunt, self.priority).map_err(in_rules)?;
-        if let Some(inbound) = &mut self.inbound {
-            inbound.add(shunt)?;
-        }
-        if let Err(error) = self.add_rules(&rules) {
-            let _ = self.inbound.as_mut().map(|inbound| inbound.remove(shunt.number));
-            return Err(in_rules(error));
-        }
+        self.add_rules(&rules).map_err(in_rules)?;
         self.by_number.insert(shunt.number, rules);
         Ok(())
     }
@@ -86,8 +67,7 @@ impl ShuntRules {
     /// Removes a shunt's rules. Does all that it can, and gives the first error.
     pub(crate) fn remove(&mut self, number: u32) -> io::Result<()> {
         let rules = self.by_number.remove(&number).unwrap_or_default();
-        let inbound = self.inbound.as_mut().map_or(Ok(()), |inbound| inbound.remove(number));
-        let mut outcome = rules.iter().map(|rule| self.netlink.delete_rule(rule)).fold(inbound, io::Result::and);
+        let mut outcome = rules.iter().map(|rule| self.netlink.delete_rule(rule)).fold(Ok(()), io::Result::and);
         if self.by_number.is_empty() {
             let common = std::mem::take(&mut self.common);
             outcome = common.iter().map(|rule| self.netlink.delete_rule(rule)).fold(outcome, io::Result::and);
@@ -98,8 +78,31 @@ impl ShuntRules {
     /// Removes all.
     pub(crate) fn clear(&mut self) -> io::Result<()> {
         let numbers: Vec<u32> = self.by_number.keys().copied().collect();
-        let inbound = self.inbound.as_mut().map_or(Ok(()), InboundPolicies::clear);
-        numbers.into_iter().map(|number| self.remove(number)).fold(inbound, io::Result::and)
+        numbers.into_iter().map(|number| self.remove(number)).fold(Ok(()), io::Result::and)
+    }
+
+    /// As whom the system's news name the changes of rules.
+    pub(crate) fn port(&self) -> u32 {
+        self.netlink.port()
+    }
+
+    /// Sets all again that somebody may have removed.
+    pub(crate) fn restore(&mut self) -> io::Result<()> {
+        let mut restored = false;
+        for rule in &self.common {
+            restored |= self.netlink.ensure_rule(rule)?;
+        }
+        for rule in self.by_number.values().flatten() {
+            // Of equal priority, those that skip have to come first, and the last one set comes last.
+            if restored && rule.action == RuleAction::Prohibit {
+                self.netlink.delete_rule(rule)?;
+            }
+            restored |= self.netlink.ensure_rule(rule)?;
+        }
+        if restored {
+            tracing::warn!("somebody removed rules of shunts; they are put right");
+        }
+        Ok(())
     }
 
     /// Where what passes goes on, what comes out of the tunnel, and what this daemon sends: behind what is dropped.

@@ -17,12 +17,18 @@ pub(crate) struct Tun {
 
 impl Tun {
     /// Keeps the kernel's IPsec policies away from what goes through the device: user space does ESP for it. IPv6 has no
-    /// such switch for what goes in; there [`crate::planes`] takes away the policies that would be in the way.
-    pub(crate) fn pass_by_policies(&self) {
-        for switch in ["ipv4/conf/{}/disable_policy", "ipv4/conf/{}/disable_xfrm", "ipv6/conf/{}/disable_policy"] {
+    /// such switch for what goes in; there [`crate::planes`] takes away the policies that would be in the way. Its switch for
+    /// what comes out is for all that comes to an address of the device: it is left alone where packets are `marked`.
+    pub(crate) fn pass_by_policies(&self, marked: bool) {
+        let of_addresses = if marked { "0" } else { "1" };
+        for (switch, value) in [
+            ("ipv4/conf/{}/disable_policy", "1"),
+            ("ipv4/conf/{}/disable_xfrm", "1"),
+            ("ipv6/conf/{}/disable_policy", of_addresses),
+        ] {
             let path = format!("/proc/sys/net/{}", switch.replace("{}", self.name()));
-            match std::fs::write(&path, "1") {
-                Err(e) if e.kind() != io::ErrorKind::NotFound => tracing::warn!("write 1 to {path}: {e}"),
+            match std::fs::write(&path, value) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => tracing::warn!("write {value} to {path}: {e}"),
                 _ => {}
             }
         }

@@ -1,4 +1,4 @@
-//! Watches addresses, links and routes (rtnetlink multicast groups) and says that something has changed.
+//! Watches addresses, links, routes and our rules (rtnetlink multicast groups) and says that something has changed.
 //!
 //! What exactly has changed is not told: whoever hears of it looks at everything, so a lost message loses nothing.
 
@@ -9,15 +9,17 @@ use std::thread::{self, JoinHandle};
 use netlink_packet_core::{NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::route::RouteAttribute;
+use netlink_packet_route::rule::RuleAttribute;
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
 use rustix::event::{PollFd, PollFlags, poll};
 
-use crate::netlink::context;
+use crate::netlink::{OURS, context};
 use crate::network::Shared;
 
-/// RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE, RTMGRP_IPV6_IFADDR, RTMGRP_IPV6_ROUTE (linux/rtnetlink.h).
-const GROUPS: u32 = 0x1 | 0x10 | 0x40 | 0x100 | 0x400;
+/// RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE, RTMGRP_IPV4_RULE, RTMGRP_IPV6_IFADDR, RTMGRP_IPV6_ROUTE, and the bit
+/// of RTNLGRP_IPV6_RULE (linux/rtnetlink.h).
+const GROUPS: u32 = 0x1 | 0x10 | 0x40 | 0x80 | 0x100 | 0x400 | 1 << 18;
 
 /// Whose changes are our own.
 #[derive(Clone, Copy, Debug)]
@@ -26,6 +28,8 @@ pub(crate) struct Own {
     pub(crate) link: u32,
     /// The table of routes into the tunnel.
     pub(crate) table: u32,
+    /// Who sets rules: its news are none.
+    pub(crate) ports: [u32; 2],
 }
 
 /// Subscribes in the network namespace of the calling thread, and starts the thread that watches. It ends when
@@ -90,6 +94,16 @@ fn concerns(datagram: &[u8], own: Own) -> bool {
                 RouteAttribute::Oif(link) => *link == own.link,
                 _ => false,
             }),
+            // Others' rules lead nobody elsewhere whom routes do not, and are looked at with these.
+            NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewRule(_)) => true,
+            NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelRule(rule)) => {
+                own.ports.contains(&message.header.port_number)
+                    || !rule.attributes.iter().any(|attribute| match attribute {
+                        RuleAttribute::Table(table) => *table == own.table,
+                        RuleAttribute::Protocol(protocol) => *protocol == OURS,
+                        _ => false,
+                    })
+            }
             _ => true,
         };
         if !ours {

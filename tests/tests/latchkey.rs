@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use latchkey_tests::capture::Capture;
@@ -432,6 +433,24 @@ fn what_passes_goes_in_clear_and_what_drops_goes_nowhere() {
     ours.control(&["--uninstall", "--child", "rest"]);
     assert!(arrives());
     ours.control(&["--install", "--child", "rest"]);
+    assert!(!arrives());
+
+    // Somebody removes rules and policies: they come back.
+    let in_any_order = || BTreeSet::from_iter(shunt_rules(&a));
+    let whole = in_any_order();
+    for rule in [&["priority", "221", "iif", "lk0"][..], &["priority", "219"], &["priority", "220"]] {
+        a.ip(&[&["rule", "delete"], rule].concat());
+    }
+    a.ip(&["xfrm", "policy", "flush"]);
+    wait_for("the rules", Duration::from_secs(20), || in_any_order() == whole);
+    // What skips those that drop comes before them.
+    let rules = shunt_rules(&a);
+    let skips = rules.iter().rposition(|rule| rule.starts_with("221:") && rule.contains("goto"));
+    assert!(skips < rules.iter().position(|rule| rule.contains("prohibit")), "{rules:?}");
+    wait_for("the rule of the tunnel", Duration::from_secs(20), || a.check("ip", &["rule"]).contains("lookup 220"));
+    wait_for("the policies", Duration::from_secs(20), || {
+        a.check("ip", &["xfrm", "policy"]).contains("action block priority 59")
+    });
     assert!(!arrives());
 
     // With one, it goes before what drops, and what passes goes before it.

@@ -11,7 +11,7 @@ use ike::config::CheckAddressIdentities;
 use ike::crypto::puzzle::{MAX_DIFFICULTY, MIN_DIFFICULTY};
 use ike::engine::{EngineConfig, MAX_SHARDS};
 use kernel::interfaces::InterfaceFilter;
-use kernel::network::PlaneChoice;
+use kernel::network::{NetworkConfig, PlaneChoice};
 
 use crate::config::settings::{self, SettingsError};
 use crate::config::values;
@@ -103,6 +103,10 @@ pub struct DaemonConfig {
     pub state_dir: PathBuf,
     /// `plane`, ours: who does ESP.
     pub plane: PlaneChoice,
+    /// `drop_cleartext`, ours: where user space does ESP, drop what comes in clear from where an SA protects it.
+    pub drop_cleartext: bool,
+    /// `tunnel_mark`, ours: the bit of the mark of IPv6 packets that come out of the tunnel.
+    pub tunnel_mark: u32,
     /// `shards`, ours: tasks that share the IKE SAs; `None` is as many as there are processors.
     pub shards: Option<usize>,
 }
@@ -131,6 +135,8 @@ impl Default for DaemonConfig {
             quick_crash_detection: false,
             state_dir: PathBuf::from("/var/lib/latchkey"),
             plane: PlaneChoice::default(),
+            drop_cleartext: true,
+            tunnel_mark: NetworkConfig::default().tunnel_mark,
             shards: None,
         }
     }
@@ -245,6 +251,8 @@ pub fn read_settings(root: &Section) -> Loaded {
         "userspace" => Some(PlaneChoice::UserSpace),
         _ => None,
     });
+    reader.set("drop_cleartext", &mut config.drop_cleartext, values::boolean);
+    reader.set("tunnel_mark", &mut config.tunnel_mark, |text| limited(text, u32::MAX));
     reader.set("shards", &mut config.shards, |text| match text {
         "auto" => Some(None),
         _ => count(text).filter(|shards| (1..=MAX_SHARDS).contains(shards)).map(Some),

@@ -256,6 +256,8 @@ fn network_config(config: &DaemonConfig) -> NetworkConfig {
         install_routes: config.install_routes,
         interfaces: config.interfaces.clone(),
         plane: config.plane,
+        drop_cleartext: config.drop_cleartext,
+        tunnel_mark: config.tunnel_mark,
         ..defaults
     }
 }

@@ -53,6 +53,8 @@ fn for_a_restart(old: &DaemonConfig, new: &DaemonConfig) -> Vec<&'static str> {
         ("state_dir", old.state_dir != new.state_dir),
         ("shards", old.shards != new.shards),
         ("plane", old.plane != new.plane),
+        ("drop_cleartext", old.drop_cleartext != new.drop_cleartext),
+        ("tunnel_mark", old.tunnel_mark != new.tunnel_mark),
         ("latch_socket", old.latch_socket != new.latch_socket),
         ("latch_narrowing", old.latch_narrowing != new.latch_narrowing),
         ("install_routes", old.install_routes != new.install_routes),

@@ -2,7 +2,8 @@
 //!
 //! `codec` knows the octets, `socket` asks and answers, `descriptions`, `suite` and `selectors` put the negotiated into
 //! the kernel's words, `tables` holds what is installed and keeps the kernel's databases like it, `plane` is the data plane, `latches`
-//! and `ports` keep latched flows apart, `inbound` serves shunts of user space, `events` is the thread that listens.
+//! and `ports` keep latched flows apart, `inbound` drops what should have been in user space's tunnel,
+//! `tunnel_mark` lets IPv6 out of it pass, `events` is the thread that listens.
 
 pub(crate) mod codec;
 mod descriptions;
@@ -18,6 +19,7 @@ mod shape;
 mod socket;
 mod suite;
 mod tables;
+mod tunnel_mark;
 
 use std::fs::File;
 use std::io::{self, Read as _, Seek as _, Write as _};
@@ -37,6 +39,7 @@ pub(crate) use self::latches::Latches;
 pub(crate) use self::plane::KernelPlane;
 use self::socket::{Databases as _, XfrmSocket};
 use self::tables::Tables;
+pub(crate) use self::tunnel_mark::TunnelMark;
 use crate::netlink::context;
 use crate::network::lock;
 
@@ -67,16 +70,26 @@ impl Xfrm {
         let in_tcp = Some(codec::Ports { in_tcp: true, source: 1, destination: 1 });
         let mut in_streams = |nowhere| probe(&mut socket, nowhere, in_tcp).is_ok();
         let espintcp = (in_streams(localhost), in_streams(IpAddr::V6(Ipv6Addr::LOCALHOST)));
-        let port = socket.port();
-        let mut tables = Tables::new(socket, mark);
-        let (states, policies) = tables.remove_leftovers()?;
-        if (states, policies) != (0, 0) {
-            tracing::info!(states, policies, "removed what an earlier daemon left in the kernel");
-        }
+        let (tables, port) = clean_tables(socket, mark)?;
         let acquire_expires = shorten_acquires();
+        Self::of(tables, port, espintcp, acquire_expires)
+    }
+
+    /// Connects to the policies alone, of a kernel that may have no ESP.
+    pub(crate) fn open_policies() -> io::Result<Arc<Self>> {
+        let (tables, port) = clean_tables(XfrmSocket::open()?, 0)?;
+        Self::of(tables, port, (false, false), None)
+    }
+
+    fn of(
+        tables: Mutex<Tables>,
+        port: u32,
+        espintcp: (bool, bool),
+        acquire_expires: Option<(File, String)>,
+    ) -> io::Result<Arc<Self>> {
         let alarm = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|e| context(e.into(), "make an eventfd"))?;
-        Ok(Arc::new(Self { tables: Mutex::new(tables), port, espintcp, alarm, acquire_expires }))
+        Ok(Arc::new(Self { tables, port, espintcp, alarm, acquire_expires }))
     }
 
     /// The tables, for changes: what is left to be looked after wakes the thread that does.
@@ -130,6 +143,17 @@ impl Drop for Held<'_> {
             let _ = rustix::io::write(self.alarm, &1_u64.to_ne_bytes());
         }
     }
+}
+
+/// Tables without what a predecessor that died has left, and as whom the kernel's news name us.
+fn clean_tables(socket: XfrmSocket, mark: u32) -> io::Result<(Mutex<Tables>, u32)> {
+    let port = socket.port();
+    let mut tables = Tables::new(socket, mark);
+    let (states, policies) = tables.remove_leftovers()?;
+    if (states, policies) != (0, 0) {
+        tracing::info!(states, policies, "removed what an earlier daemon left in the kernel");
+    }
+    Ok((Mutex::new(tables), port))
 }
 
 impl Drop for Xfrm {

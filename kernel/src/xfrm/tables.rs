@@ -33,6 +33,8 @@ pub(super) struct Tables<D = XfrmSocket> {
     states: HashMap<StateId, u32>,
     traps: BTreeMap<u32, Vec<PolicyId>>,
     shunts: BTreeMap<u32, Vec<PolicyId>>,
+    /// Policies around the tunnel of user space.
+    around: BTreeMap<Owner, Vec<PolicyId>>,
     /// Who wants a policy of this name, oldest first. The kernel has what [`best`] gives.
     policies: HashMap<PolicyId, Vec<Wish>>,
     /// Inbound SPIs of pairs whose peer is not ready.
@@ -105,11 +107,22 @@ struct Wish {
     policy: Policy,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Owner {
+/// Whose wish a policy is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Owner {
+    /// A pair that the kernel carries, by its inbound SPI.
     Pair(u32),
+    /// A trap, by its `reqid`.
     Trap(u32),
+    /// A shunt, by its number.
     Shunt(u32),
+    /// A pair that user space carries, by its inbound SPI.
+    Around(u32),
+    /// What all policies around the tunnel of user space need, for IPv6 or for IPv4.
+    Common {
+        /// Which.
+        ipv6: bool,
+    },
 }
 
 /// The wish that the kernel carries out: the first by priority, of equal ones the newest.
@@ -127,6 +140,7 @@ impl<D: Databases> Tables<D> {
             states: HashMap::new(),
             traps: BTreeMap::new(),
             shunts: BTreeMap::new(),
+            around: BTreeMap::new(),
             policies: HashMap::new(),
             waiting: Vec::new(),
             understood: HashSet::new(),
@@ -625,6 +639,22 @@ impl<D: Databases> Tables<D> {
         Ok(())
     }
 
+    /// Installs the policies of an owner whose packets user space carries, or on error none.
+    pub(super) fn install_around(&mut self, owner: Owner, policies: &[Policy]) -> Result<(), PlaneError> {
+        self.wish(owner, policies)?;
+        self.around.insert(owner, policies.iter().map(|policy| policy.id).collect());
+        Ok(())
+    }
+
+    /// Removes them; says which they were.
+    pub(super) fn remove_around(&mut self, owner: Owner) -> Vec<PolicyId> {
+        let policies = self.around.remove(&owner).unwrap_or_default();
+        for id in &policies {
+            self.forget(owner, id);
+        }
+        policies
+    }
+
     /// Counters of a pair.
     pub(super) fn usage(&mut self, spi_in: u32) -> Result<Usage, PlaneError> {
         let now = Instant::now();
@@ -736,6 +766,7 @@ impl<D: Databases> Tables<D> {
         self.states.clear();
         self.traps.clear();
         self.shunts.clear();
+        self.around.clear();
         self.waiting.clear();
         outcome
     }

@@ -7,14 +7,20 @@ use std::net::{IpAddr, UdpSocket};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use ipsec::plane::{KernelOptions, Mark, Mode, PlaneError, PlaneEvent, Trap};
+use ipsec::guard::ClassId;
+use ipsec::plane::{
+    Encapsulation, EspKeys, EspSuite, KernelOptions, Lifetime, Mark, Mode, PlaneError, PlaneEvent, SaPair, TfcPadding, Trap,
+};
+use ipsec::secret::Secret;
 use ipsec::selector::TrafficSelector;
+use ipsec::transform::{Encr, Integ};
 
 use super::codec::{self, Action, Direction, Event, Policy, PolicyId, Port, Selector, Template, kind};
 use super::descriptions::Links;
 use super::selectors;
 use super::socket::{Databases as _, XfrmSocket, subscribe};
 use super::tables::Tables;
+use super::{InboundPolicies, TunnelMark, Xfrm};
 use crate::netns::Namespace;
 
 fn network(text: &str) -> TrafficSelector {
@@ -375,4 +381,94 @@ fn ranges_become_networks_and_ports_under_a_mask_and_nothing_is_widened() {
         TrafficSelector { start: "1.0.0.1".parse().unwrap(), end: "254.255.255.254".parse().unwrap(), ..local };
     let error = selectors::outbound(&[crooked], &[crooked], 0).unwrap_err();
     assert_eq!(error.to_string(), "the kernel plane does not support selectors that take more than 256 policies");
+}
+
+fn pair(spi_in: u32, mode: Mode, local: &[&str], remote: &[&str]) -> SaPair {
+    let network = |text: &&str| self::network(text);
+    let keys = || EspKeys { encr: Secret::new(vec![1; 20]), integ: Secret::new(Vec::new()) };
+    SaPair {
+        reqid: 1,
+        class: ClassId(1),
+        spi_in,
+        spi_out: spi_in,
+        mode,
+        suite: EspSuite { encr: Encr::AES_GCM_16, key_bits: 128, integ: Integ::NONE, esn: false },
+        keys_in: keys(),
+        keys_out: keys(),
+        local_ts: local.iter().map(network).collect(),
+        remote_ts: remote.iter().map(network).collect(),
+        encapsulation: Encapsulation::None {
+            local: "192.0.2.1".parse().unwrap(),
+            remote: "192.0.2.2".parse().unwrap(),
+        },
+        replay_window: 32,
+        lifetime: Lifetime::default(),
+        tfc: TfcPadding::None,
+        copy_df: true,
+        copy_ecn: true,
+        await_peer: false,
+        options: KernelOptions::default(),
+    }
+}
+
+/// First lines of the policies that drop, and how many others there are.
+fn around() -> (Vec<String>, usize) {
+    let dump = ip("xfrm policy").replace("\n\t", " ");
+    let (drops, others): (Vec<&str>, Vec<&str>) = dump.lines().partition(|line| line.contains("action block"));
+    (drops.iter().map(|line| line.split_whitespace().take(6).collect::<Vec<_>>().join(" ")).collect(), others.len())
+}
+
+// RFC 4301 §5.2: what an SA of user space is for has a policy as long as there is one.
+#[test]
+fn policies_around_the_tunnel_come_with_the_first_and_go_with_the_last() {
+    host()
+        .run(|| {
+            let inbound = InboundPolicies::new(Xfrm::open_policies().unwrap(), None, true);
+            let (local, remote) = (&["10.1.0.0/24", "fd01::/64"], &["10.2.0.0/24", "fd02::/64"]);
+            for spi_in in [256, 257] {
+                inbound.add_pair(&pair(spi_in, Mode::Tunnel, local, remote)).unwrap();
+            }
+            // IPv6 out of the tunnel cannot be told from other: it would be dropped, too.
+            let policies = ["fwd", "in"].map(|direction| format!("src 10.2.0.0/24 dst 10.1.0.0/24 dir {direction}"));
+            let mut there = around();
+            there.0.sort();
+            assert_eq!(there, (policies.to_vec(), 1));
+            inbound.remove_pair(256);
+            assert_eq!(around().0.len(), 2);
+            inbound.add_pair(&pair(258, Mode::Transport, &["192.0.2.1/32"], &["192.0.2.2/32"])).unwrap();
+            assert_eq!(around().0.len(), 3, "nothing is forwarded in transport mode");
+            inbound.remove_pair(257);
+            inbound.remove_pair(258);
+            assert_eq!(ip("xfrm policy"), "");
+
+            // What policies cannot say leaves the SA as it is.
+            let mut opaque = pair(259, Mode::Tunnel, &["10.1.0.0/24"], &["10.2.0.0/24"]);
+            opaque.remote_ts = vec![with(network("10.2.0.0/24"), 17, u16::MAX, 0)];
+            inbound.add_pair(&opaque).unwrap();
+            assert_eq!(ip("xfrm policy"), "");
+            // One of somebody else for the same packets would go first.
+            ip("xfrm policy add dir in src 10.2.0.0/24 dst 10.1.0.0/24 action allow priority 9");
+            let refused = inbound.add_pair(&pair(260, Mode::Tunnel, &["10.1.0.0/24"], &["10.2.0.0/24"]));
+            assert!(refused.unwrap_err().to_string().contains("another key manager"));
+            assert_eq!(around(), (vec![], 1));
+        })
+        .unwrap();
+}
+
+#[test]
+fn the_mark_of_the_tunnel_is_a_bit_that_others_keep_and_cannot_remove() {
+    host()
+        .run(|| {
+            let mark = TunnelMark::set(0x4000_0000, (7, "lk0")).unwrap();
+            let nft =
+                |arguments: &[&str]| Command::new("nft").args(arguments).output().expect("apt-get install nftables");
+            nft(&["flush", "ruleset"]);
+            nft(&["delete", "table", "ip6", "latchkey-lk0"]);
+            let rules = String::from_utf8(nft(&["list", "ruleset"]).stdout).unwrap();
+            assert!(rules.contains("iif 7 meta mark set meta mark | 0x40000000"), "{rules}");
+            assert!(rules.contains("iif \"lo\" meta mark set meta mark | 0x40000000"), "{rules}");
+            drop(mark);
+            assert_eq!(nft(&["list", "ruleset"]).stdout, b"");
+        })
+        .unwrap();
 }
