@@ -6,6 +6,7 @@ use ike::config::AddressRange;
 use ike::counters::{Counter, Counters};
 use ike::engine::{ChildSaId, Event, Gateway, IkeSaId, IkeSaStatus};
 use ike::pool::{PoolConfig, PoolError, PoolStatus};
+use ipsec::datapath::DropReason;
 use ipsec::plane::{Carrier, Mode, ShuntAction, Usage};
 use ipsec::selector::{Flow, TrafficSelector};
 use latch::protocol::SaInfo;
@@ -163,6 +164,8 @@ pub enum Command {
     },
     /// How many IKE SAs there are, and how many of them are not up yet.
     CountSas(oneshot::Sender<(usize, usize)>),
+    /// How many packets user space's ESP dropped, by reason.
+    CountDropped(oneshot::Sender<Vec<(DropReason, u64)>>),
     /// Initiate a child (or an IKE SA only); answered when it is up or has failed, with charon's message.
     Initiate {
         /// Connection; may be missing when the child's name is unique.
@@ -289,6 +292,11 @@ impl Control {
     /// See [`Command::CountSas`].
     pub async fn count_sas(&self) -> (usize, usize) {
         self.ask(Command::CountSas).await.unwrap_or_default()
+    }
+
+    /// See [`Command::CountDropped`].
+    pub async fn count_dropped(&self) -> Vec<(DropReason, u64)> {
+        self.ask(Command::CountDropped).await.unwrap_or_default()
     }
 
     /// See [`Command::Initiate`].

@@ -595,6 +595,7 @@ fn core(sas: Vec<SaReport>) -> (Control, Core) {
                     let reports = first.filter(|report| filter.selects(&report.status)).cloned().into_iter().collect();
                     let _ = reply.send(SaPage { reports, next });
                 }
+                Command::CountDropped(reply) => drop(reply.send(Vec::new())),
                 Command::CountSas(reply) => {
                     let _ = reply.send((sas.len(), 0));
                 }

@@ -94,6 +94,24 @@ pub enum DropReason {
 }
 
 impl DropReason {
+    /// Its name, for people and programs.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Malformed => "malformed",
+            Self::NoPolicy => "no-policy",
+            Self::NoSa => "no-sa",
+            Self::UnknownSpi => "unknown-spi",
+            Self::Replay => "replay",
+            Self::Integrity => "integrity",
+            Self::Selectors => "selectors",
+            Self::Latch => "latch",
+            Self::Expired => "expired",
+            Self::TooBig => "too-big",
+            Self::Dummy => "dummy",
+            Self::Ecn => "ecn",
+        }
+    }
+
     /// All reasons, in order of their counters.
     pub const ALL: [Self; 12] = [
         Self::Malformed,
@@ -134,10 +152,17 @@ struct Events {
     queue: Vec<PlaneEvent>,
     unknown_spi_since: Option<Instant>,
     unknown_spi_count: usize,
+    selectors_at: Option<Instant>,
 }
 
 /// Unknown SPIs reported in one second at most; whoever wants can send us any number of them.
 const UNKNOWN_SPI_PER_SECOND: usize = 8;
+
+/// How often the packets of peers are reported that their SAs are not for.
+const SELECTORS_EVERY: Duration = Duration::from_secs(1);
+
+/// As much of such a packet as is reported: both headers, and some more.
+const REPORTED_START: usize = 128;
 
 /// Events that wait to be drained, apart from expiries, which each SA has two of at most.
 const MAX_WAITING_EVENTS: usize = 256;
@@ -393,7 +418,7 @@ impl DataPath {
         let entry = match tables.select(&flow, view.shows_ports()) {
             Some(Selected::Pair(entry)) => entry,
             Some(Selected::Trap(state)) => return self.acquire(now, state, flow),
-            None => return Err(DropReason::NoPolicy),
+            None => of_return_traffic(&tables, &view).ok_or(DropReason::NoPolicy)?,
         };
         let entry = if entry.may_share_its_address() { self.owner(now, &tables, &view, entry)? } else { entry };
         let sa = &*entry.sa;
@@ -519,13 +544,17 @@ impl DataPath {
         if next_header == esp::NO_NEXT_HEADER {
             return Err(DropReason::Dummy);
         }
-        match sa.mode {
-            Mode::Tunnel => self.unwrap_tunnel(sa, &from, tos, next_header, payload, out),
+        let (unwrapped, inner) = match sa.mode {
+            Mode::Tunnel => (self.unwrap_tunnel(sa, &from, tos, next_header, payload, out), &*payload),
             Mode::Transport => {
-                self.unwrap_transport(sa, entry, &from, tos, next_header, payload, out)?;
-                self.claim(now, &tables, entry, out)
+                (self.unwrap_transport(sa, entry, &from, tos, next_header, payload, out), out.as_slice())
             }
+        };
+        if unwrapped == Err(DropReason::Selectors) {
+            self.report_selectors(now, sa, inner);
         }
+        unwrapped?;
+        if sa.mode == Mode::Transport { self.claim(now, &tables, entry, out) } else { Ok(()) }
     }
 
     /// RFC 3948 §5.2: a peer behind a NAT gets no part of the connections of another one there.
@@ -598,8 +627,12 @@ impl DataPath {
     /// the flow that it quotes, so that flow's latch decides as well.
     fn admit(&self, sa: &Sa, view: &Packet<'_>) -> Result<(), DropReason> {
         let flow = view.inbound_flow();
+        // Of a packet that we sent under this SA; RFC 4301 §6.2.
+        let is_about_us = |error: &Packet<'_>| {
+            error.returned().is_some_and(|ours| sa.selects(&ours.outbound_flow(), ours.shows_ports()))
+        };
         // Where a source route leads is not what the selectors were compared with.
-        if view.is_source_routed() || !sa.selects(&flow, view.shows_ports()) {
+        if view.is_source_routed() || !(sa.selects(&flow, view.shows_ports()) || is_about_us(view)) {
             return Err(DropReason::Selectors);
         }
         let (class, guarded) = (Some(sa.class), view.guarded(flow));
@@ -656,6 +689,17 @@ impl DataPath {
         }
     }
 
+    fn report_selectors(&self, now: Instant, sa: &Sa, inner: &[u8]) {
+        let mut events = lock(&self.events);
+        let lately = |at: Instant| now.saturating_duration_since(at) < SELECTORS_EVERY;
+        // In transport mode, what came from elsewhere than the peer has no inner packet.
+        if !inner.is_empty() && !events.selectors_at.is_some_and(lately) && events.queue.len() < MAX_WAITING_EVENTS {
+            events.selectors_at = Some(now);
+            let start = inner.get(..REPORTED_START).unwrap_or(inner).to_vec();
+            events.queue.push(PlaneEvent::InvalidSelectors { spi_in: sa.spi_in, start });
+        }
+    }
+
     fn count(&self, reason: DropReason) {
         let counter = DropReason::ALL.iter().position(|one| *one == reason).and_then(|at| self.drops.get(at));
         if let Some(counter) = counter {
@@ -667,6 +711,16 @@ impl DataPath {
     fn tick(&self, now: Instant) -> u64 {
         let first = self.first_now.get_or_init(|| now);
         u64::try_from(now.saturating_duration_since(*first).as_millis()).unwrap_or(u64::MAX).saturating_add(1)
+    }
+}
+
+/// For an ICMP error that no policy selects, from a router on the way: the SA that carries what goes back to who sent the
+/// packet that it is about (RFC 4301 §6.2).
+fn of_return_traffic<'a>(tables: &'a Tables, error: &Packet<'_>) -> Option<&'a Arc<Entry>> {
+    let about = error.returned()?;
+    match tables.select(&about.inbound_flow(), about.shows_ports())? {
+        Selected::Pair(entry) => Some(entry),
+        Selected::Trap(_) => None,
     }
 }
 

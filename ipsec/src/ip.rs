@@ -311,11 +311,21 @@ impl<'a> Packet<'a> {
     /// For a received ICMP error: the flow of our packet that it quotes, and acts upon. `None` for all other packets, and
     /// where the quotation is too short to tell.
     pub fn quoted_flow(&self) -> Option<Flow> {
+        let quoted = self.quoted()?;
+        Some(quoted.guarded(quoted.outbound_flow()))
+    }
+
+    /// The packet that an ICMP error is about, if this is one and goes to who sent that packet. `None` for all other packets,
+    /// and where the quotation is too short to tell.
+    pub fn returned(&self) -> Option<Self> {
+        self.quoted().filter(|quoted| quoted.source == self.destination)
+    }
+
+    fn quoted(&self) -> Option<Self> {
         if self.fragment == Fragment::Later || !self.is_icmp_error() {
             return None;
         }
-        let quoted = Packet::parse_quoted(self.bytes.get(self.upper_at..)?.get(ICMP_HEADER_LEN..)?)?;
-        Some(quoted.guarded(quoted.outbound_flow()))
+        Packet::parse_quoted(self.bytes.get(self.upper_at..)?.get(ICMP_HEADER_LEN..)?)
     }
 
     fn is_icmp_error(&self) -> bool {

@@ -349,6 +349,13 @@ pub enum PlaneEvent {
         /// Where it came from.
         remote: SocketAddr,
     },
+    /// The peer sent under an SA what that is not for (RFC 4301 §5.2); rate-limited.
+    InvalidSelectors {
+        /// Inbound SPI of the pair.
+        spi_in: u32,
+        /// The first octets of the inner packet.
+        start: Vec<u8>,
+    },
 }
 
 /// Why a plane could not do what it was asked for.

@@ -3,6 +3,7 @@
 //! edge of `latch`, each with its reason.
 
 pub mod addresses;
+mod audit;
 pub mod interfaces;
 mod netlink;
 pub mod netns;

@@ -26,6 +26,7 @@ use ipsec::guard::{FlowBarrier, FlowGuard};
 use ipsec::plane::{DataPlane, Encapsulation, PlaneEvent, StreamId};
 use tokio::sync::mpsc;
 
+use crate::audit::Audit;
 use crate::interfaces::{self, AddressPair, InterfaceFilter};
 use crate::netlink::{Netlink, context};
 use crate::planes::Planes;
@@ -194,6 +195,8 @@ pub(crate) struct Inner {
 /// What the threads work on.
 pub(crate) struct Shared {
     pub(crate) datapath: DataPath,
+    /// What it dropped, in the log.
+    audit: Audit,
     pub(crate) plain: Pair,
     pub(crate) nat: Pair,
     /// Absent where the kernel does ESP.
@@ -281,6 +284,7 @@ impl Network {
         let (sender, receiver) = mpsc::channel(EVENTS);
         let shared = Arc::new(Shared {
             datapath: DataPath::new(guard),
+            audit: Audit::default(),
             plain,
             nat,
             esp,
@@ -598,6 +602,7 @@ impl Shared {
             }
             Inbound::Drop(reason) => {
                 tracing::trace!(?from, ?reason, "inbound packet dropped");
+                self.audit.inbound(now, &from, packet, reason);
                 Err(reason)
             }
         }

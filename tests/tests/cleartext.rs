@@ -328,3 +328,100 @@ fn a_hub_forwards_from_tunnel_to_tunnel() {
     // Between networks of the hub's selectors themselves there is no more in clear.
     assert_eq!(policies(&hub), 8);
 }
+
+// RFC 4303 §3.4.2, §4: ESP that belongs to no SA is counted and in the log, with what names it, and not with each packet.
+#[test]
+fn esp_that_is_dropped_is_counted_and_logged_now_and_then() {
+    let place = Place::new("", &Suite::default());
+    place.a.initiate("net");
+    let counted = || {
+        let stats = place.a.control(&["--stats", "--raw"]);
+        let count = stats.split("unknown-spi=").nth(1).and_then(|rest| rest.split([' ', '}']).next());
+        count.and_then(|count| count.parse::<u32>().ok()).unwrap_or_else(|| panic!("{stats}"))
+    };
+    assert_eq!(counted(), 0);
+    for _ in 0..5 {
+        let packet = r"printf '\300\001\002\003\000\000\000\007and something else'";
+        place.attacker.check("sh", &["-c", &format!("{packet} | socat -u - UDP4:203.0.113.1:4500")]);
+    }
+    wait_for("the count", Duration::from_secs(20), || counted() == 5);
+    let line = "ESP packet dropped: no SA spi=c0010203 sequence=7 remote=203.0.113.2 local=203.0.113.1 others=0";
+    assert_eq!(place.a.output().matches("ESP packet dropped").count(), 1, "{}", place.a.output());
+    assert!(place.a.output().contains(line), "{}", place.a.output());
+}
+
+/// An ICMP error: UDP port 9 of the peer cannot be reached from port 5005 of the gateway.
+fn port_unreachable() -> Vec<u8> {
+    let sum = |octets: &[u8]| {
+        let sum: u32 = octets.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
+        (!u16::try_from((sum & 0xffff) + (sum >> 16)).unwrap()).to_be_bytes()
+    };
+    let mut quoted = vec![0x45, 0, 0, 29, 0, 0, 0x40, 0, 64, 17, 0, 0, 10, 1, 0, 1, 10, 2, 0, 1];
+    let header = sum(&quoted);
+    quoted[10..12].copy_from_slice(&header);
+    quoted.extend([0x13, 0x8d, 0, 9, 0, 9, 0, 0]);
+    let mut error = [vec![3, 3, 0, 0, 0, 0, 0, 0], quoted].concat();
+    let checksum = sum(&error);
+    error[2..4].copy_from_slice(&checksum);
+    error
+}
+
+/// A program of the gateway that ends when such an error arrives.
+fn waits_for_errors(gateway: &Host) -> Process {
+    let program = gateway.spawn("socat", &["-u", "UDP4:10.2.0.1:9,bind=10.1.0.1:5005", "-"]);
+    wait_for("the program", Duration::from_secs(20), || {
+        gateway.check("ss", &["-Hun", "sport", "=", ":5005"]).contains("5005")
+    });
+    program
+}
+
+fn tells_of_an_error(host: &Host, from: &str) {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), port_unreachable()).unwrap();
+    let to = format!("IP4-SENDTO:10.1.0.1:1,bind={from}");
+    host.check("socat", &["-u", &format!("FILE:{}", file.path().display()), &to]);
+}
+
+// RFC 4301 §6.1.1, §6.2: errors about what an SA protects are believed when they come under it, also from a router that its
+// selectors leave out; in clear they are not from where it is for, and from elsewhere as the operator decides.
+#[test]
+fn icmp_errors_about_what_is_protected_have_to_be_protected() {
+    let place = Place::new("", &Suite::default());
+    // Before there is a tunnel.
+    place.gateway.ip(&["route", "add", "10.2.0.0/24", "via", "192.0.2.2"]);
+    let ear = Ear::of(&place.gateway);
+    let mut count = 0;
+    let mut an_error = |host: &Host, from: &str, believed: bool| {
+        let mut program = waits_for_errors(&place.gateway);
+        tells_of_an_error(host, from);
+        let mut ended = || program.0.try_wait().unwrap().is_some();
+        if believed {
+            return wait_for("the error", Duration::from_secs(20), ended);
+        }
+        // What is sent behind it is there.
+        count += 1;
+        wait_for("another packet", Duration::from_secs(20), || {
+            say(host, "203.0.113.2", "203.0.113.1", &format!("behind-{count}"), "");
+            ear.heard(&format!("behind-{count}"))
+        });
+        assert!(!ended(), "from {from}");
+    };
+    // What the SA shall prevent.
+    an_error(&place.attacker, "10.2.0.66", true);
+    place.a.initiate("net");
+    place.peer.add_inner("172.16.0.1/32");
+    an_error(&place.attacker, "10.2.0.66", false);
+    an_error(&place.peer, "10.2.0.1", true);
+    // A router on the way.
+    an_error(&place.peer, "172.16.0.1", true);
+
+    // Left to the system.
+    an_error(&place.attacker, "203.0.113.2", true);
+    let shunt = "children {\nno-errors {\nlocal_ts = 10.1.0.0/24\nremote_ts = 0.0.0.0/0[icmp]\nmode = drop\nstart_action = trap\n}\n";
+    let configured = std::fs::read_to_string(place.a.path("swanctl/swanctl.conf")).unwrap();
+    place.a.write(&configured.replace("children {\n", shunt), &vec![]);
+    place.a.control(&["--load-conns"]);
+    an_error(&place.attacker, "203.0.113.2", false);
+    an_error(&place.peer, "10.2.0.1", true);
+    an_error(&place.peer, "172.16.0.1", true);
+}

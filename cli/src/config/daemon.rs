@@ -239,6 +239,7 @@ pub fn read_settings(root: &Section) -> Loaded {
         let check = |yes| if yes { CheckAddressIdentities::Always } else { CheckAddressIdentities::Never };
         values::boolean(text).map(check)
     });
+    reader.set("invalid_selectors", &mut engine.invalid_selectors, values::boolean);
     reader.set("follow_redirects", &mut engine.follow_redirects, values::boolean);
     reader.set("signature_authentication", &mut engine.signature_authentication, values::boolean);
     reader.set("signature_authentication_constraints", &mut engine.signatures.constraints_for_auth, values::boolean);

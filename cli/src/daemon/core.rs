@@ -701,6 +701,9 @@ impl Core {
                 let (all, half_open) = self.shards.counts();
                 let _ = reply.send((all, half_open + self.shards.initiating()));
             }
+            Command::CountDropped(reply) => {
+                let _ = reply.send(self.network.drops());
+            }
             Command::Initiate { ike, child, reply } => self.initiate(ike.as_deref(), child.as_deref(), Some(reply)),
             Command::InitiateFlow { flow, narrow, reply } => self.initiate_for_latch(&flow, narrow, reply),
             Command::Survey { flow, children, reply } => {

@@ -644,6 +644,9 @@ impl Inner {
                 engine.handle_stream_changed(now, spi_in, path);
             }
             Input::Plane(PlaneEvent::UnknownSpi { spi, remote }) => engine.handle_unknown_spi(now, remote, spi),
+            Input::Plane(PlaneEvent::InvalidSelectors { spi_in, start }) => {
+                engine.handle_invalid_selectors(now, spi_in, &start);
+            }
             // The core's.
             Input::Plane(PlaneEvent::Acquire { .. }) => {}
             Input::Unreachable(remote) => engine.handle_unreachable(now, remote),
@@ -747,7 +750,9 @@ async fn read_network(
                 }
             }
             NetworkEvent::Plane(
-                event @ (PlaneEvent::MappingChanged { spi_in, .. } | PlaneEvent::StreamChanged { spi_in, .. }),
+                event @ (PlaneEvent::MappingChanged { spi_in, .. }
+                | PlaneEvent::StreamChanged { spi_in, .. }
+                | PlaneEvent::InvalidSelectors { spi_in, .. }),
             ) => {
                 if let Some(shard) = shards.all.get(shards.dispatch.of_child_spi(spi_in)) {
                     shard.offer(Bounded::Change, Input::Plane(event));

@@ -8,6 +8,7 @@ use ike::config::{Child, ConfiguredSelector, DpdAction, StartAction, Unique};
 use ike::crypto::names;
 use ike::engine::{Assigned, ChildSaStatus, ChildState, IkeSaStatus, IkeState, Transport};
 use ike::pool::PoolStatus;
+use ipsec::datapath::DropReason;
 use ipsec::plane::{Carrier, Encapsulation, Mode, ShuntAction, Usage};
 use ipsec::selector::TrafficSelector;
 use ipsec::transform::{Encr, Integ, Ke, Prf};
@@ -432,7 +433,12 @@ pub fn version() -> Section {
 }
 
 /// `stats`. What we do not have, such as job queues, is 0: swanctl prints each of these.
-pub fn stats(running: Duration, since: SystemTime, ike_sas: usize, half_open: usize) -> Section {
+pub fn stats(
+    running: Duration,
+    since: SystemTime,
+    (ike_sas, half_open): (usize, usize),
+    dropped: &[(DropReason, u64)],
+) -> Section {
     let workers = std::thread::available_parallelism().map_or(1, usize::from);
     let counts = |counts: [&str; 4]| {
         let mut section = message();
@@ -457,6 +463,11 @@ pub fn stats(running: Duration, since: SystemTime, ike_sas: usize, half_open: us
     section.push_section("queues", counts(["0"; 4]));
     section.push_value("scheduled", "0");
     section.push_section("ikesas", sas);
+    let mut by_reason = message();
+    for (reason, count) in dropped {
+        by_reason.push_value(reason.name(), count.to_string());
+    }
+    section.push_section("esp-dropped", by_reason);
     section.push_list("plugins", ["ike", "espintcp", "latch", "vici"]);
     section
 }

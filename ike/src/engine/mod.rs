@@ -158,6 +158,8 @@ pub struct EngineConfig {
     /// `check_address_identities`: an address as identity is the one that the peer's messages come from (RFC 4945
     /// §3.1.1).
     pub check_address_identities: CheckAddressIdentities,
+    /// `invalid_selectors`, ours: tell a peer that it sent under a Child SA what that is not for (RFC 4301 §5.2).
+    pub invalid_selectors: bool,
     /// `charon.follow_redirects` (RFC 5685).
     pub follow_redirects: bool,
     /// `charon.signature_authentication`: announce and use RFC 7427's method.
@@ -190,6 +192,7 @@ impl Default for EngineConfig {
             prefer_configured_proposals: true,
             keep_alive: Duration::from_secs(20),
             check_address_identities: CheckAddressIdentities::default(),
+            invalid_selectors: true,
             follow_redirects: true,
             signature_authentication: true,
             signatures: SignatureSettings::default(),
@@ -747,6 +750,13 @@ impl Engine {
     pub fn handle_mapping_changed(&mut self, now: Instant, spi_in: u32, remote: SocketAddr) {
         self.now = now;
         self.with_child_spi(spi_in, |sa, ctx| sa.handle_mapping_changed(ctx, now, remote));
+        self.settle(now);
+    }
+
+    /// The peer sent a packet, of which this is the start, under a Child SA that is not for it.
+    pub fn handle_invalid_selectors(&mut self, now: Instant, spi_in: u32, start: &[u8]) {
+        self.now = now;
+        self.with_child_spi(spi_in, |sa, ctx| sa.handle_invalid_selectors(ctx, now, spi_in, start));
         self.settle(now);
     }
 

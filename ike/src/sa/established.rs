@@ -38,7 +38,7 @@ use crate::engine::{
     ChildSaId, ChildState, CloseReason, Event, Gateway, IkeSaId, IkeSaStatus, IkeState, Job, JobId, JobOutcome,
     Judgement, NoSuchSa, Path, Transport,
 };
-use crate::wire::{ExchangeType, NotifyType, Opened, Payload, Protected};
+use crate::wire::{ExchangeType, Notify, NotifyType, Opened, Payload, Protected};
 
 /// How often a task is tried again with another key exchange method, and a new Child SA after TEMPORARY_FAILURE.
 pub(crate) const MAX_TRIES: u8 = 8;
@@ -1013,6 +1013,26 @@ impl Established {
             return self.handle_hint(ctx, now);
         }
         self.inform(notify(NotifyType::INVALID_SPI, spi.to_be_bytes().to_vec()));
+        self.pump(ctx, now)
+    }
+
+    /// The peer sent what its SA is not for: it is told which, if so configured, and otherwise nobody is (RFC 4301 §5.2).
+    pub(crate) fn handle_invalid_selectors(
+        &mut self,
+        ctx: &mut Context,
+        now: Instant,
+        spi_in: u32,
+        start: &[u8],
+    ) -> Result<(), Closed> {
+        if !ctx.config.invalid_selectors || !self.may_complain(now) {
+            return Ok(());
+        }
+        self.inform(Payload::Notify(Notify {
+            protocol: Protocol::ESP,
+            spi: spi_in.to_be_bytes().to_vec(),
+            kind: NotifyType::INVALID_SELECTORS,
+            data: start.to_vec(),
+        }));
         self.pump(ctx, now)
     }
 

@@ -135,8 +135,12 @@ fn inner_packets_outside_the_selectors_are_dropped_although_authentic() {
         assert_eq!(pair.open_right(&mut sealed), Err(DropReason::Selectors), "{from} {to}");
         assert!(matches!(pair.left.outbound(pair.now, &inner, &mut Vec::new()), Outbound::Drop(DropReason::NoPolicy)));
     }
+    // The first of them is reported, and others not before a second is over.
+    let first = PlaneEvent::InvalidSelectors { spi_in: RIGHT_SPI, start: udp("10.1.0.5", 9, "10.2.0.6", 54, b"x") };
+    assert_eq!(pair.right.drain_events(), [first]);
     let allowed = udp("10.1.0.5", 9, "10.2.0.6", 53, b"x");
     assert_eq!(pair.left_to_right(&allowed), Ok(allowed.clone()));
+    assert_eq!(pair.right.drain_events(), []);
     // RFC 4301 §7: a later fragment shows no port, so a selector with a port does not cover it.
     let mut later = allowed;
     later[7] = 8;
@@ -627,6 +631,54 @@ fn an_icmp_error_about_a_latched_flow_passes_under_its_class_only() {
         error[20] = 8;
         assert!(pair.left_to_right(&error).is_ok());
     }
+}
+
+/// An ICMP error (host unreachable, or another type) from a router.
+fn error(router: &str, to: &str, kind: u8, about: &[u8]) -> Vec<u8> {
+    let mut error = Vec::new();
+    let payload: Vec<u8> = [kind, 1, 0, 0, 0, 0, 0, 0].into_iter().chain(about.iter().copied()).collect();
+    ip::rebuild(ip(router), ip(to), if router.contains(':') { 58 } else { 1 }, 0, &payload, &mut error).unwrap();
+    error
+}
+
+// RFC 4301 §6.2: errors that no selectors allow go the way of the traffic that they are about, whoever sends them, and only
+// to who sent what they are about.
+#[test]
+fn an_icmp_error_that_no_policy_selects_goes_with_the_traffic_that_it_is_about() {
+    let dns = TrafficSelector { protocol: 17, start_port: 53, end_port: 53, ..net("10.2.0.0/16") };
+    let (six_left, six_right) = (net("fd00:1::/64"), net("fd00:2::/64"));
+    let setup =
+        Setup { left_ts: vec![net("10.1.0.0/16"), six_left], right_ts: vec![dns, six_right], ..Setup::default() };
+    let pair = Pair::new(&setup);
+    let answer = answer(b"a longer answer");
+    let start = &answer[..28];
+    let six = udp("fd00:2::6", 53, "fd00:1::5", 9, b"six");
+    let elsewhere = udp("10.2.0.6", 54, "10.1.0.5", 9, b"");
+    let of_others = udp("10.2.0.6", 53, "10.9.0.5", 9, b"");
+    for (error, reason) in [
+        (error("172.16.0.1", "10.2.0.6", 3, &elsewhere), "another port"),
+        (error("172.16.0.1", "10.2.0.6", 3, &of_others), "another peer's traffic"),
+        (error("172.16.0.1", "10.2.0.7", 3, start), "to somebody else"),
+        (error("172.16.0.1", "10.2.0.6", 3, &request(b"x")), "about what was sent to here"),
+        (error("172.16.0.1", "10.2.0.6", 3, &start[..20]), "without ports"),
+        (error("172.16.0.1", "10.2.0.6", 3, &start[..19]), "about nothing"),
+        (error("172.16.0.1", "10.2.0.6", 8, start), "no error"),
+    ] {
+        let sent = pair.left.outbound(pair.now, &error, &mut Vec::new());
+        assert_eq!(sent, Outbound::Drop(DropReason::NoPolicy), "{reason}");
+        assert_eq!(pair.open_right(&mut pair.forge_left(4, &error)), Err(DropReason::Selectors), "{reason}");
+    }
+    for kind in [3, 4, 11, 12] {
+        let error = error("172.16.0.1", "10.2.0.6", kind, start);
+        assert_eq!(pair.left_to_right(&error), Ok(error.clone()), "{kind}");
+    }
+    let error = error("2001:db8::1", "fd00:2::6", 1, &six);
+    assert_eq!(pair.left_to_right(&error), Ok(error.clone()));
+    // A trap brings up no SA for it.
+    let trapping = plane();
+    trapping.install_trap(trap(1, "10.2.0.0/16")).unwrap();
+    let error = self::error("172.16.0.1", "10.2.0.6", 3, start);
+    assert_eq!(trapping.outbound(pair.now, &error, &mut Vec::new()), Outbound::Drop(DropReason::NoPolicy));
 }
 
 /// Lets pass what begins a connection.

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::sa::fault::notify;
-use crate::wire::{Header, Message, NotifyType};
+use crate::wire::{Header, Message, Notify, NotifyType};
 
 /// B, or anybody, says without protection that it does not know A's IKE SA or Child SA.
 fn complain(pair: &mut Pair, kind: NotifyType) {
@@ -58,6 +58,41 @@ fn forged_complaints_cost_little() {
     let asked = pair.sides[A].sent.len() - before;
     assert!((1..=12).contains(&asked), "{asked} requests in a minute");
     pair.assert_same(1, 1);
+}
+
+// RFC 4301 §5.2, RFC 7296 §3.10.1: with the Child SA's SPI and the start of the packet, at a limited rate, and only where it
+// is wanted. It changes nothing.
+#[test]
+fn a_peer_is_told_of_packets_that_its_sa_is_not_for() {
+    for told in [true, false] {
+        let config = EngineConfig { invalid_selectors: told, ..EngineConfig::default() };
+        let mut pair = established(Pair::with(6, config, connection(A), connection(B)));
+        let spi_in = pair.sides[A].only().children[0].spi_in;
+        let before = pair.sides[A].sent.len();
+        for spi in [spi_in, spi_in, spi_in ^ 1] {
+            let now = pair.now;
+            pair.sides[A].engine.handle_invalid_selectors(now, spi, b"the start");
+            pair.drain(A);
+        }
+        assert_eq!(pair.sides[A].sent.len() - before, usize::from(told));
+        if told {
+            let notify = Notify {
+                protocol: Protocol::ESP,
+                spi: spi_in.to_be_bytes().to_vec(),
+                kind: NotifyType::INVALID_SELECTORS,
+                data: b"the start".to_vec(),
+            };
+            assert_eq!(said(&mut pair, before), [crate::wire::Payload::Notify(notify)]);
+            pair.run(seconds(1));
+            assert!(pair.sides[B].logged("received INVALID_SELECTORS notify error"));
+            pair.run(seconds(10));
+            let now = pair.now;
+            pair.sides[A].engine.handle_invalid_selectors(now, spi_in, b"");
+            pair.drain(A);
+            assert_eq!(pair.sides[A].sent.len() - before, 2);
+        }
+        pair.assert_same(1, 1);
+    }
 }
 
 #[test]
