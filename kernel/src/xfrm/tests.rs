@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 
 use ipsec::guard::ClassId;
 use ipsec::plane::{
-    Encapsulation, EspKeys, EspSuite, KernelOptions, Lifetime, Mark, Mode, PlaneError, PlaneEvent, SaPair, TfcPadding, Trap,
+    Encapsulation, EspKeys, EspSuite, KernelOptions, Lifetime, Mark, Mode, PlaneError, PlaneEvent, SaPair, TfcPadding,
+    Trap,
 };
 use ipsec::secret::Secret;
 use ipsec::selector::TrafficSelector;
