@@ -37,6 +37,10 @@ pub struct Road {
     pub outside: String,
     /// The initiator's device.
     pub device_a: String,
+    /// The router's device on the initiator's side.
+    inside: String,
+    /// The responder's device.
+    device_b: String,
 }
 
 impl Road {
@@ -54,8 +58,8 @@ impl Road {
     /// know each other's addresses.
     pub fn between(kind_b: Kind, remote: &str, settings_b: &str, configurations: [(String, Files); 2]) -> Self {
         let (host_a, router, host_b) = (Host::new(), Host::new(), Host::new());
-        let (device_a, _) = link(&host_a, &format!("{A}/24"), &router, &format!("{ROUTER}/24"));
-        let (outside, _) = link(&router, "192.0.2.254/24", &host_b, &format!("{B}/24"));
+        let (device_a, inside) = link(&host_a, &format!("{A}/24"), &router, &format!("{ROUTER}/24"));
+        let (outside, device_b) = link(&router, "192.0.2.254/24", &host_b, &format!("{B}/24"));
         host_a.ip(&["route", "add", "default", "via", ROUTER]);
         host_b.ip(&["route", "add", "default", "via", "192.0.2.254"]);
         router.check("sysctl", &["-qw", "net.ipv4.ip_forward=1"]);
@@ -74,7 +78,7 @@ impl Road {
         };
         let b = load(kind_b, &host_b, &of_b, &files_b, settings_b);
         let a = load(Latchkey, &host_a, &of_a, &files_a, "");
-        Self { a, b, host_a, host_b, router, outside, device_a }
+        Self { a, b, host_a, host_b, router, outside, device_a, inside, device_b }
     }
 
     /// At most so many kbit/s from the initiator on, so that a transfer takes its time.
@@ -84,6 +88,20 @@ impl Road {
             "tc",
             &["qdisc", "add", "dev", &self.device_a, "root", "tbf", "rate", &rate, "burst", "32k", "latency", "300ms"],
         );
+    }
+
+    /// Packets cross one by one, as on a wire. Otherwise Linux passes on dozens of one TCP connection as one, and a filter drops all
+    /// of them or none.
+    pub fn one_by_one(&self) {
+        let ends = [
+            (&self.host_a, &self.device_a),
+            (&self.router, &self.inside),
+            (&self.router, &self.outside),
+            (&self.host_b, &self.device_b),
+        ];
+        for (host, device) in ends {
+            host.ip(&["link", "set", "dev", device, "gso_max_segs", "1"]);
+        }
     }
 
     /// Drops what is forwarded and matches, until [`Self::allow`].

@@ -16,13 +16,21 @@ const QUEUE: usize = 16;
 #[derive(Debug)]
 pub(super) struct Pace {
     unsent: u32,
-    /// Since when there has always been more to write than was taken, and octets taken since.
-    busy: Option<(Instant, u64)>,
+    window: Option<Window>,
+}
+
+/// What was taken in a while.
+#[derive(Clone, Copy, Debug)]
+struct Window {
+    since: Instant,
+    octets: u64,
+    /// There has always been more to write than was taken.
+    busy: bool,
 }
 
 impl Default for Pace {
     fn default() -> Self {
-        Self { unsent: UNSENT.1, busy: None }
+        Self { unsent: UNSENT.1, window: None }
     }
 }
 
@@ -43,21 +51,28 @@ impl Pace {
     }
 
     /// So many octets were taken, and there are more, or not. True when the others have changed.
+    ///
+    /// A stream that keeps up may be faster than it shows, but no slower: that raises what may wait, and never lowers it. And one
+    /// that stalls for a moment is not slow for that: what may wait falls step by step. It rises at once.
     pub(super) fn wrote(&mut self, now: Instant, octets: usize, more: bool) -> bool {
-        let Some((since, before)) = self.busy else {
-            self.busy = more.then_some((now, 0));
+        let fresh = Window { since: now, octets: 0, busy: more };
+        let Some(window) = &mut self.window else {
+            self.window = Some(fresh);
             return false;
         };
-        let octets = before.saturating_add(u64::try_from(octets).unwrap_or(u64::MAX));
+        window.octets = window.octets.saturating_add(u64::try_from(octets).unwrap_or(u64::MAX));
+        window.busy &= more;
+        let Window { since, octets, busy } = *window;
         let time = now.saturating_duration_since(since);
         if time < WINDOW {
-            self.busy = more.then_some((since, octets));
             return false;
         }
-        self.busy = more.then_some((now, 0));
+        self.window = Some(fresh);
         let rate = octets.saturating_mul(1000) / u64::try_from(time.as_millis()).unwrap_or(u64::MAX).max(1);
         let wanted = u32::try_from(rate / PER_SECOND).unwrap_or(u32::MAX).clamp(UNSENT.0, UNSENT.1);
-        let unsent = wanted.checked_next_power_of_two().unwrap_or(UNSENT.1).min(UNSENT.1);
+        let wanted = wanted.checked_next_power_of_two().unwrap_or(UNSENT.1).min(UNSENT.1);
+        let lowest = if busy { self.unsent / 2 } else { self.unsent };
+        let unsent = wanted.max(lowest);
         unsent != std::mem::replace(&mut self.unsent, unsent)
     }
 }
@@ -84,6 +99,26 @@ mod tests {
             now += Duration::from_secs(1);
             assert_eq!((pace.batch(), pace.queue()), (unsent as usize * 512, unsent as usize * 16_384));
         }
+    }
+
+    // After a stall there is little to write for a while, since senders inside the tunnel have slowed down too. If what may wait
+    // stayed what the stall made of it, they could never become faster again.
+    #[test]
+    fn a_stall_is_no_rate_and_what_it_did_is_undone() {
+        let (mut pace, start) = (Pace::default(), Instant::now());
+        run(&mut pace, start, 625_000);
+        pace.wrote(start + Duration::from_millis(1100), 625_000, true);
+        let stalled = start + Duration::from_millis(1400);
+        assert!(pace.wrote(stalled, 1000, true));
+        assert_eq!(pace.unsent(), 64 * 1024, "half of it");
+        // Slow for long.
+        let later = stalled + Duration::from_secs(1);
+        assert_eq!(run(&mut pace, later, 625), 4 * 1024);
+        // 200 Mbit/s, and the stream keeps up.
+        for turn in 1..40 {
+            pace.wrote(later + Duration::from_millis(1000 + 5 * turn), 125_000, false);
+        }
+        assert_eq!(pace.unsent(), 128 * 1024);
     }
 
     #[test]
