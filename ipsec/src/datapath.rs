@@ -19,9 +19,19 @@ use crate::ip::{self, Fragment, Packet, ecn, protocol};
 use crate::natted::Owners;
 use crate::plane::{Encapsulation, Mode, PlaneError, PlaneEvent, SaPair, StreamId, TfcPadding, Trap, Usage};
 use crate::replay::Freshness;
-use crate::sad::{Counter, Entry, Expiry, Sa};
+use crate::sad::{Counter, Entry, Expiry, Sa, Turn};
 use crate::selector::Flow;
 use crate::spd::{Selected, Tables, TrapState};
+
+/// Takes what [`DataPath::outbound_batch`] makes of packets.
+pub trait Outlet {
+    /// What became of the next packet, and `out` as [`Outbound`] says. What is to be sent waits for [`Self::send`], or for
+    /// the end of the batch where nothing before it is to be sent.
+    fn take(&mut self, outbound: Outbound, out: &[u8]);
+
+    /// Sends what was taken since the last call, in this order: it is of one SA, and the SA's later packets wait.
+    fn send(&mut self);
+}
 
 /// What becomes of a packet that we want to send.
 #[derive(Debug, PartialEq, Eq)]
@@ -314,10 +324,74 @@ impl DataPath {
         }
     }
 
-    /// Protects one inner IP packet. `out` is cleared and filled; its capacity is reused.
+    /// Protects one inner IP packet. `out` is cleared and filled; its capacity is reused. For callers that send in the order
+    /// in which they call; where several threads send, [`Self::outbound_batch`] keeps the order.
     pub fn outbound(&self, now: Instant, packet: &[u8], out: &mut Vec<u8>) -> Outbound {
         out.clear();
-        match self.protect(now, packet, out) {
+        loop {
+            let tables = self.tables.load();
+            let outcome = match self.choose(now, &tables, packet) {
+                Ok(Chosen::Pair(view, entry)) => self.protect(now, &view, entry, out),
+                _ if !self.are_newest(&tables) => continue,
+                Ok(Chosen::Trap(state, flow)) => self.acquire(now, state, flow),
+                Err(reason) => Err(reason),
+            };
+            return self.conclude(outcome, out);
+        }
+    }
+
+    /// Protects inner IP packets, and has them sent in the order of their sequence numbers whatever other threads send under
+    /// the same SAs: a peer's replay window may be no wider than 32 (RFC 4303 §3.4.3), and a thread can lose its processor at
+    /// any time. `out` is room for one packet; its capacity is reused.
+    ///
+    /// Packets of one SA that follow each other are sealed together and sent together. While one thread sends, another one
+    /// seals.
+    pub fn outbound_batch<'p>(
+        &self,
+        now: Instant,
+        packets: impl IntoIterator<Item = &'p [u8]>,
+        out: &mut Vec<u8>,
+        outlet: &mut impl Outlet,
+    ) {
+        let mut packets = packets.into_iter();
+        let mut next = packets.next();
+        while next.is_some() {
+            // Once for each run of packets of one SA: what changes the tables need not wait for a batch to be sent.
+            let tables = self.tables.load();
+            let mut turn: Option<Turn<'_>> = None;
+            while let Some(packet) = next {
+                out.clear();
+                let outcome = match self.choose(now, &tables, packet) {
+                    Ok(Chosen::Pair(view, entry)) => {
+                        if turn.as_ref().is_some_and(|turn| !turn.is_of(&entry.sa)) {
+                            break;
+                        }
+                        // Before the latch is asked: its answer is for a packet that is about to go.
+                        turn.get_or_insert_with(|| Turn::of(&entry.sa));
+                        self.protect(now, &view, entry, out)
+                    }
+                    _ if !self.are_newest(&tables) => break,
+                    Ok(Chosen::Trap(state, flow)) => self.acquire(now, state, flow),
+                    Err(reason) => Err(reason),
+                };
+                outlet.take(self.conclude(outcome, out), out);
+                next = packets.next();
+            }
+            match turn {
+                Some(turn) => turn.send(|| outlet.send()),
+                None => outlet.send(),
+            }
+        }
+    }
+
+    /// False when there are others meanwhile: who finds no SA in old tables may have seen its pair retire, and a newer one has
+    /// its successor.
+    fn are_newest(&self, tables: &Arc<Tables>) -> bool {
+        Arc::ptr_eq(tables, &self.tables.load())
+    }
+
+    fn conclude(&self, outcome: Result<Outbound, DropReason>, out: &mut Vec<u8>) -> Outbound {
+        match outcome {
             Ok(outbound) => {
                 match outbound {
                     Outbound::Reply => self.count(DropReason::TooBig),
@@ -351,6 +425,11 @@ impl DataPath {
                 Inbound::Drop(reason)
             }
         }
+    }
+
+    /// The `reqid` of the pair that receives under this SPI; its successors have the same.
+    pub fn reqid(&self, spi_in: u32) -> Option<u32> {
+        self.tables.load().by_spi.get(&spi_in).map(|entry| entry.sa.reqid)
     }
 
     /// Events since the last call: expiries, unknown SPIs (rate-limited), mapping changes that came with a packet
@@ -410,17 +489,28 @@ impl DataPath {
         }
     }
 
-    /// RFC 4301 §5.1.
-    fn protect(&self, now: Instant, packet: &[u8], out: &mut Vec<u8>) -> Result<Outbound, DropReason> {
+    /// Whose packet it is. Asking again gives the same answer.
+    fn choose<'a, 'p>(&self, now: Instant, tables: &'a Tables, packet: &'p [u8]) -> Result<Chosen<'a, 'p>, DropReason> {
         let view = Packet::parse(packet).ok_or(DropReason::Malformed)?;
         let flow = view.outbound_flow();
-        let tables = self.tables.load();
         let entry = match tables.select(&flow, view.shows_ports()) {
             Some(Selected::Pair(entry)) => entry,
-            Some(Selected::Trap(state)) => return self.acquire(now, state, flow),
-            None => of_return_traffic(&tables, &view).ok_or(DropReason::NoPolicy)?,
+            Some(Selected::Trap(state)) => return Ok(Chosen::Trap(state, flow)),
+            None => of_return_traffic(tables, &view).ok_or(DropReason::NoPolicy)?,
         };
-        let entry = if entry.may_share_its_address() { self.owner(now, &tables, &view, entry)? } else { entry };
+        let entry = if entry.may_share_its_address() { self.owner(now, tables, &view, entry)? } else { entry };
+        Ok(Chosen::Pair(view, entry))
+    }
+
+    /// RFC 4301 §5.1.
+    fn protect(
+        &self,
+        now: Instant,
+        view: &Packet<'_>,
+        entry: &Entry,
+        out: &mut Vec<u8>,
+    ) -> Result<Outbound, DropReason> {
+        let flow = view.outbound_flow();
         let sa = &*entry.sa;
         match self.guard.check(Direction::Outbound, &view.guarded(flow), Some(sa.class)) {
             Verdict::Pass => {}
@@ -438,7 +528,7 @@ impl DataPath {
         let (next_header, payload) = match sa.mode {
             Mode::Tunnel if flow.local.is_ipv4() => (protocol::IPV4, inner),
             Mode::Tunnel => (protocol::IPV6, inner),
-            Mode::Transport => transport_payload(&view, &entry.encapsulation)?,
+            Mode::Transport => transport_payload(view, &entry.encapsulation)?,
         };
         let limit = packet_limit(&entry.encapsulation, &self.path_mtu.load(), || self.tick(now));
         let mut dont_fragment = view.dont_fragment() && (sa.copy_df || sa.mode == Mode::Transport);
@@ -722,6 +812,12 @@ fn of_return_traffic<'a>(tables: &'a Tables, error: &Packet<'_>) -> Option<&'a A
         Selected::Pair(entry) => Some(entry),
         Selected::Trap(_) => None,
     }
+}
+
+/// Where an outbound packet goes.
+enum Chosen<'a, 'p> {
+    Pair(Packet<'p>, &'a Entry),
+    Trap(&'a TrapState, Flow),
 }
 
 /// The other source that an authentic packet shows, if it is one, and what is to be reported of it; `None` where the path

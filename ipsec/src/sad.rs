@@ -53,6 +53,9 @@ pub(crate) struct Sa {
     pub(crate) remote_ts: Vec<TrafficSelector>,
     lifetime: Lifetime,
     last_sequence: AtomicU64,
+    /// Of a thread that gives numbers to packets and seals them, and of one that sends them ([`Turn`]).
+    sealing: Mutex<()>,
+    sending: Mutex<()>,
     receiver: Mutex<Receiver>,
     soft_reported: AtomicBool,
     dead: AtomicBool,
@@ -84,6 +87,33 @@ pub(crate) struct Counter {
     pub(crate) packets: AtomicU64,
     /// Tick of the last packet; 0 before the first.
     pub(crate) last: AtomicU64,
+}
+
+/// A thread's turn to send under an SA. Who comes next may seal as soon as this one begins to send, and send when this one
+/// has sent: packets leave in the order of their numbers.
+pub(crate) struct Turn<'a> {
+    sa: &'a Sa,
+    sealing: MutexGuard<'a, ()>,
+}
+
+impl<'a> Turn<'a> {
+    /// Waits until no other thread seals under this SA.
+    pub(crate) fn of(sa: &'a Sa) -> Self {
+        Self { sa, sealing: sa.sealing.lock().unwrap_or_else(PoisonError::into_inner) }
+    }
+
+    pub(crate) fn is_of(&self, sa: &Sa) -> bool {
+        std::ptr::eq(self.sa, sa)
+    }
+
+    /// Sends what was sealed, once all before it has been sent.
+    pub(crate) fn send(self, send: impl FnOnce()) {
+        let Self { sa, sealing } = self;
+        // One lock is taken before the other is given up, so nobody gets between.
+        let _sending = sa.sending.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(sealing);
+        send();
+    }
 }
 
 /// A limit that a packet ran into.
@@ -137,6 +167,8 @@ impl Sa {
             remote_ts: pair.remote_ts,
             lifetime: pair.lifetime,
             last_sequence: AtomicU64::new(0),
+            sealing: Mutex::default(),
+            sending: Mutex::default(),
             receiver: Mutex::new(Receiver {
                 window: ReplayWindow::new(pair.replay_window, suite.esn),
                 seen_from: None,

@@ -19,7 +19,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ipsec::datapath::{DataPath, DropReason, Inbound, Outbound};
 use ipsec::guard::{FlowBarrier, FlowGuard};
@@ -66,6 +66,8 @@ pub struct NetworkConfig {
     /// The bit of the mark that IPv6 packets bear that come out of the tunnel, for policies of the kernel; 0 is none, and
     /// no policies for them.
     pub tunnel_mark: u32,
+    /// How many threads seal packets, and how many open them, where user space does ESP; 0 counts as 1.
+    pub threads: usize,
 }
 
 /// Who does ESP. What comes in TCP streams is user space's where the kernel has no `espintcp`, and in TLS always.
@@ -79,6 +81,9 @@ pub enum PlaneChoice {
     #[default]
     UserSpace,
 }
+
+/// More than this many [`NetworkConfig::threads`] there need not be.
+pub const MAX_THREADS: usize = 64;
 
 impl Default for NetworkConfig {
     fn default() -> Self {
@@ -95,6 +100,7 @@ impl Default for NetworkConfig {
             plane: PlaneChoice::default(),
             drop_cleartext: true,
             tunnel_mark: 0x4000_0000,
+            threads: 1,
         }
     }
 }
@@ -263,7 +269,7 @@ impl Network {
             }
         };
         let mut netlink = Netlink::open()?;
-        let tun = Arc::new(Tun::new(&config.tun_name, config.tun_mtu, &mut netlink)?);
+        let tun = Arc::new(Tun::new(&config.tun_name, config.tun_mtu, config.threads.max(1), &mut netlink)?);
         let tun_name = tun.name().to_owned();
         let tunnel_mark = policies.as_ref().and_then(|_| mark_tunnel(config.tunnel_mark, &tun));
         tun.pass_by_policies(tunnel_mark.is_some());
@@ -313,7 +319,9 @@ impl Network {
             plane_reason,
         });
         // From here on, dropping `inner` cleans up.
-        let started = threads::start(&shared, &tun)?;
+        // Where the kernel does ESP there is only IKE to receive.
+        let receivers = if inner.xfrm.is_some() { 1 } else { config.threads };
+        let started = threads::start(&shared, &tun, receivers)?;
         lock(&inner.threads).extend(started);
         let ports = [lock(&inner.routes).port(), lock(&inner.shunts).port()];
         let own = Own { link: tun.index(), table: config.route_table, ports };
@@ -363,9 +371,9 @@ impl Network {
             io::Error::new(io::ErrorKind::AddrNotAvailable, format!("send to {remote}: this system has no IPv6"))
         })?;
         let sent = if encapsulated && bytes != [0xff] {
-            socket.send(&header, &[IoSlice::new(&NON_ESP_MARKER), IoSlice::new(bytes)], None, 0)
+            socket.send(&header, &[IoSlice::new(&NON_ESP_MARKER), IoSlice::new(bytes)], None, Duration::ZERO)
         } else {
-            socket.send(&header, &[IoSlice::new(bytes)], None, 0)
+            socket.send(&header, &[IoSlice::new(bytes)], None, Duration::ZERO)
         };
         sent.map_err(|e| io::Error::new(e.kind(), format!("send from {local} to {remote}: {e}")))
     }

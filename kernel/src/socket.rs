@@ -75,11 +75,18 @@ pub(crate) enum Complaint {
 /// Room for one system call's worth of packets, shared by all sockets of a thread.
 pub(crate) struct ReceiveBuffers {
     room: Vec<u8>,
+    meta: [RecvMeta; BATCH_SIZE],
+    filled: usize,
 }
 
 impl ReceiveBuffers {
     pub(crate) fn new() -> Self {
-        Self { room: vec![0; BATCH_SIZE * ROOM] }
+        Self { room: vec![0; BATCH_SIZE * ROOM], meta: [RecvMeta::default(); BATCH_SIZE], filled: 0 }
+    }
+
+    /// Octets received.
+    pub(crate) fn octets(&self) -> usize {
+        self.meta.iter().take(self.filled).map(|meta| meta.len).sum()
     }
 }
 
@@ -183,13 +190,13 @@ impl OuterSocket {
     }
 
     /// Sends `parts` as one datagram, or as several of `segment` octets each (the last may be shorter).
-    /// `patience` is how many milliseconds to wait for room in the socket.
+    /// `patience` is how long to wait for room in the socket.
     pub(crate) fn send(
         &self,
         header: &Header,
         parts: &[IoSlice<'_>],
         segment: Option<u16>,
-        patience: i64,
+        patience: Duration,
     ) -> io::Result<()> {
         match self.send_once(header, parts, segment, patience) {
             Err(e) if segment.is_some() && matches!(errno(&e), Some(Errno::IO | Errno::INVAL | Errno::MSGSIZE)) => {
@@ -209,7 +216,13 @@ impl OuterSocket {
         }
     }
 
-    fn send_once(&self, header: &Header, parts: &[IoSlice<'_>], segment: Option<u16>, patience: i64) -> io::Result<()> {
+    fn send_once(
+        &self,
+        header: &Header,
+        parts: &[IoSlice<'_>],
+        segment: Option<u16>,
+        patience: Duration,
+    ) -> io::Result<()> {
         let mut retried = false;
         let mut waited = false;
         loop {
@@ -218,9 +231,9 @@ impl OuterSocket {
                 Err(e) if errno(e) == Some(Errno::INTR) => {}
                 // An ICMP error for an earlier packet is reported on the next call, whatever that one sends.
                 Err(e) if !retried && is_reported_late(e) => retried = true,
-                Err(e) if !waited && patience > 0 && e.kind() == io::ErrorKind::WouldBlock => {
+                Err(e) if !waited && !patience.is_zero() && e.kind() == io::ErrorKind::WouldBlock => {
                     waited = true;
-                    let timeout = Timespec { tv_sec: 0, tv_nsec: patience * 1_000_000 };
+                    let timeout = Timespec::try_from(patience).map_err(io::Error::other)?;
                     poll(&mut [PollFd::new(&self.socket, PollFlags::OUT)], Some(&timeout))?;
                 }
                 _ => return sent,
@@ -276,32 +289,30 @@ impl OuterSocket {
         Ok(())
     }
 
-    /// Receives what is there, up to one batch, and calls `each` for every packet: a datagram, or an ESP packet
-    /// without its IP header. Gives the number of packets; 0 when there is none.
-    pub(crate) fn receive(
-        &self,
-        buffers: &mut ReceiveBuffers,
-        mut each: impl FnMut(Received, &mut [u8]),
-    ) -> io::Result<usize> {
-        let mut meta = [RecvMeta::default(); BATCH_SIZE];
-        let received = {
-            let mut rooms = buffers.room.chunks_exact_mut(ROOM);
-            let mut slices: [IoSliceMut<'_>; BATCH_SIZE] =
-                std::array::from_fn(|_| IoSliceMut::new(rooms.next().unwrap_or_default()));
-            match self.receiver.recv(UdpSockRef::from(&self.socket), &mut slices, &mut meta) {
-                Ok(received) => received,
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock || e.kind() == io::ErrorKind::Interrupted => 0,
-                // Reported by the error queue as well, which says more.
-                Err(e) if is_reported_late(&e) => 0,
-                Err(e) => return Err(e),
-            }
-        };
-        let mut packets = 0;
-        for (meta, room) in meta.iter().zip(buffers.room.chunks_exact_mut(ROOM)).take(received) {
+    /// Receives what is there, up to one batch.
+    pub(crate) fn receive(&self, buffers: &mut ReceiveBuffers) -> io::Result<()> {
+        buffers.filled = 0;
+        let mut rooms = buffers.room.chunks_exact_mut(ROOM);
+        let mut slices: [IoSliceMut<'_>; BATCH_SIZE] =
+            std::array::from_fn(|_| IoSliceMut::new(rooms.next().unwrap_or_default()));
+        match self.receiver.recv(UdpSockRef::from(&self.socket), &mut slices, &mut buffers.meta) {
+            Ok(received) => buffers.filled = received,
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock || e.kind() == io::ErrorKind::Interrupted => {}
+            // Reported by the error queue as well, which says more.
+            Err(e) if is_reported_late(&e) => {}
+            Err(e) => return Err(e),
+        }
+        Ok(())
+    }
+
+    /// Calls `each` for every packet that [`Self::receive`] has put into the buffers: a datagram, or an ESP packet without
+    /// its IP header.
+    pub(crate) fn packets(&self, buffers: &mut ReceiveBuffers, mut each: impl FnMut(Received, &mut [u8])) {
+        let rooms = buffers.room.chunks_exact_mut(ROOM);
+        for (meta, room) in buffers.meta.iter().zip(rooms).take(buffers.filled) {
             let Some(filled) = room.get_mut(..meta.len) else { continue };
             if self.kind == Kind::Esp && meta.addr.is_ipv4() {
                 if let Some((how, payload)) = strip_ipv4(filled) {
-                    packets += 1;
                     each(how, payload);
                 }
                 continue;
@@ -309,11 +320,9 @@ impl OuterSocket {
             let how =
                 Received { local: self.destination(meta), remote: meta.addr, tos: meta.ecn.map_or(0, |ecn| ecn as u8) };
             for datagram in filled.chunks_mut(meta.stride.max(1)) {
-                packets += 1;
                 each(how, datagram);
             }
         }
-        Ok(packets)
     }
 
     fn destination(&self, meta: &RecvMeta) -> SocketAddr {

@@ -4,6 +4,7 @@
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
+use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use ipsec::datapath::DropReason;
@@ -85,10 +86,14 @@ impl Host {
 }
 
 fn start(namespace: &Namespace) -> io::Result<(Network, mpsc::Receiver<NetworkEvent>)> {
+    start_with(namespace, NetworkConfig::default())
+}
+
+fn start_with(namespace: &Namespace, config: NetworkConfig) -> io::Result<(Network, mpsc::Receiver<NetworkEvent>)> {
     namespace
         .run(|| {
             let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-            runtime.block_on(Network::start(NetworkConfig::default(), Arc::new(NoLatches)))
+            runtime.block_on(Network::start(config, Arc::new(NoLatches)))
         })
         .unwrap()
 }
@@ -151,6 +156,46 @@ fn is_silent(socket: &UdpSocket) -> bool {
     let silent = socket.recv(&mut [0; 8]).is_err();
     socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
     silent
+}
+
+/// Hosts with four threads in each direction.
+fn pair_with_threads() -> (Host, Host) {
+    let (a, b) = namespaces();
+    let host = |number, namespace| {
+        let config = NetworkConfig { threads: 4, ..NetworkConfig::default() };
+        let (network, events) = start_with(&namespace, config).expect("these tests need root and /dev/net/tun");
+        Host { namespace, network, events, number }
+    };
+    (host(1, a), host(2, b))
+}
+
+/// Two SAs between the hosts, one for each family, or their `generation`th successors, as IKE installs them: `b` answers.
+fn install_both_families(a: &Host, b: &Host, generation: u32, encapsulation: impl Fn(&Host, &Host) -> Encapsulation) {
+    for ipv6 in [false, true] {
+        for (here, there) in [(b, a), (a, b)] {
+            let base = base(ipv6);
+            let mut pair = sa_pair(here, there, base + 16 * generation, encapsulation(here, there));
+            pair.reqid = base;
+            pair.await_peer = here.number == b.number;
+            for selectors in [&mut pair.local_ts, &mut pair.remote_ts] {
+                selectors.retain(|selector| selector.start.is_ipv6() == ipv6);
+            }
+            here.network.plane().install(pair).unwrap();
+        }
+        if let Some(before) = generation.checked_sub(1) {
+            for host in [a, b] {
+                host.network.plane().retire(base(ipv6) + 16 * before + u32::from(host.number)).unwrap();
+            }
+        }
+    }
+}
+
+fn base(ipv6: bool) -> u32 {
+    if ipv6 { 0x10_0000 } else { 0x20_0000 }
+}
+
+fn dropped(host: &Host, reason: DropReason) -> u64 {
+    host.network.drops().into_iter().find(|(one, _)| *one == reason).unwrap().1
 }
 
 fn pair() -> (Host, Host) {
@@ -536,6 +581,111 @@ fn marked_sockets_stay_out_of_the_tunnel() {
     a.network.prepare(&client).unwrap();
     client.send_to(b"x", server.local_addr().unwrap()).unwrap();
     assert_eq!(server.recv(&mut [0; 8]).unwrap(), 1);
+}
+
+// RFC 4303 §3.4.3: 64 is the window that a receiver should have.
+#[test]
+fn with_several_threads_flows_keep_their_order_and_nothing_is_lost_through_rekeys() {
+    const DATAGRAMS: u32 = 400;
+    // Of the three flows of an SA fewer are under way than its window is wide.
+    const UNDER_WAY: usize = 16;
+    let (a, b) = pair_with_threads();
+    install_both_families(&a, &b, 0, udp);
+    std::thread::scope(|scope| {
+        let mut receivers = Vec::new();
+        for flow in 0..12 {
+            let (from, to) = if flow % 2 == 0 { (&a, &b) } else { (&b, &a) };
+            let inner = |host: &Host| if flow % 4 < 2 { host.inner() } else { host.inner6() };
+            let (sender, receiver) = (from.socket(inner(from)), to.socket(inner(to)));
+            let destination = receiver.local_addr().unwrap();
+            let (credit, credits) = channel();
+            (0..UNDER_WAY).for_each(|_| credit.send(()).unwrap());
+            scope.spawn(move || {
+                for number in 0..DATAGRAMS {
+                    // Gone when the receiver has failed, which says why.
+                    if credits.recv().is_err() {
+                        return;
+                    }
+                    let datagram = number.to_be_bytes().repeat(250);
+                    assert_eq!(sender.send_to(&datagram, destination).unwrap(), 1000);
+                }
+            });
+            receivers.push(scope.spawn(move || {
+                let mut room = [0; 2000];
+                for number in 0..DATAGRAMS {
+                    let length = receiver.recv(&mut room).unwrap_or_else(|e| panic!("datagram {number}: {e}"));
+                    assert_eq!((length, &room[..4]), (1000, &number.to_be_bytes()[..]), "flow {flow}");
+                    let _ = credit.send(());
+                }
+            }));
+        }
+        let mut generation = 0;
+        while receivers.iter().any(|receiver| !receiver.is_finished()) {
+            generation += 1;
+            install_both_families(&a, &b, generation, udp);
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        assert!(generation > 1);
+    });
+    for host in [&a, &b] {
+        for reason in [DropReason::Replay, DropReason::Integrity, DropReason::UnknownSpi] {
+            assert_eq!(dropped(host, reason), 0, "{reason:?}");
+        }
+    }
+}
+
+#[test]
+fn with_several_threads_bulk_goes_both_ways_through_rekeys_and_moves() {
+    const BULK: usize = 2 << 20;
+    let (a, b) = pair_with_threads();
+    install_both_families(&a, &b, 0, udp);
+    let plain = |here: &Host, there: &Host| Encapsulation::None { local: here.outer(), remote: there.outer() };
+    std::thread::scope(|scope| {
+        let mut transfers = Vec::new();
+        for flow in 0..8_usize {
+            let (from, to) = if flow % 2 == 0 { (&a, &b) } else { (&b, &a) };
+            let inner = if flow % 4 < 2 { to.inner() } else { to.inner6() };
+            let listener = to.namespace.run(|| TcpListener::bind((inner, 0))).unwrap().unwrap();
+            let address = listener.local_addr().unwrap();
+            let octet = move |at: usize| u8::try_from((at * (flow + 1)) % 251).unwrap();
+            transfers.push(scope.spawn(move || {
+                let mut stream = from.namespace.run(|| TcpStream::connect(address)).unwrap().unwrap();
+                let bulk: Vec<u8> = (0..BULK).map(octet).collect();
+                stream.write_all(&bulk).unwrap();
+            }));
+            transfers.push(scope.spawn(move || {
+                let (mut stream, _) = listener.accept().unwrap();
+                stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+                let mut bulk = Vec::new();
+                stream.read_to_end(&mut bulk).unwrap();
+                assert_eq!(bulk.len(), BULK);
+                assert!(bulk.iter().enumerate().all(|(at, found)| *found == octet(at)), "flow {flow}");
+            }));
+        }
+        let mut generation = 0;
+        while transfers.iter().any(|transfer| !transfer.is_finished()) {
+            generation += 1;
+            install_both_families(&a, &b, generation, udp);
+            let spi = base(generation % 2 == 0) + 16 * generation + u32::from(a.number);
+            a.network.plane().migrate(spi, plain(&a, &b)).unwrap();
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    });
+    for host in [&a, &b] {
+        for reason in [DropReason::Integrity, DropReason::UnknownSpi] {
+            assert_eq!(dropped(host, reason), 0, "{reason:?}");
+        }
+    }
+}
+
+#[test]
+fn several_threads_stop_and_leave_nothing() {
+    let (a, b) = pair_with_threads();
+    install_both_families(&a, &b, 0, udp);
+    assert_tunnel_carries(&a, &b);
+    let Host { namespace, network, .. } = a;
+    shutdown(network);
+    assert_nothing_left(&namespace);
 }
 
 #[test]

@@ -11,7 +11,7 @@ use ike::config::CheckAddressIdentities;
 use ike::crypto::puzzle::{MAX_DIFFICULTY, MIN_DIFFICULTY};
 use ike::engine::{EngineConfig, MAX_SHARDS};
 use kernel::interfaces::InterfaceFilter;
-use kernel::network::{NetworkConfig, PlaneChoice};
+use kernel::network::{MAX_THREADS, NetworkConfig, PlaneChoice};
 
 use crate::config::settings::{self, SettingsError};
 use crate::config::values;
@@ -109,6 +109,9 @@ pub struct DaemonConfig {
     pub tunnel_mark: u32,
     /// `shards`, ours: tasks that share the IKE SAs; `None` is as many as there are processors.
     pub shards: Option<usize>,
+    /// `esp_threads`, ours: how many threads seal, and how many open, in user space; `None` is as many as there are
+    /// processors.
+    pub esp_threads: Option<usize>,
 }
 
 impl Default for DaemonConfig {
@@ -138,6 +141,7 @@ impl Default for DaemonConfig {
             drop_cleartext: true,
             tunnel_mark: NetworkConfig::default().tunnel_mark,
             shards: None,
+            esp_threads: None,
         }
     }
 }
@@ -257,6 +261,10 @@ pub fn read_settings(root: &Section) -> Loaded {
     reader.set("shards", &mut config.shards, |text| match text {
         "auto" => Some(None),
         _ => count(text).filter(|shards| (1..=MAX_SHARDS).contains(shards)).map(Some),
+    });
+    reader.set("esp_threads", &mut config.esp_threads, |text| match text {
+        "auto" => Some(None),
+        _ => count(text).filter(|threads| (1..=MAX_THREADS).contains(threads)).map(Some),
     });
     reader.set("install_routes", &mut config.install_routes, values::boolean);
     reader.set("routing_table", &mut config.routing_table, |text| limited(text, u32::MAX));
@@ -487,6 +495,9 @@ mod tests {
             ("latchkeyd { shards = 0 }", "latchkeyd.shards"),
             ("latchkeyd { shards = 65 }", "latchkeyd.shards"),
             ("latchkeyd { shards = many }", "latchkeyd.shards"),
+            ("latchkeyd { esp_threads = 0 }", "latchkeyd.esp_threads"),
+            ("latchkeyd { esp_threads = 65 }", "latchkeyd.esp_threads"),
+            ("latchkeyd { esp_threads = all }", "latchkeyd.esp_threads"),
             ("latchkeyd { plane = xfrm }", "latchkeyd.plane"),
             ("latchkeyd { latch_narrowing = perhaps }", "latchkeyd.latch_narrowing"),
         ] {
@@ -527,6 +538,15 @@ mod tests {
         assert_eq!(
             (shards(""), shards("charon { shards = 4 }"), shards("charon { shards = auto }")),
             (None, Some(4), None)
+        );
+        let threads = |text: &str| read(text).config.esp_threads;
+        assert_eq!(
+            (
+                threads("charon { threads = 16 }"),
+                threads("charon { esp_threads = 2 }"),
+                threads("charon { esp_threads = auto }")
+            ),
+            (None, Some(2), None)
         );
         let tls = read("charon { tls_ports = 443\n tls_cert = /c.pem\n tls_key = /k.pem\n tls_web = [::1]:80 }").config;
         assert_eq!((tls.tls_ports, tls.tls_web), (vec![443], Some("[::1]:80".parse().unwrap())));

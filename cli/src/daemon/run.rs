@@ -258,6 +258,7 @@ fn network_config(config: &DaemonConfig) -> NetworkConfig {
         plane: config.plane,
         drop_cleartext: config.drop_cleartext,
         tunnel_mark: config.tunnel_mark,
+        threads: config.esp_threads.unwrap_or_else(shards::by_default),
         ..defaults
     }
 }

@@ -52,6 +52,7 @@ fn for_a_restart(old: &DaemonConfig, new: &DaemonConfig) -> Vec<&'static str> {
         ("quick_crash_detection", old.quick_crash_detection != new.quick_crash_detection),
         ("state_dir", old.state_dir != new.state_dir),
         ("shards", old.shards != new.shards),
+        ("esp_threads", old.esp_threads != new.esp_threads),
         ("plane", old.plane != new.plane),
         ("drop_cleartext", old.drop_cleartext != new.drop_cleartext),
         ("tunnel_mark", old.tunnel_mark != new.tunnel_mark),
@@ -106,7 +107,7 @@ mod tests {
         let (file, mut settings) = settings("charon { port = 500 }");
         let text = "charon {\nport = 501\nport_nat_t = 4501\ntcp_ports = 443\nlatch_socket = /x\nlatch_narrowing = no\ninstall_routes = no\n\
                     routing_table = 1\nrouting_table_prio = 2\ninterfaces_use = a\ninterfaces_ignore = b\n\
-                    address_budget = 7\nshards = 3\nkeep_alive = 5s\ncookie_threshold = 1\n\
+                    address_budget = 7\nshards = 3\nesp_threads = 3\nkeep_alive = 5s\ncookie_threshold = 1\n\
                     plugins {\nvici {\nsocket = unix:///x\n}\nsocket-default {\nfwmark = 3\n}\n}\nplane = auto\n\
                     filelog {\nlog {\npath = /tmp/x\n}\n}\n}\n";
         std::fs::write(file.path(), text).unwrap();

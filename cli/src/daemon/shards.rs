@@ -57,7 +57,7 @@ const COMPLAINT_INTERVAL: Duration = Duration::from_secs(10);
 /// Events for the core that the network may be ahead of it.
 const EVENTS: usize = 64;
 
-/// How many shards there are if nothing else is configured.
+/// How many shards there are, and threads that do ESP, if nothing else is configured.
 pub(super) fn by_default() -> usize {
     std::thread::available_parallelism().map_or(1, NonZero::get).min(MOST_BY_DEFAULT)
 }

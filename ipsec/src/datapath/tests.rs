@@ -1111,6 +1111,8 @@ fn transport_mode_takes_neither_fragments_nor_other_addresses() {
 
 // ---- threads
 
+mod turns;
+
 #[test]
 fn threads_never_share_a_sequence_number_while_control_changes_tables() {
     let pair = Arc::new(Pair::new(&Setup { replay_window: 4096, ..Setup::default() }));
