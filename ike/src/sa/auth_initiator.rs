@@ -655,7 +655,7 @@ impl InitiatorAuth {
             basis,
             super::established::Role::Initiator,
         ));
-        (established.channel_binding, established.endpoint_keys) = (binding, keys);
+        (established.channel_binding, established.endpoint_keys) = (binding, keys.map(Box::new));
         if uses_ppk && established.connection.ppk_rekey {
             // RFC 8784 §4: the keys of this IKE SA's own messages have no PPK in them, its successor's have.
             established.queue.push_back(Task::RekeyIke { token: None, group: None, tries: 0 });

@@ -499,7 +499,7 @@ impl ResponderAuth {
         let binding = material.channel_binding(&channel, &peer, &basis);
         let keys = material.endpoint_keys(&peer, &basis);
         let mut established = Box::new(Established::new(ctx, now, core, channel, connection, peer, basis, role));
-        (established.channel_binding, established.endpoint_keys) = (binding, keys);
+        (established.channel_binding, established.endpoint_keys) = (binding, keys.map(Box::new));
         if let Some((gateway, payload)) = redirect {
             head.push(payload);
             established.answer_redirect(ctx, now, &gateway, &head);

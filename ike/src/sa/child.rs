@@ -55,7 +55,7 @@ pub(crate) struct ChildSa {
     pub(crate) is_last: bool,
     /// The Child SA that it took the place of.
     pub(crate) replaces: Option<ChildSaId>,
-    /// The lower nonce of the exchange that made it (RFC 7296 §2.8.1).
+    /// The lower nonce of the exchange that made it (RFC 7296 §2.8.1), until it is up.
     pub(crate) lowest_nonce: Vec<u8>,
     /// When it leaves the data plane, and why: it is deleted, its last packets may still arrive.
     pub(crate) down_at: Option<(Instant, CloseReason)>,
@@ -102,6 +102,7 @@ impl ChildSa {
         self.reqid = reqid;
         self.state = ChildState::Installed;
         self.installed = now;
+        self.lowest_nonce = Vec::new();
         self.rekey_at = rekey_at(now, self.config.rekey_time, self.config.rand_time, rng);
         self.expire_at = (!self.config.life_time.is_zero()).then(|| after(now, self.config.life_time));
     }

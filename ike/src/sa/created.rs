@@ -119,9 +119,9 @@ impl Established {
         let name = config.name.clone();
         let offer = match ChildOffer::create(ctx, &self.core, config, replaces, group) {
             Ok(offer) => {
-                let old = replaces.and_then(|replaced| self.children.get(&replaced.id));
+                let old = replaces.and_then(|replaced| self.children.get(replaced.id));
                 let wanted = configuration::request(ctx, &self.connection, &self.core).filter(|_| replaces.is_none());
-                let offer = offer.wanted_by(ctx.triggers.of(token)).succeeding(old.map(AsRef::as_ref)).asking(wanted);
+                let offer = offer.wanted_by(ctx.triggers.of(token)).succeeding(old).asking(wanted);
                 offer.around_reserved(ctx, Party::Proved(&self.peer))
             }
             Err(reason) => {
@@ -129,7 +129,7 @@ impl Established {
                 return Ok(());
             }
         };
-        if let Some(child) = replaces.and_then(|replaced| self.children.get_mut(&replaced.id)) {
+        if let Some(child) = replaces.and_then(|replaced| self.children.get_mut(replaced.id)) {
             child.state = ChildState::Rekeying;
         }
         let line = match replaces {
@@ -166,7 +166,7 @@ impl Established {
             self.delay(ctx, now, Task::RekeyChild { id, token, group, tries });
             return Ok(());
         }
-        let child = self.children.get(&id).filter(|child| child.is_live() && self.state == IkeState::Established);
+        let child = self.children.get(id).filter(|child| child.is_live() && self.state == IkeState::Established);
         let Some(child) = child else {
             // Whoever asked has what it wanted, or never will.
             self.rekey_overtaken(ctx, id, token);
@@ -215,7 +215,7 @@ impl Established {
         };
         let next = tries.saturating_add(1);
         if let Some(replaced) = replaced.filter(|_| error.kind != NotifyType::INVALID_SYNTAX)
-            && !self.children.get(&replaced.id).is_some_and(|child| child.is_live())
+            && !self.children.get(replaced.id).is_some_and(|child| child.is_live())
         {
             // §2.8.1: the peer replaced or closed it meanwhile, so its refusal is no news.
             self.rekey_overtaken(ctx, replaced.id, token);
@@ -277,7 +277,7 @@ impl Established {
 
     /// What was to be rekeyed is replaced by the peer, or gone.
     fn rekey_overtaken(&mut self, ctx: &mut Context, id: ChildSaId, token: Option<u64>) {
-        if token.is_none() || self.children.values().any(|child| child.replaces == Some(id)) {
+        if token.is_none() || self.children.iter().any(|child| child.replaces == Some(id)) {
             done(ctx, token);
         } else {
             super::established::failed(ctx, token, &self.core.name, None, "the CHILD_SA is gone");
@@ -317,7 +317,7 @@ impl Established {
                     ctx.release_child_spi(spi);
                 }
                 self.rekey_over(replaces);
-                if let Some(old) = replaces.and_then(|replaced| self.children.get_mut(&replaced.id)) {
+                if let Some(old) = replaces.and_then(|replaced| self.children.get_mut(replaced.id)) {
                     old.is_last = unusable.narrower;
                 }
                 self.child_failed(ctx, token, &name, &unusable.reason);
@@ -336,10 +336,9 @@ impl Established {
         let theirs = self.collision.take_if(|collision| collision.old == replaced.id);
         // The peer's successor counts when it is there, or as good as.
         let by_peer = theirs.is_some_and(|Collision { theirs, .. }| {
-            self.children.contains_key(&theirs)
-                || self.passive.as_ref().is_some_and(|passive| passive.child.id == theirs)
+            self.children.contains(theirs) || self.passive.as_ref().is_some_and(|passive| passive.child.id == theirs)
         });
-        if let Some(child) = self.children.get_mut(&replaced.id)
+        if let Some(child) = self.children.get_mut(replaced.id)
             && child.state == ChildState::Rekeying
         {
             child.state = if by_peer { ChildState::Rekeyed } else { ChildState::Installed };
@@ -368,11 +367,11 @@ impl Established {
                 return Ok(());
             }
         };
+        let lowest = std::mem::take(&mut child.lowest_nonce);
         child.start(now, reqid, ctx.rng.as_mut());
-        let lowest = child.lowest_nonce.clone();
         let (spi_out, name) = (child.spi_out, child.config.name.clone());
         self.log_up(ctx, &child);
-        self.children.insert(id, child);
+        self.children.insert(*child);
         ctx.child_owners.insert(id, self.core.id);
         if self.deleted_early.contains(&spi_out) {
             // The peer made it and closed it before its answer reached us.
@@ -401,7 +400,7 @@ impl Established {
                 half.lost_against(theirs);
             }
         }
-        match replaces.filter(|old| self.children.contains_key(old)) {
+        match replaces.filter(|old| self.children.contains(*old)) {
             Some(old) => {
                 self.set_rekeyed(ctx, now, old);
                 self.channel.count(Counter::ChildRekey);
@@ -479,7 +478,7 @@ impl Established {
         // §1.3.3: the SPI that the sender receives with, so the one that we write.
         let spi = <[u8; 4]>::try_from(rekey.spi.as_slice()).map(u32::from_be_bytes);
         let spi = spi.map_err(|_| Fault::InvalidSyntax("REKEY_SA without an SPI".to_owned()))?;
-        let old = self.children.values().find(|child| child.spi_out == spi && rekey.protocol == Protocol::ESP);
+        let old = self.children.iter().find(|child| child.spi_out == spi && rekey.protocol == Protocol::ESP);
         // §2.25: it may be the one whose answer is still on its way to us.
         let unknown = if self.is_creating() { Fault::TemporaryFailure } else { Fault::ChildSaNotFound(spi) };
         let old = old.ok_or(unknown)?;
@@ -533,13 +532,13 @@ impl Established {
                 reply.extend(payloads);
                 self.respond(ctx, now, &reply);
                 self.log_up(ctx, &child);
-                self.children.insert(id, child);
+                self.children.insert(*child);
                 ctx.child_owners.insert(id, self.core.id);
                 if redundant {
                     self.set_rekeyed(ctx, now, id);
                     return Ok(());
                 }
-                match replaces.filter(|old| self.children.contains_key(old)) {
+                match replaces.filter(|old| self.children.contains(*old)) {
                     Some(old) => {
                         // While our own rekey of it runs, that decides what becomes of it.
                         let collides = self.collision.as_ref().is_some_and(|collision| collision.theirs == id);
@@ -572,7 +571,7 @@ impl Established {
     /// A successor is there: who made it deletes this one.
     fn set_rekeyed(&mut self, ctx: &Context, now: Instant, id: ChildSaId) {
         let patience = total(&ctx.config.retransmission) + ctx.config.half_open_timeout;
-        if let Some(child) = self.children.get_mut(&id)
+        if let Some(child) = self.children.get_mut(id)
             && !matches!(child.state, ChildState::Deleting | ChildState::Deleted)
         {
             child.state = ChildState::Rekeyed;

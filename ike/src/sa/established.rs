@@ -4,7 +4,7 @@
 //! Invariants: it exists only with a [`PeerIdentity`]; `exchanges` says which requests of ours are out, never more than the
 //! peer's window has room for (RFC 7296 §2.3); at most one request of the peer is being answered, others wait in `inbox`.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,6 +16,7 @@ use pad::PeerIdentity;
 use super::basis::Basis;
 use super::channel::{Channel, Received};
 use super::child::{ChildOffer, ChildSa, Parent, rekey_at};
+use super::children::Children;
 use super::configuration;
 use super::crash::TokenTaker;
 use super::exchanges::Exchange;
@@ -72,15 +73,14 @@ pub(crate) struct Established {
     /// Of the IKE SA whose IKE_AUTH proved who the peer is. Successors by rekeying have the same, resumed ones none.
     pub(super) channel_binding: Option<[u8; 32]>,
     /// Likewise ([`crate::engine::ChildReady::endpoint_keys`]).
-    pub(super) endpoint_keys: Option<[[u8; 32]; 2]>,
+    pub(super) endpoint_keys: Option<Box<[[u8; 32]; 2]>>,
     /// What the tables know the peer by.
     pub(crate) key: PeerKey,
     /// What the peer's proof rests on.
     pub(super) basis: Arc<Basis>,
     pub(super) state: IkeState,
     since: Instant,
-    /// Each in a box: the map has room for several, and most IKE SAs have one.
-    pub(super) children: BTreeMap<ChildSaId, Box<ChildSa>>,
+    pub(super) children: Children,
     pub(super) queue: VecDeque<Task>,
     pub(super) delayed: Vec<(Instant, Task)>,
     pub(super) exchanges: Vec<Exchange>,
@@ -285,8 +285,8 @@ impl Established {
         if !matches!(self.stream, StreamState::Up) {
             new.stream = std::mem::replace(&mut self.stream, StreamState::Lost);
         }
-        for (child_id, child) in &new.children {
-            ctx.child_owners.insert(*child_id, id);
+        for child in new.children.iter() {
+            ctx.child_owners.insert(child.id, id);
             ctx.child_spis.insert(child.spi_in, id);
         }
         // A peer whose IKE SA it was has it without interruption. One that has to go meanwhile is gone as this one.
@@ -309,7 +309,7 @@ impl Established {
         let mut twin = Self::make(ctx, now, core, channel, connection, peer, basis);
         twin.key = self.key.clone();
         twin.channel_binding = self.channel_binding;
-        twin.endpoint_keys = self.endpoint_keys;
+        twin.endpoint_keys.clone_from(&self.endpoint_keys);
         twin.channel.fragmentation = self.channel.fragmentation;
         twin.mobility = self.mobility.for_the_end();
         twin
@@ -363,7 +363,7 @@ impl Established {
             endpoint_keys: None,
             state: IkeState::Established,
             since: now,
-            children: BTreeMap::new(),
+            children: Children::default(),
             queue: VecDeque::new(),
             delayed: Vec::new(),
             exchanges: Vec::new(),
@@ -419,7 +419,7 @@ impl Established {
     // Getters.
 
     pub(crate) fn child_state(&self, child: ChildSaId) -> Option<ChildState> {
-        self.children.get(&child).map(|child| child.state)
+        self.children.get(child).map(|child| child.state)
     }
 
     pub(crate) fn peer_key(&self) -> Option<PeerKey> {
@@ -467,7 +467,7 @@ impl Established {
             self.half_made.as_ref().and_then(|half| half.until()),
             self.transports_timeout(),
         ];
-        let children = self.children.values().flat_map(|child| {
+        let children = self.children.iter().flat_map(|child| {
             // A Child SA that is on its way out has one timer, its end.
             let live = child.is_live();
             [
@@ -503,7 +503,7 @@ impl Established {
             assigned: self.core.assigned.clone(),
             resumed: self.basis.resumed,
             tasks_active: self.going_on().map(Active::name).collect(),
-            children: self.children.values().map(|child| child.status(now)).collect(),
+            children: self.children.iter().map(|child| child.status(now)).collect(),
         }
     }
 
@@ -514,7 +514,7 @@ impl Established {
             d: &self.channel.d,
             peer: &self.peer,
             channel_binding: self.channel_binding,
-            endpoint_keys: self.endpoint_keys,
+            endpoint_keys: self.endpoint_keys.as_deref().copied(),
             now,
         }
     }
@@ -628,7 +628,7 @@ impl Established {
             }
             return Err(self.expire(ctx, now));
         }
-        if self.rekeyless && self.children.values().any(|child| child.is_live() && due(child.expire_at)) {
+        if self.rekeyless && self.children.iter().any(|child| child.is_live() && due(child.expire_at)) {
             return Err(self.expire(ctx, now));
         }
         if due(self.reauth_at) {
@@ -667,7 +667,7 @@ impl Established {
     fn child_timeouts(&mut self, ctx: &mut Context, now: Instant) {
         let due = |at: Option<Instant>| at.is_some_and(|at| at <= now);
         let mut down = Vec::new();
-        for child in self.children.values_mut() {
+        for child in self.children.iter_mut() {
             if let Some((at, reason)) = child.down_at {
                 if at <= now {
                     down.push((child.id, reason));
@@ -712,7 +712,7 @@ impl Established {
         spi_in: u32,
         hard: bool,
     ) -> Result<(), Closed> {
-        if let Some(child) = self.children.values_mut().find(|child| child.spi_in == spi_in) {
+        if let Some(child) = self.children.iter_mut().find(|child| child.spi_in == spi_in) {
             let (id, token) = (child.id, None);
             let rekeyed = child.state == ChildState::Rekeyed;
             if child.is_live() && !hard {
@@ -742,7 +742,7 @@ impl Established {
             self.queue.push_back(Task::Liveness);
             return;
         }
-        let spis = self.children.values().map(|child| child.spi_in).collect();
+        let spis = self.children.iter().map(|child| child.spi_in).collect();
         self.traffic_asked = Some((ctx.job(self.core.id, Job::SeenTraffic(spis)), lately));
     }
 
@@ -899,7 +899,7 @@ impl Established {
         force: bool,
         token: u64,
     ) -> Result<Result<(), NoSuchSa>, Closed> {
-        let Some(child) = self.children.get(&id) else { return Ok(Err(NoSuchSa)) };
+        let Some(child) = self.children.get(id) else { return Ok(Err(NoSuchSa)) };
         if force {
             let spi_in = child.spi_in;
             let told = matches!(child.state, ChildState::Deleting | ChildState::Deleted);
@@ -1425,14 +1425,14 @@ impl Established {
 
     /// Removes a Child SA from the data plane and from here.
     pub(super) fn take_down(&mut self, ctx: &mut Context, now: Instant, id: ChildSaId, reason: CloseReason) {
-        if let Some(child) = self.children.remove(&id) {
+        if let Some(child) = self.children.remove(id) {
             let status = child.status(now);
             let line = format!("CHILD_SA {}{{{}}} closed with SPIs {}", child.config.name, id.0, child.spis());
             ctx.log("IKE", 1, self.core.tag(), line);
             ctx.child_down(self.core.id, status, reason);
             // A successor that goes before the old one was deleted leaves the old one in place, on both sides.
             let successor = matches!(child.state, ChildState::Installed | ChildState::Deleting);
-            let old = child.replaces.and_then(|old| self.children.get_mut(&old));
+            let old = child.replaces.and_then(|old| self.children.get_mut(old));
             if let Some(old) = old.filter(|old| successor && old.state == ChildState::Rekeyed) {
                 old.state = ChildState::Installed;
             }
@@ -1462,7 +1462,7 @@ impl Established {
             self.leave_to_return(ctx);
         }
         self.go_elsewhere(ctx);
-        let ids: Vec<ChildSaId> = self.children.keys().copied().collect();
+        let ids: Vec<ChildSaId> = self.children.iter().map(|child| child.id).collect();
         for id in ids {
             self.take_down(ctx, now, id, reason);
         }

@@ -192,7 +192,7 @@ impl Established {
             }
             Active::Create { offer, token, tries } => {
                 let moot = offer.replaces.is_some_and(|replaced| {
-                    let rekeying = self.children.get(&replaced.id).map(|child| child.state);
+                    let rekeying = self.children.get(replaced.id).map(|child| child.state);
                     rekeying != Some(ChildState::Rekeying)
                         || self.collision.as_ref().is_some_and(|collision| collision.old == replaced.id)
                 });

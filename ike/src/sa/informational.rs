@@ -86,7 +86,7 @@ impl Established {
 
     /// The peer closes the Child SA that we write with `spi`; gives our half of it for the answer (§1.4.1).
     fn peer_deletes(&mut self, ctx: &mut Context, now: Instant, spi: u32) -> Option<u32> {
-        let Some(child) = self.children.values().find(|child| child.spi_out == spi) else {
+        let Some(child) = self.children.iter().find(|child| child.spi_out == spi) else {
             if self.is_creating() && self.deleted_early.len() < MAX_DELETED_EARLY {
                 self.deleted_early.push(spi);
             }
@@ -135,7 +135,7 @@ impl Established {
         token: Option<u64>,
         reason: CloseReason,
     ) -> Result<(), Closed> {
-        let child = self.children.get_mut(&id);
+        let child = self.children.get_mut(id);
         let child = child.filter(|child| !matches!(child.state, ChildState::Deleting | ChildState::Deleted));
         let Some(child) = child else {
             done(ctx, token);
@@ -168,7 +168,7 @@ impl Established {
         let delay = ctx.config.delete_rekeyed_delay;
         if delay.is_zero() {
             self.take_down(ctx, now, id, CloseReason::Rekeyed);
-        } else if let Some(child) = self.children.get_mut(&id) {
+        } else if let Some(child) = self.children.get_mut(id) {
             child.state = ChildState::Deleted;
             ctx.event(Event::ChildRetired { spi_in: child.spi_in });
             child.down_at = Some((after(now, delay), CloseReason::Rekeyed));

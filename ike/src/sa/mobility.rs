@@ -389,7 +389,7 @@ impl Established {
 
     /// Transport mode belongs to its addresses (§1.3: MOBIKE is for tunnel mode).
     fn has_transport_mode(&self) -> bool {
-        self.children.values().any(|child| child.mode == Mode::Transport)
+        self.children.iter().any(|child| child.mode == Mode::Transport)
     }
 
     /// Without MOBIKE the initiator makes the IKE SA again from where it is now; the responder waits for that.
@@ -833,7 +833,7 @@ impl Established {
     /// Points the Child SAs to where the IKE SA is.
     pub(super) fn move_children(&mut self, ctx: &mut Context) {
         let to = self.core.encapsulation();
-        for child in self.children.values_mut().filter(|child| child.encapsulation != to) {
+        for child in self.children.iter_mut().filter(|child| child.encapsulation != to) {
             child.encapsulation = to;
             ctx.event(Event::Migrate { spi_in: child.spi_in, to });
         }

@@ -14,6 +14,7 @@ pub(crate) mod basis;
 pub(crate) mod channel;
 pub(crate) mod child;
 pub(crate) mod childless;
+mod children;
 pub(crate) mod configuration;
 pub(crate) mod crash;
 pub(crate) mod created;

@@ -93,7 +93,7 @@ impl Established {
     /// Requests that make an IKE SA with the same Child SAs.
     pub(crate) fn everything_again(&self) -> Vec<Initiate> {
         let mut names = std::collections::BTreeSet::new();
-        let live = self.children.values().filter(|child| child.is_live() && names.insert(child.config.name.clone()));
+        let live = self.children.iter().filter(|child| child.is_live() && names.insert(child.config.name.clone()));
         let mut wanted: Vec<_> = live.map(|child| Some(Arc::clone(&child.config))).collect();
         if wanted.is_empty() {
             wanted.push(None);
@@ -153,7 +153,7 @@ impl Established {
     /// Names of the Child SAs that carry traffic.
     pub(crate) fn working(&self) -> std::collections::BTreeSet<&str> {
         let works = |state| matches!(state, ChildState::Installed | ChildState::Rekeying);
-        self.children.values().filter(|child| works(child.state)).map(|child| child.config.name.as_str()).collect()
+        self.children.iter().filter(|child| works(child.state)).map(|child| child.config.name.as_str()).collect()
     }
 
     /// True when it makes no Child SAs that were asked for.

@@ -282,7 +282,7 @@ impl Established {
     pub(super) fn go_elsewhere(&mut self, ctx: &mut Context) {
         let Some(Moving::To { local, remote, redirects }) = self.moving.take() else { return };
         let mut names = std::collections::BTreeSet::new();
-        let live = self.children.values().filter(|child| child.is_live() && names.insert(child.config.name.clone()));
+        let live = self.children.iter().filter(|child| child.is_live() && names.insert(child.config.name.clone()));
         let mut wants: Vec<Want> =
             live.map(|child| Want { child: Some(Arc::clone(&child.config)), token: None }).collect();
         if wants.is_empty() {

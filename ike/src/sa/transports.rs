@@ -152,7 +152,7 @@ impl Established {
     /// are newer ones.
     pub(crate) fn return_failed(&mut self, ctx: &mut Context, now: Instant, answer_lost: bool) -> Result<(), Closed> {
         if answer_lost {
-            let live = self.children.values().filter(|child| child.is_live()).map(|child| child.id);
+            let live = self.children.iter().filter(|child| child.is_live()).map(|child| child.id);
             let rekey = |id| Task::RekeyChild { id, token: None, group: None, tries: 0 };
             let rekeys: Vec<Task> = live.map(rekey).collect();
             self.queue.extend(rekeys);
