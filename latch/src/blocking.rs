@@ -30,7 +30,7 @@ mod link;
 mod sockets;
 
 pub use hold::{hold, settled};
-pub use sockets::{TcpListener, TcpStream, UdpSocket};
+pub use sockets::{Incoming, TcpListener, TcpStream, UdpSocket};
 
 use crate::protocol::{
     Accept, Bind, Call, ChannelBinding, Created, Disposition, Guard, Inquire, Inquired, LatchEvent, List, ListedLatch,
@@ -313,6 +313,15 @@ impl Events {
             None if link.state().registry.closed => events.try_recv().map(Some).map_err(|_| ClientError::Closed),
             next => Ok(next),
         }
+    }
+}
+
+/// Events as they come, until the connection to the daemon ends.
+impl Iterator for Events {
+    type Item = LatchEvent;
+
+    fn next(&mut self) -> Option<LatchEvent> {
+        Self::next(self, None).ok().flatten()
     }
 }
 

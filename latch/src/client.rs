@@ -24,56 +24,30 @@ use std::task::{Context, Poll};
 
 use serde::de::DeserializeOwned;
 use serde_json::Value;
-use socket2::{Protocol, SockRef, Socket, Type};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use socket2::{Protocol, Socket, Type};
 use tokio::net::TcpSocket;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use crate::protocol::{
-    Accept, Bind, Call, ChannelBinding, Code, Created, Disposition, Hello, Inquire, Inquired, LatchEvent, List,
-    ListedLatch, Listening, Named, Peer, Protection, State, UNIQUE_BINDING, VERSION, Wanted, Watch, Welcome,
+    Call, Created, Disposition, Hello, Inquire, Inquired, LatchEvent, List, ListedLatch, Listening, Named, VERSION,
+    Wanted, Watch, Welcome,
 };
 use crate::seqpacket::SeqPacket;
 use crate::session::{self, BACKLOG, EVENT_QUEUE, Heard, Registry, bound_socket, system};
 pub use crate::session::{Change, ClientError};
+
+mod sockets;
+
+pub use sockets::{
+    OwnedReadHalf, OwnedWriteHalf, ReadHalf, ReuniteError, TcpListener, TcpStream, UdpSocket, WriteHalf,
+};
 
 /// A connection to the daemon; clones share it. It stays open until the last clone and the last socket under a latch are
 /// dropped.
 #[derive(Clone, Debug)]
 pub struct Client {
     shared: Arc<Shared>,
-}
-
-/// A TCP connection under a latch. Dropping it closes the connection in an orderly way and releases the latch afterwards.
-///
-/// When the latch breaks, or the daemon goes away, reading and writing fail with `ConnectionReset`; it never looks like
-/// an orderly end. With another disposition than `reset` a break is loss of packets only, until the latch is ESTABLISHED
-/// again.
-#[derive(Debug)]
-pub struct TcpStream {
-    // Dropped in this order: the connection before the latch.
-    stream: tokio::net::TcpStream,
-    wake_reader: Waiting,
-    wake_writer: Waiting,
-    latch: Latched,
-}
-
-/// A listening TCP socket under a listener latch: each connection that it accepts has a latch since before its first octet.
-#[derive(Debug)]
-pub struct TcpListener {
-    listener: tokio::net::TcpListener,
-    listening: Listening,
-    on_break: Disposition,
-    latch: Holding,
-}
-
-/// A connected UDP socket under a latch. When the latch breaks for good, sending and receiving fail with
-/// `ConnectionReset`; until then a break is loss of datagrams, unless the disposition is `reset`.
-#[derive(Debug)]
-pub struct UdpSocket {
-    socket: tokio::net::UdpSocket,
-    latch: Latched,
 }
 
 /// Changes of all latches of the daemon.
@@ -131,7 +105,7 @@ impl Client {
             tokio::net::UdpSocket::from_std(socket.into())
         };
         let socket = connect().map_err(|error| system(format!("connecting to {remote}"), error))?;
-        Ok(UdpSocket { socket, latch })
+        Ok(UdpSocket::new(socket, latch))
     }
 
     /// Listens on `local`, for IPsec peers as wanted only: others do not get as far as a connection.
@@ -145,7 +119,7 @@ impl Client {
         let latch = Holding { shared: Arc::clone(&self.shared), latch: listening.latch };
         socket.listen(BACKLOG).map_err(failed)?;
         let listener = tokio::net::TcpListener::from_std(socket.into()).map_err(failed)?;
-        Ok(TcpListener { listener, listening, on_break, latch })
+        Ok(TcpListener::new(listener, listening, on_break, latch))
     }
 
     /// Changes of all latches from now on; one call for each connection to the daemon.
@@ -212,70 +186,6 @@ impl Client {
     }
 }
 
-macro_rules! describe_latch {
-    () => {
-        /// Who is at the other end, and how it proved that.
-        pub fn peer_identity(&self) -> &Peer {
-            &self.latch.created.peer
-        }
-
-        /// How the packets are protected, for as long as the latch stands.
-        pub fn protection(&self) -> &Protection {
-            &self.latch.created.protection
-        }
-
-        /// Number of the latch in the daemon.
-        pub fn latch(&self) -> u64 {
-            self.latch.created.latch
-        }
-
-        /// What a protocol above can bind its authentication to (RFC 5056): a relay between two channels has another at
-        /// each end. The same for as long as the latch stands.
-        pub async fn channel_binding(&self) -> Result<ChannelBinding, ClientError> {
-            self.channel_binding_of(UNIQUE_BINDING).await
-        }
-
-        /// A channel binding of a type that `docs/latch-protocol.md` has.
-        pub async fn channel_binding_of(&self, kind: &str) -> Result<ChannelBinding, ClientError> {
-            let bind = Bind { latch: self.latch(), kind: kind.to_owned() };
-            self.latch.holding.shared.call(Call::ChannelBinding(bind), None).await
-        }
-
-        /// The same for connections to the same peer with the same credential under the same protection (RFC 5660 §6.3), if
-        /// the daemon tells.
-        pub fn class(&self) -> Option<u32> {
-            self.latch.created.class
-        }
-
-        /// Asks the daemon for all that it knows of the latch at this moment (INQUIRE_LATCH): outer addresses too.
-        pub async fn inquire(&self) -> Result<Inquired, ClientError> {
-            self.latch.holding.shared.call(Call::Show(Named { latch: self.latch() }), None).await
-        }
-
-        /// Our end of the connection.
-        pub fn local_addr(&self) -> SocketAddr {
-            self.latch.created.local
-        }
-
-        /// The other end of the connection.
-        pub fn peer_addr(&self) -> SocketAddr {
-            self.latch.created.remote
-        }
-
-        /// Waits until the latch is not ESTABLISHED. The future does not borrow the socket.
-        pub fn broken(&self) -> impl Future<Output = Change> + Send + use<> {
-            wait(self.latch.changes.clone(), |change| change.state != State::Established)
-        }
-
-        /// Changes of the latch's state from now on; of several at once the last.
-        pub fn changes(&self) -> Changes {
-            let mut changes = self.latch.changes.clone();
-            changes.mark_unchanged();
-            Changes { changes }
-        }
-    };
-}
-
 /// The changes of one latch's state.
 #[derive(Debug)]
 pub struct Changes {
@@ -301,71 +211,10 @@ impl Events {
     pub async fn next(&mut self) -> Option<LatchEvent> {
         self.events.recv().await
     }
-}
 
-impl TcpStream {
-    describe_latch!();
-
-    fn new(stream: tokio::net::TcpStream, latch: Latched) -> Self {
-        Self { stream, wake_reader: latch.waiting(), wake_writer: latch.waiting(), latch }
-    }
-}
-
-impl UdpSocket {
-    describe_latch!();
-
-    /// Sends a datagram.
-    pub async fn send(&self, datagram: &[u8]) -> io::Result<usize> {
-        tokio::select! {
-            biased;
-            change = self.latch.end() => Err(change.failure()),
-            sent = self.socket.send(datagram) => sent,
-        }
-    }
-
-    /// Receives a datagram, cut to the buffer's length.
-    pub async fn recv(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        let received = tokio::select! {
-            biased;
-            change = self.latch.end() => return Err(change.failure()),
-            received = self.socket.recv(buffer) => received,
-        };
-        // An end that comes with the break is no empty datagram.
-        match self.latch.failure() {
-            Some(error) => Err(error),
-            None => received,
-        }
-    }
-}
-
-impl TcpListener {
-    /// The next connection, with its latch. Those whose latch has broken since they came are left out.
-    pub async fn accept(&self) -> Result<(TcpStream, SocketAddr), ClientError> {
-        loop {
-            let accepted = self.listener.accept().await;
-            let (stream, remote) = accepted.map_err(|error| system("accepting a connection".to_owned(), error))?;
-            let accept = Call::Accept(Accept { listener: self.latch.latch });
-            match self.latch.shared.call::<Created>(accept, Some(stream.as_fd())).await {
-                Ok(created) => {
-                    let latch = Latched::new(&self.latch.shared, created, self.on_break);
-                    return Ok((TcpStream::new(stream, latch), remote));
-                }
-                Err(ClientError::Refused(refusal)) if refusal.code == Code::NotAccepted => {
-                    tracing::debug!(%remote, reason = refusal.message, "a connection was not accepted");
-                }
-                Err(error) => return Err(error),
-            }
-        }
-    }
-
-    /// Where it listens.
-    pub fn local_addr(&self) -> SocketAddr {
-        self.listening.local
-    }
-
-    /// Number of the listener latch in the daemon.
-    pub fn latch(&self) -> u64 {
-        self.listening.latch
+    /// As [`Self::next`], for streams.
+    pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<LatchEvent>> {
+        self.events.poll_recv(cx)
     }
 }
 
@@ -397,45 +246,6 @@ impl Latched {
 
     fn failure(&self) -> Option<io::Error> {
         self.changes.borrow().as_ref().filter(|change| change.is_end(self.on_break)).map(Change::failure)
-    }
-}
-
-impl AsyncRead for TcpStream {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        if let Poll::Ready(error) = self.wake_reader.poll(cx) {
-            return Poll::Ready(Err(error));
-        }
-        let before = buf.filled().len();
-        let result = Pin::new(&mut self.stream).poll_read(cx, buf);
-        // An end that comes with the break is not the peer's end.
-        match self.latch.failure() {
-            Some(error) if result.is_ready() && buf.filled().len() == before => Poll::Ready(Err(error)),
-            _ => result,
-        }
-    }
-}
-
-impl AsyncWrite for TcpStream {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        if let Poll::Ready(error) = self.wake_writer.poll(cx) {
-            return Poll::Ready(Err(error));
-        }
-        Pin::new(&mut self.stream).poll_write(cx, buf)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
-    }
-}
-
-impl Drop for TcpStream {
-    fn drop(&mut self) {
-        // The daemon has a duplicate, so that closing ours does not end the connection.
-        let _ = SockRef::from(&self.stream).shutdown(std::net::Shutdown::Write);
     }
 }
 

@@ -243,6 +243,15 @@ pub(crate) fn bound_socket(
     bind().map_err(|error| system(format!("binding to {local}"), error))
 }
 
+/// A UDP socket is latched to one other end.
+pub(crate) fn is_latched_to(to: SocketAddr, remote: SocketAddr) -> io::Result<()> {
+    if to == remote {
+        return Ok(());
+    }
+    let message = format!("the socket is latched to {remote}, not {to}");
+    Err(io::Error::new(io::ErrorKind::InvalidInput, message))
+}
+
 /// A TCP socket that is bound and does not listen yet.
 pub(crate) fn listening_socket(local: SocketAddr) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(local), Type::STREAM.nonblocking(), Some(Protocol::TCP))?;

@@ -20,6 +20,7 @@ use crate::database::Bindings;
 use crate::protocol::{Disposition, MAX_MESSAGE, ProofInfo, State};
 
 mod blocking;
+mod sockets;
 
 #[tokio::test]
 async fn every_malformed_message_gets_a_precise_refusal_and_the_connection_lives_on() {

@@ -46,9 +46,9 @@ async fn a_stream_that_blocks_is_refused_carries_data_and_ends_with_its_latch() 
     far.write_all(b"pong").unwrap();
     stream.read_exact(&mut buffer).unwrap();
     assert_eq!(&buffer, b"pong");
-    stream.set_read_timeout(Some(Duration::from_millis(20)));
+    stream.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
     assert_eq!(stream.read(&mut buffer).unwrap_err().kind(), io::ErrorKind::WouldBlock);
-    stream.set_read_timeout(None);
+    stream.set_read_timeout(None).unwrap();
     assert_eq!(stream.latch().state(), State::Established);
     assert_eq!(stream.latch().broken(Some(Duration::ZERO)), None);
     let mut changes = stream.latch().changes();
@@ -126,8 +126,8 @@ async fn a_udp_socket_that_blocks_hears_of_its_end() {
     let client = Client::connect(&house.path).unwrap();
     let far = UdpSocket::bind("127.0.0.1:0").unwrap();
     let wanted = Wanted { on_break: Some(Disposition::Reset), ..Wanted::from("peer.example") };
-    let mut socket = client.latch_udp(far.local_addr().unwrap(), None, wanted).unwrap();
-    socket.set_read_timeout(Some(PATIENCE));
+    let socket = client.latch_udp(far.local_addr().unwrap(), None, wanted).unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
     socket.send(b"ping").unwrap();
     let mut buffer = [0; 16];
     let (length, from) = far.recv_from(&mut buffer).unwrap();
