@@ -23,6 +23,8 @@ pub struct SaReport {
     pub status: IkeSaStatus,
     /// Counters and the data plane, for each child that is installed.
     pub usage: Vec<Option<(Usage, Carrier)>>,
+    /// XFRM interfaces of its connection, or that the IKE SA has of its own: inbound, outbound; 0 is none.
+    pub if_ids: (u32, u32),
 }
 
 /// What an installed policy without an SA is for.

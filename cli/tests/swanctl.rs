@@ -20,7 +20,7 @@ use ike::engine::{
     Assigned, ChildSaId, ChildSaStatus, ChildState, CloseReason, Engine, EngineConfig, Event, IkeSaId, IkeSaStatus,
     IkeState, Path as IkePath, Transport,
 };
-use ipsec::plane::{Encapsulation, EspSuite, Mode, Usage};
+use ipsec::plane::{Encapsulation, EspSuite, Mode, Tags, Usage};
 use ipsec::selector::TrafficSelector;
 use ipsec::transform::{Encr, Integ, Ke, Prf};
 use latchkey::config::ConnectionDefinition;
@@ -830,6 +830,7 @@ fn sa() -> SaReport {
         id: ChildSaId(4),
         name: "net".to_owned(),
         reqid: 1,
+        tags: Tags::default(),
         state: ChildState::Installed,
         mode: Mode::Tunnel,
         spi_in: 0x8906_bf9c,
@@ -882,7 +883,11 @@ fn sa() -> SaReport {
         packets_out: 1,
         idle_out: Some(Duration::ZERO),
     };
-    SaReport { status, usage: vec![Some((usage, ipsec::plane::Carrier { name: "user-space", reason: "configured" }))] }
+    SaReport {
+        if_ids: (0, 0),
+        status,
+        usage: vec![Some((usage, ipsec::plane::Carrier { name: "user-space", reason: "configured" }))],
+    }
 }
 
 /// A swanctl folder with a CA, a certificate and its key.

@@ -231,8 +231,51 @@ pub struct Child {
     pub inactivity: Duration,
     /// Marks, interfaces and what else only the kernel's plane knows.
     pub options: KernelOptions,
+    /// Which numbers among them each Child SA has of its own.
+    pub numbering: Numbering,
     /// `updown` script.
     pub updown: Option<String>,
+}
+
+/// Which of [`Child::options`] are not as configured, but numbered by the daemon, and which repeat others.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Numbering {
+    /// The value of `mark_in`.
+    pub mark_in: Number,
+    /// The value of `mark_out`.
+    pub mark_out: Number,
+    /// `if_id_in`.
+    pub if_id_in: Number,
+    /// `if_id_out`.
+    pub if_id_out: Number,
+    /// `set_mark_in = %same`: the value is `mark_in`'s.
+    pub set_mark_in_same: bool,
+    /// `set_mark_out = %same`: the value is `mark_out`'s.
+    pub set_mark_out_same: bool,
+}
+
+impl Numbering {
+    /// True when the daemon gives some number.
+    pub fn gives_any(&self) -> bool {
+        let Self { mark_in, mark_out, if_id_in, if_id_out, .. } = self;
+        [mark_in, mark_out, if_id_in, if_id_out].into_iter().any(|number| *number != Number::Configured)
+    }
+}
+
+/// Where a number comes from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Number {
+    /// Configuration.
+    #[default]
+    Configured,
+    /// `%unique`: each Child SA has one, which its successors keep.
+    Own,
+    /// `%unique-dir`: each has one for either direction.
+    OwnInDirection,
+    /// `%unique` of the connection: each IKE SA has one, which its Child SAs share.
+    OfIkeSa,
+    /// `%unique-dir` of the connection: each IKE SA has one for either direction.
+    OfIkeSaInDirection,
 }
 
 /// A selector in configuration: fixed, or `dynamic`, which stands for the IKE SA's own address.

@@ -186,6 +186,8 @@ pub struct KernelOptions {
     pub if_id_in: u32,
     /// `if_id_out`: XFRM interface of the outbound SA and policy.
     pub if_id_out: u32,
+    /// `xfrm_interface`: the interface with that number, which leads to the tunnel.
+    pub xfrm_interface: Option<String>,
     /// `priority` of the policies; 0 is by their selectors.
     pub priority: u32,
     /// `policies_fwd_out`: what is forwarded into the tunnel passes a shunt that drops it otherwise.
@@ -198,7 +200,26 @@ pub struct KernelOptions {
     pub copy_dscp: CopyDscp,
 }
 
+/// What marks a Child SA's policies and states among others of the same selectors.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Tags {
+    /// [`KernelOptions::mark_in`].
+    pub mark_in: Mark,
+    /// [`KernelOptions::mark_out`].
+    pub mark_out: Mark,
+    /// [`KernelOptions::if_id_in`].
+    pub if_id_in: u32,
+    /// [`KernelOptions::if_id_out`].
+    pub if_id_out: u32,
+}
+
 impl KernelOptions {
+    /// Marks and interfaces.
+    pub fn tags(&self) -> Tags {
+        let Self { mark_in, mark_out, if_id_in, if_id_out, .. } = *self;
+        Tags { mark_in, mark_out, if_id_in, if_id_out }
+    }
+
     /// The first option that another plane cannot leave out without changing what is protected.
     pub fn demanded(&self) -> Option<&'static str> {
         let none = Mark::default();

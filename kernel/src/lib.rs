@@ -2,7 +2,7 @@
 //! netlink, and the threads of the user-space ESP plane. All `unsafe` is here, and at the C
 //! edge of `latch`, each with its reason.
 
-pub mod addresses;
+mod addresses;
 mod audit;
 pub mod interfaces;
 mod netlink;
@@ -18,3 +18,4 @@ mod threads;
 mod tun;
 mod watch;
 mod xfrm;
+mod xfrm_interfaces;

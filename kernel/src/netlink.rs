@@ -12,7 +12,9 @@ use netlink_packet_core::{
     NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
 };
 use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage, AddressScope};
-use netlink_packet_route::link::{InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
+use netlink_packet_route::link::{
+    InfoData, InfoKind, InfoVeth, InfoXfrm, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+};
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
@@ -163,6 +165,50 @@ impl Netlink {
         self.request(RouteNetlinkMessage::DelLink(message), NLM_F_ACK)
             .map_err(|e| context(e, format!("remove link {index}")))?;
         Ok(())
+    }
+
+    /// Makes an XFRM interface with this number, in a group of links.
+    pub(crate) fn add_xfrm_link(&mut self, name: &str, if_id: u32, group: u32) -> io::Result<()> {
+        let mut message = LinkMessage::default();
+        message.attributes.push(LinkAttribute::IfName(name.to_owned()));
+        message.attributes.push(LinkAttribute::Group(group));
+        message.attributes.push(LinkAttribute::LinkInfo(vec![
+            LinkInfo::Kind(InfoKind::Xfrm),
+            LinkInfo::Data(InfoData::Xfrm(vec![InfoXfrm::IfId(if_id)])),
+        ]));
+        match self.request(RouteNetlinkMessage::NewLink(message), NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL) {
+            Ok(_) => Ok(()),
+            Err(e) => {
+                let reason = match e.kind() {
+                    io::ErrorKind::AlreadyExists => " (there is an interface of this name, or one of this number)",
+                    _ if e.raw_os_error() == Some(EOPNOTSUPP) => " (this kernel has no XFRM interfaces)",
+                    _ => "",
+                };
+                Err(context(e, format!("make the XFRM interface {name} with if_id {if_id}{reason}")))
+            }
+        }
+    }
+
+    /// Indices and names of the XFRM interfaces in a group of links.
+    pub(crate) fn xfrm_links(&mut self, group: u32) -> io::Result<Vec<(u32, String)>> {
+        let links = self
+            .request(RouteNetlinkMessage::GetLink(LinkMessage::default()), NLM_F_DUMP)
+            .map_err(|e| context(e, "list network interfaces"))?;
+        let of_us = links.iter().filter_map(|answer| {
+            let RouteNetlinkMessage::NewLink(link) = answer else { return None };
+            let is_xfrm = |info: &LinkInfo| matches!(info, LinkInfo::Kind(InfoKind::Xfrm));
+            let (mut name, mut ours, mut xfrm) = (None, false, false);
+            for attribute in &link.attributes {
+                match attribute {
+                    LinkAttribute::IfName(is) => name = Some(is.clone()),
+                    LinkAttribute::Group(is) => ours = *is == group,
+                    LinkAttribute::LinkInfo(infos) => xfrm = infos.iter().any(is_xfrm),
+                    _ => {}
+                }
+            }
+            name.filter(|_| ours && xfrm).map(|name| (link.header.index, name))
+        });
+        Ok(of_us.collect())
     }
 
     /// Makes a veth pair: `name` here, `peer_name` in the namespace behind `peer`.
@@ -652,4 +698,5 @@ fn family(address: IpAddr) -> AddressFamily {
 const EPERM: i32 = rustix::io::Errno::PERM.raw_os_error();
 const EACCES: i32 = rustix::io::Errno::ACCESS.raw_os_error();
 const ESRCH: i32 = rustix::io::Errno::SRCH.raw_os_error();
+const EOPNOTSUPP: i32 = rustix::io::Errno::OPNOTSUPP.raw_os_error();
 const ENODEV: i32 = rustix::io::Errno::NODEV.raw_os_error();

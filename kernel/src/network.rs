@@ -12,7 +12,7 @@
 //! mark ([`Network::prepare`]).
 
 use std::cell::RefCell;
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::hash::{BuildHasher as _, RandomState};
 use std::io::{self, IoSlice};
 use std::net::{IpAddr, SocketAddr};
@@ -37,6 +37,7 @@ use crate::threads;
 use crate::tun::{Tun, TunWriter};
 use crate::watch::{self, Own};
 use crate::xfrm::{self, InboundPolicies, Latches, TunnelMark, Xfrm};
+use crate::xfrm_interfaces::XfrmInterfaces;
 
 /// How to set the network up.
 #[derive(Clone, Debug)]
@@ -184,6 +185,8 @@ pub(crate) struct Inner {
     pub(crate) shunts: Mutex<ShuntRules>,
     /// Policies around the tunnel of user space; `None` where the kernel has none.
     pub(crate) inbound: Option<InboundPolicies>,
+    /// Where the kernel does ESP.
+    xfrm_interfaces: Option<Mutex<XfrmInterfaces>>,
     netlink: Mutex<Netlink>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     mark: u32,
@@ -284,7 +287,12 @@ impl Network {
         let route_numbers = (config.route_table, config.route_priority, mark);
         let routes = Routes::new(Netlink::open()?, tun.index(), route_numbers, config.install_routes)?;
         let shunts = ShuntRules::new(Netlink::open()?, (config.route_priority, mark), tun_name.clone())?;
+        let xfrm_interfaces = match &xfrm {
+            Some(_) => Some(Mutex::new(XfrmInterfaces::new(Netlink::open()?)?)),
+            None => None,
+        };
         warn_of_strict_reverse_paths();
+        xfrm::warn_of_default_policies();
         tell_of_ecn();
 
         let (sender, receiver) = mpsc::channel(EVENTS);
@@ -308,6 +316,7 @@ impl Network {
             routes: Mutex::new(routes),
             shunts: Mutex::new(shunts),
             inbound,
+            xfrm_interfaces,
             netlink: Mutex::new(netlink),
             threads: Mutex::default(),
             mark,
@@ -452,6 +461,19 @@ impl Network {
         }
     }
 
+    /// Makes the XFRM interfaces that are wanted, by name with their numbers (`if_id`), and removes others of ours. Gives what
+    /// could not be done, and why; it is tried again with the next call.
+    pub fn set_xfrm_interfaces(&self, wanted: &BTreeMap<String, u32>) -> Vec<(String, io::Error)> {
+        match &self.inner.xfrm_interfaces {
+            Some(interfaces) => lock(interfaces).set(wanted),
+            None => {
+                let unsupported =
+                    || io::Error::new(io::ErrorKind::Unsupported, "XFRM interfaces are for the kernel's plane");
+                wanted.keys().map(|name| (name.clone(), unsupported())).collect()
+            }
+        }
+    }
+
     /// What goes into this stream is given to `sink` from now on.
     pub fn attach_stream(&self, stream: StreamId, sink: StreamSink) {
         self.inner.shared.streams.write().unwrap_or_else(PoisonError::into_inner).insert(stream, sink);
@@ -571,9 +593,10 @@ impl Inner {
             }
         }
         let cleared = lock(&self.routes).clear();
+        let interfaces = self.xfrm_interfaces.as_ref().map_or(Ok(()), |interfaces| lock(interfaces).clear());
         // The last reference closes the device, and the system removes it.
         *self.shared.tun.write().unwrap_or_else(PoisonError::into_inner) = None;
-        cleared
+        cleared.and(interfaces)
     }
 }
 

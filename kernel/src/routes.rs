@@ -45,6 +45,8 @@ pub(crate) enum Via {
     Itself,
     /// Where they would go if this table were not there.
     OtherTables,
+    /// Into this link.
+    Link(u32),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -147,11 +149,13 @@ impl Routes {
         Ok(())
     }
 
-    /// The routes of a pair lead elsewhere from now on.
+    /// The routes of a pair lead elsewhere from now on, unless they lead into a link.
     pub(crate) fn redirect(&mut self, owner: Owner, via: Via) {
         let Some((order, networks)) = self.by_owner.get(&owner).cloned() else { return };
         for network in networks {
-            if let Some(need) = self.users.get_mut(&(network, owner.rank(), order)) {
+            if let Some(need) = self.users.get_mut(&(network, owner.rank(), order))
+                && !matches!(need.via, Via::Link(_))
+            {
                 need.via = via;
             }
             self.settle_or_warn(network);
@@ -224,6 +228,7 @@ impl Routes {
     fn route(&mut self, network: Subnet, need: Need) -> Option<Route> {
         let (gateway, link) = match need.via {
             Via::Tunnel => (None, self.link),
+            Via::Link(link) => (None, link),
             Via::Towards(_) | Via::Itself if need.source.is_none() => return None,
             Via::Towards(remote) => {
                 let (gateway, link) = self.netlink.way(remote, self.mark)?;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use crate::daemon::Files;
 use ike::Rng;
 use ike::config::{Child, Connection};
-use ike::engine::{Engine, EngineConfig, Event, Initiate, Job, JobOutcome, Output, Path, Transmit};
+use ike::engine::{Engine, EngineConfig, Event, Initiate, Installed, Job, JobOutcome, Output, Path, Transmit};
 use latchkey::config::load;
 use pad::Credentials;
 
@@ -150,7 +150,9 @@ impl Peer {
                         }
                         Job::KeyExchange(work) => JobOutcome::KeyExchange(work.run(&mut self.noise)),
                         // No data plane: the Child SA is as good as installed.
-                        Job::InstallChild(_) => JobOutcome::InstallChild(Ok(1)),
+                        Job::InstallChild(_) => {
+                            JobOutcome::InstallChild(Ok(Installed { reqid: 1, tags: Default::default() }))
+                        }
                         other => panic!("{other:?} is not of a plain handshake"),
                     };
                     self.jobs += start.elapsed();

@@ -11,8 +11,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ike::config::{
-    AddressRange, Child, Childless, ConfiguredSelector, Connection, DpdAction, Fragmentation, RedirectPhase, SendCert,
-    SplitDns, StartAction, TcpPolicy, Unique, domain_name,
+    AddressRange, Child, Childless, ConfiguredSelector, Connection, DpdAction, Fragmentation, Number, Numbering,
+    RedirectPhase, SendCert, SplitDns, StartAction, TcpPolicy, Unique, domain_name,
 };
 use ike::crypto::{has_short_keys, parse_proposals};
 use ike::engine::Gateway;
@@ -178,8 +178,12 @@ fn read_connection(
     let ppk_id = options.parsed("ppk_id", |text| IdentityPattern::parse(text).ok(), "an identity");
     let ppk_required = options.boolean("ppk_required", false);
     let ppk_rekey = options.boolean("ppk_rekey", false);
-    options.refuse_unless("if_id_in", ZERO, "XFRM interfaces are not served yet");
-    options.refuse_unless("if_id_out", ZERO, "XFRM interfaces are not served yet");
+    let [if_id_in, if_id_out] = ["if_id_in", "if_id_out"].map(|option| options.if_id(option));
+    let of_connection = [if_id_in, if_id_out].map(|(number, numbering)| match numbering {
+        Number::Own => (number, Number::OfIkeSa),
+        Number::OwnInDirection => (number, Number::OfIkeSaInDirection),
+        Number::Configured | Number::OfIkeSa | Number::OfIkeSaInDirection => (number, numbering),
+    });
     options.refuse_unless("mediation", NO, "mediation is not served");
     options.refuse_unless("mediated_by", &[], "mediation is not served");
     options.refuse_unless("mediation_peer", &[], "mediation is not served");
@@ -189,7 +193,16 @@ fn read_connection(
     options.warn_unless("dpd_timeout", &["0", "0s"]);
     options.warn_unless("ocsp", &["reply", "never"]);
 
-    let Children { children, shunts } = children(&mut options);
+    let name_of_interface = options.parsed("xfrm_interface", interface, "a name").filter(|name| !name.is_empty());
+    let xfrm_interface = name_of_interface.and_then(|name| {
+        let alike = if_id_in == if_id_out && if_id_in.1 == Number::Configured && if_id_in.0 != 0;
+        if !alike {
+            options
+                .invalid("xfrm_interface", "it needs the same number as the connection's 'if_id_in' and 'if_id_out'");
+        }
+        alike.then_some((name, if_id_in.0))
+    });
+    let Children { children, shunts } = children(&mut options, of_connection, xfrm_interface.as_ref());
     let for_shunts_alone = children.is_empty() && !shunts.is_empty();
     let local = local_auth(&mut options, certificates);
     let remote = remote_auth(name, for_shunts_alone, &mut options, certificates);
@@ -252,7 +265,15 @@ fn read_connection(
         pools,
         split_dns,
     };
-    Some(ConnectionDefinition { connection: Arc::new(connection), local_addrs, remote_addrs, traps, shunts })
+    Some(ConnectionDefinition {
+        connection: Arc::new(connection),
+        local_addrs,
+        remote_addrs,
+        traps,
+        shunts,
+        if_ids: (if_id_in.0, if_id_out.0),
+        xfrm_interface,
+    })
 }
 
 /// The name that a TLS server must prove, where none is configured: the host name that we go to, what IKE expects it to be,
@@ -445,7 +466,11 @@ struct Children {
     shunts: Vec<Shunt>,
 }
 
-fn children(options: &mut Options<'_, '_>) -> Children {
+fn children(
+    options: &mut Options<'_, '_>,
+    if_ids: [(u32, Number); 2],
+    xfrm_interface: Option<&(String, u32)>,
+) -> Children {
     options.known("children");
     let section = options.section;
     let Some(children) = section.section("children") else {
@@ -459,7 +484,13 @@ fn children(options: &mut Options<'_, '_>) -> Children {
         let path = format!("{}.children.{name}", options.path);
         match node {
             Node::Section(section) => {
-                let (child, traps, shunt) = child(name, Options::new(path, section, options.reports));
+                let (mut child, traps, shunt) = child(name, if_ids, Options::new(path, section, options.reports));
+                if let Some((name, if_id)) = xfrm_interface
+                    && child.options.if_id_out == *if_id
+                {
+                    child.options.xfrm_interface = Some(name.clone());
+                }
+                let child = Arc::new(child);
                 match shunt {
                     None => read.children.push((child, traps)),
                     Some(action) => {
@@ -477,7 +508,11 @@ fn children(options: &mut Options<'_, '_>) -> Children {
     read
 }
 
-fn child(name: &str, mut options: Options<'_, '_>) -> (Arc<Child>, TrapActions, Option<ShuntAction>) {
+fn child(
+    name: &str,
+    if_ids: [(u32, Number); 2],
+    mut options: Options<'_, '_>,
+) -> (Child, TrapActions, Option<ShuntAction>) {
     if name.is_empty() || name.len() > 200 {
         options.error(options.section.origin.clone(), "a child's name has 1 to 200 octets");
     }
@@ -511,6 +546,10 @@ fn child(name: &str, mut options: Options<'_, '_>) -> (Arc<Child>, TrapActions, 
     ];
     let (start_action, trap_at_start) = options.choice("start_action", (StartAction::None, false), actions);
     let (close_action, trap_at_close) = options.choice("close_action", (StartAction::None, false), actions);
+    let (kernel_options, numbering) = kernel_options(&mut options, if_ids);
+    if shunt.is_some() && numbering.gives_any() {
+        options.invalid("mode", "%unique is for SAs, and a shunt has none");
+    }
     let read = Child {
         name: name.to_owned(),
         local_ts: options.selectors("local_ts"),
@@ -540,7 +579,8 @@ fn child(name: &str, mut options: Options<'_, '_>) -> (Arc<Child>, TrapActions, 
         copy_ecn: options.boolean("copy_ecn", true),
         tfc_padding: options.parsed("tfc_padding", tfc_padding, "mtu or a number of octets").unwrap_or_default(),
         inactivity: options.time("inactivity").unwrap_or_default(),
-        options: kernel_options(&mut options),
+        options: kernel_options,
+        numbering,
         updown: options.text("updown").filter(|text| !text.is_empty()).map(str::to_owned),
     };
 
@@ -554,29 +594,43 @@ fn child(name: &str, mut options: Options<'_, '_>) -> (Arc<Child>, TrapActions, 
     options.warn_unless("per_cpu_sas", NO);
     options.warn_unless("icmp", NO);
     options.finish(&[]);
-    (Arc::new(read), TrapActions { start: trap_at_start, close: trap_at_close }, shunt)
+    (read, TrapActions { start: trap_at_start, close: trap_at_close }, shunt)
 }
 
 /// What is for the kernel's plane alone. Which plane there will be is not known here: the other one refuses what it lacks.
-fn kernel_options(options: &mut Options<'_, '_>) -> KernelOptions {
-    let mut mark = |option| options.parsed(option, values::mark, MARK).unwrap_or_default();
-    let (mark_in, mark_out) = (mark("mark_in"), mark("mark_out"));
-    let (set_mark_in, set_mark_out) = (mark("set_mark_in"), mark("set_mark_out"));
-    let mut number = |option| options.number(option, u32::MAX.into()).map_or(0, narrow_u32);
-    KernelOptions {
+fn kernel_options(options: &mut Options<'_, '_>, if_ids: [(u32, Number); 2]) -> (KernelOptions, Numbering) {
+    let mut mark = |option| options.parsed(option, values::numbered_mark, MARK).unwrap_or_default();
+    let [(mark_in, number_in), (mark_out, number_out)] = ["mark_in", "mark_out"].map(&mut mark);
+    let mut set_mark = |option| options.parsed(option, values::set_mark, SET_MARK).unwrap_or_default();
+    let [(set_mark_in, same_in), (set_mark_out, same_out)] = ["set_mark_in", "set_mark_out"].map(&mut set_mark);
+    // 0 is the connection's.
+    let mut if_id = |option, of_connection| {
+        Some(options.if_id(option)).filter(|own| *own != Default::default()).unwrap_or(of_connection)
+    };
+    let [of_connection_in, of_connection_out] = if_ids;
+    let (if_id_in, if_number_in) = if_id("if_id_in", of_connection_in);
+    let (if_id_out, if_number_out) = if_id("if_id_out", of_connection_out);
+    let numbering = Numbering {
+        mark_in: number_in,
+        mark_out: number_out,
+        if_id_in: if_number_in,
+        if_id_out: if_number_out,
+        set_mark_in_same: same_in,
+        set_mark_out_same: same_out,
+    };
+    let read = KernelOptions {
         mark_in,
         mark_out,
         set_mark_in,
         set_mark_out,
-        if_id_in: number("if_id_in"),
-        if_id_out: number("if_id_out"),
-        priority: number("priority"),
+        if_id_in,
+        if_id_out,
+        priority: options.number("priority", u32::MAX.into()).map_or(0, narrow_u32),
         mark_in_sa: options.boolean("mark_in_sa", false),
         policies_fwd_out: options.boolean("policies_fwd_out", false),
-        // IFNAMSIZ is 16 with the final NUL.
-        interface: options
-            .parsed("interface", |name| Some(name.to_owned()).filter(|name| name.len() < 16), "a name")
-            .filter(|name| !name.is_empty()),
+        interface: options.parsed("interface", interface, "a name").filter(|name| !name.is_empty()),
+        // The connection's.
+        xfrm_interface: None,
         offload: options.choice(
             "hw_offload",
             Offload::No,
@@ -597,10 +651,18 @@ fn kernel_options(options: &mut Options<'_, '_>) -> KernelOptions {
                 (&["no", "0", "false"], CopyDscp::No),
             ],
         ),
-    }
+    };
+    (read, numbering)
 }
 
-const MARK: &str = "a mark (value or value/mask; the same for each Child SA, %unique and %same are not served)";
+/// A name of a network interface: IFNAMSIZ is 16 with the final NUL.
+fn interface(name: &str) -> Option<String> {
+    let forbidden = |character: char| character.is_whitespace() || matches!(character, '/' | ':');
+    (name.len() < 16 && !name.contains(forbidden) && !matches!(name, "." | "..")).then(|| name.to_owned())
+}
+
+const MARK: &str = "a mark (value or value/mask; the value may be %unique or %unique-dir)";
+const SET_MARK: &str = "a mark (value or value/mask; the value may be %same)";
 
 /// `tfc_padding`.
 fn tfc_padding(text: &str) -> Option<TfcPadding> {
@@ -615,7 +677,6 @@ fn tfc_padding(text: &str) -> Option<TfcPadding> {
 
 const NO: &[&str] = &["no", "false", "disabled", "0"];
 const YES: &[&str] = &["yes", "true", "enabled", "1"];
-const ZERO: &[&str] = &["0", "0x0"];
 
 /// For numbers whose limit has been checked.
 fn narrow_u32(number: u64) -> u32 {
@@ -717,6 +778,10 @@ impl<'s, 'r> Options<'s, 'r> {
     fn number(&mut self, option: &str, largest: u64) -> Option<u64> {
         let parse = |text: &str| values::number(text).filter(|number| *number <= largest);
         self.parsed(option, parse, &format!("a number from 0 to {largest}"))
+    }
+
+    fn if_id(&mut self, option: &str) -> (u32, Number) {
+        self.parsed(option, values::if_id, "a number, %unique or %unique-dir").unwrap_or_default()
     }
 
     fn port(&mut self, option: &str, default: u16) -> u16 {
@@ -1049,7 +1114,11 @@ mod tests {
     fn what_would_weaken_the_protection_if_ignored_is_refused() {
         for option in [
             "version = 1",
-            "if_id_in = 3",
+            "if_id_in = %same",
+            "xfrm_interface = ipsec0",
+            "if_id_in = 3\n if_id_out = 4\n xfrm_interface = ipsec0",
+            "if_id_in = %unique\n if_id_out = %unique\n xfrm_interface = ipsec0",
+            "if_id_in = 3\n if_id_out = 3\n xfrm_interface = a/b",
             "mediation = yes",
             "local { auth = eap-md5 }",
             "local { pubkeys = x }",
@@ -1084,11 +1153,12 @@ mod tests {
             "interface = more-than-15-octets",
             "label = x",
             "hw_offload = some",
-            "mark_in = %unique",
+            "mark_in = %same",
+            "mark_in = %unique/0",
             "mark_out = 3/1",
-            "set_mark_out = %same",
+            "set_mark_out = %unique",
             "mark_in_sa = perhaps",
-            "if_id_out = %unique",
+            "if_id_out = %unique/1",
             "copy_dscp = up",
             "start_action = trap|none",
         ] {
@@ -1096,6 +1166,47 @@ mod tests {
             let name = option.split(' ').next().unwrap();
             assert!(message.contains(&format!("invalid value for: {name}, config discarded")), "{option}: {message}");
         }
+    }
+
+    // strongSwan's swanctl.conf: mark_in, set_mark_in, if_id_in.
+    #[test]
+    fn numbers_of_one_s_own_are_read_at_either_level() {
+        let connection = read_good(
+            "remote { }\nif_id_in = 7\nif_id_out = %unique\nchildren {
+             a { mark_in = %unique/0xff\n mark_out = %unique-dir\n set_mark_in = %same/0xf\n set_mark_out = %same }
+             b { if_id_in = %unique-dir\n if_id_out = 9 } }",
+        );
+        let [a, b] = &connection.children[..] else { panic!("two children") };
+        let of_mask = |mask| Mark { value: 0, mask };
+        assert_eq!((a.options.mark_in, a.options.mark_out), (of_mask(0xff), of_mask(u32::MAX)));
+        assert_eq!((a.options.set_mark_in, a.options.set_mark_out), (of_mask(0xf), of_mask(u32::MAX)));
+        assert_eq!((a.options.if_id_in, a.options.if_id_out), (7, 0));
+        let numbering = Numbering {
+            mark_in: Number::Own,
+            mark_out: Number::OwnInDirection,
+            if_id_in: Number::Configured,
+            if_id_out: Number::OfIkeSa,
+            set_mark_in_same: true,
+            set_mark_out_same: true,
+        };
+        assert_eq!(a.numbering, numbering);
+        assert_eq!((b.options.if_id_in, b.options.if_id_out), (0, 9));
+        assert_eq!(b.numbering, Numbering { if_id_in: Number::OwnInDirection, ..Numbering::default() });
+        // Which packet would a trap or a shunt wait for, when nobody knows the number?
+        let message = refusal("remote { }\nchildren { c { mode = drop\n mark_out = %unique } }");
+        assert!(message.contains("a shunt has none"), "{message}");
+        assert!(Selectors::of(a, &[], &[]).unwrap_err().contains("%unique"));
+    }
+
+    #[test]
+    fn an_interface_is_for_the_children_with_the_connection_s_number() {
+        let definition = read_definition(
+            "remote { }\nif_id_in = 3\nif_id_out = 0x3\nxfrm_interface = ipsec0\nchildren { a { }\n b { if_id_out = 4 } }",
+        );
+        assert_eq!(definition.xfrm_interface, Some(("ipsec0".to_owned(), 3)));
+        let [a, b] = &definition.connection.children[..] else { panic!("two children") };
+        assert_eq!((a.options.if_id_in, a.options.xfrm_interface.as_deref()), (3, Some("ipsec0")));
+        assert_eq!((b.options.if_id_in, b.options.xfrm_interface.as_deref()), (3, None));
     }
 
     #[test]
@@ -1117,6 +1228,7 @@ mod tests {
             priority: 7,
             policies_fwd_out: true,
             interface: Some("eth0".to_owned()),
+            xfrm_interface: None,
             offload: Offload::Crypto,
             copy_dscp: CopyDscp::Both,
         };

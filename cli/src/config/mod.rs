@@ -38,6 +38,10 @@ pub struct ConnectionDefinition {
     pub traps: BTreeMap<String, TrapActions>,
     /// Children that are policies without SAs.
     pub shunts: Vec<Shunt>,
+    /// `if_id_in` and `if_id_out` as configured; 0 where there are none or each IKE SA has its own.
+    pub if_ids: (u32, u32),
+    /// `xfrm_interface`: what the daemon makes, with its number.
+    pub xfrm_interface: Option<(String, u32)>,
 }
 
 impl ConnectionDefinition {

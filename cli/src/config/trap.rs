@@ -20,6 +20,9 @@ pub struct Selectors {
 impl Selectors {
     /// Those of a child before there is an IKE SA; `dynamic` needs the one address that it will stand for.
     pub fn of(child: &Child, local_addrs: &[String], remote_addrs: &[String]) -> Result<Self, String> {
+        if child.numbering.gives_any() {
+            return Err("a mark or if_id is %unique: an SA that is up has such a number, a trap has none".to_owned());
+        }
         Ok(Self {
             local_ts: fixed(&child.local_ts, local_addrs, "local")?,
             remote_ts: fixed(&child.remote_ts, remote_addrs, "remote")?,

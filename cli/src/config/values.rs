@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
-use ike::config::{AddressRange, ConfiguredSelector};
+use ike::config::{AddressRange, ConfiguredSelector, Number};
 use ipsec::plane::Mark;
 use ipsec::selector::TrafficSelector;
 
@@ -305,6 +305,44 @@ pub fn protocol_name(protocol: u8) -> String {
         .skip(2)
         .find(|(_, number)| *number == protocol)
         .map_or_else(|| protocol.to_string(), |(name, _)| (*name).to_owned())
+}
+
+/// A mark, or what stands for its value: `%unique`, `%unique-dir/0xff`. Given so, the mark has the mask alone.
+pub fn numbered_mark(text: &str) -> Option<(Mark, Number)> {
+    let (value, mask) = text.split_once('/').unwrap_or((text, "0xffffffff"));
+    match own_number(value) {
+        None => mark(text).map(|mark| (mark, Number::Configured)),
+        Some(own) => {
+            let mask = number(mask.trim()).and_then(|mask| u32::try_from(mask).ok()).filter(|mask| *mask != 0)?;
+            Some((Mark { value: 0, mask }, own))
+        }
+    }
+}
+
+/// A mark to set, or `%same`, given as which it has the mask alone.
+pub fn set_mark(text: &str) -> Option<(Mark, bool)> {
+    let (value, mask) = text.split_once('/').unwrap_or((text, "0xffffffff"));
+    if value.trim() != "%same" {
+        return mark(text).map(|mark| (mark, false));
+    }
+    let mask = number(mask.trim()).and_then(|mask| u32::try_from(mask).ok())?;
+    Some((Mark { value: 0, mask }, true))
+}
+
+/// `if_id_in`, `if_id_out`.
+pub fn if_id(text: &str) -> Option<(u32, Number)> {
+    match own_number(text) {
+        None => number(text).and_then(|number| u32::try_from(number).ok()).map(|number| (number, Number::Configured)),
+        Some(own) => Some((0, own)),
+    }
+}
+
+fn own_number(text: &str) -> Option<Number> {
+    match text.trim() {
+        "%unique" => Some(Number::Own),
+        "%unique-dir" => Some(Number::OwnInDirection),
+        _ => None,
+    }
 }
 
 /// A mark: `42`, `0x2a/0xff`. Bits outside of the mask would never fit a packet.

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use ike::engine::ChildSaId;
 use ipsec::guard::ClassId;
+use ipsec::plane::Tags;
 use ipsec::selector::TrafficSelector;
 
 use super::idle::Idle;
@@ -16,6 +17,7 @@ pub(super) struct InstalledChild {
     pub(super) spi_in: u32,
     pub(super) class: ClassId,
     pub(super) reqid: u32,
+    pub(super) tags: Tags,
     /// The configuration's name.
     pub(super) name: Arc<str>,
     pub(super) connection: Arc<str>,
@@ -131,6 +133,7 @@ mod tests {
             spi_in: 1,
             class: ClassId(1),
             reqid: 1,
+            tags: Tags::default(),
             name: name.into(),
             connection: connection.into(),
             local_ts: Vec::new(),

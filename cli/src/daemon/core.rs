@@ -1,6 +1,6 @@
 //! The task that owns what the engine's shards share outside of it: the data plane, latches, traps, scripts and VICI's side.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -9,8 +9,8 @@ use anyhow::Context as _;
 use espintcp::streams::{Streams, Way};
 use ike::config::{Child, ConfiguredSelector, DpdAction, StartAction};
 use ike::engine::{
-    ChildReady, ChildSaId, ChildState, CloseReason, Event, IkeSaId, Initiate, InstallError, JobOutcome, Target,
-    Transport,
+    ChildReady, ChildSaId, ChildState, CloseReason, Event, IkeSaId, Initiate, InstallError, Installed, JobOutcome,
+    Target, Transport,
 };
 use ipsec::guard::ClassId;
 use ipsec::plane::{Carrier, DataPlane, Encapsulation, Mode, PlaneError, PlaneEvent, Shunt, Trap, Usage};
@@ -25,6 +25,7 @@ use super::children::{Children, InstalledChild};
 use super::definitions::Definitions;
 use super::filelog::FileLogs;
 use super::idle::Idle;
+use super::numbers::Numbers;
 use super::redirect;
 use super::reqids::{self, Reqids};
 use super::settings::Settings;
@@ -100,6 +101,7 @@ pub(super) struct Core {
     scripts: Scripts,
     children: Children,
     reqids: Reqids,
+    numbers: Numbers,
     traps: Traps,
     shunts: Shunts,
     next_token: u64,
@@ -135,6 +137,7 @@ impl Core {
             scripts: Scripts::new(),
             children: Children::default(),
             reqids,
+            numbers: Numbers::default(),
             traps: Traps::default(),
             shunts: Shunts::default(),
             next_token: 1,
@@ -299,13 +302,19 @@ impl Core {
 
     /// Asks the latches, then installs: a latch that the new SA would betray is broken, and its holder told,
     /// before the data plane knows the SA (RFC 5660 §2.3).
-    fn install(&mut self, ready: ChildReady) -> Result<u32, InstallError> {
+    fn install(&mut self, mut ready: ChildReady) -> Result<Installed, InstallError> {
         let class = self.database.intern(Class {
             peer: Arc::clone(&ready.peer),
             mode: ready.pair.mode,
             suite: ready.pair.suite,
             replay_protection: ready.pair.replay_window > 0,
         });
+        let old = ready.replaces.and_then(|old| self.children.get(old));
+        ready.pair.options = {
+            let config = &ready.config;
+            self.numbers.number(ready.ike_sa, &config.options, config.numbering, old.map(|old| old.tags))
+        };
+        let tags = ready.pair.options.tags();
         let (reqid, key) = self.reqid(class, &ready)?;
         let assigned = self.virtual_addresses.of(ready.ike_sa);
         let updown = Updown::new(&ready, reqid, self.network.tun_name(), assigned);
@@ -324,6 +333,7 @@ impl Core {
             spi_in: pair.spi_in,
             class,
             reqid,
+            tags,
             name: config.name.as_str().into(),
             connection: connection.into(),
             local_ts: pair.local_ts.clone(),
@@ -343,9 +353,10 @@ impl Core {
             InstallError::Failed(error.to_string())
         })?;
         self.reqids.installed(reqid, class, key);
+        self.numbers.installed(&tags);
         self.database.installed(child_sa.0, class, installed.local_ts.clone(), installed.remote_ts.clone());
         self.children.insert(child_sa, installed);
-        Ok(reqid)
+        Ok(Installed { reqid, tags })
     }
 
     /// The `reqid` for a Child SA: its predecessor's if the class is the same, the configured one, or one that stands for
@@ -367,9 +378,25 @@ impl Core {
             return Ok((config.reqid, None));
         }
         let (local_ts, remote_ts) = (ready.pair.local_ts.clone(), ready.pair.remote_ts.clone());
-        let key = reqids::Key { class, child: config.name.clone(), local_ts, remote_ts };
+        let key =
+            reqids::Key { class, child: config.name.clone(), tags: ready.pair.options.tags(), local_ts, remote_ts };
         let reqid = self.reqids.of(&key).unwrap_or_else(|| self.reqids.fresh());
         Ok((reqid, Some(key)))
+    }
+
+    /// Makes the XFRM interfaces that the connections want, and removes the others.
+    fn update_xfrm_interfaces(&mut self) {
+        let mut wanted = BTreeMap::new();
+        for definition in self.connections.all() {
+            let Some((name, if_id)) = &definition.xfrm_interface else { continue };
+            if *wanted.entry(name.clone()).or_insert(*if_id) != *if_id {
+                let connection = &definition.connection.name;
+                tracing::error!(connection, name, if_id, "another connection has this interface with another if_id");
+            }
+        }
+        for (name, error) in self.network.set_xfrm_interfaces(&wanted) {
+            tracing::error!(name, %error, "an XFRM interface could not be made or removed");
+        }
     }
 
     /// Puts in force what the connections want: new shunts first, so that nothing escapes one that drops in between.
@@ -547,6 +574,7 @@ impl Core {
         }
         self.database.removed(child.0);
         self.reqids.removed(installed.reqid);
+        self.numbers.removed(&installed.tags);
     }
 
     fn handle_event(&mut self, event: Event) {
@@ -631,8 +659,14 @@ impl Core {
                 let peer = peer.map(|peer| peer.to_string()).unwrap_or_default();
                 self.virtual_addresses.assigned(&self.network, *id, Arc::clone(assigned), &peer);
             }
-            Event::IkeDown(status, _) => self.virtual_addresses.ended(&self.network, status.id),
-            Event::IkeRekeyed { old, new } => self.virtual_addresses.rekeyed(*old, *new),
+            Event::IkeDown(status, _) => {
+                self.virtual_addresses.ended(&self.network, status.id);
+                self.numbers.ended(status.id);
+            }
+            Event::IkeRekeyed { old, new } => {
+                self.virtual_addresses.rekeyed(*old, *new);
+                self.numbers.rekeyed(*old, *new);
+            }
         }
         // Nobody listening is fine.
         let _ = self.events.send(Arc::new(event));
@@ -774,8 +808,14 @@ impl Core {
                     None => engine.set_connections(negotiated.clone()),
                 });
                 let children = connections.iter().flat_map(|known| &known.connection.children);
+                let options = || children.clone().map(|child| child.options.tags());
+                self.numbers.configure(
+                    options().flat_map(|tags| [tags.mark_in.value, tags.mark_out.value]).collect(),
+                    options().flat_map(|tags| [tags.if_id_in, tags.if_id_out]).collect(),
+                );
                 self.reqids.configure(children.map(|child| child.reqid).filter(|reqid| *reqid != 0).collect());
                 self.connections = Definitions::new(connections);
+                self.update_xfrm_interfaces();
                 self.update_shunts();
                 self.update_traps();
                 let _ = reply.send(());
@@ -834,7 +874,8 @@ impl Core {
         let statuses = ids.into_iter().filter_map(|id| self.shards.ike_sa(id));
         let reports = statuses.filter(|status| filter.selects(status)).map(|status| {
             let usage = status.children.iter().map(|child| self.usage(child.id)).collect();
-            SaReport { status, usage }
+            let if_ids = self.numbers.of(status.id).unwrap_or_else(|| self.connections.if_ids(&status.connection));
+            SaReport { status, usage, if_ids }
         });
         SaPage { reports: reports.collect(), next }
     }

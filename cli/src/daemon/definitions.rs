@@ -43,6 +43,11 @@ impl Definitions {
         self.named(connection)?.connection.children.iter().find(|known| known.name == child)
     }
 
+    /// The configured `if_id_in` and `if_id_out` of a connection.
+    pub(super) fn if_ids(&self, connection: &str) -> (u32, u32) {
+        self.named(connection).map(|known| known.if_ids).unwrap_or_default()
+    }
+
     /// When a trap for it is wanted.
     pub(super) fn traps(&self, connection: &str, child: &str) -> TrapActions {
         self.named(connection).map(|known| known.traps(child)).unwrap_or_default()

@@ -8,6 +8,7 @@ mod core;
 mod definitions;
 mod filelog;
 mod idle;
+mod numbers;
 mod redirect;
 mod reqids;
 mod reservations;

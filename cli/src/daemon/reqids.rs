@@ -3,6 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use ipsec::guard::ClassId;
+use ipsec::plane::Tags;
 use ipsec::selector::TrafficSelector;
 
 /// What a `reqid` that was not configured stands for.
@@ -10,6 +11,7 @@ use ipsec::selector::TrafficSelector;
 pub(super) struct Key {
     pub(super) class: ClassId,
     pub(super) child: String,
+    pub(super) tags: Tags,
     pub(super) local_ts: Vec<TrafficSelector>,
     pub(super) remote_ts: Vec<TrafficSelector>,
 }
@@ -99,7 +101,13 @@ mod tests {
     use super::*;
 
     fn key(child: &str) -> Key {
-        Key { class: ClassId(1), child: child.to_owned(), local_ts: Vec::new(), remote_ts: Vec::new() }
+        Key {
+            class: ClassId(1),
+            child: child.to_owned(),
+            tags: Tags::default(),
+            local_ts: Vec::new(),
+            remote_ts: Vec::new(),
+        }
     }
 
     #[test]

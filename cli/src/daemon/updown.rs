@@ -5,7 +5,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use ike::engine::{Assigned, ChildReady, IkeSaId};
-use ipsec::plane::Encapsulation;
+use ipsec::plane::{Encapsulation, Tags};
 use ipsec::selector::TrafficSelector;
 use tokio::process::Command;
 use tokio::sync::mpsc;
@@ -61,6 +61,17 @@ fn common(ready: &ChildReady, reqid: u32, device: &str) -> Vec<(String, String)>
         ("PLUTO_PEER", encapsulation.remote().to_string()),
         ("PLUTO_PEER_ID", ready.peer.id.to_string()),
     ];
+    let Tags { mark_in, mark_out, if_id_in, if_id_out } = ready.pair.options.tags();
+    for (name, mark) in [("PLUTO_MARK_IN", mark_in), ("PLUTO_MARK_OUT", mark_out)] {
+        if mark.value != 0 {
+            common.push((name, format!("{}/{:#010x}", mark.value, mark.mask)));
+        }
+    }
+    for (name, if_id) in [("PLUTO_IF_ID_IN", if_id_in), ("PLUTO_IF_ID_OUT", if_id_out)] {
+        if if_id != 0 {
+            common.push((name, if_id.to_string()));
+        }
+    }
     if let Encapsulation::Udp { remote, .. } = encapsulation {
         common.push(("PLUTO_UDP_ENC", remote.port().to_string()));
     }

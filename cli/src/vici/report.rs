@@ -9,7 +9,7 @@ use ike::crypto::names;
 use ike::engine::{Assigned, ChildSaStatus, ChildState, IkeSaStatus, IkeState, Transport};
 use ike::pool::PoolStatus;
 use ipsec::datapath::DropReason;
-use ipsec::plane::{Carrier, Encapsulation, Mode, ShuntAction, Usage};
+use ipsec::plane::{Carrier, Encapsulation, Mark, Mode, ShuntAction, Tags, Usage};
 use ipsec::selector::TrafficSelector;
 use ipsec::transform::{Encr, Integ, Ke, Prf};
 use pad::{AuthClass, Identity};
@@ -36,6 +36,7 @@ pub fn wrapped(name: &str, section: Section) -> Section {
 /// `list-sa`: the IKE SA's section with `child-sas`.
 pub fn ike_sa(report: &SaReport) -> Section {
     let mut section = ike_sa_without_children(&report.status);
+    push_if_ids(&mut section, report.if_ids);
     let mut children = message();
     for (at, child) in report.status.children.iter().enumerate() {
         let usage = report.usage.get(at).copied().flatten();
@@ -206,6 +207,7 @@ fn push_installed(section: &mut Section, status: &ChildSaStatus, usage: Usage) {
     }
     section.push_value("spi-in", format!("{:08x}", status.spi_in));
     section.push_value("spi-out", format!("{:08x}", status.spi_out));
+    push_tags(section, &status.tags);
     if let Some(suite) = &status.suite {
         push_cipher(section, suite.encr, suite.key_bits, suite.integ);
         if status.ke != Ke::NONE {
@@ -227,6 +229,27 @@ fn push_installed(section: &mut Section, status: &ChildSaStatus, usage: Usage) {
     push_seconds(section, "rekey-time", status.rekey_in);
     push_seconds(section, "life-time", status.expires_in);
     push_seconds(section, "install-time", status.installed);
+}
+
+fn push_tags(section: &mut Section, tags: &Tags) {
+    let marks = [("mark-in", "mark-mask-in", tags.mark_in), ("mark-out", "mark-mask-out", tags.mark_out)];
+    for (name, mask_name, Mark { value, mask }) in marks {
+        if (value, mask) != (0, 0) {
+            section.push_value(name, format!("{value:08x}"));
+            if mask != u32::MAX {
+                section.push_value(mask_name, format!("{mask:08x}"));
+            }
+        }
+    }
+    push_if_ids(section, (tags.if_id_in, tags.if_id_out));
+}
+
+fn push_if_ids(section: &mut Section, (inbound, outbound): (u32, u32)) {
+    for (name, if_id) in [("if-id-in", inbound), ("if-id-out", outbound)] {
+        if if_id != 0 {
+            section.push_value(name, format!("{if_id:08x}"));
+        }
+    }
 }
 
 fn push_cipher(section: &mut Section, encr: Encr, key_bits: u16, integ: Integ) {

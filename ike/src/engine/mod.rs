@@ -35,7 +35,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use ipsec::plane::{Encapsulation, EspSuite, Mode, SaPair, StreamId};
+use ipsec::plane::{Encapsulation, EspSuite, Mode, SaPair, StreamId, Tags};
 use ipsec::secret::Secret;
 use ipsec::selector::{Flow, TrafficSelector};
 use ipsec::transform::Ke;
@@ -384,14 +384,23 @@ pub enum JobOutcome {
     KeyExchange(Result<KeyDone, KeyError>),
     /// To `SolvePuzzle`: the solution, or `None` when none was found in time.
     SolvePuzzle(Option<Vec<u8>>),
-    /// To `InstallChild`: the `reqid` it got, or why not.
-    InstallChild(Result<u32, InstallError>),
+    /// To `InstallChild`: as what it is there, or why it is not.
+    InstallChild(Result<Installed, InstallError>),
     /// To `FindRoutes`: the usable pairs, best first.
     FindRoutes(Vec<Route>),
     /// To `Resolve`: our address and the gateway's, or why there is none.
     Resolve(Result<(IpAddr, IpAddr), String>),
     /// To `SeenTraffic`: so long ago; `None` for never.
     SeenTraffic(Option<Duration>),
+}
+
+/// As what a Child SA is in the data plane.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Installed {
+    /// `reqid`.
+    pub reqid: u32,
+    /// Marks and interfaces.
+    pub tags: Tags,
 }
 
 /// Why a Child SA was not installed.
@@ -729,8 +738,8 @@ impl Engine {
         }
         if let (Some(JobOutcome::InstallChild(result)), Some(mut status)) = (unclaimed, entry.installs) {
             match result {
-                Ok(reqid) => {
-                    status.reqid = reqid;
+                Ok(installed) => {
+                    (status.reqid, status.tags) = (installed.reqid, installed.tags);
                     self.ctx.child_down(entry.ike_sa, *status, CloseReason::Failed);
                 }
                 Err(_) => self.ctx.release_child_spi(status.spi_in),
@@ -1471,6 +1480,8 @@ pub struct ChildSaStatus {
     pub name: String,
     /// `reqid`.
     pub reqid: u32,
+    /// Marks and interfaces.
+    pub tags: Tags,
     /// State.
     pub state: ChildState,
     /// Mode.

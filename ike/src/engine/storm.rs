@@ -132,6 +132,7 @@ fn connection(side: usize, options: u8) -> Connection {
         tfc_padding: ipsec::plane::TfcPadding::None,
         inactivity: Duration::ZERO,
         options: Default::default(),
+        numbering: Default::default(),
         updown: None,
     };
     Connection {
@@ -341,7 +342,7 @@ impl Storm {
                 assert!(here.proved.contains(&ready.ike_sa), "a Child SA for a peer that proved nothing");
                 assert!(here.installed.insert(ready.pair.spi_in), "an SPI is installed twice");
                 here.reqids += 1;
-                JobOutcome::InstallChild(Ok(here.reqids))
+                JobOutcome::InstallChild(Ok(Installed { reqid: here.reqids, tags: Default::default() }))
             }
             Job::InstallChild(_) => JobOutcome::InstallChild(Err(InstallError::Failed("no".to_owned()))),
             Job::FindRoutes(_) => JobOutcome::FindRoutes(Vec::new()),

@@ -8,7 +8,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ipsec::plane::{Encapsulation, EspSuite, Mode, SaPair, TfcPadding};
+use ipsec::plane::{Encapsulation, EspSuite, Mode, SaPair, Tags, TfcPadding};
 use ipsec::secret::Secret;
 use ipsec::selector::TrafficSelector;
 use ipsec::transform::{Ke, Prf, Proposal, Protocol};
@@ -27,7 +27,9 @@ use crate::config::{Child, ConfiguredSelector};
 use crate::crypto::{self, AdditionalKe, KeyExchange};
 use crate::engine::context::Context;
 use crate::engine::triggers::Trigger;
-use crate::engine::{ChildReady, ChildSaId, ChildSaStatus, ChildState, CloseReason, Party, Prospect, Protection};
+use crate::engine::{
+    ChildReady, ChildSaId, ChildSaStatus, ChildState, CloseReason, Installed, Party, Prospect, Protection,
+};
 use crate::wire::{Configuration, Notify, NotifyType, Payload, WireSelector};
 
 /// A negotiated Child SA.
@@ -36,6 +38,7 @@ pub(crate) struct ChildSa {
     pub(crate) id: ChildSaId,
     pub(crate) config: Arc<Child>,
     pub(crate) reqid: u32,
+    pub(crate) tags: Tags,
     pub(crate) state: ChildState,
     pub(crate) mode: Mode,
     pub(crate) spi_in: u32,
@@ -68,6 +71,7 @@ impl ChildSa {
             id: self.id,
             name: self.config.name.clone(),
             reqid: self.reqid,
+            tags: self.tags,
             state: self.state,
             mode: self.mode,
             spi_in: self.spi_in,
@@ -98,8 +102,8 @@ impl ChildSa {
     }
 
     /// It is installed now: its lifetimes begin.
-    pub(crate) fn start(&mut self, now: Instant, reqid: u32, rng: &mut dyn Rng) {
-        self.reqid = reqid;
+    pub(crate) fn start(&mut self, now: Instant, installed: Installed, rng: &mut dyn Rng) {
+        (self.reqid, self.tags) = (installed.reqid, installed.tags);
         self.state = ChildState::Installed;
         self.installed = now;
         self.lowest_nonce = Vec::new();
@@ -696,6 +700,7 @@ impl Made {
             id: self.id,
             config: self.config,
             reqid,
+            tags: Tags::default(),
             state: ChildState::Installing,
             mode: self.mode,
             spi_in: self.spi_in,

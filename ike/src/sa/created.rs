@@ -19,7 +19,7 @@ use super::retry::{after, total};
 use crate::config::Child;
 use crate::counters::Counter;
 use crate::engine::context::Context;
-use crate::engine::{ChildSaId, ChildState, CloseReason, Event, IkeState, InstallError, Party};
+use crate::engine::{ChildSaId, ChildState, CloseReason, Event, IkeState, InstallError, Installed, Party};
 use crate::pool::Shares;
 use crate::wire::{ExchangeType, NotifyType, Payload};
 
@@ -353,11 +353,11 @@ impl Established {
         mut child: Box<ChildSa>,
         replaces: Option<ChildSaId>,
         token: Option<u64>,
-        result: Result<u32, InstallError>,
+        result: Result<Installed, InstallError>,
     ) -> Result<(), Closed> {
         let id = child.id;
-        let reqid = match result {
-            Ok(reqid) => reqid,
+        let installed = match result {
+            Ok(installed) => installed,
             Err(error) => {
                 // The peer believes that it is up.
                 self.queue.push_front(Task::DeleteSpi(child.spi_in));
@@ -368,7 +368,7 @@ impl Established {
             }
         };
         let lowest = std::mem::take(&mut child.lowest_nonce);
-        child.start(now, reqid, ctx.rng.as_mut());
+        child.start(now, installed, ctx.rng.as_mut());
         let (spi_out, name) = (child.spi_out, child.config.name.clone());
         self.log_up(ctx, &child);
         self.children.insert(*child);
@@ -376,7 +376,7 @@ impl Established {
         if self.deleted_early.contains(&spi_out) {
             // The peer made it and closed it before its answer reached us.
             self.take_down(ctx, now, id, CloseReason::Peer);
-            let replaced = replaces.map(|id| Replaced { id, reqid, spi_in: 0 });
+            let replaced = replaces.map(|id| Replaced { id, reqid: installed.reqid, spi_in: 0 });
             self.rekey_over(replaced);
             self.child_failed(ctx, token, &name, "the peer closed it");
             return Ok(());
@@ -521,14 +521,14 @@ impl Established {
         ctx: &mut Context,
         now: Instant,
         passive: Passive,
-        result: Result<u32, InstallError>,
+        result: Result<Installed, InstallError>,
     ) -> Result<(), Closed> {
         let Passive { mut child, replaces, redundant, head, payloads, .. } = passive;
         let mut reply = head;
         let id = child.id;
         match result {
-            Ok(reqid) => {
-                child.start(now, reqid, ctx.rng.as_mut());
+            Ok(installed) => {
+                child.start(now, installed, ctx.rng.as_mut());
                 reply.extend(payloads);
                 self.respond(ctx, now, &reply);
                 self.log_up(ctx, &child);

@@ -26,6 +26,7 @@ pub(super) mod kind {
     pub(in crate::xfrm) const FLUSH_SA: u16 = 0x1c;
     pub(in crate::xfrm) const FLUSH_POLICY: u16 = 0x1d;
     pub(in crate::xfrm) const MAPPING: u16 = 0x26;
+    pub(in crate::xfrm) const GET_DEFAULT: u16 = 0x28;
 }
 
 /// Attributes (`XFRMA_…`).
@@ -231,13 +232,19 @@ pub(super) struct PolicyId {
     pub(super) if_id: u32,
 }
 
+impl fmt::Display for Direction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::In => "in",
+            Self::Out => "out",
+            Self::Forward => "fwd",
+        })
+    }
+}
+
 impl fmt::Display for PolicyId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let direction = match self.direction {
-            Direction::In => "in",
-            Direction::Out => "out",
-            Direction::Forward => "fwd",
-        };
+        let direction = self.direction;
         let Selector { source, destination, protocol, source_port, destination_port, .. } = self.selector;
         write!(f, "{direction} {}/{} to {}/{}", source.0, source.1, destination.0, destination.1)?;
         if protocol != 0 {
@@ -324,6 +331,8 @@ const AF_INET: u16 = 2;
 const AF_INET6: u16 = 10;
 const NAME: usize = 64;
 const POLICY_BLOCK: u8 = 1;
+/// `XFRM_USERPOLICY_BLOCK`.
+const BLOCKED_BY_DEFAULT: u8 = 1;
 /// No message that we build is longer; a buffer that grows would leave parts of keys behind.
 const ROOM: usize = 4096;
 
@@ -660,6 +669,25 @@ pub(super) fn name_policy(kind: u16, flags: u16, id: &PolicyId, user: u32) -> Me
     message.mark(id.mark);
     message.if_id(id.if_id);
     message
+}
+
+/// Asks what becomes of packets that no policy is for.
+pub(super) fn ask_default() -> Message {
+    let mut message = Message::new(kind::GET_DEFAULT, 1);
+    message.zeros(4);
+    message
+}
+
+/// Reads the answer (`struct xfrm_userpolicy_default`): which of the three directions are blocked.
+pub(super) fn blocked_by_default(payload: &[u8]) -> Option<Vec<Direction>> {
+    let mut reader = Reader { rest: payload };
+    let mut blocked = Vec::new();
+    for direction in [Direction::In, Direction::Forward, Direction::Out] {
+        if reader.u8()? == BLOCKED_BY_DEFAULT {
+            blocked.push(direction);
+        }
+    }
+    Some(blocked)
 }
 
 /// What `setsockopt` takes so that a socket's packets pass in the clear whatever policies say: a policy of its own for

@@ -166,6 +166,20 @@ impl Drop for Xfrm {
     }
 }
 
+/// Says where an operator has the kernel drop what no policy is for (`ip xfrm policy setdefault`).
+pub(crate) fn warn_of_default_policies() {
+    // Where there are no policies there is no default.
+    let Ok(blocked) = XfrmSocket::open().and_then(|mut socket| socket.blocked_by_default()) else { return };
+    if !blocked.is_empty() {
+        let blocked: Vec<String> = blocked.iter().map(ToString::to_string).collect();
+        tracing::warn!(
+            "the kernel drops packets that no IPsec policy is for ({}): IKE, ESP and what Child SAs are for passes, all else \
+             needs a shunt (mode = pass); 'ip xfrm policy setdefault' changes it",
+            blocked.join(", ")
+        );
+    }
+}
+
 /// After an acquire the kernel keeps silent about its policy, whatever the packet, for 30 s: too long for what follows a
 /// failure, or for a trap that brings up SAs for many pairs of addresses.
 fn shorten_acquires() -> Option<(File, String)> {

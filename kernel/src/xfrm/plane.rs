@@ -46,6 +46,19 @@ impl KernelPlane {
         Ok(Links { interface, device })
     }
 
+    /// Where routes for packets with such an SA lead: with an XFRM interface into that, if it is named, and else nobody knows
+    /// where, so that there are none.
+    fn via(&self, options: &KernelOptions, otherwise: Via) -> Result<Option<Via>, PlaneError> {
+        match (&options.xfrm_interface, options.if_id_out) {
+            (_, 0) => Ok(Some(otherwise)),
+            (None, _) => Ok(None),
+            (Some(name), _) => match self.network.link_index(name) {
+                Ok(link) => Ok(Some(Via::Link(link))),
+                Err(e) => Err(system(format!("find the XFRM interface {name}"), e)),
+            },
+        }
+    }
+
     /// Withdraws the policies of a `reqid`'s pairs, or brings them back: another plane has a successor of theirs.
     pub(crate) fn step_aside(&self, reqid: u32, aside: bool) {
         self.tables().step_aside(reqid, aside);
@@ -65,7 +78,9 @@ impl DataPlane for KernelPlane {
         let owner = Owner::Pair(pair.spi_in);
         let links = self.links(&pair.options, Some(pair.encapsulation.local()))?;
         // In transport mode packets have the outer addresses already.
-        let selectors = (pair.mode == Mode::Tunnel).then(|| (pair.local_ts.clone(), pair.remote_ts.clone()));
+        let via = self.via(&pair.options, Via::Towards(pair.encapsulation.remote()))?;
+        let via = via.filter(|_| pair.mode == Mode::Tunnel);
+        let selectors = via.map(|via| (via, pair.local_ts.clone(), pair.remote_ts.clone()));
         let (spi_in, encapsulation) = (pair.spi_in, pair.encapsulation);
         let described = Described::of(&pair);
         // Before the routes: one of them may take the place of a route into the tunnel's device.
@@ -73,8 +88,7 @@ impl DataPlane for KernelPlane {
         if let (Some(latches), Some(pair)) = (&self.network.latches, described) {
             latches.installed(&pair);
         }
-        let Some((local_ts, remote_ts)) = selectors else { return Ok(()) };
-        let via = Via::Towards(encapsulation.remote());
+        let Some((via, local_ts, remote_ts)) = selectors else { return Ok(()) };
         let added = self.routes().add(owner, via, encapsulation.local(), &local_ts, &remote_ts);
         added.map_err(|e| {
             // It was there a moment ago.
@@ -108,11 +122,13 @@ impl DataPlane for KernelPlane {
 
     fn install_trap(&mut self, trap: Trap) -> Result<(), PlaneError> {
         let links = self.links(&trap.options, None)?;
+        let via = self.via(&trap.options, Via::Itself)?;
         self.tables().install_trap(&trap, &links)?;
+        let Some(via) = via else { return Ok(()) };
         // Packets get the source address that falls into the trap; where a peer is that they will go to is not known.
         let outer = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
         let owner = Owner::Trap(trap.reqid);
-        self.routes().add(owner, Via::Itself, outer, &trap.local_ts, &trap.remote_ts).map_err(|e| {
+        self.routes().add(owner, via, outer, &trap.local_ts, &trap.remote_ts).map_err(|e| {
             // It was there a moment ago.
             let _ = self.tables().remove_trap(trap.reqid);
             system(format!("install the routes of trap {}", trap.reqid), e)

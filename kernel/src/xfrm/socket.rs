@@ -10,8 +10,8 @@ use socket2::{SockFilter, SockRef};
 use zeroize::{Zeroize as _, Zeroizing};
 
 use super::codec::{
-    self, Algorithm, Ends, LATCH_OWNER, Message, OWNER, Policy, PolicyId, PolicyReport, State, StateId, StateReport,
-    kind,
+    self, Algorithm, Direction, Ends, LATCH_OWNER, Message, OWNER, Policy, PolicyId, PolicyReport, State, StateId,
+    StateReport, kind,
 };
 use super::others::OthersPolicies;
 use crate::netlink::context;
@@ -72,6 +72,21 @@ impl XfrmSocket {
         let port = address.port_number();
         let others = OthersPolicies::subscribe(port)?;
         Ok(Self { socket, sequence: 0, buffer: Vec::with_capacity(BUFFER), port, owner, others })
+    }
+
+    /// In which directions packets are dropped that no policy is for. None where the kernel cannot do that.
+    pub(super) fn blocked_by_default(&mut self) -> io::Result<Vec<Direction>> {
+        let mut blocked = Vec::new();
+        let asked = self.request(codec::ask_default(), |kind, payload| {
+            if kind == kind::GET_DEFAULT {
+                blocked = codec::blocked_by_default(payload).unwrap_or_default();
+            }
+        });
+        match asked {
+            // Linux before 5.15 does not know the question.
+            Err(e) if errno(&e) == Some(Errno::INVAL) => Ok(Vec::new()),
+            outcome => outcome.map(|()| blocked),
+        }
     }
 
     /// What the kernel's news name as asker when it was us.

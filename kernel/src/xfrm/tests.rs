@@ -228,6 +228,18 @@ fn our_own_changes_are_no_news_and_those_of_others_are() {
 }
 
 #[test]
+fn what_the_kernel_drops_by_default_is_read() {
+    host()
+        .run(|| {
+            let mut socket = XfrmSocket::open().unwrap();
+            assert_eq!(socket.blocked_by_default().unwrap(), []);
+            ip("xfrm policy setdefault in accept fwd block out block");
+            assert_eq!(socket.blocked_by_default().unwrap(), [Direction::Forward, Direction::Out]);
+        })
+        .unwrap();
+}
+
+#[test]
 fn a_trap_s_silence_is_short_while_the_plane_is_there() {
     host()
         .run(|| {

@@ -7,7 +7,7 @@ use std::process::Command;
 
 use ipsec::guard::{ClassId, NoLatches};
 use ipsec::plane::{
-    DataPlane, Encapsulation, EspKeys, EspSuite, KernelOptions, Lifetime, Mode, SaPair, TfcPadding, Trap,
+    DataPlane, Encapsulation, EspKeys, EspSuite, KernelOptions, Lifetime, Mark, Mode, SaPair, TfcPadding, Trap,
 };
 use ipsec::secret::Secret;
 use ipsec::selector::TrafficSelector;
@@ -37,6 +37,7 @@ enum Operation {
         reqid: u32,
         network: usize,
         peer: usize,
+        tag: usize,
         await_peer: bool,
         unsupported: bool,
     },
@@ -52,9 +53,9 @@ enum Operation {
 fn operation() -> impl Strategy<Value = Operation> {
     let spi = || 0_u32..8;
     prop_oneof![
-        6 => (spi(), 1_u32..4, 0_usize..3, 0_usize..3, any::<bool>(), prop::bool::weighted(0.1)).prop_map(
-            |(spi, reqid, network, peer, await_peer, unsupported)| Operation::Install {
-                spi, reqid, network, peer, await_peer, unsupported
+        6 => (spi(), 1_u32..4, 0_usize..3, 0_usize..3, 0_usize..3, any::<bool>(), prop::bool::weighted(0.1)).prop_map(
+            |(spi, reqid, network, peer, tag, await_peer, unsupported)| Operation::Install {
+                spi, reqid, network, peer, tag, await_peer, unsupported
             }
         ),
         2 => spi().prop_map(Operation::Retire),
@@ -79,6 +80,7 @@ struct Pair {
     reqid: u32,
     network: usize,
     peer: usize,
+    tag: usize,
     sending: Sending,
 }
 
@@ -100,7 +102,7 @@ impl Model {
     /// Says whether the operation should succeed.
     fn apply(&mut self, operation: &Operation) -> bool {
         match *operation {
-            Operation::Install { spi, reqid, network, peer, await_peer, unsupported } => {
+            Operation::Install { spi, reqid, network, peer, tag, await_peer, unsupported } => {
                 let live = self.pairs.iter().any(|pair| pair.reqid == reqid && pair.sending != Sending::Retired);
                 let sending = if await_peer && live { Sending::Waits } else { Sending::Yes };
                 // A foreign state is in the way at the first peer only; an outbound one that waits is not in its way yet.
@@ -109,7 +111,7 @@ impl Model {
                 if self.find(spi).is_some() || unsupported || in_the_way {
                     return false;
                 }
-                self.pairs.push(Pair { spi, reqid, network, peer, sending });
+                self.pairs.push(Pair { spi, reqid, network, peer, tag, sending });
             }
             Operation::Retire(spi) | Operation::Delete(spi) => {
                 let Some(at) = self.find(spi) else { return false };
@@ -147,11 +149,12 @@ impl Model {
 
     fn states(&self) -> Dump {
         let mut states = Dump::new();
-        for Pair { spi, reqid, peer, sending, .. } in &self.pairs {
-            let (local, remote) = (LOCALS[*peer], PEERS[*peer]);
-            states.insert(format!("{remote} {local} {:#010x} {reqid}", SPI + spi));
+        for Pair { spi, reqid, peer, tag, sending, .. } in &self.pairs {
+            let (local, remote, (mark, if_id)) = (LOCALS[*peer], PEERS[*peer], shown(*tag));
+            // Marks are the policies' alone in this direction.
+            states.insert(format!("{remote} {local} {:#010x} - {if_id} {reqid}", SPI + spi));
             if *sending == Sending::Yes {
-                states.insert(format!("{local} {remote} {:#010x} {reqid}", SPI_OUT + spi));
+                states.insert(format!("{local} {remote} {:#010x} {mark} {if_id} {reqid}", SPI_OUT + spi));
             }
         }
         states
@@ -162,20 +165,41 @@ impl Model {
         for (network, (address, prefix)) in REMOTE_NETS.iter().enumerate() {
             let (ours, theirs) = (format!("{}/{}", LOCAL_NET.0, LOCAL_NET.1), format!("{address}/{prefix}"));
             let priority = 400_000 - 512 * (u32::from(*prefix) + u32::from(LOCAL_NET.1));
-            // Of equally good ones the newest.
-            let pair = self.pairs.iter().rev().find(|pair| pair.network == network);
-            if let Some(Pair { reqid, peer, .. }) = pair {
-                let (local, remote, priority) = (LOCALS[*peer], PEERS[*peer], priority - 1);
-                policies.insert(format!("{ours} {theirs} out {priority} {local} {remote} {reqid}"));
-                for direction in ["in", "fwd"] {
-                    policies.insert(format!("{theirs} {ours} {direction} {priority} {remote} {local} {reqid}"));
+            for tag in 0..3 {
+                let (mark, if_id) = shown(tag);
+                // Of equally good ones the newest.
+                let pair = self.pairs.iter().rev().find(|pair| (pair.network, pair.tag) == (network, tag));
+                if let Some(Pair { reqid, peer, .. }) = pair {
+                    let (local, remote, priority) = (LOCALS[*peer], PEERS[*peer], priority - 1);
+                    policies.insert(format!("{ours} {theirs} out {priority} {local} {remote} {mark} {if_id} {reqid}"));
+                    for direction in ["in", "fwd"] {
+                        let selected = format!("{theirs} {ours} {direction}");
+                        policies.insert(format!("{selected} {priority} {remote} {local} {mark} {if_id} {reqid}"));
+                    }
+                } else if let Some((reqid, _)) = self.traps.iter().rev().find(|(_, other)| *other == network)
+                    && tag == 0
+                {
+                    policies.insert(format!("{ours} {theirs} out {priority} 0.0.0.0 0.0.0.0 {mark} {if_id} {reqid}"));
                 }
-            } else if let Some((reqid, _)) = self.traps.iter().rev().find(|(_, other)| *other == network) {
-                policies.insert(format!("{ours} {theirs} out {priority} 0.0.0.0 0.0.0.0 {reqid}"));
             }
         }
         policies
     }
+}
+
+/// What sets a pair apart from others of its selectors: nothing, a mark, the number of an interface.
+fn options(tag: usize) -> KernelOptions {
+    let mark = Mark { value: 0x2a, mask: 0xff };
+    match tag {
+        0 => KernelOptions::default(),
+        1 => KernelOptions { mark_in: mark, mark_out: mark, ..KernelOptions::default() },
+        _ => KernelOptions { if_id_in: 7, if_id_out: 7, ..KernelOptions::default() },
+    }
+}
+
+/// Mark and number as `ip` shows them.
+fn shown(tag: usize) -> (&'static str, &'static str) {
+    [("-", "-"), ("0x2a/0xff", "-"), ("-", "0x7")][tag]
 }
 
 fn ip(arguments: &str) -> String {
@@ -189,6 +213,11 @@ fn ip(arguments: &str) -> String {
 fn after<'a>(words: &[&'a str], name: &str) -> &'a str {
     let at = words.iter().position(|word| *word == name).unwrap_or_else(|| panic!("no {name} in {words:?}"));
     words[at + 1]
+}
+
+/// The same, or `-` where there is none.
+fn perhaps<'a>(words: &[&'a str], name: &str) -> &'a str {
+    words.iter().position(|word| *word == name).map_or("-", |at| words[at + 1])
 }
 
 /// Blocks of a dump: each begins with a line that is not indented.
@@ -209,7 +238,8 @@ fn states() -> Dump {
     let dump = ip("xfrm state");
     let states = blocks(&dump).into_iter().map(|words| {
         let value = |name| after(&words, name);
-        format!("{} {} {} {}", value("src"), value("dst"), value("spi"), value("reqid"))
+        let (mark, if_id) = (perhaps(&words, "mark"), perhaps(&words, "if_id"));
+        format!("{} {} {} {mark} {if_id} {}", value("src"), value("dst"), value("spi"), value("reqid"))
     });
     // Not somebody else's, and not the kernel's own for a packet that waits.
     states.filter(|state| !state.ends_with(" 999") && !state.contains(" 0x00000000 ")).collect()
@@ -223,13 +253,15 @@ fn policies() -> Dump {
         let (selector, template) = words.split_at(template);
         let (selected, demanded) = (|name| after(selector, name), |name| after(template, name));
         format!(
-            "{} {} {} {} {} {} {}",
+            "{} {} {} {} {} {} {} {} {}",
             selected("src"),
             selected("dst"),
             selected("dir"),
             selected("priority"),
             demanded("src"),
             demanded("dst"),
+            perhaps(&words, "mark"),
+            perhaps(&words, "if_id"),
             demanded("reqid")
         )
     });
@@ -252,7 +284,7 @@ fn encapsulation(peer: usize) -> Encapsulation {
 /// Carries the operation out; says whether it succeeded.
 fn perform(plane: &mut dyn DataPlane, operation: &Operation) -> bool {
     match *operation {
-        Operation::Install { spi, reqid, network: remote, peer, await_peer, unsupported } => {
+        Operation::Install { spi, reqid, network: remote, peer, tag, await_peer, unsupported } => {
             let keys = || EspKeys { encr: Secret::new(vec![7; 20]), integ: Secret::new(Vec::new()) };
             let encr = if unsupported { Encr(99) } else { Encr::AES_GCM_16 };
             plane
@@ -274,7 +306,7 @@ fn perform(plane: &mut dyn DataPlane, operation: &Operation) -> bool {
                     copy_ecn: true,
                     await_peer,
                     tfc: TfcPadding::None,
-                    options: KernelOptions::default(),
+                    options: options(tag),
                 })
                 .is_ok()
         }
@@ -345,9 +377,15 @@ fn run(operations: &[Operation]) {
 fn the_kernel_has_what_the_model_has_after_any_operations() {
     in_guest(|| {
         // What is undone after a failure is not what somebody else had there before.
-        let taken =
-            |spi| Operation::Install { spi, reqid: 1, network: 0, peer: 0, await_peer: false, unsupported: false };
-        run(&[taken(TAKEN_OUT), taken(TAKEN_OUT), taken(TAKEN_IN), taken(TAKEN_IN)]);
+        let tagged = |spi, tag| {
+            let (await_peer, unsupported) = (false, false);
+            Operation::Install { spi, reqid: 1, network: 0, peer: 0, tag, await_peer, unsupported }
+        };
+        let taken = |spi| tagged(spi, 0);
+        run(&[taken(TAKEN_OUT), taken(TAKEN_OUT), taken(TAKEN_IN), taken(TAKEN_IN), tagged(TAKEN_OUT, 1)]);
+        // The same selectors side by side, removed by somebody and by us.
+        let (one, other) = (Operation::Foreign(0), Operation::Delete(1));
+        run(&[tagged(0, 0), tagged(1, 1), tagged(2, 2), one, Operation::Migrate(1, 1), other, Operation::Delete(2)]);
 
         let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig {
             cases: 4,

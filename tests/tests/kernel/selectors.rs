@@ -264,3 +264,72 @@ fn marks_choose_what_is_protected() {
         assert_eq!(scene.a.sas().matches("packets-out=2 ").count(), 1, "{}", scene.a.sas());
     });
 }
+
+/// What a daemon says of marks and interfaces, in its order.
+fn tags(daemon: &Daemon) -> Vec<String> {
+    let sas = daemon.sas();
+    let words = sas.split([' ', '{', '}']).filter(|word| word.starts_with("mark-") || word.starts_with("if-id-"));
+    words.map(str::to_owned).collect()
+}
+
+// `%unique`, `%unique-dir`, `%same`: each Child SA has numbers of its own, which its successors keep, and says them in
+// strongSwan's words.
+#[test]
+fn each_child_sa_has_numbers_of_its_own() {
+    in_guest(|| {
+        for (initiator, responder) in ROLES {
+            let suite = Suite::default();
+            let scene = start(initiator, responder, &suite);
+            let both = [(&scene.a, &scene.host_a), (&scene.b, &scene.host_b)];
+            let load = |of_child: &str, of_connection: &str| {
+                for ((daemon, _), (configuration, files)) in both.into_iter().zip(configurations(&suite)) {
+                    let configuration = configuration
+                        .replace("esp_proposals", &format!("{of_child}esp_proposals"))
+                        .replace("children {", &format!("{of_connection}children {{"));
+                    daemon.write(&configuration, &files);
+                    daemon.control(&["--load-all"]);
+                }
+            };
+            load("mark_in = %unique/0xff\nmark_out = %unique\nset_mark_in = %same\n", "");
+            // Answers have the mark that the question had when it came out of the tunnel.
+            scene.host_b.check("sysctl", &["-qw", "net.ipv4.fwmark_reflect=1"]);
+            let ping = |mark: &str| {
+                let args = ["-m", mark, "-c", "2", "-i", "0.2", "-W", "1", "-I", INNER_A, INNER_B];
+                scene.host_a.run("ping", &args).status.success()
+            };
+            scene.a.initiate("net");
+            let expected = ["mark-in=00000001", "mark-mask-in=000000ff", "mark-out=00000001"];
+            for _ in 0..2 {
+                assert_eq!(
+                    (tags(&scene.a), tags(&scene.b)),
+                    (expected.map(String::from).to_vec(), expected.map(String::from).to_vec())
+                );
+                assert!(ping("1"), "{}{}", scene.host_b.check("ip", &["xfrm", "policy"]), scene.a.output());
+                // Of another mark: not theirs, at either end.
+                ping("2");
+                for daemon in [&scene.a, &scene.b] {
+                    let sas = daemon.sas();
+                    assert!(sas.contains("packets-in=2 ") && sas.contains("packets-out=2 "), "{sas}");
+                }
+                let before = scene.a.child_spis("INSTALLED");
+                scene.a.control(&["--rekey", "--child", "net"]);
+                wait_for("a successor", Duration::from_secs(40), || {
+                    let now = scene.a.child_spis("INSTALLED");
+                    now.len() == 1 && now != before && [&scene.a, &scene.b].iter().all(|daemon| tags(daemon).len() == 3)
+                });
+            }
+            scene.a.control(&["--terminate", "--ike", "site"]);
+            wait_for("the end of it", Duration::from_secs(20), || scene.b.established() == 0);
+
+            load("if_id_out = %unique-dir\nif_id_in = %unique-dir\n", "if_id_in = 7\n");
+            scene.a.initiate("net");
+            let of_child = |daemon: &Daemon| tags(daemon).into_iter().rev().take(2).collect::<Vec<_>>();
+            assert_eq!((of_child(&scene.a), of_child(&scene.b)), (of_child(&scene.b), of_child(&scene.a)));
+            assert_eq!(of_child(&scene.a), ["if-id-out=00000002", "if-id-in=00000001"]);
+            for (_, host) in both {
+                let states = host.check("ip", &["xfrm", "state"]);
+                assert!(states.contains("if_id 0x1") && states.contains("if_id 0x2"), "{states}");
+            }
+        }
+    });
+}

@@ -240,6 +240,7 @@ pub(super) fn child(name: &str, local: &str, remote: &str) -> Child {
         tfc_padding: ipsec::plane::TfcPadding::None,
         inactivity: Duration::ZERO,
         options: Default::default(),
+        numbering: Default::default(),
         updown: None,
     }
 }
@@ -693,7 +694,8 @@ impl Side {
                 None => {
                     self.bindings.push(ready.channel_binding);
                     self.endpoint_keys.push(ready.endpoint_keys);
-                    Ok(self.install(ready.pair))
+                    let tags = ready.pair.options.tags();
+                    Ok(crate::engine::Installed { reqid: self.install(ready.pair), tags })
                 }
             }),
         }

@@ -253,7 +253,7 @@ impl Net {
             Job::SeenTraffic(_) => JobOutcome::SeenTraffic(None),
             Job::InstallChild(ready) => {
                 assert!(self.hosts[host].installed.insert(ready.pair.spi_in), "an SPI is installed twice");
-                JobOutcome::InstallChild(Ok(1))
+                JobOutcome::InstallChild(Ok(crate::engine::Installed { reqid: 1, tags: Default::default() }))
             }
             Job::FindRoutes(_) | Job::Resolve(_) => unreachable!("answered at once, or not asked"),
         }
