@@ -10,6 +10,7 @@
     reason = "a harness fails by panicking, with the message as its report"
 )]
 
+pub mod actions;
 pub mod capture;
 pub mod daemon;
 pub mod host;

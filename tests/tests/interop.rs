@@ -4,6 +4,7 @@
 
 use std::time::Duration;
 
+use latchkey_tests::actions;
 use latchkey_tests::daemon::Kind::{self, Latchkey, Strongswan};
 use latchkey_tests::host::wait_for;
 use latchkey_tests::pki::Authority;
@@ -288,4 +289,14 @@ fn a_dead_peer_is_noticed() {
     // Defaults: 4 s, five repetitions, 165 s; too long here, so it is enough that the check is under way.
     wait_for("a liveness check", Duration::from_secs(30), || scene.a.sas().contains("tasks-active="));
     assert!(!scene.b.is_running());
+}
+
+#[test]
+fn what_the_peer_closes_comes_back_as_configured() {
+    actions::close_actions(Latchkey, Strongswan);
+}
+
+#[test]
+fn a_lost_peer_is_handled_as_configured() {
+    actions::dpd_actions(Latchkey, Strongswan);
 }

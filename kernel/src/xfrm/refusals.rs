@@ -345,3 +345,42 @@ fn a_move_that_fails_leaves_nothing_behind() {
         assert_eq!(tables.databases().contents(), Default::default(), "request {at}");
     }
 }
+
+// RFC 3948 §5.2: what policies do not tell apart is refused by name, and who was there first keeps what it has.
+#[test]
+fn a_second_peer_behind_a_nat_is_refused_in_transport_mode() {
+    let mut tables = Tables::new(Double::new(), 7);
+    let behind = |spi_in: u32, class: u32, port: u16| {
+        let (local, remote) = ("192.0.2.1:4500".parse().unwrap(), format!("192.0.2.254:{port}").parse().unwrap());
+        let host = |address: &str| vec![TrafficSelector::host(address.parse().unwrap())];
+        SaPair {
+            reqid: class,
+            class: ClassId(class),
+            mode: Mode::Transport,
+            encapsulation: Encapsulation::Udp { local, remote },
+            local_ts: host("192.0.2.1"),
+            remote_ts: host("192.0.2.254"),
+            ..pair(spi_in, false)
+        }
+    };
+    tables.install(behind(0x1000, 1, 4500), &Links::default()).unwrap();
+    let before = tables.databases().contents();
+    let refused = tables.install(behind(0x1001, 2, 1025), &Links::default()).unwrap_err().to_string();
+    assert!(refused.contains("second peer behind the NAT 192.0.2.254"), "{refused}");
+    assert_eq!(tables.databases().contents(), before);
+    // Marks tell them apart.
+    let mut marked = behind(0x1002, 2, 1025);
+    (marked.options.mark_in, marked.options.mark_out) =
+        (Mark { value: 9, mask: u32::MAX }, Mark { value: 9, mask: u32::MAX });
+    tables.install(marked, &Links::default()).unwrap();
+    // The first one comes back from another port.
+    tables.install(behind(0x1003, 1, 1026), &Links::default()).unwrap();
+    tables.delete(0x1000).unwrap();
+    tables.delete(0x1003).unwrap();
+    tables.install(behind(0x1004, 2, 1025), &Links::default()).unwrap();
+    // In tunnel mode the newest has the packets, as everywhere.
+    let tunnel = |spi_in, class, port| SaPair { mode: Mode::Tunnel, ..behind(spi_in, class, port) };
+    tables.delete(0x1004).unwrap();
+    tables.install(tunnel(0x1005, 1, 4500), &Links::default()).unwrap();
+    tables.install(tunnel(0x1006, 2, 1025), &Links::default()).unwrap();
+}

@@ -5,6 +5,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use ipsec::guard::ClassId;
 use ipsec::plane::{
     Encapsulation, EspKeys, EspSuite, Lifetime, Mark, Mode, Offload, PlaneError, PlaneEvent, SaPair, Shunt,
     ShuntAction, Trap, Usage,
@@ -54,6 +55,8 @@ struct Pair {
     outbound: StateId,
     /// ESP travels in a TCP stream.
     in_stream: bool,
+    /// In transport mode in UDP or TCP: whose it is, and the peer's port.
+    natted: Option<(ClassId, u16)>,
     /// Marks that are part of the names of both states.
     marks: (Mark, Mark),
     sending: Sending,
@@ -179,6 +182,15 @@ impl<D: Databases> Tables<D> {
         let hull = hull(pair.mode, &selectors)?;
         let (incoming, outgoing) = (inbound(&pair, &ends, hull, links), outbound(&pair, &ends, hull, links, self.mark));
         let policies = policies(&pair, &ends, &selectors);
+        let natted = ends.ports.filter(|_| pair.mode == Mode::Transport).map(|ports| (pair.class, ports.destination));
+        if natted.is_some_and(|natted| self.has_other_behind_nat(natted, &policies)) {
+            let nat = ends.destination;
+            let what = format!(
+                "transport mode with a second peer behind the NAT {nat} (the kernel's policies do not tell them apart; \
+                 plane = userspace does, and marks do)"
+            );
+            return Err(PlaneError::Unsupported { plane: super::NAME, what });
+        }
 
         let may_do_without = pair.options.offload == Offload::Auto;
         self.add_offloaded(&incoming, &pair.suite, &pair.keys_in, may_do_without)?;
@@ -187,6 +199,7 @@ impl<D: Databases> Tables<D> {
             inbound: incoming.id,
             outbound: outgoing.id,
             in_stream: matches!(pair.encapsulation, Encapsulation::Stream { .. }),
+            natted,
             marks: (incoming.mark, outgoing.mark),
             sending: Sending::Retired,
             policies: policies.iter().map(|policy| policy.id).collect(),
@@ -228,6 +241,17 @@ impl<D: Databases> Tables<D> {
         self.reqids.entry(pair.reqid).or_default().push(spi_in);
         self.pairs.insert(spi_in, installed);
         Ok(())
+    }
+
+    /// True when some of these policies are also those of another peer at another port of the same address (RFC 3948 §5.2).
+    /// Who comes back from another port with the same proofs is the same peer, and takes its own place.
+    fn has_other_behind_nat(&self, (class, port): (ClassId, u16), policies: &[Policy]) -> bool {
+        let wishes = policies.iter().filter_map(|policy| self.policies.get(&policy.id)).flatten();
+        let others = wishes.filter_map(|wish| match wish.owner {
+            Owner::Pair(spi_in) => self.pairs.get(&spi_in)?.natted,
+            Owner::Trap(_) | Owner::Shunt(_) | Owner::Around(_) | Owner::Common { .. } => None,
+        });
+        others.into_iter().any(|(other, other_port)| other != class && other_port != port)
     }
 
     /// Installs a state, if need be without the help of a device.

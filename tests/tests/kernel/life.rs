@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use latchkey_tests::actions;
 use latchkey_tests::capture::Capture;
 use latchkey_tests::daemon::Daemon;
 use latchkey_tests::daemon::Kind::{LatchkeyKernel, StrongswanKernel};
@@ -185,4 +186,14 @@ fn streams_are_served_in_user_space() {
         }
         scene.host_a.transfers_whole(INNER_A, &scene.host_b, INNER_B, 1 << 20);
     });
+}
+
+#[test]
+fn what_the_peer_closes_comes_back_as_configured() {
+    in_guest(|| actions::close_actions(LatchkeyKernel, StrongswanKernel));
+}
+
+#[test]
+fn a_lost_peer_is_handled_as_configured() {
+    in_guest(|| actions::dpd_actions(LatchkeyKernel, StrongswanKernel));
 }

@@ -59,6 +59,36 @@ fn through_a_nat() {
     });
 }
 
+// RFC 3948 §5.2: the kernel's policies do not tell two peers behind one NAT apart. The second is refused with a reason, and
+// the first keeps what it has; when that is gone, the second has its turn.
+#[test]
+fn a_second_client_behind_a_nat_is_refused_in_transport_mode() {
+    in_guest(|| {
+        let (scene, router) = behind_nat((LatchkeyKernel, LatchkeyKernel), true);
+        let other = Host::new();
+        link(&other, "198.51.101.1/24", &router, "198.51.101.254/24");
+        other.ip(&["route", "add", "default", "via", "198.51.101.254"]);
+        let configuration = std::fs::read_to_string(scene.a.path("swanctl/swanctl.conf")).unwrap();
+        // The server names no peer.
+        let server = std::fs::read_to_string(scene.b.path("swanctl/swanctl.conf")).unwrap();
+        scene.b.write(&server.replace("id = a.example", "id = *.example"), &vec![]);
+        scene.b.control(&["--load-conns"]);
+        scene.a.control(&["--terminate", "--ike", "site"]);
+        scene.a.initiate("net");
+        let client =
+            Daemon::start(LatchkeyKernel, &other, &configuration.replace("id = a.example", "id = c.example"), &vec![]);
+        let context = || format!("{}{}{}", scene.a.output(), client.output(), scene.b.output());
+        assert!(!client.swanctl(&["--initiate", "--child", "net", "--timeout", "30"]).status.success());
+        assert!(scene.b.log().contains("second peer behind the NAT 192.0.2.254"), "{}", context());
+        assert_eq!(states(&scene.host_b), 2, "{}", context());
+        assert!(scene.host_a.pings("198.51.100.1", "192.0.2.2"), "{}", context());
+        scene.a.control(&["--terminate", "--ike", "site"]);
+        wait_for("the first one's states are gone", Duration::from_secs(20), || states(&scene.host_b) == 0);
+        client.initiate("net");
+        assert!(other.pings("198.51.101.1", "192.0.2.2"), "{}", context());
+    });
+}
+
 // RFC 4555 §3.5: the SAs go on with their counters from another address; nothing goes out in clear meanwhile.
 #[test]
 fn sas_move_with_mobike() {

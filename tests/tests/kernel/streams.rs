@@ -1,6 +1,6 @@
 //! ESP in TCP streams by the kernel (RFC 9329, Linux `espintcp`). Debian's UML kernel is built without it, so these tests are
-//! ignored there. With another one, built with `CONFIG_INET_ESPINTCP=y` and `CONFIG_INET6_ESPINTCP=y` and all that the guest
-//! needs built in: `LATCHKEY_UML=/path/to/linux cargo test -p latchkey-tests --test kernel streams:: -- --ignored`.
+//! ignored there. `tests/guest/build` makes one that has it, from Debian's source:
+//! `LATCHKEY_UML=$PWD/target/guest/linux cargo test -p latchkey-tests --test kernel streams:: -- --ignored`.
 
 use std::time::Duration;
 
@@ -32,7 +32,7 @@ fn rekeyed(scene: &Scene) {
 // RFC 9329 §3, §6.1: each of the ends in the kernel, and against our own user space; SAs are rekeyed, the stream is lost and
 // opened again.
 #[test]
-#[ignore = "needs LATCHKEY_UML, a kernel with espintcp"]
+#[ignore = "needs a kernel with espintcp: tests/guest/build, then LATCHKEY_UML=$PWD/target/guest/linux"]
 fn the_kernel_takes_esp_from_streams() {
     in_guest(|| {
         for (initiator, responder) in
