@@ -114,7 +114,7 @@ mod tests {
         let before = settings.in_force.clone();
         let new = daemon::load(file.path()).unwrap();
         assert!(!new.has_errors(), "{:?}", new.reports);
-        assert_eq!(for_a_restart(&before, &new.config).len(), 15);
+        assert_eq!(for_a_restart(&before, &new.config).len(), 16);
         let after = settings.reload().unwrap();
         assert_eq!(after.engine.keep_alive, Duration::from_secs(5));
         assert_eq!(after.engine.cookie_threshold, 1);
