@@ -400,6 +400,9 @@ fn hex(octets: &[u8]) -> String {
 
 fn described(peer: &Peer) -> String {
     let proof = match &peer.proof {
+        ProofInfo::Unauthenticated => {
+            return format!("NOBODY IN PARTICULAR (unauthenticated), to us as {}", peer.local_id.text);
+        }
         ProofInfo::SharedKey => "shared key",
         ProofInfo::Certificate { .. } => "certificate",
     };

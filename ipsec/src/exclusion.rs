@@ -24,6 +24,23 @@ pub fn around(
     [Choice::HigherPort, Choice::LowerPort].into_iter().find_map(|choice| leave_out(local, remote, flows, choice))
 }
 
+/// Selectors without some addresses: ranges in order, none of which meets another.
+pub fn without_addresses(selectors: &[TrafficSelector], ranges: &[(IpAddr, IpAddr)]) -> Vec<TrafficSelector> {
+    let mut left = Vec::new();
+    for selector in selectors {
+        let mut rest = Some(*selector);
+        let first = ranges.partition_point(|(_, end)| *end < selector.start);
+        let meeting = ranges.iter().skip(first).take_while(|(start, _)| *start <= selector.end);
+        for (start, end) in meeting {
+            let Some(of) = rest else { break };
+            left.extend(before(*start).map(|end| TrafficSelector { end, ..of }).filter(has_addresses));
+            rest = after(*end).map(|start| TrafficSelector { start, ..of }).filter(has_addresses);
+        }
+        left.extend(rest);
+    }
+    left
+}
+
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Choice {
     HigherPort,
@@ -202,6 +219,26 @@ mod tests {
         // What does not select it stays as it is.
         let udp = [TrafficSelector { protocol: UDP, ..ours[0] }];
         assert_eq!(around(&udp, &theirs, &[flow(40_000, 7)]).unwrap(), (udp.to_vec(), theirs.to_vec()));
+    }
+
+    #[test]
+    fn addresses_are_left_out_of_selectors() {
+        let range = |start: &str, end: &str| (start.parse().unwrap(), end.parse().unwrap());
+        let claimed = [range("0.0.0.0", "0.0.0.7"), range("10.2.0.0", "10.2.0.255"), range("10.2.1.5", "10.2.1.5")];
+        let left = |selector| text(&without_addresses(&[selector], &claimed));
+        assert_eq!(left(network("10.2.0.7", 32)), "");
+        assert_eq!(left(network("10.2.0.0", 24)), "");
+        assert_eq!(left(network("10.2.0.0", 23)), "10.2.1.0..10.2.1.4 10.2.1.6..10.2.1.255");
+        assert_eq!(left(network("10.3.0.0", 24)), "10.3.0.0/24");
+        assert_eq!(left(network("0.0.0.0", 29)), "");
+        assert_eq!(left(network("2001:db8::", 32)), "2001:db8::/32");
+        let all = left(network("0.0.0.0", 0));
+        assert!(
+            all.starts_with("0.0.0.8..10.1.255.255 10.2.1.0..10.2.1.4 ") && all.ends_with("..255.255.255.255"),
+            "{all}"
+        );
+        let end = [range("255.255.255.0", "255.255.255.255")];
+        assert_eq!(text(&without_addresses(&[network("255.255.255.255", 32)], &end)), "");
     }
 
     fn selector() -> impl Strategy<Value = TrafficSelector> {

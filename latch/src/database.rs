@@ -28,13 +28,16 @@
 //! method number: the first is a label that an operator may change or double, the second is how the same credential
 //! signed this time. Neither is reported to applications, since a later SA of the class may differ in them.
 //! A shared key does not enter because nobody outside `pad` knows it: with shared keys the pair of identities is the pin.
+//! A peer that has proved nothing (RFC 7619) is the same only within one IKE SA and those that it is rekeyed to.
 //!
 //! # Locks
 //!
 //! One mutex orders all control operations, so that nothing happens between looking at the SAs and pinning a flow.
-//! The packet path never takes it: it reads one counter, and, if there are latches, one entry of a sharded map.
+//! The packet path never takes it: it reads one counter, and, if there are latches, one entry of a table without locks
+//! (`flow_table.rs`); of a flow without a latch, if there are listener latches, one entry of a sharded map as well.
 //! Holders are told with no lock held; they may call back.
 
+mod flow_table;
 mod ports;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -46,6 +49,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry;
+use flow_table::FlowTable;
 use ipsec::guard::{ClassId, Direction, FlowBarrier, FlowGuard, Passage, Verdict};
 use ipsec::plane::{EspSuite, Mode};
 use ipsec::selector::{Flow, TrafficSelector};
@@ -208,6 +212,11 @@ pub struct Bindings {
     pub keys: Option<[[u8; 32]; 2]>,
 }
 
+/// An SA of somebody who has proved nothing would take what belongs to who has proved something.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the peer has proved nothing, and {0}")]
+pub struct Outranked(String);
+
 /// Why a latch was not made.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LatchError {
@@ -269,9 +278,11 @@ pub struct Database {
     control: Mutex<Control>,
     /// Length of `flows`, so that a plane without latches pays one load for each packet.
     latched: AtomicUsize,
-    /// What the packet path reads. The default hasher is keyed: peers choose addresses and ports.
-    flows: DashMap<Flow, Pin>,
-    /// What the packet path reads of listener latches, by protocol and port.
+    /// What the packet path reads: see [`Pin::number`].
+    flows: FlowTable,
+    /// How many listener latches there are.
+    listening: AtomicUsize,
+    /// What the packet path reads of them, by protocol and port. The default hasher is keyed: peers choose ports.
     ports: DashMap<(u8, u16), Vec<Listener>>,
     /// Told of each change of each latch.
     observer: OnceLock<Observer>,
@@ -359,19 +370,52 @@ impl Database {
     /// SA of the latch's own class: never one of the newcomer, whose packets are all checked after this.
     ///
     /// Looks at the latches to the addresses that the selectors cover, and at no others.
+    ///
+    /// What nobody in particular (RFC 7619) asks for breaks no latch, and takes no traffic, of a peer that has proved who it is: that
+    /// is refused without effect, and the SA must not go in. To find out, all SAs are looked at.
     pub fn before_install(
         &self,
         class: ClassId,
         local_ts: &[TrafficSelector],
         remote_ts: &[TrafficSelector],
-    ) -> Vec<Alert> {
+    ) -> Result<Vec<Alert>, Outranked> {
         let mut control = self.control();
+        self.rank(&control, class, local_ts, remote_ts)?;
         let newcomer = CoveringSa { class, local_ts: local_ts.to_vec(), remote_ts: remote_ts.to_vec() };
         let found = self.before_newcomer(&mut control, newcomer);
         let broken = self.break_conflicting(&mut control, class, local_ts, remote_ts);
         drop(control);
         self.tell(found);
-        self.tell(broken)
+        Ok(self.tell(broken))
+    }
+
+    fn rank(
+        &self,
+        control: &Control,
+        class: ClassId,
+        local_ts: &[TrafficSelector],
+        remote_ts: &[TrafficSelector],
+    ) -> Result<(), Outranked> {
+        if self.class(class).is_none_or(|class| class.is_authenticated()) {
+            return Ok(());
+        }
+        let latches = control.within(remote_ts).into_iter().filter_map(|id| control.latches.get(&id));
+        if let Some(latch) = latches
+            .filter(|latch| latch.class.is_authenticated())
+            .find(|latch| covers(local_ts, remote_ts, &latch.flow))
+        {
+            return Err(Outranked(format!("{} is latched to {}", latch.flow, latch.class.peer.id)));
+        }
+        let meets = |some: &[TrafficSelector], others: &[TrafficSelector]| {
+            some.iter().any(|one| others.iter().any(|other| one.intersect(other).is_some()))
+        };
+        let meeting =
+            control.sas.values().filter(|sa| meets(&sa.local_ts, local_ts) && meets(&sa.remote_ts, remote_ts));
+        let owners = meeting.filter_map(|sa| self.class(sa.class));
+        match owners.into_iter().find(|class| class.is_authenticated()) {
+            Some(owner) => Err(Outranked(format!("an SA of {} is for its traffic", owner.peer.id))),
+            None => Ok(()),
+        }
     }
 
     /// Before an SA is negotiated: the flows within its selectors that it would betray and that it need not have, to be left
@@ -431,9 +475,19 @@ impl Database {
     /// The SA is in; `sa` is any number that names it until `removed`. A number that is in use is replaced.
     ///
     /// Breaks and tells as [`Database::before_install`] does: a latch may have been created in between, when the
-    /// SA was not yet known here.
-    pub fn installed(&self, sa: u64, class: ClassId, local_ts: Vec<TrafficSelector>, remote_ts: Vec<TrafficSelector>) {
+    /// SA was not yet known here. Or says that the SA has to go: then it is not known here still.
+    pub fn installed(
+        &self,
+        sa: u64,
+        class: ClassId,
+        local_ts: Vec<TrafficSelector>,
+        remote_ts: Vec<TrafficSelector>,
+    ) -> Result<(), Outranked> {
         let mut control = self.control();
+        if let Err(outranked) = self.rank(&control, class, &local_ts, &remote_ts) {
+            control.newcomer = None;
+            return Err(outranked);
+        }
         let sa_in = CoveringSa { class, local_ts, remote_ts };
         let found = self.before_newcomer(&mut control, sa_in.clone());
         let broken = self.break_conflicting(&mut control, class, &sa_in.local_ts, &sa_in.remote_ts);
@@ -442,6 +496,7 @@ impl Database {
         drop(control);
         self.tell(found);
         self.tell(broken);
+        Ok(())
     }
 
     /// The SA is gone, or was not installed after all. Latches stay: their packets are lost until a congruent SA comes
@@ -566,7 +621,7 @@ impl Database {
         }
         let latch = self.prepare(&control, flow, request, Arc::from(holder))?;
         let class = Arc::clone(&latch.class);
-        let (id, told) = self.insert(&mut control, latch);
+        let (id, told) = self.insert(&mut control, latch)?;
         drop(control);
         self.observe(&told);
         Ok((id, class))
@@ -589,11 +644,11 @@ impl Database {
             return Err(LatchError::Exists(flow.to_string()));
         }
         self.raise_barrier(&flow, Passage::None)?;
+        self.pin_new(&flow, Pin::Broken)?;
         control.last_latch += 1;
         let id = LatchId(control.last_latch);
         control.by_flow.insert(flow, id);
         control.larval.insert(id, flow);
-        self.pin_new(&flow, Pin::Broken);
         Ok(id)
     }
 
@@ -642,6 +697,7 @@ impl Database {
         control.listeners.insert(id, listening);
         // The counter first, as in `insert`.
         self.latched.fetch_add(1, Ordering::SeqCst);
+        self.listening.fetch_add(1, Ordering::SeqCst);
         self.ports.entry((listener.protocol, listener.port)).or_default().push(listener);
         self.open_ports(&control);
         Ok(id)
@@ -713,6 +769,7 @@ impl Database {
                     entry.remove();
                 }
             }
+            self.listening.fetch_sub(1, Ordering::SeqCst);
             self.latched.fetch_sub(1, Ordering::SeqCst);
             drop(control);
             self.tell(found);
@@ -914,16 +971,16 @@ impl Database {
         }
     }
 
-    fn insert(&self, control: &mut Control, latch: Latch) -> (LatchId, Alert) {
+    fn insert(&self, control: &mut Control, latch: Latch) -> Result<(LatchId, Alert), LatchError> {
+        let flow = latch.flow;
+        self.pin_new(&flow, latch.pin())?;
         control.last_latch += 1;
         let id = LatchId(control.last_latch);
-        let (flow, pin) = (latch.flow, latch.pin());
         let told = latch.alert(id, LatchState::Established, format!("the peer is {}", latch.class.peer.id));
         control.by_flow.insert(flow, id);
         control.by_remote.insert((flow.remote, id));
         control.latches.insert(id, latch);
-        self.pin_new(&flow, pin);
-        (id, told)
+        Ok((id, told))
     }
 
     /// The latch that a flow can have at this moment; its barrier is up.
@@ -949,18 +1006,26 @@ impl Database {
         })
     }
 
-    /// What the packet path knows from now on of a flow that had no latch.
-    fn pin_new(&self, flow: &Flow, pin: Pin) {
+    /// What the packet path knows from now on of a flow that had no latch, whose barrier is up. Fails where the packet check could
+    /// not tell the flow from another latched one, or has no room for more: then it must not be latched.
+    fn pin_new(&self, flow: &Flow, pin: Pin) -> Result<(), LatchError> {
         // The counter first: a packet thread that sees the entry must also see that there are entries.
         self.latched.fetch_add(1, Ordering::SeqCst);
+        if self.flows.insert(flow, pin.number()).is_err() {
+            self.latched.fetch_sub(1, Ordering::SeqCst);
+            if let Some(barrier) = self.barrier.get() {
+                barrier.abandon(flow);
+            }
+            return Err(LatchError::Exists(flow.to_string()));
+        }
         for pair in Pair::all_of(flow) {
             self.pairs.entry(pair).or_default().add(pin);
         }
-        self.flows.insert(*flow, pin);
+        Ok(())
     }
 
     fn repin(&self, flow: &Flow, before: Pin, pin: Pin) {
-        self.flows.insert(*flow, pin);
+        self.flows.update(flow, pin.number());
         for pair in Pair::all_of(flow) {
             let mut pins = self.pairs.entry(pair).or_default();
             pins.add(pin);
@@ -1014,17 +1079,17 @@ impl Database {
             binding: control.binding(flow),
             holder: Arc::clone(&holder),
         };
+        let Ok((_, alert)) = self.insert(&mut control, latch) else { return Verdict::Drop };
         if let Some(listening) = control.listeners.get_mut(&parent) {
             listening.waiting += 1;
         }
-        let (_, alert) = self.insert(&mut control, latch);
         drop(control);
         self.tell(vec![(holder, alert)]);
         Verdict::Pass
     }
 
     fn pin(&self, flow: &Flow) -> Option<Pin> {
-        self.flows.get(flow).map(|pin| *pin)
+        self.flows.get(flow).map(Pin::of_number)
     }
 
     /// There is a listener latch that a fragment's packet could be for.
@@ -1038,6 +1103,9 @@ impl Database {
     }
 
     fn is_listened_for(&self, flow: &Flow) -> bool {
+        if self.listening.load(Ordering::Acquire) == 0 {
+            return false;
+        }
         let there = self.ports.get(&(flow.protocol, flow.local_port));
         there.is_some_and(|listeners| listeners.iter().any(|listener| listener.takes(flow)))
     }
@@ -1096,13 +1164,23 @@ impl fmt::Debug for Database {
 }
 
 impl Class {
-    /// Of the same two identities.
+    /// Of the same two identities. Of two peers that have proved nothing, only the same IKE SA's and its successors' are.
     pub fn is_between_the_ends_of(&self, other: &Self) -> bool {
-        (&self.peer.id, &self.peer.local_id) == (&other.peer.id, &other.peer.local_id)
+        let same = || match (&self.peer.proof, &other.peer.proof) {
+            (Proof::Unauthenticated { lineage }, Proof::Unauthenticated { lineage: other }) => lineage == other,
+            (one, other) => is_proof(one) && is_proof(other),
+        };
+        (&self.peer.id, &self.peer.local_id) == (&other.peer.id, &other.peer.local_id) && same()
+    }
+
+    /// The peer has proved who it is.
+    pub fn is_authenticated(&self) -> bool {
+        is_proof(&self.peer.proof)
     }
 
     fn pinned(&self) -> (&Identity, &Identity, Credential<'_>, Mode, EspSuite, bool) {
         let credential = match &self.peer.proof {
+            Proof::Unauthenticated { lineage } => Credential::None { lineage },
             Proof::PreSharedKey => Credential::SharedKey,
             Proof::Certificate { end_entity, trust_anchor, method: _ } => {
                 Credential::Certificate { end_entity, trust_anchor }
@@ -1225,6 +1303,7 @@ const IPV6_FRAGMENT: u8 = 44;
 
 #[derive(PartialEq, Eq, Hash)]
 enum Credential<'a> {
+    None { lineage: &'a [u8; 32] },
     SharedKey,
     Certificate { end_entity: &'a [u8], trust_anchor: &'a [u8] },
 }
@@ -1491,6 +1570,23 @@ enum Pin {
 }
 
 impl Pin {
+    fn number(self) -> u64 {
+        match self {
+            Self::Broken => 0,
+            Self::Unreachable => 1,
+            Self::Class(ClassId(class)) => u64::from(class) << 1 | 1 << 63,
+        }
+    }
+
+    fn of_number(number: u64) -> Self {
+        match number {
+            0 => Self::Broken,
+            1 => Self::Unreachable,
+            // There are no others than ours; if there were, nothing would pass.
+            class => u32::try_from((class & !(1 << 63)) >> 1).map_or(Self::Broken, |class| Self::Class(ClassId(class))),
+        }
+    }
+
     fn verdict(self, class: Option<ClassId>) -> Verdict {
         match self {
             Self::Class(pinned) if class == Some(pinned) => Verdict::Pass,
@@ -1561,6 +1657,13 @@ impl PairPins {
 
 fn read<T>(lock: &RwLock<T>) -> std::sync::RwLockReadGuard<'_, T> {
     lock.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn is_proof(proof: &Proof) -> bool {
+    match proof {
+        Proof::PreSharedKey | Proof::Certificate { .. } => true,
+        Proof::Unauthenticated { .. } => false,
+    }
 }
 
 fn covers(local_ts: &[TrafficSelector], remote_ts: &[TrafficSelector], flow: &Flow) -> bool {

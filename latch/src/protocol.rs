@@ -21,7 +21,7 @@ use crate::database::{Algorithms, Class, LatchError, LatchState, OnBreak, Protec
 pub const VERSION: u32 = 1;
 
 /// What this crate knows beyond the first form of [`VERSION`]: `docs/latch-protocol.md` says what came with which.
-pub const REVISION: u32 = 6;
+pub const REVISION: u32 = 7;
 
 /// The first [`REVISION`] that has [`Wanted::larval`].
 pub const LARVAL_REVISION: u32 = 5;
@@ -670,6 +670,8 @@ pub struct IdentityInfo {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "by", rename_all = "kebab-case")]
 pub enum ProofInfo {
+    /// Not at all: whoever was at the other end of the key exchange (RFC 7619).
+    Unauthenticated,
     /// By a pre-shared key.
     SharedKey,
     /// By a certificate.
@@ -739,6 +741,7 @@ impl From<Protector> for Guard {
 impl From<&Class> for Peer {
     fn from(class: &Class) -> Self {
         let proof = match &class.peer.proof {
+            Proof::Unauthenticated { .. } => ProofInfo::Unauthenticated,
             Proof::PreSharedKey => ProofInfo::SharedKey,
             Proof::Certificate { end_entity, trust_anchor, method: _ } => {
                 ProofInfo::Certificate { end_entity: end_entity.clone(), trust_anchor: trust_anchor.clone() }

@@ -62,6 +62,7 @@ impl AuthAnnouncement {
         for entry in entries {
             let accepted = match entry.class {
                 AuthClass::PublicKey => signatures(&entry.constraints, settings),
+                AuthClass::Null => vec![Self { method: AuthMethod::NULL, cert_link: 0, algorithm: Vec::new() }],
                 AuthClass::SharedKey => {
                     vec![Self { method: AuthMethod::SHARED_KEY, cert_link: 0, algorithm: Vec::new() }]
                 }

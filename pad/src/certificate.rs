@@ -235,7 +235,7 @@ impl Certificate {
                 self.alternative_names.contains(identity)
             }
             Identity::KeyId(id) => !id.is_empty() && self.subject_key_id.as_ref() == Some(id),
-            Identity::Other { .. } => false,
+            Identity::Null | Identity::Other { .. } => false,
         }
     }
 

@@ -33,6 +33,8 @@ impl AuthMethod {
     pub const ECDSA_384: Self = Self(10);
     /// ECDSA with SHA-512 on P-521.
     pub const ECDSA_521: Self = Self(11);
+    /// NULL Authentication (RFC 7619).
+    pub const NULL: Self = Self(13);
     /// Digital Signature (RFC 7427).
     pub const DIGITAL_SIGNATURE: Self = Self(14);
 }
@@ -44,6 +46,8 @@ pub enum AuthClass {
     SharedKey,
     /// `auth = pubkey`.
     PublicKey,
+    /// `auth = null` (RFC 7619): nobody proves anything.
+    Null,
 }
 
 /// Computes the shared-key MIC `prf(prf(secret, "Key Pad for IKEv2"), octets)` (RFC 7296 §2.15) for
@@ -51,6 +55,9 @@ pub enum AuthClass {
 pub trait SharedKeyMac: Send + Sync {
     /// The AUTH value for `secret`.
     fn mac(&self, secret: &Secret) -> Vec<u8>;
+
+    /// The AUTH value of NULL authentication: the secret is SK_pi or SK_pr (RFC 7619 §2.1).
+    fn mac_of_nobody(&self) -> Vec<u8>;
 }
 
 /// How we authenticate ourselves on a connection.

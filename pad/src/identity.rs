@@ -16,6 +16,10 @@ const ID_RFC822_ADDR: u8 = 3;
 const ID_IPV6_ADDR: u8 = 5;
 const ID_DER_ASN1_DN: u8 = 9;
 const ID_KEY_ID: u8 = 11;
+const ID_NULL: u8 = 13;
+
+/// The notation of [`Identity::Null`], ours.
+const NULL: &str = "%null";
 
 /// Longest identification data that is accepted, in octets.
 pub const MAX_IDENTITY_LENGTH: usize = 4096;
@@ -39,6 +43,8 @@ pub enum Identity {
     Dn(Vec<u8>),
     /// ID_KEY_ID: opaque octets.
     KeyId(Vec<u8>),
+    /// ID_NULL (RFC 7619): nobody in particular. Goes with NULL authentication alone, and two of them need not be the same peer.
+    Null,
     /// A type that we carry but never match.
     Other {
         /// The ID type octet.
@@ -94,6 +100,7 @@ impl Identity {
             Self::Ipv6(_) => ID_IPV6_ADDR,
             Self::Dn(_) => ID_DER_ASN1_DN,
             Self::KeyId(_) => ID_KEY_ID,
+            Self::Null => ID_NULL,
             Self::Other { kind, .. } => *kind,
         }
     }
@@ -105,6 +112,7 @@ impl Identity {
             Self::Ipv6(address) => address.octets().to_vec(),
             Self::Fqdn(text) | Self::Rfc822(text) => text.clone().into_bytes(),
             Self::Dn(data) | Self::KeyId(data) | Self::Other { data, .. } => data.clone(),
+            Self::Null => Vec::new(),
         }
     }
 
@@ -117,7 +125,7 @@ impl Identity {
                 Some(text) => text.to_owned(),
                 None => data.iter().map(|octet| format!("{octet:02x}")).collect::<Vec<_>>().join(":"),
             },
-            Self::Ipv4(_) | Self::Ipv6(_) | Self::Dn(_) => self.to_string(),
+            Self::Ipv4(_) | Self::Ipv6(_) | Self::Dn(_) | Self::Null => self.to_string(),
         }
     }
 
@@ -133,9 +141,11 @@ impl Identity {
         if data.len() > MAX_IDENTITY_LENGTH {
             return Err("too long");
         }
-        // RFC 7619 §2.2: ID_NULL is the one type whose data is empty; we carry it, and it matches nothing.
-        const ID_NULL: u8 = 13;
-        if data.is_empty() && kind != ID_NULL {
+        // RFC 7619 §2.2: ID_NULL is the one type whose data is empty, and it must be.
+        if kind == ID_NULL {
+            return if data.is_empty() { Ok(Self::Null) } else { Err("ID_NULL has data") };
+        }
+        if data.is_empty() {
             return Err("empty");
         }
         match kind {
@@ -177,6 +187,7 @@ impl Identity {
                 Err(_) => [&[255], der.as_slice()].concat(),
             }),
             Self::KeyId(data) | Self::Other { data, .. } => Cow::Borrowed(data),
+            Self::Null => Cow::Borrowed(&[]),
         }
     }
 }
@@ -226,6 +237,7 @@ impl fmt::Display for Identity {
                 Err(_) => ("asn1dn", String::new()),
             },
             Self::KeyId(data) => ("keyid", printable(data).unwrap_or_default().to_owned()),
+            Self::Null => return f.write_str(NULL),
             Self::Other { kind, data } => {
                 return write!(f, "({kind}):#{}", data_encoding::HEXLOWER.encode(data));
             }
@@ -260,7 +272,8 @@ pub enum Specificity {
 }
 
 impl IdentityPattern {
-    /// Matches every identity of a type that we know; one of another type ([`Identity::Other`]) is nobody.
+    /// Matches every identity of a type that we know, [`Identity::Null`] excepted; one of another type ([`Identity::Other`]) is
+    /// nobody.
     pub fn any() -> Self {
         Self { notation: Notation::Any }
     }
@@ -291,6 +304,8 @@ impl IdentityPattern {
             return None;
         }
         let admits = match (&self.notation, identity) {
+            // RFC 7619 §2.4: "only those rules that explicitly have that flag turned on".
+            (Notation::Any, Identity::Null) => false,
             (Notation::Any, _) => true,
             (Notation::Exact(exact), identity) => exact == identity,
             (Notation::Subdomains(parent), Identity::Fqdn(name)) => {
@@ -316,6 +331,7 @@ impl IdentityPattern {
                 | Identity::Rfc822(_)
                 | Identity::Dn(_)
                 | Identity::KeyId(_)
+                | Identity::Null
                 | Identity::Other { .. },
             ) => false,
         };
@@ -388,6 +404,9 @@ impl Notation {
         }
         if matches!(text, "%any" | "%any6" | "*" | "0.0.0.0" | "0::0" | "::" | "0.0.0.0/0" | "::/0") {
             return Ok(Self::Any);
+        }
+        if text == NULL {
+            return Ok(Self::Exact(Identity::Null));
         }
         if text.starts_with('^') {
             return Err("regular expressions are not supported".to_owned());

@@ -20,6 +20,11 @@ pub struct PeerIdentity {
 /// How an identity was proved.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Proof {
+    /// Not at all (RFC 7619): whoever was at the other end of the key exchange.
+    Unauthenticated {
+        /// Stands for the IKE SA and those that it is rekeyed to: no two others have the same.
+        lineage: [u8; 32],
+    },
     /// By a pre-shared key (RFC 7296 §2.15).
     PreSharedKey,
     /// By a certificate.

@@ -57,7 +57,7 @@ fn figures(latches: u32, barrier: Option<&Arc<dyn FlowBarrier>>) {
     }
     let (ours, theirs) = (class(&database, "peer.example"), class(&database, "other.example"));
     let everything: Vec<_> = TrafficSelector::network(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0).into_iter().collect();
-    database.installed(1, ours, everything.clone(), everything.clone());
+    database.installed(1, ours, everything.clone(), everything.clone()).unwrap();
 
     let before = resident();
     let start = Instant::now();
@@ -70,10 +70,10 @@ fn figures(latches: u32, barrier: Option<&Arc<dyn FlowBarrier>>) {
     // A thread of the data plane that never rests: when the last packet of a broken flow passed.
     let (of_one, last) = watched(&database, ours, || {
         let (local, remote) = TrafficSelector::of_flow(&flow(0));
-        assert_eq!(database.before_install(theirs, &[local], &[remote]).len(), 1);
+        assert_eq!(database.before_install(theirs, &[local], &[remote]).unwrap().len(), 1);
     });
     let start = Instant::now();
-    let broken = database.before_install(theirs, &everything, &everything).len();
+    let broken = database.before_install(theirs, &everything, &everything).unwrap().len();
     let of_all = start.elapsed();
     assert_eq!(broken + 1, made.len());
     println!(

@@ -185,6 +185,46 @@ fn the_tools_make_show_and_close_a_latch_with_a_narrow_sa() {
     client.ends();
 }
 
+// RFC 7619, RFC 5386 §2: two hosts that prove nothing to each other, and a connection that is pinned to one IKE SA.
+#[test]
+fn nobody_in_particular_is_latched_only_where_that_is_asked_for() {
+    let [(of_a, files_a), (of_b, files_b)] = configurations(&Suite::default());
+    let nameless = |text: String| {
+        let text = text.replace("auth = psk\nid = a.example\n", "auth = null\n");
+        text.replace("auth = psk\nid = b.example\n", "auth = null\n")
+    };
+    let (host_a, host_b) = hosts();
+    let b = Daemon::start(Latchkey, &host_b, &nameless(of_b), &files_b);
+    let a = Daemon::start(Latchkey, &host_a, &nameless(of_a), &files_a);
+    let scene = Scene { a, b, host_a, host_b };
+    scene.a.initiate("net");
+    scene.passes();
+    let Scene { a, b, host_a, host_b } = &scene;
+    let whois = latchkey(a, host_a, &["whois", "10.1.0.1:40000", "10.2.0.1:4000"]);
+    assert!(whois.contains("NOBODY IN PARTICULAR (unauthenticated), to us as %null"), "{whois}");
+    let mut server = Netcat::start(b, host_b, "nc", &["-l", "--peer", "%null", "10.2.0.1", "4000"]);
+    server.tells("listening");
+    for (n, peer) in ["b.example", "%any"].iter().enumerate() {
+        let refused = ["--peer", peer, "-s", "10.1.0.1", "10.2.0.1", "4000"];
+        Netcat::start(a, host_a, &format!("refused{n}"), &refused).tells("wrong-peer");
+    }
+    let connect = ["--peer", "%null", "-s", "10.1.0.1:40000", "10.2.0.1", "4000"];
+    let mut client = Netcat::start(a, host_a, "nc", &connect);
+    client.tells("NOBODY IN PARTICULAR");
+    talk(&mut client, &mut server, "first");
+    a.control(&["--rekey", "--ike", "site"]);
+    wait_for("the successor", PATIENCE, || a.sas().contains("state=ESTABLISHED") && !a.sas().contains("state=REKEY"));
+    talk(&mut client, &mut server, "second");
+    // Another IKE SA is another peer, who gets all but the connection.
+    a.control(&["--terminate", "--ike", "site"]);
+    a.initiate("net");
+    let sas = a.control(&["--list-sas"]);
+    assert!(sas.contains("10.1.0.1/32[tcp/0-39999]"), "{sas}");
+    client.types("is it still you?\n");
+    scene.passes();
+    assert!(!fs::read_to_string(&server.output).unwrap().contains("still you"));
+}
+
 // RFC 5660 §2.3: "changes to the SPD" that conflict; §2.1: an SA with another suite conflicts as well. What would break can
 // be asked before.
 #[test]

@@ -218,6 +218,14 @@ fn read_connection(
         options
             .warning("ppk_id", "proposals with keys below 256 bits are no match for a quantum computer (RFC 8784 §6)");
     }
+    let of_nobody = remote.as_ref().is_some_and(|entry| entry.class == AuthClass::Null);
+    if of_nobody && session_resumption {
+        options.invalid("session_resumption", "a ticket would bring back who has proved nothing");
+    }
+    let as_nobody = local.as_ref().is_some_and(|(_, auth)| auth.class == AuthClass::Null);
+    if (of_nobody || as_nobody) && (ppk_id.is_some() || ppk_required) {
+        options.invalid("ppk_id", "not with auth = null (RFC 8784 §4)");
+    }
     let traps = children.iter().map(|(child, traps)| (child.name.clone(), *traps)).collect();
     let children = children.into_iter().map(|(child, _)| child).collect();
     options.finish(&["local", "remote"]);
@@ -400,6 +408,12 @@ fn local_auth(
     auth.finish(&["cert"]);
     let id = id.or_else(|| certs.first().and_then(|certificate| subject(certificate)));
     let (class, constraints) = class?;
+    let id = if class == AuthClass::Null {
+        auth.refuse_with_null(&["id", "certs"], id.is_some_and(|id| id != Identity::Null) || !certs.is_empty());
+        Some(Identity::Null)
+    } else {
+        id
+    };
     Some((id, LocalAuth { class, certificates: certs, constraints }))
 }
 
@@ -454,6 +468,15 @@ fn remote_auth(
     }
     auth.finish(&["cert", "cacert"]);
     (entry.class, entry.constraints) = class?;
+    if entry.class == AuthClass::Null {
+        let nobody = IdentityPattern::exact(Identity::Null);
+        let named = entry.remote_id != IdentityPattern::any() && entry.remote_id != nobody;
+        auth.refuse_with_null(
+            &["id", "certs", "cacerts"],
+            named || !entry.certs.is_empty() || !entry.cacerts.is_empty(),
+        );
+        entry.remote_id = nobody;
+    }
     Some(entry)
 }
 
@@ -882,11 +905,20 @@ impl<'s, 'r> Options<'s, 'r> {
         proposals
     }
 
+    /// Who proves nothing says nothing either (RFC 7619 §2.2).
+    fn refuse_with_null(&mut self, options: &[&str], given: bool) {
+        if given {
+            let options = options.join("', '");
+            self.invalid("auth", &format!("with null there is no '{options}': nobody is named or vouched for"));
+        }
+    }
+
     /// `auth`: the kind of proof, and for signatures what is asked of them.
     fn auth_class(&mut self) -> Option<(AuthClass, SignatureConstraints)> {
         match self.text("auth") {
             None => Some((AuthClass::PublicKey, SignatureConstraints::default())),
             Some("psk") => Some((AuthClass::SharedKey, SignatureConstraints::default())),
+            Some("null") => Some((AuthClass::Null, SignatureConstraints::default())),
             Some(text) if text.starts_with("eap") || text.starts_with("xauth") => {
                 self.invalid("auth", "EAP and XAuth are not served yet; write pubkey or psk");
                 None
@@ -1316,6 +1348,28 @@ mod tests {
         let connection = read_good("remote { }\n redirect_to = gw2.example\n redirect_phase = init");
         assert_eq!(connection.redirect_to, Some((name(), RedirectPhase::Init)));
         assert_eq!(read_good("remote { }").redirect_to, None);
+    }
+
+    // RFC 7619 §2.2, §2.4.
+    #[test]
+    fn auth_null_is_read_and_goes_with_no_name() {
+        let connection = read_good("local { auth = null }\n remote { auth = null }");
+        assert_eq!((connection.local_auth.class, connection.remote.class), (AuthClass::Null, AuthClass::Null));
+        assert_eq!(connection.local_id, Some(Identity::Null));
+        assert_eq!(connection.remote.remote_id, IdentityPattern::exact(Identity::Null));
+        let connection = read_good("local { auth = psk\n id = a.example }\n remote { auth = null\n id = %any }");
+        assert!(connection.remote.remote_id.matches(&Identity::Null));
+        assert!(!read_good("remote { auth = psk }").remote.remote_id.matches(&Identity::Null));
+        for bad in [
+            "local { auth = null\n id = a.example }\n remote { }",
+            "remote { auth = null\n id = b.example }",
+            "remote { auth = null }\n session_resumption = yes",
+            "remote { auth = null }\n ppk_id = moon",
+            "local { auth = null }\n remote { }\n ppk_id = moon",
+        ] {
+            let message = refusal(bad);
+            assert!(message.contains("null") || message.contains("proved nothing"), "{message}");
+        }
     }
 
     #[test]

@@ -16,7 +16,7 @@ use ipsec::guard::ClassId;
 use ipsec::plane::{Carrier, DataPlane, Encapsulation, Mode, PlaneError, PlaneEvent, Shunt, Trap, Usage};
 use ipsec::selector::{Flow, TrafficSelector};
 use kernel::network::{Network, NetworkEvent};
-use latch::database::{Bindings, Class, Database};
+use latch::database::{Bindings, Class, Database, Outranked};
 use latch::protocol::SaInfo;
 use pad::Credentials;
 use tokio::sync::{broadcast, mpsc, oneshot};
@@ -326,9 +326,11 @@ impl Core {
         self.database.bound(child_sa.0, Bindings { unique: channel_binding, keys: endpoint_keys });
         pair.class = class;
         pair.reqid = reqid;
-        for alert in self.database.before_install(class, &pair.local_ts, &pair.remote_ts) {
+        let asked = self.database.before_install(class, &pair.local_ts, &pair.remote_ts);
+        for alert in asked.map_err(|outranked| self.refuse_outranked(child_sa, &outranked))? {
             tracing::warn!(latch = alert.latch.0, reason = alert.reason, "latch broken");
         }
+        let spi_in = pair.spi_in;
         let installed = InstalledChild {
             spi_in: pair.spi_in,
             class,
@@ -352,11 +354,24 @@ impl Core {
             tracing::error!(%error, "a Child SA could not be installed");
             InstallError::Failed(error.to_string())
         })?;
+        let known = self.database.installed(child_sa.0, class, installed.local_ts.clone(), installed.remote_ts.clone());
+        if let Err(outranked) = known {
+            if let Err(error) = self.plane.delete(spi_in) {
+                tracing::error!(%error, "removing a Child SA");
+            }
+            return Err(self.refuse_outranked(child_sa, &outranked));
+        }
         self.reqids.installed(reqid, class, key);
         self.numbers.installed(&tags);
-        self.database.installed(child_sa.0, class, installed.local_ts.clone(), installed.remote_ts.clone());
         self.children.insert(child_sa, installed);
         Ok(Installed { reqid, tags })
+    }
+
+    /// An SA of nobody in particular does not take what belongs to somebody (RFC 7619 §3.3).
+    fn refuse_outranked(&self, child: ChildSaId, outranked: &Outranked) -> InstallError {
+        self.database.removed(child.0);
+        tracing::warn!(%outranked, "a Child SA is refused");
+        InstallError::Refused(outranked.to_string())
     }
 
     /// The `reqid` for a Child SA: its predecessor's if the class is the same, the configured one, or one that stands for

@@ -18,6 +18,7 @@ pub(super) fn tell(
     let child = status.children.iter().find(|known| known.id == child)?;
     let peer = status.peer.as_ref()?;
     let method = match &peer.proof {
+        Proof::Unauthenticated { .. } => AuthMethod::NULL,
         Proof::PreSharedKey => AuthMethod::SHARED_KEY,
         Proof::Certificate { method, .. } => *method,
     };

@@ -379,6 +379,7 @@ fn auth(id: Option<String>, class: AuthClass, certs: &[Vec<u8>], cacerts: &[Vec<
         section.push_value("id", id);
     }
     let class = match class {
+        AuthClass::Null => "null",
         AuthClass::SharedKey => "pre-shared key",
         AuthClass::PublicKey => "public key",
     };

@@ -5,11 +5,13 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use ipsec::exclusion::without_addresses;
+use ipsec::selector::TrafficSelector;
 use ipsec::transform::Proposal;
-use pad::{Identity, IdentityPattern, Specificity};
+use pad::{AuthClass, Identity, IdentityPattern, Specificity};
 
 use super::Path;
-use crate::config::{AddressRange, Connection};
+use crate::config::{AddressRange, Child, ConfiguredSelector, Connection};
 
 /// The connections with their tables, which are made once for each load.
 #[derive(Default)]
@@ -29,6 +31,8 @@ pub(crate) struct Connections {
     exact: HashSet<Identity>,
     /// All other patterns of peers' identities, each once.
     patterns: Vec<IdentityPattern>,
+    /// Addresses that are for peers who prove who they are: ranges in order, none of which meets another.
+    claimed: Vec<(IpAddr, IpAddr)>,
 }
 
 /// A connection that admits a path's addresses.
@@ -68,7 +72,13 @@ impl Connections {
         }
         drop((numbers, known));
         let (by_remote, by_local) = (Ranges::new(by_remote), Ranges::new(by_local));
-        Self { all, proposals, by_name, by_remote, by_local, anywhere, exact, patterns }
+        let claimed = claimed(&all);
+        Self { all, proposals, by_name, by_remote, by_local, anywhere, exact, patterns, claimed }
+    }
+
+    /// What of these selectors of a peer's may be for one that proves nothing (RFC 7619 §2.5, §3; RFC 5386 §2).
+    pub(crate) fn for_nobody(&self, remote_ts: &[TrafficSelector]) -> Vec<TrafficSelector> {
+        without_addresses(remote_ts, &self.claimed)
     }
 
     /// Those of this name, in order of configuration.
@@ -104,6 +114,34 @@ impl Connections {
         let exact = exact.and_then(|exact| exact.match_specificity(identity));
         exact.or_else(|| self.patterns.iter().filter_map(|pattern| pattern.match_specificity(identity)).max())
     }
+}
+
+/// What the children of connections with authentication are for on the peer's side. `dynamic` stands for the peer's addresses, where
+/// the connection names them.
+fn claimed(all: &[Arc<Connection>]) -> Vec<(IpAddr, IpAddr)> {
+    let authenticated = all.iter().filter(|connection| connection.remote.class != AuthClass::Null);
+    let selectors = authenticated.flat_map(|connection| {
+        let of_child = |child: &Arc<Child>| child.remote_ts.clone();
+        connection.children.iter().flat_map(of_child).map(move |selector| (connection, selector))
+    });
+    let mut ranges: Vec<(IpAddr, IpAddr)> = selectors
+        .flat_map(|(connection, selector)| match selector {
+            ConfiguredSelector::Fixed(fixed) => vec![(fixed.start, fixed.end)],
+            ConfiguredSelector::Dynamic { .. } => {
+                connection.remote_addrs.iter().map(|range| (range.start, range.end)).collect()
+            }
+        })
+        .filter(|(start, end)| start <= end && start.is_ipv4() == end.is_ipv4())
+        .collect();
+    ranges.sort_unstable();
+    let mut merged: Vec<(IpAddr, IpAddr)> = Vec::new();
+    for (start, end) in ranges {
+        match merged.last_mut() {
+            Some((_, last)) if start <= *last => *last = end.max(*last),
+            _ => merged.push((start, end)),
+        }
+    }
+    merged
 }
 
 #[cfg(any(test, feature = "fuzzing"))]

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use ipsec::plane::StreamId;
-use pad::{Identity, PeerIdentity, Ppk};
+use pad::{Identity, PeerIdentity, Ppk, Proof};
 
 use super::{
     ChildReady, ChildSaId, ChildSaStatus, CloseReason, EngineConfig, Event, IkeSaId, Initiate, Job, JobId, Judgement,
@@ -41,13 +41,18 @@ pub(crate) struct JobEntry {
 /// Who is at both ends of an established IKE SA, and the entry that admitted the peer: another entry may ask
 /// for less proof, and what it admits must not touch this one's IKE SAs.
 ///
-/// Both identities in their canonical form, each after its length, then the entry's name.
+/// Both identities in their canonical form, each after its length, then the entry's name. Of peers that have proved nothing no two
+/// are the same, whatever they say (RFC 7619 §2.3): theirs ends with what stands for the IKE SA.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct PeerKey(Arc<[u8]>);
 
 impl PeerKey {
     pub(crate) fn of(peer: &PeerIdentity) -> Self {
-        Self([&Self::identities(&peer.local_id, &peer.id), peer.entry.as_bytes()].concat().into())
+        let lineage: &[u8] = match &peer.proof {
+            Proof::Unauthenticated { lineage } => lineage,
+            Proof::PreSharedKey | Proof::Certificate { .. } => &[],
+        };
+        Self([&Self::identities(&peer.local_id, &peer.id), peer.entry.as_bytes(), lineage].concat().into())
     }
 
     /// What the keys of all entries between two identities begin with.

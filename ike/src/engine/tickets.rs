@@ -409,6 +409,7 @@ fn id_octets(id: &Identity) -> Vec<u8> {
 /// How the peer proved itself in the beginning.
 pub(crate) fn method(peer: &PeerIdentity) -> AuthMethod {
     match peer.proof {
+        Proof::Unauthenticated { .. } => AuthMethod::NULL,
         Proof::PreSharedKey => AuthMethod::SHARED_KEY,
         Proof::Certificate { method, .. } => method,
     }

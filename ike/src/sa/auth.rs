@@ -152,7 +152,7 @@ impl InitMaterial {
             local_id,
             peer_id,
             auth,
-            shared_key_mac: Arc::new(Mac { prf: channel.suite.prf, octets: octets.clone() }),
+            shared_key_mac: Arc::new(Mac::new(channel, channel.initiator, octets.clone())),
             octets,
             peer_hashes: self.peer_hashes.clone(),
             cert_requests: self.cert_requests.clone(),
@@ -179,7 +179,7 @@ impl InitMaterial {
             local_id,
             method: AuthMethod(method),
             auth,
-            shared_key_mac: Arc::new(Mac { prf: channel.suite.prf, octets: signed_octets.clone() }),
+            shared_key_mac: Arc::new(Mac::new(channel, !channel.initiator, signed_octets.clone())),
             signed_octets,
             certificates,
             entries,
@@ -265,6 +265,15 @@ fn signed_octets(
 struct Mac {
     prf: Prf,
     octets: Vec<u8>,
+    /// SK_pi or SK_pr, the key of whose MAC it is (RFC 7619 §2.1).
+    own: Secret,
+}
+
+impl Mac {
+    fn new(channel: &Channel, of_initiator: bool, octets: Vec<u8>) -> Self {
+        let own = if of_initiator { &channel.pi } else { &channel.pr };
+        Self { prf: channel.suite.prf, octets, own: own.duplicate() }
+    }
 }
 
 impl SharedKeyMac for Mac {
@@ -273,5 +282,9 @@ impl SharedKeyMac for Mac {
         let padded = crypto::prf(self.prf, secret.expose(), &[KEY_PAD]);
         let mac = padded.and_then(|key| crypto::prf(self.prf, key.expose(), &[&self.octets]));
         mac.map(|mac| mac.expose().to_vec()).unwrap_or_default()
+    }
+
+    fn mac_of_nobody(&self) -> Vec<u8> {
+        self.mac(&self.own)
     }
 }

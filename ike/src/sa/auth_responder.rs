@@ -5,7 +5,9 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
-use pad::{Admission, AuthError, AuthMethod, Identity, IdentityPattern, PeerIdentity, SignError, SignedAuth};
+use pad::{
+    Admission, AuthClass, AuthError, AuthMethod, Identity, IdentityPattern, PeerIdentity, SignError, SignedAuth,
+};
 
 use super::auth::{InitMaterial, identification, is_where_it_says, proof_payloads};
 use super::basis::{Basis, readmits, rivals};
@@ -258,7 +260,11 @@ impl ResponderAuth {
         }
         let named = ppk::named(ctx, parts).ok_or("the peer names no PPK after USE_PPK")?;
         if let Some((id, ppk)) = named {
-            let with = |connection: &Connection| connection.ppk_id.as_ref().is_none_or(|known| known.matches(&id));
+            // RFC 8784 §4: with NULL authentication a PPK would have to be mandatory, and the identity not ID_NULL.
+            let with = |connection: &Connection| {
+                connection.remote.class != AuthClass::Null
+                    && connection.ppk_id.as_ref().is_none_or(|known| known.matches(&id))
+            };
             let groups = self.groups(ctx, asserted, parts, with);
             if !groups.is_empty() {
                 self.channel.mix(&ppk).map_err(|_| "the PRF is not supported")?;

@@ -12,7 +12,7 @@ use ipsec::plane::{Encapsulation, EspSuite, Mode, SaPair, Tags, TfcPadding};
 use ipsec::secret::Secret;
 use ipsec::selector::TrafficSelector;
 use ipsec::transform::{Ke, Prf, Proposal, Protocol};
-use pad::PeerIdentity;
+use pad::{PeerIdentity, Proof};
 
 use super::Core;
 use super::configuration::any_address;
@@ -518,7 +518,13 @@ pub(crate) fn answer(
     });
     let (choice, candidate) = agreed.next().ok_or(fault)?;
     let leaves_out = candidate.leaves_out(agreed.map(|(_, other)| other));
-    let Candidate { config, narrowed, .. } = candidate;
+    let Candidate { config, mut narrowed, .. } = candidate;
+    if matches!(parent.peer.proof, Proof::Unauthenticated { .. }) && parent.core.assigned.is_none() {
+        narrowed.remote = ctx.connections.for_nobody(&narrowed.remote);
+        if narrowed.remote.is_empty() {
+            return Err(Fault::TsUnacceptable);
+        }
+    }
     let mode = if wants_transport && config.mode == Mode::Transport { Mode::Transport } else { Mode::Tunnel };
     let prospect = Prospect {
         party: Party::Proved(parent.peer),

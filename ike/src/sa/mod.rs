@@ -167,7 +167,9 @@ pub(crate) fn fail_wants(ctx: &mut Context, connection: &str, wants: &[Want], re
 /// True when INITIAL_CONTACT may be said (RFC 7296 §2.4): we know no other IKE SA with that peer.
 pub(crate) fn is_first_contact(ctx: &Context, connection: &Connection, local: &Identity) -> bool {
     match (connection.unique, connection.remote.remote_id.as_exact()) {
-        (Unique::Never, _) | (_, None) => false,
+        (Unique::Never, _) | (_, None | Some(Identity::Null)) => false,
+        // RFC 7619 §2.3: nobody in particular has no other IKE SAs.
+        _ if *local == Identity::Null => false,
         (Unique::No | Unique::Keep | Unique::Replace, Some(remote)) => !ctx.knows_peer(local, remote),
     }
 }

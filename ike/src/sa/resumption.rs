@@ -57,6 +57,7 @@ pub(crate) fn check(
 /// For the log: who was resumed, and what that goes back to.
 pub(crate) fn line(now: Instant, peer: &PeerIdentity, basis: &Basis) -> String {
     let by = match peer.proof {
+        Proof::Unauthenticated { .. } => "nothing",
         Proof::PreSharedKey => "a pre-shared key",
         Proof::Certificate { .. } => "a certificate",
     };

@@ -83,6 +83,7 @@ pub(crate) fn octets(entry: &Entry, number: c_int) -> Result<(Vec<u8>, bool), Fa
         Item::PeerId => peer.id.text.clone(),
         Item::LocalId => peer.local_id.text.clone(),
         Item::Proof => match &peer.proof {
+            ProofInfo::Unauthenticated => "unauthenticated".to_owned(),
             ProofInfo::SharedKey => "shared-key".to_owned(),
             ProofInfo::Certificate { .. } => "certificate".to_owned(),
         },
@@ -105,7 +106,7 @@ pub(crate) fn octets(entry: &Entry, number: c_int) -> Result<(Vec<u8>, bool), Fa
                     Ok((end_entity.clone(), false))
                 }
                 ProofInfo::Certificate { trust_anchor, .. } => Ok((trust_anchor.clone(), false)),
-                ProofInfo::SharedKey => Err(absent()),
+                ProofInfo::SharedKey | ProofInfo::Unauthenticated => Err(absent()),
             };
         }
         _ => return Err(unknown(number)),

@@ -229,10 +229,10 @@ impl Database {
             binding: control.binding(flow),
             holder: Arc::clone(&holder),
         };
+        let (_, alert) = self.insert(control, latch).ok()?;
         if let Some(listening) = control.listeners.get_mut(&parent) {
             listening.waiting += 1;
         }
-        let (_, alert) = self.insert(control, latch);
         Some((holder, alert))
     }
 

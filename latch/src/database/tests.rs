@@ -116,7 +116,7 @@ fn what_a_stranger_asks_for_is_to_be_narrowed_around_latched_flows() {
     let of_class = |class: &Class| if class.peer.id == identity(0) { Newcomer::Congruent } else { Newcomer::Stranger };
     assert_eq!(database.reserved(&everything(), &everything(), of_class), []);
     // One that may stand again keeps its flow; one that will not does not.
-    database.before_install(classes[1], &everything(), &everything());
+    database.before_install(classes[1], &everything(), &everything()).unwrap();
     assert_eq!(reserved(&everything(), Newcomer::Stranger), [flow(2)]);
     database.release(first);
     database.peer_restarted(classes[0]);
@@ -128,7 +128,7 @@ fn what_a_stranger_asks_for_is_to_be_narrowed_around_latched_flows() {
 fn an_sa_in_place_of_the_latched_one_is_not_narrowed_around_its_flow() {
     let (database, classes) = database();
     let (ours, theirs) = TrafficSelector::of_flow(&flow(1));
-    database.installed(1, classes[0], vec![ours], vec![theirs]);
+    database.installed(1, classes[0], vec![ours], vec![theirs]).unwrap();
     database.create(flow(1), &any(), ignore()).unwrap();
     let reserved = |local: &[TrafficSelector], remote: &[TrafficSelector]| {
         database.reserved(local, remote, |_| Newcomer::SamePeer)
@@ -137,6 +137,60 @@ fn an_sa_in_place_of_the_latched_one_is_not_narrowed_around_its_flow() {
     assert_eq!(reserved(&[ours], &[theirs]), [], "in its place");
     database.removed(1);
     assert_eq!(reserved(&everything(), &everything()), [], "the peer is back, otherwise");
+}
+
+// RFC 7619 §3.3: "MUST NOT be able to replace the Child SAs of an authenticated IKE peer"; RFC 5660 §6.5: nor break its latches.
+#[test]
+fn who_has_proved_nothing_takes_nothing_from_who_has() {
+    let (database, classes) = database();
+    let narrow = |n| TrafficSelector::of_flow(&flow(n));
+    database.installed(1, classes[0], vec![narrow(1).0], vec![narrow(1).1]).unwrap();
+    let (holder, told) = counting();
+    database.create(flow(1), &any(), holder).unwrap();
+    database.removed(1);
+    // The latch alone…
+    let refused = database.before_install(classes[NOBODY], &everything(), &everything()).unwrap_err();
+    assert!(refused.to_string().contains("is latched to peer-0.example"), "{refused}");
+    database.installed(2, classes[NOBODY], everything(), everything()).unwrap_err();
+    assert!(database.is_uncovered(&flow(2)) && told.load(Ordering::SeqCst) == 0);
+    // …an SA alone…
+    database.installed(3, classes[1], vec![narrow(2).0], everything()).unwrap();
+    let refused = database.before_install(classes[NOBODY], &[narrow(2).0], &[narrow(2).1]).unwrap_err();
+    assert!(refused.to_string().contains("an SA of peer-1.example"), "{refused}");
+    // …and what is nobody's.
+    database.before_install(classes[NOBODY], &[narrow(3).0], &[narrow(3).1]).unwrap();
+    database.installed(4, classes[NOBODY], vec![narrow(3).0], vec![narrow(3).1]).unwrap();
+    let (holder, told) = counting();
+    database.create(flow(3), &any(), holder).unwrap();
+    // The other way round it is a conflict like any other.
+    install(&database, 5, classes[0]);
+    assert_eq!(told.load(Ordering::SeqCst), 1);
+}
+
+// RFC 7619, RFC 5386 §2: without proof there is no telling whether it is the same peer.
+#[test]
+fn nobody_is_the_same_only_within_one_ike_sa() {
+    let of = |lineage: u8| {
+        with_peer(&class(0), |peer| {
+            peer.id = Identity::Null;
+            peer.proof = Proof::Unauthenticated { lineage: [lineage; 32] };
+        })
+    };
+    let database = Database::new();
+    let (one, same, other) = (database.intern(of(1)), database.intern(of(1)), database.intern(of(2)));
+    assert!(one == same && one != other);
+    let (ours, theirs) = TrafficSelector::of_flow(&flow(1));
+    database.installed(1, one, vec![ours], vec![theirs]).unwrap();
+    // Nobody asks for it by accident.
+    assert!(matches!(database.create(flow(1), &any(), ignore()), Err(LatchError::WrongPeer { .. })));
+    let nobody = Request::peer(IdentityPattern::parse("%null").unwrap());
+    let (holder, told) = counting();
+    database.create(flow(1), &nobody, holder).unwrap();
+    // Neither its end nor its return says anything about others.
+    database.peer_restarted(other);
+    assert_eq!(told.load(Ordering::SeqCst), 0);
+    database.installed(2, other, vec![ours], vec![theirs]).unwrap();
+    assert_eq!(told.load(Ordering::SeqCst), 1, "a new IKE SA is another peer");
 }
 
 #[test]
@@ -156,7 +210,7 @@ fn a_conflicting_sa_breaks_the_latch_before_it_is_installed() {
         })
     };
     let (latch, _) = database.create(flow(1), &any(), holder).unwrap();
-    let alerts = database.before_install(classes[1], &everything(), &everything());
+    let alerts = database.before_install(classes[1], &everything(), &everything()).unwrap();
     assert_eq!(alerts.len(), 1);
     assert_eq!((alerts[0].latch, alerts[0].state), (latch, LatchState::Broken));
     assert!(alerts[0].reason.contains("peer-1") && alerts[0].reason.contains("peer identity"), "{}", alerts[0].reason);
@@ -164,7 +218,7 @@ fn a_conflicting_sa_breaks_the_latch_before_it_is_installed() {
     for class in [Some(classes[0]), Some(classes[1]), None] {
         assert_eq!(database.check(Direction::Inbound, &flow(1), class), Verdict::Drop);
     }
-    database.installed(2, classes[1], everything(), everything());
+    database.installed(2, classes[1], everything(), everything()).unwrap();
     assert_eq!(seen.lock().unwrap().len(), 1, "told once");
     assert_eq!(database.find(&flow(1)).unwrap().1, LatchState::Broken);
 }
@@ -173,10 +227,10 @@ fn a_conflicting_sa_breaks_the_latch_before_it_is_installed() {
 fn a_latch_created_between_the_question_and_the_sa_breaks_when_the_sa_is_in() {
     let (database, classes) = database();
     install(&database, 1, classes[0]);
-    assert!(database.before_install(classes[1], &everything(), &everything()).is_empty());
+    assert!(database.before_install(classes[1], &everything(), &everything()).unwrap().is_empty());
     let (holder, told) = counting();
     database.create(flow(1), &any(), holder).unwrap();
-    database.installed(2, classes[1], everything(), everything());
+    database.installed(2, classes[1], everything(), everything()).unwrap();
     assert_eq!(told.load(Ordering::SeqCst), 1);
     assert_eq!(database.check(Direction::Inbound, &flow(1), Some(classes[1])), Verdict::Drop);
 }
@@ -204,10 +258,12 @@ fn an_sa_for_other_traffic_breaks_nothing() {
     install(&database, 1, classes[0]);
     let (holder, told) = counting();
     database.create(flow(1), &any(), holder).unwrap();
-    database.before_install(classes[1], &everything(), &[port(flow(2).remote_port)]);
-    database.before_install(classes[1], &[TrafficSelector::host("192.0.2.99".parse().unwrap())], &everything());
+    database.before_install(classes[1], &everything(), &[port(flow(2).remote_port)]).unwrap();
+    database
+        .before_install(classes[1], &[TrafficSelector::host("192.0.2.99".parse().unwrap())], &everything())
+        .unwrap();
     let udp = TrafficSelector { protocol: 17, ..everything()[0] };
-    database.before_install(classes[1], &[udp], &everything());
+    database.before_install(classes[1], &[udp], &everything()).unwrap();
     assert_eq!(told.load(Ordering::SeqCst), 0);
     assert_eq!(database.check(Direction::Outbound, &flow(1), Some(classes[0])), Verdict::Pass);
 }
@@ -217,8 +273,8 @@ fn fragments_pass_only_under_the_class_of_all_latches_between_the_hosts() {
     let (database, classes) = database();
     let fragment = Flow { local_port: 0, remote_port: 0, ..flow(1) };
     let pass = |class| database.check(Direction::Inbound, &fragment, Some(class)) == Verdict::Pass;
-    database.installed(1, classes[0], everything(), vec![port(flow(1).remote_port)]);
-    database.installed(2, classes[1], everything(), vec![port(flow(2).remote_port)]);
+    database.installed(1, classes[0], everything(), vec![port(flow(1).remote_port)]).unwrap();
+    database.installed(2, classes[1], everything(), vec![port(flow(2).remote_port)]).unwrap();
     assert!(pass(classes[0]) && pass(classes[1]), "no latch yet");
     let (first, _) = database.create(flow(1), &any(), ignore()).unwrap();
     assert!(pass(classes[0]) && !pass(classes[1]));
@@ -227,13 +283,13 @@ fn fragments_pass_only_under_the_class_of_all_latches_between_the_hosts() {
     assert!(!pass(classes[0]) && !pass(classes[1]));
     database.release(first);
     assert!(!pass(classes[0]) && pass(classes[1]));
-    database.before_install(classes[2], &everything(), &everything());
+    database.before_install(classes[2], &everything(), &everything()).unwrap();
     assert!(!pass(classes[1]) && !pass(classes[2]), "the latch is broken");
     let other_protocol = Flow { protocol: 17, ..fragment };
     assert_eq!(database.check(Direction::Inbound, &other_protocol, Some(classes[2])), Verdict::Pass);
     database.release(second);
     assert!(pass(classes[2]));
-    assert!(database.pairs.is_empty() && database.flows.is_empty());
+    assert!(database.pairs.is_empty() && database.flows.len() == 0);
 }
 
 // RFC 8200 §4.5: whoever reassembles takes the protocol from the first fragment alone.
@@ -243,16 +299,16 @@ fn later_ipv6_fragments_count_for_every_protocol() {
     let address = |text: &str| -> IpAddr { text.parse().unwrap() };
     let flow = Flow { local: address("fd00::1"), remote: address("fd00::2"), ..flow(1) };
     let every = |prefix: &str| vec![TrafficSelector::network(address(prefix), 0).unwrap()];
-    database.installed(1, classes[0], every("::"), every("::"));
+    database.installed(1, classes[0], every("::"), every("::")).unwrap();
     let (latch, _) = database.create(flow, &any(), ignore()).unwrap();
     let fragment = Flow { protocol: 44, local_port: 0, remote_port: 0, ..flow };
     let pass = |class| database.check(Direction::Inbound, &fragment, Some(class)) == Verdict::Pass;
     assert!(pass(classes[0]) && !pass(classes[1]));
-    database.before_install(classes[1], &every("::"), &every("::"));
+    database.before_install(classes[1], &every("::"), &every("::")).unwrap();
     assert!(!pass(classes[0]) && !pass(classes[1]), "the latch is broken");
     database.release(latch);
     assert!(pass(classes[1]));
-    assert!(database.pairs.is_empty() && database.flows.is_empty());
+    assert!(database.pairs.is_empty() && database.flows.len() == 0);
 }
 
 #[test]
@@ -312,7 +368,7 @@ fn an_sa_that_was_not_installed_after_all_does_not_keep_a_latch_broken() {
     let (database, classes) = database();
     install(&database, 1, classes[0]);
     database.create(flow(1), &waiting(), ignore()).unwrap();
-    database.before_install(classes[1], &everything(), &everything());
+    database.before_install(classes[1], &everything(), &everything()).unwrap();
     assert_eq!(database.find(&flow(1)).unwrap().1, LatchState::Broken);
     database.removed(2);
     assert_eq!(database.find(&flow(1)).unwrap().1, LatchState::Established);
@@ -582,7 +638,7 @@ fn a_holder_may_release_from_inside_the_alert() {
     let weak = Arc::downgrade(&database);
     let holder = Box::new(move |alert: Alert| weak.upgrade().unwrap().release(alert.latch));
     database.create(flow(1), &any(), holder).unwrap();
-    assert_eq!(database.before_install(classes[1], &everything(), &everything()).len(), 1);
+    assert_eq!(database.before_install(classes[1], &everything(), &everything()).unwrap().len(), 1);
     assert!(database.list().is_empty());
 }
 
@@ -621,9 +677,9 @@ fn packets_checked_by_other_threads_never_pass_once_breaking_returned() {
             round.store(turn * 4 + 2, Ordering::SeqCst);
             database.check(Direction::Outbound, &flow(1), Some(classes[0]));
             round.store(turn * 4 + 4, Ordering::SeqCst);
-            assert_eq!(database.before_install(classes[1], &everything(), &everything()).len(), 1);
+            assert_eq!(database.before_install(classes[1], &everything(), &everything()).unwrap().len(), 1);
             round.store(turn * 4 + 5, Ordering::SeqCst);
-            database.installed(2, classes[1], everything(), everything());
+            database.installed(2, classes[1], everything(), everything()).unwrap();
             database.check(Direction::Outbound, &flow(1), Some(classes[0]));
             round.store(0, Ordering::SeqCst);
             database.removed(2);
@@ -677,6 +733,11 @@ enum Step {
     Accept {
         flow: usize,
     },
+    /// An SA that does without what is reserved for others.
+    Narrow {
+        class: usize,
+        scope: usize,
+    },
     Release {
         nth: usize,
     },
@@ -729,6 +790,24 @@ impl ModelLatch {
 }
 
 impl Model {
+    /// RFC 7619 §3.3: it is nobody's SA, and somebody's latch or SA is there.
+    fn outranks(&self, class: usize, scope: usize) -> bool {
+        let meet = |other: usize| scope == other || scope == ALL_FLOWS || other == ALL_FLOWS;
+        class == NOBODY
+            && (self.latches.iter().any(|latch| latch.class != NOBODY && in_scope(scope, latch.flow))
+                || self.sas.values().any(|(class, other)| *class != NOBODY && meet(*other)))
+    }
+
+    fn reserved(&self, class: usize, scope: usize) -> BTreeSet<Flow> {
+        let stands = |latch: &&ModelLatch| match latch.condition {
+            Condition::Established => true,
+            Condition::Conflict | Condition::Policy => latch.on_break != OnBreak::Reset,
+            Condition::Dead | Condition::Closed => false,
+        };
+        let others = self.latches.iter().filter(|latch| latch.class != class && in_scope(scope, latch.flow));
+        others.filter(stands).map(|latch| flow(latch.flow)).collect()
+    }
+
     fn covering(&self, flow: usize) -> BTreeSet<usize> {
         self.sas.values().filter(|(_, scope)| in_scope(*scope, flow)).map(|(class, _)| *class).collect()
     }
@@ -789,8 +868,14 @@ proptest! {
             model.expected.clear();
             match step {
                 Step::Install { sa, class, scope, ask_first } => {
+                    if model.outranks(class, scope) {
+                        let asked = database.before_install(classes[class], &everything(), &scope_ts(scope));
+                        prop_assert!(asked.is_err());
+                        prop_assert!(database.installed(sa, classes[class], everything(), scope_ts(scope)).is_err());
+                        continue;
+                    }
                     if ask_first {
-                        let alerts = database.before_install(classes[class], &everything(), &scope_ts(scope));
+                        let alerts = database.before_install(classes[class], &everything(), &scope_ts(scope)).unwrap();
                         prop_assert_eq!(&*told.lock().unwrap(), &alerts, "told inside, not later");
                         model.conflict(class, scope);
                         let now: Vec<_> = alerts.iter().map(|alert| (alert.latch, alert.state)).collect();
@@ -799,11 +884,14 @@ proptest! {
                         model.conflict(class, scope);
                     }
                     model.sas.insert(sa, (class, scope));
-                    database.installed(sa, classes[class], everything(), scope_ts(scope));
+                    database.installed(sa, classes[class], everything(), scope_ts(scope)).unwrap();
                 }
                 Step::Fail { sa, class, scope } => {
-                    database.before_install(classes[class], &everything(), &scope_ts(scope));
-                    model.conflict(class, scope);
+                    let asked = database.before_install(classes[class], &everything(), &scope_ts(scope));
+                    prop_assert_eq!(asked.is_err(), model.outranks(class, scope));
+                    if asked.is_ok() {
+                        model.conflict(class, scope);
+                    }
                     database.removed(sa);
                     model.sas.remove(&sa);
                     model.restore();
@@ -924,9 +1012,23 @@ proptest! {
                     }
                 }
                 Step::Break { nth } | Step::Close { nth } => prop_assert!(!database.close(LatchId(nth as u64), "test")),
+                // RFC 5660 §2.3: around what is reserved there is room for everybody, and no latch breaks.
+                Step::Narrow { class, scope } => {
+                    let of_class = |latched: &Class| {
+                        if *latched == self::class(class) { Newcomer::Congruent } else { Newcomer::Stranger }
+                    };
+                    let (local, remote) = (everything(), scope_ts(scope));
+                    let reserved: BTreeSet<Flow> = database.reserved(&local, &remote, of_class).into_iter().collect();
+                    prop_assert_eq!(&reserved, &model.reserved(class, scope));
+                    let reserved: Vec<Flow> = reserved.into_iter().collect();
+                    if let Some((local, remote)) = ipsec::exclusion::around(&local, &remote, &reserved) {
+                        let broken = database.before_install(classes[class], &local, &remote);
+                        prop_assert!(broken.is_ok_and(|broken| broken.is_empty()) || model.outranks(class, scope));
+                    }
+                }
                 Step::Restart => {
                     database = Database::new();
-                    for n in 0..3 {
+                    for n in 0..4 {
                         database.intern(class(n));
                     }
                     model = Model::default();
@@ -936,7 +1038,7 @@ proptest! {
             }
             let alerts: Vec<_> = told.lock().unwrap().drain(..).map(|alert| (alert.latch, alert.state)).collect();
             prop_assert_eq!(alerts, model.expected.clone());
-            for class in [None, Some(0), Some(1), Some(2)] {
+            for class in [None, Some(0), Some(1), Some(2), Some(NOBODY)] {
                 let number = class.map(|n: usize| classes[n]);
                 for n in 0..ALL_FLOWS {
                     let verdict = model.verdict(n, class);
@@ -976,7 +1078,7 @@ proptest! {
         if let Some((id, _, _)) = model.listener {
             database.release(id);
         }
-        prop_assert!(database.pairs.is_empty() && database.flows.is_empty() && database.ports.is_empty());
+        prop_assert!(database.pairs.is_empty() && database.flows.len() == 0 && database.ports.is_empty());
         prop_assert_eq!(database.latched.load(Ordering::SeqCst), 0);
         database.lift_abandoned(|_| true);
         prop_assert!(barrier.flows.lock().unwrap().is_empty());
@@ -1071,7 +1173,10 @@ fn where_the_system_does_esp_there_is_no_latch_without_its_barrier() {
         assert_eq!(database.protector(latch), Some(protector));
         // The system fails at the worst moment: what it has demands the latched class, and the packet check drops all.
         barrier.refuses.store(true, Ordering::SeqCst);
-        assert_eq!(database.before_install(classes[1], &everything(), &everything()).len(), 1 + usize::from(!alone));
+        assert_eq!(
+            database.before_install(classes[1], &everything(), &everything()).unwrap().len(),
+            1 + usize::from(!alone)
+        );
         assert_eq!(barrier.passage(&flow(2)), Some(Passage::Class(classes[0])));
         assert_eq!(database.check(Direction::Outbound, &flow(2), Some(classes[1])), Verdict::Drop);
     }
@@ -1113,7 +1218,7 @@ fn nothing_passes_while_a_latch_is_larval() {
     assert_eq!(database.find(&flow(1)).map(|(found, state, _)| (found, state)), Some((latch, LatchState::Established)));
     // From here on it is a latch as any other, and made once.
     assert!(database.establish(latch, &wanted, ignore()).is_err());
-    assert_eq!(database.before_install(classes[1], &everything(), &everything()).len(), 1);
+    assert_eq!(database.before_install(classes[1], &everything(), &everything()).unwrap().len(), 1);
     database.release(latch);
     let gone = database.reserve(flow(2)).unwrap();
     database.release(gone);
@@ -1198,7 +1303,7 @@ proptest! {
         let ours = vec![everything()[0], between("::".parse().unwrap(), "ffff::".parse().unwrap())];
         let mut there = BTreeMap::new();
         for (sa, class, ranges) in &sas {
-            database.installed(*sa, classes[*class], ours.clone(), selectors(ranges));
+            database.installed(*sa, classes[*class], ours.clone(), selectors(ranges)).unwrap();
             there.insert(*sa, (*class, selectors(ranges)));
         }
         for sa in &removed {
@@ -1219,7 +1324,7 @@ proptest! {
         }
         let ts = selectors(&newcomer);
         let alerts: Vec<LatchId> =
-            database.before_install(classes[2], &ours, &ts).into_iter().map(|alert| alert.latch).collect();
+            database.before_install(classes[2], &ours, &ts).unwrap().into_iter().map(|alert| alert.latch).collect();
         let simple: Vec<LatchId> =
             latched.iter().filter(|(_, flow)| covers(&ours, &ts, flow)).map(|(id, _)| *id).collect();
         prop_assert_eq!(alerts, simple);
@@ -1243,7 +1348,7 @@ fn listener() -> Listener {
 
 fn step() -> impl Strategy<Value = Step> {
     let on_break = || prop::sample::select(vec![OnBreak::Reset, OnBreak::Wait, OnBreak::Unreachable]);
-    let (sa, class, scope, latch) = (|| 0..4_u64, || 0..3_usize, || 0..=ALL_FLOWS, || 0..8_usize);
+    let (sa, class, scope, latch) = (|| 0..4_u64, || 0..4_usize, || 0..=ALL_FLOWS, || 0..8_usize);
     prop_oneof![
         4 => (sa(), class(), scope(), prop::bool::ANY).prop_map(|(sa, class, scope, ask_first)| Step::Install {
             sa,
@@ -1263,6 +1368,7 @@ fn step() -> impl Strategy<Value = Step> {
         2 => latch().prop_map(|nth| Step::Release { nth }),
         1 => latch().prop_map(|nth| Step::Break { nth }),
         1 => latch().prop_map(|nth| Step::Close { nth }),
+        2 => (class(), scope()).prop_map(|(class, scope)| Step::Narrow { class, scope }),
         1 => Just(Step::Restart),
     ]
 }
@@ -1306,6 +1412,9 @@ fn waiting() -> Request {
     Request { on_break: OnBreak::Wait, ..any() }
 }
 
+/// The class of a peer that has proved nothing.
+const NOBODY: usize = 3;
+
 fn identity(n: usize) -> Identity {
     Identity::Fqdn(format!("peer-{n}.example"))
 }
@@ -1315,7 +1424,7 @@ fn class(n: usize) -> Class {
         peer: Arc::new(PeerIdentity {
             id: identity(n),
             local_id: Identity::Fqdn("us.example".into()),
-            proof: Proof::PreSharedKey,
+            proof: if n == NOBODY { Proof::Unauthenticated { lineage: [3; 32] } } else { Proof::PreSharedKey },
             entry: "net".into(),
         }),
         mode: Mode::Tunnel,
@@ -1344,13 +1453,13 @@ fn with_peer(class: &Class, change: impl FnOnce(&mut PeerIdentity)) -> Class {
 
 fn database() -> (Database, Vec<ClassId>) {
     let database = Database::new();
-    let classes = (0..3).map(|n| database.intern(class(n))).collect();
+    let classes = (0..4).map(|n| database.intern(class(n))).collect();
     (database, classes)
 }
 
 fn install(database: &Database, sa: u64, class: ClassId) {
-    database.before_install(class, &everything(), &everything());
-    database.installed(sa, class, everything(), everything());
+    database.before_install(class, &everything(), &everything()).unwrap();
+    database.installed(sa, class, everything(), everything()).unwrap();
 }
 
 fn ignore() -> Box<dyn Fn(Alert) + Send + Sync> {

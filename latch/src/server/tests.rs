@@ -203,7 +203,7 @@ async fn a_break_resets_the_connection_at_once_and_alerts_the_holder() {
     far.write_all(b"queued before the break").unwrap();
     let flow = flow(TCP, stream.local_addr(), stream.peer_addr());
     let (good, foreign) = (house.class("peer.example"), house.class("mallory.example"));
-    let alerts = house.database.before_install(foreign, &loopback(), &loopback());
+    let alerts = house.database.before_install(foreign, &loopback(), &loopback()).unwrap();
     assert_eq!(alerts.len(), 1);
     // Without waiting for anything: neither class passes, and the far end has been reset.
     for class in [Some(good), Some(foreign), None] {
@@ -231,7 +231,7 @@ async fn a_reader_that_waits_hears_of_the_break() {
     let (mut reader, _writer) = tokio::io::split(stream);
     let waiting = tokio::spawn(async move { reader.read(&mut [0; 8]).await });
     tokio::task::yield_now().await;
-    house.database.before_install(house.class("mallory.example"), &loopback(), &loopback());
+    house.database.before_install(house.class("mallory.example"), &loopback(), &loopback()).unwrap();
     let error = timeout(PATIENCE, waiting).await.unwrap().unwrap().unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
 }
@@ -526,7 +526,7 @@ async fn a_listener_gives_each_connection_its_latch_before_the_first_packet() {
 
     // A conflict resets it; the listener goes on.
     let foreign = house.class("mallory.example");
-    assert_eq!(house.database.before_install(foreign, &loopback(), &loopback()).len(), 1);
+    assert_eq!(house.database.before_install(foreign, &loopback(), &loopback()).unwrap().len(), 1);
     assert_eq!(timeout(PATIENCE, stream.broken()).await.unwrap().state, State::Broken);
     assert_eq!(stream.read(&mut buffer).await.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
     drop(stream);
@@ -708,7 +708,7 @@ async fn an_sa_is_made_when_there_is_none_and_a_narrow_one_when_asked_for() {
                 }
                 asked.lock().unwrap().push(narrow);
                 let class = database.intern(class("peer.example", Proof::PreSharedKey));
-                database.installed(1, class, loopback(), loopback());
+                database.installed(1, class, loopback(), loopback()).unwrap();
                 Ok(())
             })
         }
@@ -756,7 +756,7 @@ async fn a_larval_latch_is_told_at_once_and_comes_to_its_end_later() {
                     return Err("nobody answers".to_owned());
                 }
                 let class = database.intern(class("peer.example", Proof::PreSharedKey));
-                database.installed(1, class, loopback(), loopback());
+                database.installed(1, class, loopback(), loopback()).unwrap();
                 Ok(())
             })
         }
@@ -1002,8 +1002,8 @@ impl House {
     }
 
     fn install(&self, sa: u64, class: ClassId) {
-        self.database.before_install(class, &loopback(), &loopback());
-        self.database.installed(sa, class, loopback(), loopback());
+        self.database.before_install(class, &loopback(), &loopback()).unwrap();
+        self.database.installed(sa, class, loopback(), loopback()).unwrap();
     }
 
     /// A connection that has said hello.

@@ -4,11 +4,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustls_pki_types::CertificateDer;
+use sha2::{Digest as _, Sha256};
 use subtle::ConstantTimeEq;
 
 use super::{Admission, AuthClass, AuthError, AuthMethod, AuthenticateRequest, Credentials, PadEntry};
 use crate::certificate::{self, Certificate, Chain};
 use crate::constraints::SignatureConstraints;
+use crate::identity::Identity;
 use crate::peer::{PeerIdentity, Proof};
 use crate::revocation::Revocation;
 use crate::signature::{self, Scheme, VerifyError};
@@ -28,6 +30,7 @@ impl AuthMethod {
             Self::RSA | Self::ECDSA_256 | Self::ECDSA_384 | Self::ECDSA_521 | Self::DIGITAL_SIGNATURE => {
                 Some(AuthClass::PublicKey)
             }
+            Self::NULL => Some(AuthClass::Null),
             _ => None,
         }
     }
@@ -45,6 +48,11 @@ impl Credentials {
             .method
             .class()
             .ok_or_else(|| AuthError::Method { id: id.clone(), reason: format!("method {}", request.method.0) })?;
+        // RFC 7619 §2.2: what somebody says who proves nothing counts for nothing, so it must not be said.
+        if (class == AuthClass::Null) != (request.peer_id == Identity::Null) {
+            let reason = "NULL authentication and ID_NULL go together".to_owned();
+            return Err(AuthError::Method { id, reason });
+        }
         let specificity = |entry: &PadEntry| entry.remote_id.match_specificity(&request.peer_id);
         let best = request.entries.iter().filter_map(specificity).max();
         let entries: Vec<&PadEntry> = request
@@ -59,6 +67,12 @@ impl Credentials {
                 Ok(admitted(request, first, Proof::PreSharedKey, None, Vec::new()))
             }
             AuthClass::PublicKey => self.check_signature(request, &entries, now, &id),
+            AuthClass::Null => {
+                check_mac(request, &request.shared_key_mac.mac_of_nobody(), &id)?;
+                // Both nonces are in the octets.
+                let lineage = Sha256::digest(&request.signed_octets).into();
+                Ok(admitted(request, first, Proof::Unauthenticated { lineage }, None, Vec::new()))
+            }
         }
     }
 
@@ -66,9 +80,7 @@ impl Credentials {
         let secret = self
             .shared_secret(&request.local_id, Some(&request.peer_id))
             .ok_or_else(|| AuthError::NoSharedKey(id.to_owned()))?;
-        let expected = request.shared_key_mac.mac(secret);
-        let equal: bool = expected.ct_eq(&request.auth).into();
-        if equal && !expected.is_empty() { Ok(()) } else { Err(AuthError::BadAuth(id.to_owned())) }
+        check_mac(request, &request.shared_key_mac.mac(secret), id)
     }
 
     fn check_signature(
@@ -215,6 +227,11 @@ impl Credentials {
         let warnings: Result<Vec<_>, _> = checked.into_iter().collect();
         Ok(warnings?.into_iter().flatten().collect())
     }
+}
+
+fn check_mac(request: &AuthenticateRequest, expected: &[u8], id: &str) -> Result<(), AuthError> {
+    let equal: bool = expected.ct_eq(&request.auth).into();
+    if equal && !expected.is_empty() { Ok(()) } else { Err(AuthError::BadAuth(id.to_owned())) }
 }
 
 fn check_auth(request: &AuthenticateRequest, signer: &Certificate, id: &str) -> Result<Option<Scheme>, AuthError> {

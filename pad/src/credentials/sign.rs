@@ -35,6 +35,10 @@ impl Credentials {
                 let auth = request.shared_key_mac.mac(secret);
                 Ok(SignedAuth { method: AuthMethod::SHARED_KEY, auth, certificates: Vec::new() })
             }
+            AuthClass::Null => {
+                let auth = request.shared_key_mac.mac_of_nobody();
+                Ok(SignedAuth { method: AuthMethod::NULL, auth, certificates: Vec::new() })
+            }
             AuthClass::PublicKey => {
                 let signer = self.signer(request).ok_or_else(|| SignError::NoKey(id.clone()))?;
                 let failed = |reason: &str| SignError::Failed { id: id.clone(), reason: reason.to_owned() };

@@ -28,6 +28,10 @@ impl SharedKeyMac for TestMac {
     fn mac(&self, secret: &Secret) -> Vec<u8> {
         [b"mac over ", secret.expose()].concat()
     }
+
+    fn mac_of_nobody(&self) -> Vec<u8> {
+        b"mac of nobody".to_vec()
+    }
 }
 
 fn id(text: &str) -> Identity {
@@ -957,4 +961,43 @@ fn announcements_choose_the_credential() {
     // What fits nothing of ours leaves the choice as it was: the peer may know more than it says.
     assert_eq!(chosen(Some(Vec::new()), Vec::new()), (digital, false));
     assert_eq!(chosen(of_entry("ed25519"), Vec::new()), (digital, false));
+}
+
+// RFC 7619 §2, §2.2: NULL authentication is for entries that say so, and has no name; no other method comes with ID_NULL.
+#[test]
+fn nobody_gets_in_only_where_an_entry_says_so() {
+    let nobody = |class| PadEntry {
+        remote_id: IdentityPattern::exact(Identity::Null),
+        class,
+        ..entry("conn", "%any", AuthClass::SharedKey)
+    };
+    let from = |peer_id: Identity, method, auth: &[u8], entries: Vec<PadEntry>| AuthenticateRequest {
+        peer_id,
+        ..request("moon.example.org", SignedAuth { method, auth: auth.to_vec(), certificates: Vec::new() }, entries)
+    };
+    let credentials = Credentials::new();
+    let good = b"mac of nobody";
+    let admitted = credentials
+        .authenticate(&from(Identity::Null, AuthMethod::NULL, good, vec![nobody(AuthClass::Null)]), NOW)
+        .unwrap();
+    assert_eq!(admitted.peer.id, Identity::Null);
+    assert!(matches!(admitted.peer.proof, Proof::Unauthenticated { .. }));
+    let refused = |request| credentials.authenticate(&request, NOW).unwrap_err().to_string();
+    for entries in [
+        vec![nobody(AuthClass::SharedKey)],
+        vec![nobody(AuthClass::PublicKey)],
+        vec![entry("conn", "%any", AuthClass::SharedKey)],
+        Vec::new(),
+    ] {
+        assert!(refused(from(Identity::Null, AuthMethod::NULL, good, entries)).contains("no entry admits"));
+    }
+    for auth in [&b"mac of nobodx"[..], b""] {
+        let wrong = from(Identity::Null, AuthMethod::NULL, auth, vec![nobody(AuthClass::Null)]);
+        assert!(refused(wrong).contains("is wrong"));
+    }
+    let named = PadEntry { class: AuthClass::Null, ..entry("conn", "moon.example.org", AuthClass::Null) };
+    assert!(refused(from(id("moon.example.org"), AuthMethod::NULL, good, vec![named])).contains("go together"));
+    for method in [AuthMethod::SHARED_KEY, AuthMethod::DIGITAL_SIGNATURE, AuthMethod::RSA] {
+        assert!(refused(from(Identity::Null, method, good, vec![nobody(AuthClass::Null)])).contains("go together"));
+    }
 }

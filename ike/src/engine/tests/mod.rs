@@ -27,6 +27,7 @@ mod intermediate;
 mod minimal;
 mod mobility;
 mod network;
+mod null_authentication;
 mod ppk;
 mod reauthentication;
 mod redirect;

@@ -74,7 +74,7 @@ fn the_port_is_open_to_the_classes_that_the_listener_takes() {
     let parent = system.listen();
     assert_eq!(system.admitted(), [Passage::None], "known, since it may conflict");
     // The newcomer is counted before it is installed.
-    system.database.before_install(system.classes[0], &everything(), &everything());
+    system.database.before_install(system.classes[0], &everything(), &everything()).unwrap();
     assert_eq!(system.admitted(), [Passage::None, Passage::Class(system.classes[0])]);
     system.database.removed(2);
     assert_eq!(system.admitted(), [Passage::None], "it was not installed after all");
@@ -93,14 +93,14 @@ fn a_connection_that_nobody_has_accepted_breaks_before_a_conflicting_sa_is_in() 
     install(&system.database, 1, system.classes[0]);
     system.connections.lock().unwrap().push(flow(3));
     assert_eq!(system.told(), []);
-    let broken = system.database.before_install(system.classes[1], &everything(), &everything());
+    let broken = system.database.before_install(system.classes[1], &everything(), &everything()).unwrap();
     assert_eq!(broken.len(), 1);
     assert_eq!(system.told(), [(flow(3), LatchState::Established), (flow(3), LatchState::Broken)]);
     assert_eq!(system.barrier.passage(&flow(3)), Some(Passage::None));
     assert!(matches!(system.database.accept(parent, &flow(3), ignore()), Err(LatchError::Broken(_))));
     // This one was on its way.
     system.connections.lock().unwrap().push(flow(4));
-    system.database.installed(2, system.classes[1], everything(), everything());
+    system.database.installed(2, system.classes[1], everything(), everything()).unwrap();
     assert_eq!(system.database.find(&flow(4)).unwrap().1, LatchState::Broken);
     // What comes now has come by nothing that anybody may come by.
     let late = Flow { remote_port: 99, ..flow(3) };

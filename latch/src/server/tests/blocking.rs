@@ -16,7 +16,7 @@ fn latch(client: &Client) -> (blocking::TcpStream, std::net::TcpStream) {
 }
 
 fn conflict(house: &House) {
-    house.database.before_install(house.class("mallory.example"), &loopback(), &loopback());
+    house.database.before_install(house.class("mallory.example"), &loopback(), &loopback()).unwrap();
 }
 
 fn readable(descriptor: impl AsFd, wait: Duration) -> bool {

@@ -11,7 +11,7 @@ use super::*;
 use crate::blocking;
 
 fn conflict(house: &House) {
-    house.database.before_install(house.class("mallory.example"), &loopback(), &loopback());
+    house.database.before_install(house.class("mallory.example"), &loopback(), &loopback()).unwrap();
 }
 
 fn is_reset<T: fmt::Debug>(outcome: io::Result<T>) {
