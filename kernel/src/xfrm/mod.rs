@@ -63,7 +63,7 @@ impl Xfrm {
     /// Connects, makes sure that the kernel has ESP, and removes what a predecessor that died has left. `mark` is put on
     /// the ESP packets that the kernel sends.
     pub(crate) fn open(mark: u32) -> io::Result<Arc<Self>> {
-        let mut socket = XfrmSocket::open()?;
+        let mut socket = XfrmSocket::open()?.hearing_others()?;
         let localhost = IpAddr::V4(Ipv4Addr::LOCALHOST);
         probe(&mut socket, localhost, None)?;
         // Refused alike where the option was not built and where its module cannot be had.

@@ -49,7 +49,8 @@ pub(super) struct XfrmSocket {
     port: u32,
     /// Of the policies that it installs and removes.
     owner: u32,
-    others: OthersPolicies,
+    /// Where many policies are installed.
+    others: Option<OthersPolicies>,
 }
 
 impl XfrmSocket {
@@ -70,8 +71,13 @@ impl XfrmSocket {
         socket.set_ext_ack(true)?;
         socket.set_cap_ack(true)?;
         let port = address.port_number();
-        let others = OthersPolicies::subscribe(port)?;
-        Ok(Self { socket, sequence: 0, buffer: Vec::with_capacity(BUFFER), port, owner, others })
+        Ok(Self { socket, sequence: 0, buffer: Vec::with_capacity(BUFFER), port, owner, others: None })
+    }
+
+    /// Hears of others' policies from now on, rather than ask for each.
+    pub(super) fn hearing_others(mut self) -> io::Result<Self> {
+        self.others = Some(OthersPolicies::subscribe(self.port)?);
+        Ok(self)
     }
 
     /// In which directions packets are dropped that no policy is for. None where the kernel cannot do that.
@@ -195,11 +201,13 @@ impl Databases for XfrmSocket {
     }
 
     fn foreign_policy(&mut self, id: &PolicyId) -> io::Result<Option<PolicyReport>> {
-        if !self.others.is_known() {
+        if self.others.as_mut().is_some_and(|others| !others.is_known()) {
             let all = self.policies()?;
-            self.others.learn(all);
+            if let Some(others) = &mut self.others {
+                others.learn(all);
+            }
         }
-        if !self.others.may_have(id) {
+        if self.others.as_ref().is_some_and(|others| !others.may_have(id)) {
             return Ok(None);
         }
         let mut report = None;

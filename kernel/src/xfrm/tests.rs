@@ -39,7 +39,7 @@ fn trap(reqid: u32, local: &str, remote: &str) -> Trap {
 }
 
 fn tables() -> Tables {
-    Tables::new(XfrmSocket::open().unwrap(), 7)
+    Tables::new(XfrmSocket::open().unwrap().hearing_others().unwrap(), 7)
 }
 
 /// A namespace with the address 10.1.0.1 and a route to everywhere.
