@@ -522,18 +522,7 @@ impl Initiating {
         let Attempt { first, ke, .. } = attempt;
         let (path, ni, falls_back) = (first.path, first.nonce.clone(), first.over.doubts_udp());
         let (Some(request), OurKe::Ready(ke)) = (first.into_octets(), ke) else { return None };
-        let mut core = Core {
-            id,
-            name,
-            path,
-            nat,
-            stream_originator: true,
-            redirects,
-            sequence,
-            assigned: None,
-            falls_back: false,
-        };
-        float(ctx, &connection, &mut core, falls_back);
+        let core = initiators_core(ctx, &connection, (id, name, sequence), (path, falls_back), nat, redirects);
         let fragmentation =
             connection.fragmentation != Fragmentation::No && parts.has(NotifyType::IKEV2_FRAGMENTATION_SUPPORTED);
         let material = InitMaterial {
@@ -699,17 +688,27 @@ impl Attempt {
     }
 }
 
+/// What an IKE SA of ours is after its first exchange, made anew or resumed.
+///
 /// RFC 7296 §2.23: from IKE_AUTH on both sides use the port for encapsulation, if there is a NAT; with MOBIKE also without
-/// one, since there may be one on another path (RFC 4555 §3.3). A network may drop that port alone; `falls_back` says that
-/// TCP is untried.
-pub(super) fn float(ctx: &Context, connection: &Connection, core: &mut Core, falls_back: bool) {
-    let floats = core.nat.any() || (connection.mobike && core.nat.traversal);
-    if floats && core.path.transport == Transport::Udp {
-        core.falls_back = falls_back;
-        core.path.transport = Transport::UdpEncap;
-        core.path.local.set_port(ctx.config.nat_port);
-        core.path.remote.set_port(ctx.config.nat_port);
+/// one, since there may be one on another path (RFC 4555 §3.3). A network may drop that port alone; `may_fall_back` says
+/// that TCP is untried.
+pub(super) fn initiators_core(
+    ctx: &Context,
+    connection: &Connection,
+    (id, name, sequence): (IkeSaId, Arc<str>, u32),
+    (mut path, may_fall_back): (Path, bool),
+    nat: Nat,
+    redirects: Redirects,
+) -> Core {
+    let floats = (nat.any() || (connection.mobike && nat.traversal)) && path.transport == Transport::Udp;
+    if floats {
+        path.transport = Transport::UdpEncap;
+        path.local.set_port(ctx.config.nat_port);
+        path.remote.set_port(ctx.config.nat_port);
     }
+    let falls_back = floats && may_fall_back;
+    Core { id, name, path, nat, stream_originator: true, redirects, sequence, assigned: None, falls_back }
 }
 
 /// CHILDLESS_IKEV2_SUPPORTED (RFC 6023 §3).

@@ -12,11 +12,11 @@ use super::auth::{InitMaterial, IntAuth};
 use super::channel::{Channel, Spis};
 use super::fault::{notify, notify_name};
 use super::first_request::{Due, FirstRequest, Lost, Over, udp_path};
-use super::init::{Again, CHILDLESS_IKEV2_SUPPORTED, float};
+use super::init::{Again, CHILDLESS_IKEV2_SUPPORTED, initiators_core};
 use super::nat::{self, Nat};
 use super::parts::Parts;
 use super::redirect::{Redirected, Redirects};
-use super::{Core, IkeSa, Initiating, InitiatorAuth, Want, fail_wants, local_identity};
+use super::{IkeSa, Initiating, InitiatorAuth, Want, fail_wants, local_identity};
 use crate::config::{Connection, Fragmentation, Retransmission};
 use crate::crypto::{self, KeySeed};
 use crate::engine::context::Context;
@@ -266,18 +266,7 @@ impl Resuming {
         let nat = Nat::detect(parts, spis.initiator, spis.responder, &path, connection.force_encapsulation);
         channel.fragmentation =
             connection.fragmentation != Fragmentation::No && parts.has(NotifyType::IKEV2_FRAGMENTATION_SUPPORTED);
-        let mut core = Core {
-            id,
-            name,
-            path,
-            nat,
-            stream_originator: true,
-            redirects,
-            sequence,
-            assigned: None,
-            falls_back: false,
-        };
-        float(ctx, &connection, &mut core, falls_back);
+        let core = initiators_core(ctx, &connection, (id, name, sequence), (path, falls_back), nat, redirects);
         let material = InitMaterial {
             ours: request,
             theirs: datagram.to_vec(),
