@@ -102,8 +102,9 @@ pub trait FlowBarrier: Send + Sync {
     fn abandoned(&self) -> Vec<Flow>;
     /// Takes the barrier of an abandoned flow away: no connection is left that it could be about.
     fn lift(&self, flow: &Flow);
-    /// Puts right what others have taken away from it; to be called now and then.
-    fn verify(&self);
+    /// Puts right what others have taken away from it; to be called now and then. Gives the flows that pass by it, since
+    /// something of others goes before.
+    fn verify(&self) -> Vec<Flow>;
     /// From now on, a flow of the port that is not latched passes where one claim is about it, or several with the same
     /// passage, by that passage; and else not at all. Replaces what was said of the port before. When it fails, no such flow
     /// passes, or only by what was and is said.

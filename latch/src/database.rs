@@ -320,11 +320,21 @@ impl Database {
         }
     }
 
-    /// Has the system's barrier looked through: others may have taken something away.
+    /// Has the system's barrier looked through: others may have taken something away. Breaks for good what passes by it.
     pub fn verify_barrier(&self) {
-        if let Some(barrier) = self.barrier.get() {
-            barrier.verify();
+        let passing = self.barrier.get().map(|barrier| barrier.verify()).unwrap_or_default();
+        // The packet check stands where it sees all packets.
+        if passing.is_empty() || !self.system_does_esp() {
+            return;
         }
+        let mut control = self.control();
+        let latches: Vec<LatchId> = passing.iter().filter_map(|flow| control.by_flow.get(flow).copied()).collect();
+        let reason = "a policy of the system that is not ours goes before those of the latch";
+        let broken =
+            latches.into_iter().filter_map(|id| self.mark(&mut control, id, Condition::Dead, reason.to_owned()));
+        let broken: Vec<_> = broken.collect();
+        drop(control);
+        self.tell(broken);
     }
 
     /// Flows that are no longer latched and whose barrier still stands.

@@ -14,6 +14,7 @@ pub mod actions;
 pub mod capture;
 pub mod daemon;
 pub mod host;
+pub mod latched;
 pub mod middlebox;
 pub mod peer;
 pub mod pki;

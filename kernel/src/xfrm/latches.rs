@@ -20,7 +20,8 @@
 //! ICMP errors about a flow are no packets of it: the system's own rules for them hold. A policy that somebody
 //! installed with priority 0 before goes first.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::{Mutex, MutexGuard};
@@ -29,7 +30,7 @@ use ipsec::guard::{self, Claim, ClassId, FlowBarrier, Passage};
 use ipsec::plane::{Encapsulation, Mark, Mode, SaPair};
 use ipsec::selector::Flow;
 
-use super::codec::{Action, Direction, Ends, Policy, PolicyId, Port, Selector, Template};
+use super::codec::{Action, Direction, Ends, Policy, PolicyId, PolicyReport, Port, Selector, Template};
 use super::ports::{self, Policies};
 use super::priority::{self, Purpose};
 use super::socket::{Databases as _, XfrmSocket};
@@ -51,11 +52,21 @@ struct State {
     kernel_does_esp: bool,
     flows: BTreeMap<Flow, Barrier>,
     abandoned: BTreeSet<Flow>,
+    /// How many flows of both kinds there are between two addresses.
+    pairs: HashMap<(IpAddr, IpAddr), usize>,
+    limits: Limits,
     ports: BTreeMap<guard::Port, OpenPort>,
     abandoned_ports: BTreeSet<guard::Port>,
     /// The kernel's SAs by inbound SPI.
     paths: BTreeMap<u32, Path>,
     last_path: u64,
+}
+
+/// How many flows have policies.
+#[derive(Clone, Copy)]
+struct Limits {
+    of_pair: usize,
+    of_all: usize,
 }
 
 /// A port whose connections are latched.
@@ -106,12 +117,18 @@ impl Latches {
                 }
             }
         }
+        let mut pairs = HashMap::new();
+        for flow in &left {
+            *pairs.entry((flow.local, flow.remote)).or_default() += 1;
+        }
         let mut state = State {
             socket,
             tun,
             kernel_does_esp,
             flows: BTreeMap::new(),
             abandoned: left,
+            pairs,
+            limits: LIMITS,
             ports: BTreeMap::new(),
             abandoned_ports: ports_left,
             paths: BTreeMap::new(),
@@ -237,11 +254,15 @@ impl Described {
 impl FlowBarrier for Latches {
     fn set(&self, flow: &Flow, passage: Passage) -> Result<(), String> {
         let mut state = self.state();
-        if !state.flows.contains_key(flow) && state.flows.len() + state.abandoned.len() >= MOST {
-            return Err(format!("the system has policies for {MOST} latched flows, and takes no more"));
+        let is_new = !state.flows.contains_key(flow) && !state.abandoned.contains(flow);
+        if is_new {
+            state.has_room(flow)?;
         }
         let actions = state.actions(flow, passage)?;
         state.put(flow, Barrier { passage, actions }).map_err(|e| format!("install the policies of {flow}: {e}"))?;
+        if is_new {
+            *state.pairs.entry((flow.local, flow.remote)).or_default() += 1;
+        }
         state.abandoned.remove(flow);
         state.flows.insert(*flow, Barrier { passage, actions });
         Ok(())
@@ -264,30 +285,44 @@ impl FlowBarrier for Latches {
 
     fn lift(&self, flow: &Flow) {
         let mut state = self.state();
-        if state.abandoned.remove(flow)
-            && let Err(error) = state.take_away(flow)
-        {
+        if !state.abandoned.remove(flow) {
+            return;
+        }
+        if let Entry::Occupied(mut count) = state.pairs.entry((flow.local, flow.remote)) {
+            *count.get_mut() -= 1;
+            if *count.get() == 0 {
+                count.remove();
+            }
+        }
+        if let Err(error) = state.take_away(flow) {
             tracing::error!(%flow, %error, "removing the policies of a flow that is no longer latched");
         }
     }
 
-    fn verify(&self) {
+    fn verify(&self) -> Vec<Flow> {
         let mut state = self.state();
         let there = state.socket.policies();
         let of_flows = state.flows.keys().chain(&state.abandoned);
         let of_flows: usize =
             of_flows.map(|flow| if flow.local.is_ipv4() || !state.kernel_does_esp { 2 } else { 3 }).sum();
         let expected = of_flows + state.policies_of_ports();
-        drop(state);
-        match there {
-            // Nobody else's have this mark.
-            Ok(there) if there.iter().filter(|policy| policy.of_latch).count() >= expected => {}
-            Ok(_) => {
-                tracing::warn!("somebody removed policies of latched flows; they are put right");
-                self.put_right();
+        let there = match there {
+            Ok(there) => there,
+            Err(error) => {
+                tracing::error!(%error, "looking through the policies of latched flows");
+                return Vec::new();
             }
-            Err(error) => tracing::error!(%error, "looking through the policies of latched flows"),
+        };
+        let before: Vec<Selector> = there.iter().filter_map(goes_before).collect();
+        let passes = |flow: &&Flow| before.iter().any(|selector| includes(selector, flow));
+        let passing = state.flows.keys().filter(passes).copied().collect();
+        drop(state);
+        // Nobody else's have this mark.
+        if there.iter().filter(|policy| policy.of_latch).count() < expected {
+            tracing::warn!("somebody removed policies of latched flows; they are put right");
+            self.put_right();
         }
+        passing
     }
 
     fn set_port(&self, port: &guard::Port, claims: &[Claim]) -> Result<(), String> {
@@ -413,6 +448,20 @@ impl State {
         open + self.abandoned_ports.iter().map(|port| ports::closed(port, self.tun).len()).sum::<usize>()
     }
 
+    fn has_room(&self, flow: &Flow) -> Result<(), String> {
+        let Limits { of_pair, of_all } = self.limits;
+        if self.pairs.get(&(flow.local, flow.remote)).is_some_and(|count| *count >= of_pair) {
+            let Flow { local, remote, .. } = flow;
+            return Err(format!(
+                "the system has policies for {of_pair} flows between {local} and {remote}, and takes no more"
+            ));
+        }
+        if self.flows.len() + self.abandoned.len() >= of_all {
+            return Err(format!("the system has policies for {of_all} latched flows, and takes no more"));
+        }
+        Ok(())
+    }
+
     /// What the policies of a flow have to do; fails where its SAs are such that they cannot say it.
     fn actions(&self, flow: &Flow, passage: Passage) -> Result<[Action; 2], String> {
         let Passage::Class(class) = passage else { return Ok(CLOSED.actions) };
@@ -514,6 +563,19 @@ fn flow(id: &PolicyId) -> Option<Flow> {
     })
 }
 
+/// What a policy of somebody else's lets pass before those of latches are looked at, seen on its way out. What comes out of an
+/// XFRM interface meets the policies of that interface only.
+fn goes_before(report: &PolicyReport) -> Option<Selector> {
+    let id = report.id;
+    let goes_before = match (id.direction, id.if_id) {
+        (Direction::Out, 0) | (Direction::In, 0) => report.priority <= OF_A_LATCH,
+        (direction, _) => direction == Direction::In,
+    };
+    let outbound = if id.direction == Direction::Out { id.selector } else { id.selector.reversed() };
+    (goes_before && !report.blocks && !report.ours && !report.of_latch && id.direction != Direction::Forward)
+        .then_some(outbound)
+}
+
 /// True when an outbound selector is about a flow's packets.
 fn includes(selector: &Selector, flow: &Flow) -> bool {
     let port = |wanted: Port, port: u16| port & wanted.mask == wanted.port & wanted.mask;
@@ -542,8 +604,9 @@ const OF_A_LATCH: u32 = 1;
 pub(super) const THROUGH_THE_TUNNEL: u32 = 0;
 /// Of all ports: each costs the kernel some hundred octets.
 const MOST_OF_PORTS: usize = 65_536;
-/// The kernel looks through the policies of two hosts one by one.
-const MOST: usize = 4096;
+/// The kernel looks through the policies of two hosts one by one, for each packet between them (`tests/bench/policies`); how
+/// many there are of other hosts does not matter to it.
+const LIMITS: Limits = Limits { of_pair: 4096, of_all: 65_536 };
 
 #[cfg(test)]
 mod tests {
@@ -637,6 +700,75 @@ mod tests {
                 latches.abandon(&udp_flow(7000));
                 latches.lift(&udp_flow(7000));
                 assert_eq!(ip("xfrm policy"), "");
+            })
+            .unwrap();
+    }
+
+    // RFC 5660 §2.3 (23): a change of the SPD that the latch cannot stand against.
+    #[test]
+    fn policies_of_others_that_go_before_are_told() {
+        host()
+            .run(|| {
+                let latches = Latches::open(TUN, true).unwrap();
+                latches.set(&udp_flow(7000), Passage::None).unwrap();
+                let ends = "src 10.1.0.0/24 dst 10.2.0.0/24";
+                let back = "src 10.2.0.0/24 dst 10.1.0.0/24";
+                for harmless in [
+                    format!("{ends} dir out priority 2"),
+                    format!("{ends} dir out action block"),
+                    format!("{back} dir fwd"),
+                    format!("{ends} dir out if_id 7"),
+                    "src 10.1.0.0/24 dst 10.3.0.0/24 dir out".to_owned(),
+                ] {
+                    ip(&format!("xfrm policy add {harmless}"));
+                    assert_eq!(latches.verify(), [], "{harmless}");
+                    ip(&format!(
+                        "xfrm policy delete {}",
+                        harmless.split(" priority").next().unwrap().replace(" action block", "")
+                    ));
+                }
+                // Without a priority it has 0.
+                for policy in
+                    [format!("{ends} dir out"), format!("{back} dir in"), format!("{back} dir in if_id 7 priority 9")]
+                {
+                    ip(&format!("xfrm policy add {policy}"));
+                    assert_eq!(latches.verify(), [udp_flow(7000)], "{policy}");
+                    ip(&format!("xfrm policy delete {}", policy.split(" priority").next().unwrap()));
+                    assert_eq!(latches.verify(), []);
+                }
+            })
+            .unwrap();
+    }
+
+    #[test]
+    fn flows_have_a_limit_for_two_hosts_and_one_for_all() {
+        host()
+            .run(|| {
+                let latches = Latches::open(TUN, true).unwrap();
+                latches.state().limits = Limits { of_pair: 2, of_all: 3 };
+                let set = |flow: &Flow| latches.set(flow, Passage::None);
+                let to = |remote: &str| Flow { remote: remote.parse().unwrap(), ..udp_flow(7000) };
+                set(&udp_flow(7000)).unwrap();
+                set(&udp_flow(7001)).unwrap();
+                assert!(set(&udp_flow(7002)).unwrap_err().contains("2 flows between 10.1.0.1 and 10.2.0.1"));
+                set(&udp_flow(7001)).unwrap();
+                set(&to("10.2.0.2")).unwrap();
+                assert!(set(&to("10.2.0.3")).unwrap_err().contains("3 latched flows"));
+                // What is left of a flow counts.
+                latches.abandon(&udp_flow(7001));
+                assert!(set(&udp_flow(7002)).is_err());
+                latches.lift(&udp_flow(7001));
+                latches.lift(&udp_flow(7001));
+                set(&udp_flow(7002)).unwrap();
+                assert!(set(&udp_flow(7003)).is_err());
+                drop(latches);
+                let successor = Latches::open(TUN, true).unwrap();
+                successor.state().limits.of_pair = 2;
+                assert!(successor.set(&udp_flow(7003), Passage::None).is_err());
+                for flow in successor.abandoned() {
+                    successor.lift(&flow);
+                }
+                assert!(successor.state().pairs.is_empty());
             })
             .unwrap();
     }

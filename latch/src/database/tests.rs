@@ -1090,6 +1090,7 @@ proptest! {
 struct FakeBarrier {
     flows: Mutex<BTreeMap<Flow, (Passage, bool)>>,
     ports: Mutex<BTreeMap<Port, Vec<Claim>>>,
+    passed_by: Mutex<Vec<Flow>>,
     refuses: AtomicBool,
     alone: bool,
 }
@@ -1128,7 +1129,9 @@ impl FlowBarrier for FakeBarrier {
         self.flows.lock().unwrap().remove(flow);
     }
 
-    fn verify(&self) {}
+    fn verify(&self) -> Vec<Flow> {
+        self.passed_by.lock().unwrap().clone()
+    }
 
     fn set_port(&self, port: &Port, claims: &[Claim]) -> Result<(), String> {
         if self.refuses.load(Ordering::SeqCst) {

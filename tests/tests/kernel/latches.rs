@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use latchkey_tests::capture::Capture;
 use latchkey_tests::daemon::Kind::LatchkeyKernel;
 use latchkey_tests::host::{Host, wait_for};
+use latchkey_tests::latched::{self, loot};
 use latchkey_tests::uml::in_guest;
 use latchkey_tests::witness::{Echo, Server, Talk, Talker, Three, Wires};
 
@@ -18,9 +18,7 @@ fn a_latched_connection_stays_with_its_peer_and_never_leaves_in_clear() {
         let mut three = Three::start(LatchkeyKernel, |text| text);
         three.open_a_way_in_clear();
         let wires = Wires::of(&[&three.host_a]);
-        // What the kernel has decrypted it shows on the link.
-        let link = three.host_c.check("ip", &["-o", "addr", "show", "to", "198.51.100.3"]);
-        let loot = Capture::delivered(&three.host_c, link.split_whitespace().nth(1).unwrap());
+        let loot = loot(LatchkeyKernel, &three.host_c, "198.51.100.3");
         let got_nothing = || assert_eq!(loot.list("(tcp or udp) and port 7 and host 10.1.0.1"), "");
         let _echo = Echo::start(&three.host_b, "10.2.0.1");
         let tcp = Talk { on_break: "wait", ..Talk::default() };
@@ -81,11 +79,7 @@ fn a_latched_listener_takes_the_right_peer_only_and_answers_nobody_else() {
         three.open_a_way_in_clear();
         three.host_c.add_inner("10.1.0.1/32");
         let (wires, from_a) = (Wires::of(&[&three.host_b]), Wires::of(&[&three.host_a]));
-        let links = |host: &Host, address: &str| {
-            let link = host.check("ip", &["-o", "addr", "show", "to", address]);
-            link.split_whitespace().nth(1).unwrap().to_owned()
-        };
-        let loot = Capture::delivered(&three.host_c, &links(&three.host_c, "203.0.113.3"));
+        let loot = loot(LatchkeyKernel, &three.host_c, "203.0.113.3");
         let server = Server::start(&three.b, &three.host_b, "10.2.0.1:7", "a.example");
         server.says("listening", 1);
         // A SYN in clear gets no answer, not even that nobody listens.
@@ -147,5 +141,71 @@ fn a_latched_listener_takes_the_right_peer_only_and_answers_nobody_else() {
         assert_eq!(call(&three.host_a, 5008, "again"), "again\n");
         server.says("accepted a.example", 1);
         wires.saw("esp");
+    });
+}
+
+// RFC 5660 §2 (13): the daemon is killed at each step of a latch's life.
+#[test]
+fn nothing_leaves_wherever_the_daemon_is_killed() {
+    in_guest(|| latched::nothing_leaves_wherever_the_daemon_is_killed(LatchkeyKernel));
+}
+
+// RFC 5660 §2.3 (23), §2.1: the network has another owner or none, and a rekey brings another suite.
+#[test]
+fn nothing_leaves_when_the_policy_changes() {
+    in_guest(|| latched::nothing_leaves_when_the_policy_changes(LatchkeyKernel));
+}
+
+// RFC 5660 §2, §2.2: the peer is dead, and its address has another owner.
+#[test]
+fn nothing_leaves_when_the_peer_is_dead() {
+    in_guest(|| latched::nothing_leaves_when_the_peer_is_dead(LatchkeyKernel));
+}
+
+// RFC 5660 §2.3 (28).
+#[test]
+fn late_packets_are_not_answered_in_clear() {
+    in_guest(|| latched::late_packets_are_not_answered_in_clear(LatchkeyKernel));
+}
+
+#[test]
+fn two_clients_behind_one_nat_have_their_own_latches() {
+    in_guest(|| latched::two_clients_behind_one_nat_have_their_own_latches(LatchkeyKernel));
+}
+
+// The kernel's news overrun while the SAs and policies of a latched flow go: what is lost is found by looking.
+#[test]
+fn what_goes_while_news_of_the_kernel_are_lost_is_put_right() {
+    in_guest(|| {
+        let three = Three::start(LatchkeyKernel, |text| text);
+        let _echo = Echo::start(&three.host_b, "10.2.0.1");
+        let talk = Talk { on_break: "wait", ..Talk::default() };
+        let talker = Talker::start(&three.a, &three.host_a, &talk);
+        talker.talks();
+        three.a.signal("STOP");
+        // More than its socket has room for, about others.
+        let policies: String = (0..16_384)
+            .map(|n| {
+                format!("xfrm policy add src 10.77.{}.{}/32 dst 10.78.0.1/32 dir out priority 9\n", n / 256, n % 256)
+            })
+            .collect();
+        let batch = three.a.path("batch");
+        std::fs::write(&batch, policies).unwrap();
+        three.host_a.ip(&["-batch", batch.to_str().unwrap()]);
+        // Nobody hears of this.
+        three.host_a.ip(&["xfrm", "policy", "flush"]);
+        three.host_a.ip(&["xfrm", "state", "flush"]);
+        three.open_a_way_in_clear();
+        talker.is_silenced();
+        three.a.signal("CONT");
+        wait_for("the loss to be noticed", PATIENCE, || {
+            three.a.output().contains("events of the kernel's IPsec were lost")
+        });
+        let of_latch = || three.host_a.check("ip", &["xfrm", "policy"]).matches("priority 1 ").count();
+        wait_for("the latch's policies", PATIENCE, || of_latch() == 2);
+        let wires = Wires::of(&[&three.host_a]);
+        talker.talks();
+        assert!(!talker.report().contains("alert"), "{}", talker.report());
+        wires.saw_nothing();
     });
 }

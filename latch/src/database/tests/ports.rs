@@ -40,6 +40,26 @@ impl System {
     }
 }
 
+// RFC 5660 §2.3 (23): where nothing else looks at packets, what passes by the barrier is broken, and the holder told.
+#[test]
+fn what_passes_by_the_barrier_is_broken_where_that_is_all_there_is() {
+    for alone in [true, false] {
+        let (database, classes) = database();
+        let barrier = Arc::new(FakeBarrier { alone, ..FakeBarrier::default() });
+        database.set_barrier(Arc::clone(&barrier) as _);
+        install(&database, 1, classes[0]);
+        let (holder, told) = counting();
+        let (latch, _) = database.create(flow(1), &waiting(), holder).unwrap();
+        barrier.passed_by.lock().unwrap().extend([flow(1), flow(2)]);
+        database.verify_barrier();
+        let expected = if alone { LatchState::Broken } else { LatchState::Established };
+        assert_eq!(
+            (database.inquire(latch).unwrap().state, told.load(Ordering::SeqCst)),
+            (expected, usize::from(alone))
+        );
+    }
+}
+
 // RFC 5660 §2 (2): before establishment nothing is accepted.
 #[test]
 fn a_connection_that_was_there_before_the_listener_latch_is_closed_and_gets_none() {
