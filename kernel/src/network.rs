@@ -275,8 +275,12 @@ impl Network {
         let tun = Arc::new(Tun::new(&config.tun_name, config.tun_mtu, config.threads.max(1), &mut netlink)?);
         let tun_name = tun.name().to_owned();
         let tunnel_mark = policies.as_ref().and_then(|_| mark_tunnel(config.tunnel_mark, &tun));
-        tun.pass_by_policies(tunnel_mark.is_some());
-        let inbound = policies.map(|policies| InboundPolicies::new(policies, tunnel_mark, config.drop_cleartext));
+        let passes = tun.pass_by_policies(tunnel_mark.is_some());
+        if policies.is_some() && !passes {
+            tracing::warn!("IPv4 that should have been protected is not dropped, as the tunnel would be cut off");
+        }
+        let inbound =
+            policies.map(|policies| InboundPolicies::new(policies, passes, tunnel_mark, config.drop_cleartext));
         let latches = match Latches::open(tun.index(), xfrm.is_some()) {
             Ok(latches) => Some(Arc::new(latches)),
             Err(error) => {

@@ -26,7 +26,8 @@ impl Tun {
     /// Keeps the kernel's IPsec policies away from what goes through the device: user space does ESP for it. IPv6 has no
     /// such switch for what goes in; there [`crate::planes`] takes away the policies that would be in the way. Its switch for
     /// what comes out is for all that comes to an address of the device: it is left alone where packets are `marked`.
-    pub(crate) fn pass_by_policies(&self, marked: bool) {
+    /// True when what comes out of it passes policies for IPv4 by.
+    pub(crate) fn pass_by_policies(&self, marked: bool) -> bool {
         let of_addresses = if marked { "0" } else { "1" };
         for (switch, value) in [
             ("ipv4/conf/{}/disable_policy", "1"),
@@ -39,6 +40,9 @@ impl Tun {
                 _ => {}
             }
         }
+        // In a container /proc/sys may be read-only.
+        let switch = format!("/proc/sys/net/ipv4/conf/{}/disable_policy", self.name());
+        std::fs::read_to_string(switch).is_ok_and(|value| value.trim() == "1")
     }
 
     /// Makes the device in the calling thread's network namespace, with so many queues if the system has them, and brings

@@ -5,8 +5,8 @@
 //! # What passes them by
 //!
 //! * Our own sockets for IKE and ESP, by policies of their own.
-//! * What comes out of the tunnel's device: IPv4 by a switch of the device, IPv6 by a mark ([`TunnelMark`]); without it there
-//!   are no policies for IPv6, since they would drop what the tunnel carries.
+//! * What comes out of the tunnel's device: IPv4 by a switch of the device, IPv6 by a mark ([`TunnelMark`]); without these there
+//!   are no policies for the family, since they would drop what the tunnel carries.
 //! * What this host sends to itself: the loopback device has the switch, and gets the mark.
 //! * Without either of these nobody would reach the peer: ICMPv6 neighbour and router discovery, and for this host itself
 //!   ICMP errors that say that a packet is too big.
@@ -28,6 +28,8 @@ use crate::network::lock;
 /// The policies around the tunnel.
 pub(crate) struct InboundPolicies {
     xfrm: Arc<Xfrm>,
+    /// The tunnel's device has the switch for IPv4.
+    passes: bool,
     /// `None` where IPv6 packets out of the tunnel cannot be told from others.
     mark: Option<TunnelMark>,
     /// SAs have policies here, not shunts alone.
@@ -38,8 +40,8 @@ pub(crate) struct InboundPolicies {
 
 impl InboundPolicies {
     /// Without policies so far.
-    pub(crate) fn new(xfrm: Arc<Xfrm>, mark: Option<TunnelMark>, drops_cleartext: bool) -> Self {
-        Self { xfrm, mark, drops_cleartext, owners: Mutex::default() }
+    pub(crate) fn new(xfrm: Arc<Xfrm>, passes: bool, mark: Option<TunnelMark>, drops_cleartext: bool) -> Self {
+        Self { xfrm, passes, mark, drops_cleartext, owners: Mutex::default() }
     }
 
     /// The kernel's databases, whose events are to be heard.
@@ -102,7 +104,7 @@ impl InboundPolicies {
         action: Action,
         directions: &[Direction],
     ) -> Result<(), PlaneError> {
-        let usable = |selector: &&Selector| self.mark.is_some() || selector.source.0.is_ipv4();
+        let usable = |selector: &&Selector| if selector.source.0.is_ipv4() { self.passes } else { self.mark.is_some() };
         let mut policies = Vec::new();
         for selector in outbound.iter().filter(usable) {
             let (priority, selector) = (priority::of(selector, purpose), selector.reversed());

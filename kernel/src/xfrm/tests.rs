@@ -436,7 +436,7 @@ fn around() -> (Vec<String>, usize) {
 fn policies_around_the_tunnel_come_with_the_first_and_go_with_the_last() {
     host()
         .run(|| {
-            let inbound = InboundPolicies::new(Xfrm::open_policies().unwrap(), None, true);
+            let inbound = InboundPolicies::new(Xfrm::open_policies().unwrap(), true, None, true);
             let (local, remote) = (&["10.1.0.0/24", "fd01::/64"], &["10.2.0.0/24", "fd02::/64"]);
             for spi_in in [256, 257] {
                 inbound.add_pair(&pair(spi_in, Mode::Tunnel, local, remote)).unwrap();
@@ -452,6 +452,11 @@ fn policies_around_the_tunnel_come_with_the_first_and_go_with_the_last() {
             assert_eq!(around().0.len(), 3, "nothing is forwarded in transport mode");
             inbound.remove_pair(257);
             inbound.remove_pair(258);
+            assert_eq!(ip("xfrm policy"), "");
+
+            // Nor may IPv4 out of the tunnel be dropped, where its device has no switch.
+            let without = InboundPolicies::new(Xfrm::open_policies().unwrap(), false, None, true);
+            without.add_pair(&pair(261, Mode::Tunnel, local, remote)).unwrap();
             assert_eq!(ip("xfrm policy"), "");
 
             // What policies cannot say leaves the SA as it is.
