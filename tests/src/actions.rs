@@ -4,13 +4,18 @@ use std::time::Duration;
 
 use crate::daemon::{Daemon, Kind};
 use crate::host::wait_for;
-use crate::scene::{INNER_A, INNER_B, Scene, Suite, configurations, hosts};
+use crate::scene::{A, B, INNER_A, INNER_B, Scene, Suite, configurations, hosts};
 
 const PATIENCE: Duration = Duration::from_secs(40);
 
 /// Two daemons of which the first has these settings of its child. It notices within seconds that the other is lost.
 fn with(ours: Kind, theirs: Kind, child: &'static str) -> Scene {
     let (host_a, host_b) = hosts();
+    if ours == Kind::LatchkeyKernel {
+        // The kernel's policies select what is sent somewhere.
+        host_a.ip(&["route", "add", "10.2.0.0/24", "via", B]);
+        host_b.ip(&["route", "add", "10.1.0.0/24", "via", A]);
+    }
     let [(of_a, files_a), _] = configurations(&Suite { connection: "dpd_delay = 1s\n", child, ..Suite::default() });
     let [_, (of_b, files_b)] = configurations(&Suite::default());
     let b = Daemon::start(theirs, &host_b, &of_b, &files_b);
