@@ -342,14 +342,15 @@ fn source(text: &str) -> anyhow::Result<SocketAddr> {
 }
 
 fn line(latch: &ListedLatch) -> String {
-    let ListedLatch { latch, state, protocol, local, remote, peer } = latch;
+    let ListedLatch { latch, state, protocol, local, remote, peer, automatic } = latch;
     let protocol = match protocol {
         6 => "tcp".to_owned(),
         17 => "udp".to_owned(),
         other => other.to_string(),
     };
     let remote = remote.map_or_else(|| "*".to_owned(), |remote| remote.to_string());
-    format!("{latch:>6}  {state:<11}  {protocol}  {local} - {remote}  {peer}")
+    let automatic = if *automatic { "  automatic" } else { "" };
+    format!("{latch:>6}  {state:<11}  {protocol}  {local} - {remote}  {peer}{automatic}")
 }
 
 fn tell(shown: &Inquired, json: bool) -> anyhow::Result<()> {

@@ -512,7 +512,9 @@ impl DataPath {
     ) -> Result<Outbound, DropReason> {
         let flow = view.outbound_flow();
         let sa = &*entry.sa;
-        match self.guard.check(Direction::Outbound, &view.guarded(flow), Some(sa.class)) {
+        let guarded = view.guarded(flow);
+        match self.guard.check(Direction::Outbound, &guarded, Some(sa.class)) {
+            Verdict::Pass if view.ends_connection() => self.guard.ends(&guarded),
             Verdict::Pass => {}
             Verdict::Unreachable if view.prohibited(out) => {
                 self.count(DropReason::Latch);
@@ -732,6 +734,9 @@ impl DataPath {
         };
         let admitted = verdict == Verdict::Pass
             && view.quoted_flow().is_none_or(|quoted| self.guard.check_later(&quoted, class) == Verdict::Pass);
+        if admitted && view.ends_connection() {
+            self.guard.ends(&guarded);
+        }
         if admitted { Ok(()) } else { Err(DropReason::Latch) }
     }
 

@@ -41,6 +41,9 @@ pub trait FlowGuard: Send + Sync {
     /// that one packet up to some tenths of a second after a latch broke, still under the SA and class that it named.
     fn check(&self, direction: Direction, flow: &Flow, class: Option<ClassId>) -> Verdict;
 
+    /// A TCP segment of `flow` that ends its connection, a FIN or RST, has passed.
+    fn ends(&self, _flow: &Flow) {}
+
     /// Says whether a packet about `flow`, ours, may pass that came under an SA of `class` and begins nothing: an ICMP error,
     /// or a TCP segment that is not a connection's first.
     fn check_later(&self, flow: &Flow, class: Option<ClassId>) -> Verdict {

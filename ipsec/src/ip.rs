@@ -304,8 +304,17 @@ impl<'a> Packet<'a> {
         if self.protocol != protocol::TCP || self.ports.is_none() {
             return true;
         }
-        let flags = self.upper_at.checked_add(TCP_FLAGS_AT).and_then(|at| self.bytes.get(at));
-        flags.is_some_and(|flags| flags & (TCP_FIN | TCP_SYN | TCP_RST | TCP_ACK) == TCP_SYN)
+        self.tcp_flags().is_some_and(|flags| flags & (TCP_FIN | TCP_SYN | TCP_RST | TCP_ACK) == TCP_SYN)
+    }
+
+    /// True for TCP segments with FIN or RST.
+    pub fn ends_connection(&self) -> bool {
+        let is_tcp = self.protocol == protocol::TCP && self.ports.is_some();
+        is_tcp && self.tcp_flags().is_some_and(|flags| flags & (TCP_FIN | TCP_RST) != 0)
+    }
+
+    fn tcp_flags(&self) -> Option<&u8> {
+        self.upper_at.checked_add(TCP_FLAGS_AT).and_then(|at| self.bytes.get(at))
     }
 
     /// For a received ICMP error: the flow of our packet that it quotes, and acts upon. `None` for all other packets, and

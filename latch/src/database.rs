@@ -37,6 +37,7 @@
 //! (`flow_table.rs`); of a flow without a latch, if there are listener latches, one entry of a sharded map as well.
 //! Holders are told with no lock held; they may call back.
 
+mod automatic;
 mod flow_table;
 mod ports;
 
@@ -47,6 +48,7 @@ use std::net::IpAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 
+use automatic::{Automatic, Standing};
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry;
 use flow_table::FlowTable;
@@ -164,6 +166,8 @@ pub struct Listed {
     pub state: LatchState,
     /// What it is for.
     pub subject: Subject,
+    /// Nobody asked for it ([`Database::latch_flows`]).
+    pub automatic: bool,
 }
 
 /// What a latch is for.
@@ -280,6 +284,8 @@ pub struct Database {
     latched: AtomicUsize,
     /// What the packet path reads: see [`Pin::number`].
     flows: FlowTable,
+    /// Flows get latches without being asked for.
+    automatic: OnceLock<Automatic>,
     /// How many listener latches there are.
     listening: AtomicUsize,
     /// What the packet path reads of them, by protocol and port. The default hasher is keyed: peers choose ports.
@@ -626,6 +632,7 @@ impl Database {
             return Err(LatchError::NotAConnection(flow.to_string()));
         }
         let mut control = self.control();
+        self.give_way(&mut control, &flow);
         if control.by_flow.contains_key(&flow) {
             return Err(LatchError::Exists(flow.to_string()));
         }
@@ -650,6 +657,7 @@ impl Database {
             return Err(LatchError::Unenforced { flow: flow.to_string(), reason });
         }
         let mut control = self.control();
+        self.give_way(&mut control, &flow);
         if control.by_flow.contains_key(&flow) {
             return Err(LatchError::Exists(flow.to_string()));
         }
@@ -790,16 +798,22 @@ impl Database {
             self.unpin(&flow, Pin::Broken);
             return;
         }
-        let Some(gone) = control.latches.remove(&latch) else { return };
+        let Some(gone) = self.take_out(&mut control, latch) else { return };
+        drop(control);
+        self.observe(&gone.alert(latch, LatchState::Closed, "released".to_owned()));
+    }
+
+    fn take_out(&self, control: &mut Control, latch: LatchId) -> Option<Latch> {
+        let gone = control.latches.remove(&latch)?;
         control.by_flow.remove(&gone.flow);
         control.by_remote.remove(&(gone.flow.remote, latch));
         control.recoverable.remove(&latch);
+        control.automatic.remove(latch, gone.number);
         if let Some(listener) = gone.listener {
             control.taken(listener);
         }
         self.unpin(&gone.flow, gone.pin());
-        drop(control);
-        self.observe(&gone.alert(latch, LatchState::Closed, "released".to_owned()));
+        Some(gone)
     }
 
     /// The class of the SAs that cover a flow, whether latched or not (INQUIRE): who is at the other end. `None`
@@ -844,10 +858,10 @@ impl Database {
         self.list_after(LatchId(latch.0.checked_sub(1)?), 1).pop().filter(|listed| listed.latch == latch)
     }
 
-    /// All connection latches by number.
+    /// All connection latches by number, but for automatic ones.
     pub fn list(&self) -> Vec<(LatchId, Flow, LatchState, Arc<Class>)> {
         let control = self.control();
-        let latches = control.latches.iter();
+        let latches = control.latches.iter().filter(|(id, _)| !control.automatic.contains(**id));
         latches.map(|(id, latch)| (*id, latch.flow, latch.state(), Arc::clone(&latch.class))).collect()
     }
 
@@ -859,11 +873,13 @@ impl Database {
             latch: *id,
             state: latch.state(),
             subject: Subject::Connection(latch.flow, Arc::clone(&latch.class)),
+            automatic: control.automatic.contains(*id),
         });
         let listeners = control.listeners.range(above).take(limit).map(|(id, listening)| Listed {
             latch: *id,
             state: LatchState::Listener,
             subject: Subject::Listener(listening.listener, listening.request.peer.clone()),
+            automatic: false,
         });
         let mut listed: Vec<Listed> = connections.chain(listeners).collect();
         drop(control);
@@ -1155,8 +1171,15 @@ impl FlowGuard for Database {
         match self.pin(flow) {
             Some(pin) => pin.verdict(class),
             None if self.is_listened_for(flow) => self.spawn(direction, flow, class),
-            None => Verdict::Pass,
+            None => match (self.automatic.get(), class) {
+                (Some(automatic), Some(class)) => self.latch_automatically(automatic, flow, class),
+                _ => Verdict::Pass,
+            },
         }
+    }
+
+    fn ends(&self, flow: &Flow) {
+        self.note_end(flow);
     }
 
     fn check_later(&self, flow: &Flow, class: Option<ClassId>) -> Verdict {
@@ -1338,6 +1361,7 @@ struct Control {
     latches: BTreeMap<LatchId, Latch>,
     /// LARVAL latches, which are in `by_flow` too.
     larval: BTreeMap<LatchId, Flow>,
+    automatic: Standing,
     by_flow: HashMap<Flow, LatchId>,
     by_remote: BTreeSet<(IpAddr, LatchId)>,
     /// BROKEN ones that may be ESTABLISHED again.
@@ -1589,7 +1613,7 @@ impl Pin {
     }
 
     fn of_number(number: u64) -> Self {
-        match number {
+        match number & !flow_table::MARKS {
             0 => Self::Broken,
             1 => Self::Unreachable,
             // There are no others than ours; if there were, nothing would pass.

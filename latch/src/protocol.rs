@@ -585,6 +585,9 @@ pub struct ListedLatch {
     pub remote: Option<SocketAddr>,
     /// The peer's identity, or whom the listener takes, as text, cut after 200 characters.
     pub peer: String,
+    /// No application asked for it: the daemon latches all flows.
+    #[serde(default)]
+    pub automatic: bool,
 }
 
 /// States of a latch (RFC 5660 §2.2).

@@ -231,6 +231,13 @@ async fn sweep(database: Arc<Database>) {
     let mut turns = interval(SWEEP);
     loop {
         turns.tick().await;
+        let refused = database.tend_automatic(SWEEP);
+        if refused > 0 {
+            tracing::warn!(
+                packets = refused,
+                "flows without an automatic latch: there are too many, or SAs of several peers for them"
+            );
+        }
         let (abandoned, ports) = (database.abandoned(), database.abandoned_ports());
         let of_system = Arc::clone(&database);
         // What has come by way of the system is looked for before what has gone.
@@ -857,7 +864,7 @@ async fn next_event(watched: &mut Option<broadcast::Receiver<LatchEvent>>) -> La
     std::future::pending().await
 }
 
-fn listed(Listed { latch, state, subject }: Listed) -> ListedLatch {
+fn listed(Listed { latch, state, subject, automatic }: Listed) -> ListedLatch {
     let (protocol, local, remote, peer) = match subject {
         Subject::Connection(flow, class) => {
             let remote = SocketAddr::new(flow.remote, flow.remote_port);
@@ -869,7 +876,15 @@ fn listed(Listed { latch, state, subject }: Listed) -> ListedLatch {
             (listener.protocol, local, None, peer.to_string())
         }
     };
-    ListedLatch { latch: latch.0, state: state.into(), protocol, local, remote, peer: peer.chars().take(200).collect() }
+    ListedLatch {
+        latch: latch.0,
+        state: state.into(),
+        protocol,
+        local,
+        remote,
+        peer: peer.chars().take(200).collect(),
+        automatic,
+    }
 }
 
 fn request(wanted: &Wanted, protocol: u8) -> Result<Request, Refusal> {

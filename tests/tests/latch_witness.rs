@@ -11,7 +11,7 @@ use latchkey_tests::daemon::Kind::Latchkey;
 use latchkey_tests::host::{Host, link, wait_for};
 use latchkey_tests::latched;
 use latchkey_tests::scene::{Suite, configurations};
-use latchkey_tests::witness::{Echo, MARK, Talk, Talker, Three, Wires};
+use latchkey_tests::witness::{BREAKS, Echo, MARK, Talk, Talker, Three, Wires};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -87,6 +87,48 @@ fn an_impostor_gets_all_but_the_latched_connections() {
     let _ = host_a.run("ping", &["-c", "2", "-i", "0.2", "-W", "1", "-I", "10.1.0.1", "10.2.0.1"]);
     wait_for("what is not latched, at C", PATIENCE, || loot.count("icmp and host 10.1.0.1") > 0);
     wires.saw_nothing();
+}
+
+// RFC 5660 §2, §2.5: with `latch_flows` a connection of a program that knows nothing of latches does not move to another peer.
+#[test]
+fn flows_that_nobody_latches_stay_with_their_peer() {
+    let three = Three::with(Latchkey, &format!("{BREAKS}latch_flows = wait\n"), |text| text);
+    let Three { a, c, host_a, host_b, host_c, .. } = &three;
+    let loot = Capture::delivered(host_c, "lk0");
+    let _echo = Echo::start(host_b, "10.2.0.1");
+    a.initiate("net-b");
+    let heard = a.path("heard");
+    let talk = |port: u16| {
+        let talk = format!(
+            "while sleep 0.1; do echo plain; done | socat - TCP4:10.2.0.1:7,bind=10.1.0.1:{port} > {}",
+            heard.display()
+        );
+        host_a.spawn("sh", &["-c", &talk])
+    };
+    let _running = talk(40_050);
+    let length = || std::fs::metadata(&heard).map_or(0, |file| file.len());
+    wait_for("the connection", PATIENCE, || length() > 0);
+    let latches = || {
+        let socket = a.latch_socket();
+        host_a.check(
+            latchkey_tests::daemon::program("latchkey").to_str().unwrap(),
+            &["latches", "--socket", socket.to_str().unwrap()],
+        )
+    };
+    let listed = latches();
+    let line = listed.lines().find(|line| line.contains("10.1.0.1:40050 - 10.2.0.1:7")).unwrap();
+    assert!(line.contains("established") && line.ends_with("b.example  automatic"), "{listed}");
+    c.initiate("net-a");
+    wait_for("the break", PATIENCE, || latches().contains("broken       tcp  10.1.0.1:40050"));
+    // What begins now is C's, and shows that its tunnel would have delivered the other one.
+    let _ = host_a.run("socat", &["-u", "/dev/null", "TCP4:10.2.0.1:7,bind=10.1.0.1:40051,connect-timeout=2"]);
+    wait_for("a new connection, at C", PATIENCE, || loot.count("tcp port 40051") > 0);
+    assert_eq!(loot.list("port 40050"), "", "C has got something of the running connection");
+    let before = length();
+    // And when C has gone, it goes on with B.
+    c.control(&["--terminate", "--ike", "to-a"]);
+    wait_for("more of the connection", PATIENCE, || length() > before);
+    assert_eq!(loot.list("port 40050"), "");
 }
 
 // RFC 5660 §2 (13), fail closed: the daemon is killed at each step of a latch's life, and afterwards started again. The host

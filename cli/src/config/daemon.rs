@@ -12,6 +12,7 @@ use ike::crypto::puzzle::{MAX_DIFFICULTY, MIN_DIFFICULTY};
 use ike::engine::{EngineConfig, MAX_SHARDS};
 use kernel::interfaces::InterfaceFilter;
 use kernel::network::{MAX_THREADS, NetworkConfig, PlaneChoice};
+use latch::database::OnBreak;
 
 use crate::config::settings::{self, SettingsError};
 use crate::config::values;
@@ -79,6 +80,8 @@ pub struct DaemonConfig {
     pub latch_socket: PathBuf,
     /// `latch_narrowing`: selectors of Child SAs go around latched flows where they can.
     pub latch_narrowing: bool,
+    /// `latch_flows`: flows in the tunnel get latches of themselves, with this disposition.
+    pub latch_flows: Option<OnBreak>,
     /// `install_routes`.
     pub install_routes: bool,
     /// `routing_table`.
@@ -126,6 +129,7 @@ impl Default for DaemonConfig {
             tls_web: None,
             latch_socket: PathBuf::from(DEFAULT_LATCH_SOCKET),
             latch_narrowing: true,
+            latch_flows: None,
             install_routes: true,
             routing_table: 220,
             routing_table_prio: 220,
@@ -250,6 +254,12 @@ pub fn read_settings(root: &Section) -> Loaded {
     reader.set("rsa_pss", &mut engine.signatures.rsa_pss, values::boolean);
     reader.set("latch_socket", &mut config.latch_socket, |text| Some(PathBuf::from(text)));
     reader.set("latch_narrowing", &mut config.latch_narrowing, values::boolean);
+    reader.set("latch_flows", &mut config.latch_flows, |text| match text {
+        "wait" => Some(Some(OnBreak::Wait)),
+        "unreachable" => Some(Some(OnBreak::Unreachable)),
+        "no" => Some(None),
+        _ => None,
+    });
     reader.set("plane", &mut config.plane, |text| match text {
         "auto" => Some(PlaneChoice::Auto),
         "kernel" => Some(PlaneChoice::Kernel),
@@ -500,6 +510,7 @@ mod tests {
             ("latchkeyd { esp_threads = all }", "latchkeyd.esp_threads"),
             ("latchkeyd { plane = xfrm }", "latchkeyd.plane"),
             ("latchkeyd { latch_narrowing = perhaps }", "latchkeyd.latch_narrowing"),
+            ("latchkeyd { latch_flows = reset }", "latchkeyd.latch_flows"),
         ] {
             let loaded = read(text);
             assert!(loaded.has_errors(), "{text}");

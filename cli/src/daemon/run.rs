@@ -74,9 +74,15 @@ pub async fn run(options: DaemonOptions) -> anyhow::Result<()> {
     log_reports(&loaded.reports);
 
     let database = Arc::new(Database::new());
+    if let Some(on_break) = config.latch_flows {
+        database.latch_flows(on_break);
+    }
     let (network, from_network) =
         Network::start(network_config(&config), Arc::clone(&database) as _).await.context("opening the network")?;
     let barrier = network.barrier();
+    if config.latch_flows.is_some() && network.leaves_esp_to_the_kernel() {
+        tracing::warn!("latch_flows is for ESP in user space: flows are not latched where the kernel does ESP");
+    }
     let unenforced = network.leaves_esp_to_the_kernel() && barrier.is_none();
     if let Some(barrier) = barrier {
         database.set_barrier(barrier);

@@ -57,6 +57,7 @@ fn for_a_restart(old: &DaemonConfig, new: &DaemonConfig) -> Vec<&'static str> {
         ("drop_cleartext", old.drop_cleartext != new.drop_cleartext),
         ("tunnel_mark", old.tunnel_mark != new.tunnel_mark),
         ("latch_socket", old.latch_socket != new.latch_socket),
+        ("latch_flows", old.latch_flows != new.latch_flows),
         ("latch_narrowing", old.latch_narrowing != new.latch_narrowing),
         ("install_routes", old.install_routes != new.install_routes),
         ("routing_table", old.routing_table != new.routing_table),
@@ -105,7 +106,7 @@ mod tests {
     #[test]
     fn what_needs_a_restart_stays_and_is_named() {
         let (file, mut settings) = settings("charon { port = 500 }");
-        let text = "charon {\nport = 501\nport_nat_t = 4501\ntcp_ports = 443\nlatch_socket = /x\nlatch_narrowing = no\ninstall_routes = no\n\
+        let text = "charon {\nport = 501\nport_nat_t = 4501\ntcp_ports = 443\nlatch_socket = /x\nlatch_narrowing = no\nlatch_flows = wait\ninstall_routes = no\n\
                     routing_table = 1\nrouting_table_prio = 2\ninterfaces_use = a\ninterfaces_ignore = b\n\
                     address_budget = 7\nshards = 3\nesp_threads = 3\nkeep_alive = 5s\ncookie_threshold = 1\n\
                     plugins {\nvici {\nsocket = unix:///x\n}\nsocket-default {\nfwmark = 3\n}\n}\nplane = auto\n\
@@ -114,7 +115,7 @@ mod tests {
         let before = settings.in_force.clone();
         let new = daemon::load(file.path()).unwrap();
         assert!(!new.has_errors(), "{:?}", new.reports);
-        assert_eq!(for_a_restart(&before, &new.config).len(), 16);
+        assert_eq!(for_a_restart(&before, &new.config).len(), 17);
         let after = settings.reload().unwrap();
         assert_eq!(after.engine.keep_alive, Duration::from_secs(5));
         assert_eq!(after.engine.cookie_threshold, 1);

@@ -43,6 +43,14 @@ struct Entry {
     pin: AtomicU64,
 }
 
+/// Marks beside what a flow is pinned to; the highest bit and those below bit 40 are the caller's.
+pub(super) const MARKS: u64 = TRACKED | SEEN | ENDING;
+/// A packet came, whatever became of it. Of tracked flows only.
+pub(super) const SEEN: u64 = 1 << 41;
+/// The caller's.
+pub(super) const ENDING: u64 = 1 << 42;
+const TRACKED: u64 = 1 << 40;
+
 const WIDTH: usize = 4;
 const FIRST: usize = 16;
 /// The last has room for 167 million flows.
@@ -81,7 +89,12 @@ impl FlowTable {
                 let found = self.buckets().and_then(|buckets| find(buckets, number));
                 fence(Ordering::Acquire);
                 if self.epoch.load(Ordering::Relaxed) == epoch {
-                    return found.map(|entry| entry.1);
+                    let (entry, pin) = found?;
+                    // Once between two looks. Should the entry have become another flow's, that one is tended a little longer.
+                    if pin & (TRACKED | SEEN) == TRACKED {
+                        entry.pin.fetch_or(SEEN, Ordering::Relaxed);
+                    }
+                    return Some(pin);
                 }
             }
             tries = tries.wrapping_add(1);
@@ -106,11 +119,35 @@ impl FlowTable {
         Ok(())
     }
 
-    /// Pins a flow that it has to something else. For the writer.
+    /// From now on packets of a flow that it has leave a mark. For the writer.
+    pub(super) fn track(&self, flow: &Flow) {
+        if let Some((entry, _)) = self.entry(flow) {
+            entry.pin.fetch_or(TRACKED | SEEN, Ordering::Relaxed);
+        }
+    }
+
+    /// Marks a flow if it has it and it is tracked. Anybody may; a mark may get lost when something is written meanwhile.
+    pub(super) fn mark(&self, flow: &Flow, mark: u64) {
+        if let Some((entry, pin)) = self.entry(flow)
+            && pin & (TRACKED | mark) == TRACKED
+        {
+            entry.pin.fetch_or(mark, Ordering::Relaxed);
+        }
+    }
+
+    /// The marks of a flow, which it has no more. For the writer.
+    pub(super) fn take_marks(&self, flow: &Flow) -> u64 {
+        self.entry(flow).map_or(0, |(entry, _)| entry.pin.fetch_and(!(SEEN | ENDING), Ordering::Relaxed) & MARKS)
+    }
+
+    fn entry(&self, flow: &Flow) -> Option<(&Entry, u64)> {
+        find(self.buckets()?, self.number(flow))
+    }
+
+    /// Pins a flow that it has to something else; its marks stay. For the writer.
     pub(super) fn update(&self, flow: &Flow, pin: u64) {
-        let number = self.number(flow);
-        if let Some((entry, _)) = self.buckets().and_then(|buckets| find(buckets, number)) {
-            self.change(|| entry.pin.store(pin, Ordering::Relaxed));
+        if let Some((entry, before)) = self.entry(flow) {
+            self.change(|| entry.pin.store(pin | before & MARKS, Ordering::Relaxed));
         }
     }
 

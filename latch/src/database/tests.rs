@@ -1,5 +1,6 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
 
+mod automatic;
 mod ports;
 
 use std::sync::atomic::{AtomicBool, AtomicU64};
