@@ -307,7 +307,9 @@ fn the_death_of_the_daemon_ends_connections_in_finite_time() {
         client.prints("it is ");
         assert!(client.ends().success());
         let said = client.output();
-        assert!(said.contains("it is ETIMEDOUT") || said.contains("it is EHOSTUNREACH"), "{said}");
+        // The last thing that the system met while it tried.
+        let errors = ["ETIMEDOUT", "EHOSTUNREACH", "ENODEV", "ENETUNREACH"];
+        assert!(errors.iter().any(|error| said.contains(&format!("it is {error}"))), "{said}");
     }
     assert_eq!(counted(host_a), 0);
 }
