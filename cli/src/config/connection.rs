@@ -193,7 +193,9 @@ fn read_connection(
     options.warn_unless("dpd_timeout", &["0", "0s"]);
     options.warn_unless("ocsp", &["reply", "never"]);
 
-    let name_of_interface = options.parsed("xfrm_interface", interface, "a name").filter(|name| !name.is_empty());
+    let name_of_interface = options
+        .parsed("xfrm_interface", interface, "the name of an interface (up to 15 octets)")
+        .filter(|name| !name.is_empty());
     let xfrm_interface = name_of_interface.and_then(|name| {
         let alike = if_id_in == if_id_out && if_id_in.1 == Number::Configured && if_id_in.0 != 0;
         if !alike {
