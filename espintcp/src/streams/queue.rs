@@ -1,7 +1,8 @@
-//! What waits for a stream's writer: IKE messages, which go first, and packets, in few pieces of memory and not for long. A stream takes what it is given only as
-//! fast as its path allows, so whoever sends more fills this queue. FQ-CoDel (RFC 8290): each flow has a queue of its own and
-//! they take turns, those with little to send first, so nobody waits behind somebody else's transfer; and where packets of one
-//! have been waiting too long for a while, some are dropped (RFC 8289), and its sender slows down.
+//! What waits for a stream's writer: IKE messages, which go first, and packets, in few pieces of memory and not for long. A
+//! stream takes what it is given only as fast as its path allows, so whoever sends more fills this queue. FQ-CoDel (RFC 8290):
+//! each flow has a queue of its own and they take turns, those with little to send first, so nobody waits behind somebody
+//! else's transfer; and where packets of one have been waiting too long for a while, some are dropped (RFC 8289), and its
+//! sender slows down.
 //!
 //! Packets change places here, so they become ESP packets only when they leave: sequence numbers go out in order, and a peer
 //! may have a replay window of 1 (RFC 8229 §13).

@@ -15,7 +15,7 @@ use crate::{is_clean, start};
 const GROUP: &str = "1282689913";
 
 #[test]
-#[ignore = "needs LATCHKEY_UML, a kernel with XFRM interfaces"]
+#[ignore = "needs a kernel with XFRM interfaces: tests/guest/build, then LATCHKEY_UML=$PWD/target/guest/linux"]
 fn an_interface_leads_to_the_tunnel_and_goes_with_the_connection() {
     in_guest(|| {
         let suite = Suite::default();
