@@ -336,7 +336,7 @@ impl DataPath {
                 Ok(Chosen::Trap(state, flow)) => self.acquire(now, state, flow),
                 Err(reason) => Err(reason),
             };
-            return self.conclude(outcome, out);
+            return self.conclude(packet, outcome, out);
         }
     }
 
@@ -374,7 +374,7 @@ impl DataPath {
                     Ok(Chosen::Trap(state, flow)) => self.acquire(now, state, flow),
                     Err(reason) => Err(reason),
                 };
-                outlet.take(self.conclude(outcome, out), out);
+                outlet.take(self.conclude(packet, outcome, out), out);
                 next = packets.next();
             }
             match turn {
@@ -390,7 +390,12 @@ impl DataPath {
         Arc::ptr_eq(tables, &self.tables.load())
     }
 
-    fn conclude(&self, outcome: Result<Outbound, DropReason>, out: &mut Vec<u8>) -> Outbound {
+    fn conclude(&self, packet: &[u8], outcome: Result<Outbound, DropReason>, out: &mut Vec<u8>) -> Outbound {
+        if let Ok(Outbound::Acquire { .. }) | Err(DropReason::NoPolicy | DropReason::NoSa | DropReason::Latch) = outcome
+            && let Some(view) = Packet::parse(packet).filter(Packet::shows_ports)
+        {
+            self.guard.keep(&view.outbound_flow(), packet);
+        }
         match outcome {
             Ok(outbound) => {
                 match outbound {

@@ -41,6 +41,10 @@ pub trait FlowGuard: Send + Sync {
     /// that one packet up to some tenths of a second after a latch broke, still under the SA and class that it named.
     fn check(&self, direction: Direction, flow: &Flow, class: Option<ClassId>) -> Verdict;
 
+    /// An outbound packet of `flow`, which shows its ports, did not go out: no SA is there for it, or it may not pass. A guard
+    /// that will let it pass soon may keep a copy.
+    fn keep(&self, _flow: &Flow, _packet: &[u8]) {}
+
     /// A TCP segment of `flow` that ends its connection, a FIN or RST, has passed.
     fn ends(&self, _flow: &Flow) {}
 

@@ -547,6 +547,11 @@ impl Network {
         });
     }
 
+    /// Sends an inner IP packet into the tunnel, as if the system had sent it there now.
+    pub fn send_inner(&self, packet: &[u8]) {
+        threads::send(&self.inner.shared, packet);
+    }
+
     /// Packets that the data plane dropped so far, by reason.
     pub fn drops(&self) -> Vec<(DropReason, u64)> {
         self.inner.shared.datapath.drops()

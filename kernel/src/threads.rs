@@ -300,6 +300,18 @@ fn from_tun(shared: &Shared, tun: &Tun, queue: usize) {
     }
 }
 
+/// Sends a packet into the tunnel as if it had just come from the TUN device.
+pub(crate) fn send(shared: &Shared, packet: &[u8]) {
+    let now = Instant::now();
+    let Some(tun) = shared.tun() else { return };
+    if shared.goes_into_stream(now, packet) {
+        return;
+    }
+    let mut outlet = TunnelOutlet { shared, tun: &tun, writer: TunWriter::new(), batch: Batch::default() };
+    shared.datapath.outbound_batch(now, [packet], &mut Vec::new(), &mut outlet);
+    outlet.writer.flush(&tun);
+}
+
 /// Where packets from the TUN device go.
 struct TunnelOutlet<'a> {
     shared: &'a Shared,

@@ -14,7 +14,8 @@
 //! * A listener latch gives each new inbound flow to its port a latch before its first packet passes, or drops that
 //!   packet. What has no latch does not leave from that port.
 //!
-//! * A LARVAL latch ([`Database::reserve`]) lets no packet of its flow pass, and belongs to no class yet.
+//! * A LARVAL latch ([`Database::reserve`]) lets no packet of its flow pass, and belongs to no class yet. One packet of the flow
+//!   may be kept, to be checked as any other once the latch is ESTABLISHED (`kept.rs`).
 //!
 //! * Where the operating system has a barrier ([`FlowBarrier`]), a flow's is up before its latch is there, changes before
 //!   its holder hears of the change, and stays after the latch until [`Database::lift_abandoned`].
@@ -39,6 +40,7 @@
 
 mod automatic;
 mod flow_table;
+mod kept;
 mod ports;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -56,6 +58,7 @@ use ipsec::guard::{ClassId, Direction, FlowBarrier, FlowGuard, Passage, Verdict}
 use ipsec::plane::{EspSuite, Mode};
 use ipsec::selector::{Flow, TrafficSelector};
 use ipsec::transform::{Encr, Integ};
+use kept::Kept;
 use pad::{Identity, IdentityPattern, PeerIdentity, Proof};
 
 use self::ports::Connections;
@@ -221,6 +224,9 @@ pub struct Bindings {
 #[error("the peer has proved nothing, and {0}")]
 pub struct Outranked(String);
 
+/// An IP packet as it would go into the tunnel.
+pub type InnerPacket = Box<[u8]>;
+
 /// Why a latch was not made.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LatchError {
@@ -296,6 +302,8 @@ pub struct Database {
     pairs: DashMap<Pair, PairPins>,
     barrier: OnceLock<Arc<dyn FlowBarrier>>,
     connections: Connections,
+    /// What LARVAL flows would have sent.
+    kept: Kept,
 }
 
 impl Database {
@@ -667,16 +675,18 @@ impl Database {
         let id = LatchId(control.last_latch);
         control.by_flow.insert(flow, id);
         control.larval.insert(id, flow);
+        self.kept.expect(flow);
         Ok(id)
     }
 
-    /// Makes a LARVAL latch ESTABLISHED as [`Self::create`] does, or fails without effect: it is LARVAL still.
+    /// Makes a LARVAL latch ESTABLISHED as [`Self::create`] does, or fails without effect: it is LARVAL still. Gives the
+    /// packet that its flow would have sent last, to be sent now.
     pub fn establish(
         &self,
         latch: LatchId,
         request: &Request,
         holder: Box<dyn Fn(Alert) + Send + Sync>,
-    ) -> Result<Arc<Class>, LatchError> {
+    ) -> Result<(Arc<Class>, Option<InnerPacket>), LatchError> {
         let mut control = self.control();
         let Some(flow) = control.larval.get(&latch).copied() else {
             return Err(LatchError::NotAccepted(format!("the flow of latch {}", latch.0)));
@@ -688,9 +698,11 @@ impl Database {
         control.by_remote.insert((flow.remote, latch));
         control.latches.insert(latch, made);
         self.repin(&flow, Pin::Broken, pin);
+        // After that: what comes now passes by itself.
+        let packet = self.kept.take(&flow);
         drop(control);
         self.observe(&told);
-        Ok(class)
+        Ok((class, packet))
     }
 
     /// CREATE_LISTENER_LATCH (RFC 5660 §2.3): from now on each new inbound flow to the port is latched to the class that
@@ -795,6 +807,7 @@ impl Database {
         }
         if let Some(flow) = control.larval.remove(&latch) {
             control.by_flow.remove(&flow);
+            self.kept.take(&flow);
             self.unpin(&flow, Pin::Broken);
             return;
         }
@@ -1176,6 +1189,10 @@ impl FlowGuard for Database {
                 _ => Verdict::Pass,
             },
         }
+    }
+
+    fn keep(&self, flow: &Flow, packet: &[u8]) {
+        self.kept.keep(flow, packet);
     }
 
     fn ends(&self, flow: &Flow) {

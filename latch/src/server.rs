@@ -72,6 +72,8 @@ pub struct ServerConfig {
     pub initiator: Option<Initiator>,
     /// Tells what protects a flow at a moment (RFC 5660 §2).
     pub surveyor: Option<Surveyor>,
+    /// Sends a packet of ours into the tunnel that had to wait for its latch.
+    pub forwarder: Option<Forwarder>,
     /// Tells whether data has ever come in on a TCP socket.
     pub has_received: fn(BorrowedFd<'_>) -> io::Result<bool>,
     /// Why no latch can be had, if so: nobody would enforce it.
@@ -113,6 +115,25 @@ impl Surveyor {
 impl fmt::Debug for Surveyor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Surveyor").finish_non_exhaustive()
+    }
+}
+
+/// Sends an IP packet into the tunnel, where it is checked as any other.
+#[derive(Clone)]
+pub struct Forwarder(Arc<Forwarding>);
+
+type Forwarding = dyn Fn(&[u8]) + Send + Sync;
+
+impl Forwarder {
+    /// Calls this, which may block for a moment.
+    pub fn new(forward: impl Fn(&[u8]) + Send + Sync + 'static) -> Self {
+        Self(Arc::new(forward))
+    }
+}
+
+impl fmt::Debug for Forwarder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Forwarder").finish_non_exhaustive()
     }
 }
 
@@ -189,6 +210,7 @@ struct Shared {
     device: Option<String>,
     initiator: Option<Initiator>,
     surveyor: Option<Surveyor>,
+    forwarder: Option<Forwarder>,
     has_received: fn(BorrowedFd<'_>) -> io::Result<bool>,
     unenforced: Option<String>,
     limits: Limits,
@@ -205,9 +227,19 @@ async fn serve_within(config: ServerConfig, database: Arc<Database>, limits: Lim
         // Nobody watches, mostly.
         let _ = observed.send(event(alert));
     }));
-    let ServerConfig { path, device, initiator, surveyor, has_received, unenforced } = config;
-    let shared =
-        Arc::new(Shared { database, device, initiator, surveyor, has_received, unenforced, limits, latches, events });
+    let ServerConfig { path, device, initiator, surveyor, forwarder, has_received, unenforced } = config;
+    let shared = Arc::new(Shared {
+        database,
+        device,
+        initiator,
+        surveyor,
+        forwarder,
+        has_received,
+        unenforced,
+        limits,
+        latches,
+        events,
+    });
     let sweep = tokio::spawn(sweep(Arc::clone(&shared.database)));
     let tasks = [tokio::spawn(accept(listener, shared)), sweep];
     Ok(Server { path, tasks })
@@ -585,7 +617,12 @@ impl Connection {
         let holder = self.holder(&held.socket, held.protocol, request.on_break);
         let settled = made.and_then(|()| Ok(self.shared.database.establish(latch, &request, holder)?));
         let (state, reason, code) = match settled {
-            Ok(class) => (State::Established, format!("the peer is {}", class.peer.id), None),
+            Ok((class, packet)) => {
+                if let (Some(packet), Some(Forwarder(forward))) = (packet, self.shared.forwarder.clone()) {
+                    tokio::task::spawn_blocking(move || forward(&packet));
+                }
+                (State::Established, format!("the peer is {}", class.peer.id), None)
+            }
             Err(Refusal { code, message }) => (State::Closed, message, Some(code)),
         };
         tracing::debug!(latch = latch.0, reason, "LARVAL latch {state}");

@@ -169,6 +169,29 @@ if code == 0:
     print("all went well", flush=True)
 "#;
 
+/// Sends a datagram once, and connects by a socket whose SYN goes out once.
+const ONCE: &str = r#"
+import errno, select, socket, time
+begun = time.monotonic()
+t = socket.socket()
+t.setblocking(False)
+assert t.connect_ex(("10.2.0.1", 4000)) == errno.EINPROGRESS
+u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+u.setblocking(False)
+u.connect(("10.2.0.1", 4002))
+u.send(b"first")
+u.send(b"latest")
+print("in progress", flush=True)
+for s, event in ((t, select.POLLOUT), (u, select.POLLIN)):
+    poll = select.poll()
+    poll.register(s, event)
+    assert poll.poll(60000), s
+    print("after", round(time.monotonic() - begun, 3), "s", flush=True)
+assert t.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
+assert u.recv(100) == b"latest"
+print("all went well", flush=True)
+"#;
+
 /// A loop that goes on while a connection is made.
 const TICKING: &str = r#"
 import asyncio
@@ -248,6 +271,50 @@ fn a_program_that_does_not_block_goes_on_while_the_latch_is_made() {
     host_a.allow_udp();
     client.prints("all went well");
     assert!(client.ends().success(), "{}", client.errors());
+    assert_eq!(counted(host_a), 0);
+}
+
+// RFC 5660 §2, §2.3: it waits for the latch, and not for its sender to send it again.
+#[test]
+fn what_a_program_sends_first_goes_out_when_the_latch_stands() {
+    let scene = trapped();
+    let (a, host_a, host_b) = (&scene.a, &scene.host_a, &scene.host_b);
+    let _server = echo_server(host_b, 4000);
+    let _datagrams = host_b.spawn("socat", &["UDP4-LISTEN:4002,bind=10.2.0.1,fork", "EXEC:cat"]);
+    let start = |name: &str, peer: &str| {
+        host_a.nft(
+            "table inet once {\nchain o {\ntype filter hook output priority 0;\nudp dport { 500, 4500 } drop;\n\
+             ip daddr 10.2.0.1 tcp flags & (syn | ack) == syn limit rate over 1/day burst 1 packets drop;\n}\n}\n",
+        );
+        let program = ["/usr/bin/python3", "-c", ONCE];
+        let rules = [format!("tcp:4000={peer}"), format!("udp:4002={peer}")];
+        let client = Talker::start(command(a, host_a, &[&rules[0], &rules[1]], &program), a.path(name));
+        client.prints("in progress");
+        let handles = host_a.check("nft", &["-a", "list", "chain", "inet", "once", "o"]);
+        let drops_ike = handles.lines().find(|line| line.contains("4500")).unwrap();
+        let handle = drops_ike.rsplit(' ').next().unwrap();
+        host_a.check("nft", &["delete", "rule", "inet", "once", "o", "handle", handle]);
+        client
+    };
+    let mut client = start("right", "b.example");
+    client.prints("all went well");
+    println!("{}", client.output());
+    assert!(client.ends().success(), "{}", client.errors());
+    // Both waited for the same SA.
+    assert!(!a.output().contains("CHILD_SA net{2}"), "{}", a.output());
+
+    // Nothing of it goes to somebody else.
+    a.control(&["--terminate", "--ike", "site", "--force"]);
+    host_a.check("nft", &["delete", "table", "inet", "once"]);
+    host_b.nft(
+        "table inet witness {\ncounter came { }\nchain i {\ntype filter hook input priority 0;\n\
+         ip daddr 10.2.0.1 counter name came;\n}\n}\n",
+    );
+    let mut client = start("wrong", "c.example");
+    client.tells("is b.example, not c.example (wrong-peer)");
+    assert!(!client.ends().success());
+    let came = host_b.check("nft", &["list", "counter", "inet", "witness", "came"]);
+    assert!(came.contains("packets 0 "), "{came}");
     assert_eq!(counted(host_a), 0);
 }
 

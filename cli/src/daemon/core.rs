@@ -107,6 +107,9 @@ pub(super) struct Core {
     next_token: u64,
     /// Callers who wait for `Event::Done` or `Event::Failed`.
     waiting: HashMap<u64, oneshot::Sender<Result<(), String>>>,
+    /// Attempts for latches, by connection and child; other latches wait for the same one.
+    for_latches: HashMap<(String, String), u64>,
+    joined: HashMap<u64, Joined>,
     resolved: mpsc::UnboundedSender<Resolved>,
     from_resolved: mpsc::UnboundedReceiver<Resolved>,
     events: broadcast::Sender<Arc<Event>>,
@@ -142,6 +145,8 @@ impl Core {
             shunts: Shunts::default(),
             next_token: 1,
             waiting: HashMap::new(),
+            for_latches: HashMap::new(),
+            joined: HashMap::new(),
             resolved,
             from_resolved,
             events: parts.events,
@@ -736,7 +741,18 @@ impl Core {
         self.traps.ended(Instant::now(), token, well);
         if let Some(reply) = self.waiting.remove(&token) {
             // The caller may have given up waiting.
-            let _ = reply.send(outcome);
+            let _ = reply.send(outcome.clone());
+        }
+        if let Some(Joined { of, flows }) = self.joined.remove(&token) {
+            self.for_latches.remove(&of);
+            for (flow, reply) in flows.into_iter().filter(|(_, reply)| !reply.is_closed()) {
+                // What the peer has narrowed may be for others only.
+                if outcome.is_ok() && self.database.is_uncovered(&flow) {
+                    self.initiate_for_latch(&flow, false, reply);
+                } else {
+                    let _ = reply.send(outcome.clone());
+                }
+            }
         }
     }
 
@@ -974,12 +990,18 @@ impl Core {
     }
 
     /// Initiates the child that is for a flow, with the flow first among its selectors or, if `narrow`, alone. A narrow
-    /// Child SA goes when nobody uses it any more.
+    /// Child SA goes when nobody uses it any more. If that child is on its way for another latch, and not narrow, waits for it.
     fn initiate_for_latch(&mut self, flow: &Flow, narrow: bool, reply: oneshot::Sender<Result<(), String>>) {
         let Some((definition, child)) = latches::child_for(self.connections.all(), flow) else {
             let _ = reply.send(Err(format!("no connection has a child for {flow}")));
             return;
         };
+        let of = (definition.connection.name.clone(), child.name.clone());
+        let under_way = self.for_latches.get(&of).filter(|_| !narrow);
+        if let Some(joined) = under_way.and_then(|token| self.joined.get_mut(token)) {
+            joined.flows.push((*flow, reply));
+            return;
+        }
         let (definition, mut child) = (definition.clone(), Arc::clone(child));
         if narrow {
             let (local, remote) = TrafficSelector::of_flow(flow);
@@ -994,6 +1016,10 @@ impl Core {
         }
         let token = self.token();
         self.waiting.insert(token, reply);
+        if !narrow {
+            self.for_latches.insert(of.clone(), token);
+            self.joined.insert(token, Joined { of, flows: Vec::new() });
+        }
         self.begin(token, definition, Some(child), Some(*flow));
     }
 
@@ -1032,6 +1058,12 @@ impl Core {
             let _ = resolved.send(Resolved { token, outcome });
         });
     }
+}
+
+/// Latches that wait for an attempt which another one began.
+struct Joined {
+    of: (String, String),
+    flows: Vec<(Flow, oneshot::Sender<Result<(), String>>)>,
 }
 
 /// Our address and the peer's for a connection: the first usable of `remote_addrs`, names looked up, and the

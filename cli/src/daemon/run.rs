@@ -182,6 +182,10 @@ pub async fn run(options: DaemonOptions) -> anyhow::Result<()> {
                     Box::pin(async move { control.survey(flow, children).await })
                 }
             })),
+            forwarder: Some(latch::server::Forwarder::new({
+                let network = network.clone();
+                move |packet| network.send_inner(packet)
+            })),
             has_received: kernel::tcp::has_received,
             unenforced: unenforced.then(|| UNENFORCED.to_owned()),
         },

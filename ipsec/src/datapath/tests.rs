@@ -682,6 +682,42 @@ fn an_icmp_error_that_no_policy_selects_goes_with_the_traffic_that_it_is_about()
 }
 
 /// Lets pass what begins a connection.
+struct Keeper(Mutex<Vec<(Flow, Vec<u8>)>>);
+
+impl FlowGuard for Keeper {
+    fn check(&self, _: Direction, flow: &Flow, _: Option<ClassId>) -> Verdict {
+        if flow.remote_port == 80 { Verdict::Drop } else { Verdict::Pass }
+    }
+
+    fn keep(&self, flow: &Flow, packet: &[u8]) {
+        lock(&self.0).push((*flow, packet.to_vec()));
+    }
+}
+
+// RFC 5660 §2.3: what waits for an SA or a latch.
+#[test]
+fn outbound_packets_that_do_not_go_out_are_shown_to_the_guard() {
+    let keeper = Arc::new(Keeper(Mutex::default()));
+    let pair = Pair::with(DataPath::new(Arc::clone(&keeper) as _), plane(), &Setup::default());
+    let kept = |packet: &[u8]| {
+        let _ = pair.left.outbound(pair.now, packet, &mut Vec::new());
+        std::mem::take(&mut *lock(&keeper.0))
+    };
+    let shown = |packet: &[u8]| vec![(Packet::parse(packet).unwrap().outbound_flow(), packet.to_vec())];
+    let latched = udp("10.1.0.5", 1, "10.2.0.6", 80, b"x");
+    let nobody_s = udp("10.1.0.5", 1, "10.9.0.6", 2, b"x");
+    let trapped = udp("10.1.0.5", 1, "10.8.0.6", 2, b"x");
+    pair.left.install_trap(trap(90, "10.8.0.0/16")).unwrap();
+    for packet in [&latched, &nobody_s, &trapped, &trapped] {
+        assert_eq!(kept(packet), shown(packet));
+    }
+    let mut fragment = latched.clone();
+    fragment[7] = 1;
+    for packet in [&request(b"x"), &fragment, &latched[..10].to_vec()] {
+        assert_eq!(kept(packet), []);
+    }
+}
+
 struct Beginnings;
 
 impl FlowGuard for Beginnings {

@@ -1215,7 +1215,11 @@ fn nothing_passes_while_a_latch_is_larval() {
     assert!(matches!(database.establish(latch, &wanted, ignore()), Err(LatchError::Conflict(_))));
     shut();
     database.removed(1);
-    assert_eq!(database.establish(latch, &wanted, ignore()).unwrap().peer.id, identity(0));
+    database.keep(&flow(1), b"SYN");
+    database.keep(&flow(2), b"another flow's");
+    let (class, packet) = database.establish(latch, &wanted, ignore()).unwrap();
+    assert_eq!((&class.peer.id, packet.as_deref()), (&identity(0), Some(&b"SYN"[..])));
+    database.keep(&flow(1), b"what passes by itself");
     assert_eq!(database.check(Direction::Outbound, &flow(1), Some(classes[0])), Verdict::Pass);
     assert_eq!(database.check(Direction::Outbound, &flow(1), Some(classes[1])), Verdict::Drop);
     assert_eq!(barrier.passage(&flow(1)), Some(Passage::Class(classes[0])));
@@ -1225,12 +1229,14 @@ fn nothing_passes_while_a_latch_is_larval() {
     assert_eq!(database.before_install(classes[1], &everything(), &everything()).unwrap().len(), 1);
     database.release(latch);
     let gone = database.reserve(flow(2)).unwrap();
+    database.keep(&flow(2), b"what nobody will send");
     database.release(gone);
     for flow in [flow(1), flow(2)] {
         assert_eq!(database.check(Direction::Outbound, &flow, Some(classes[1])), Verdict::Pass);
         assert_eq!(barrier.passage(&flow), Some(Passage::None), "until its connection has ended");
     }
     assert!(database.establish(gone, &any(), ignore()).is_err());
+    assert_eq!(database.kept.take(&flow(2)), None);
     assert_eq!(database.latched.load(Ordering::SeqCst), 0);
 }
 

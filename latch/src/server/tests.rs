@@ -386,6 +386,7 @@ async fn the_socket_is_for_its_group_and_replaces_only_a_dead_one() {
         device: None,
         initiator: None,
         surveyor: None,
+        forwarder: None,
         has_received: nothing,
         unenforced: None,
     };
@@ -399,6 +400,7 @@ async fn the_socket_is_for_its_group_and_replaces_only_a_dead_one() {
             device: None,
             initiator: None,
             surveyor: None,
+            forwarder: None,
             has_received: nothing,
             unenforced: None,
         },
@@ -417,6 +419,7 @@ async fn the_socket_is_for_its_group_and_replaces_only_a_dead_one() {
                 device: None,
                 initiator: None,
                 surveyor: None,
+                forwarder: None,
                 has_received: nothing,
                 unenforced: None
             },
@@ -437,6 +440,7 @@ async fn a_device_that_is_not_there_fails_the_latch() {
         device: Some("nosuchdevice0".into()),
         initiator: None,
         surveyor: None,
+        forwarder: None,
         has_received: nothing,
         unenforced: None,
     };
@@ -460,6 +464,7 @@ async fn a_server_that_cannot_enforce_latches_gives_none() {
         device: None,
         initiator: None,
         surveyor: None,
+        forwarder: None,
         has_received: nothing,
         unenforced: Some("nobody looks".into()),
     };
@@ -482,6 +487,7 @@ async fn a_latched_socket_is_bound_to_the_device() {
         device: Some("lo".into()),
         initiator: None,
         surveyor: None,
+        forwarder: None,
         has_received: nothing,
         unenforced: None,
     };
@@ -632,6 +638,7 @@ async fn a_connection_that_has_received_data_is_latched_only_if_its_holder_says_
         device: None,
         initiator: None,
         surveyor: None,
+        forwarder: None,
         has_received: |_| Ok(true),
         unenforced: None,
     };
@@ -718,6 +725,7 @@ async fn an_sa_is_made_when_there_is_none_and_a_narrow_one_when_asked_for() {
         device: None,
         initiator: Some(initiator),
         surveyor: None,
+        forwarder: None,
         has_received: nothing,
         unenforced: None,
     };
@@ -761,11 +769,13 @@ async fn a_larval_latch_is_told_at_once_and_comes_to_its_end_later() {
             })
         }
     });
+    let (forwarded, sent) = std::sync::mpsc::channel();
     let config = ServerConfig {
         path: path.clone(),
         device: None,
         initiator: Some(initiator),
         surveyor: None,
+        forwarder: Some(Forwarder::new(move |packet| forwarded.send(packet.to_vec()).unwrap())),
         has_received: nothing,
         unenforced: None,
     };
@@ -791,8 +801,13 @@ async fn a_larval_latch_is_told_at_once_and_comes_to_its_end_later() {
 
     // Nobody answers: the alert says so with the code of a refusal, and the flow stays shut until then.
     let nobody = "127.0.0.1:9".parse().unwrap();
+    let keep = |socket: &Socket, remote, packet: &[u8]| {
+        let local = socket.local_addr().unwrap().as_socket().unwrap();
+        house.database.keep(&flow(TCP, local, remote), packet);
+    };
     let (socket, number) = larval("peer.example", nobody).await;
     assert!(drops(&socket, nobody));
+    keep(&socket, nobody, b"to nobody");
     gate.add_permits(1);
     let alert = answer(&raw).await;
     assert_eq!((&alert["type"], &alert["latch"], &alert["state"]), (&json!("alert"), &json!(number), &json!("closed")));
@@ -811,6 +826,7 @@ async fn a_larval_latch_is_told_at_once_and_comes_to_its_end_later() {
         house.database.removed(1);
         let (socket, number) = larval(peer, far.local_addr().unwrap()).await;
         assert!(drops(&socket, far.local_addr().unwrap()));
+        keep(&socket, far.local_addr().unwrap(), peer.as_bytes());
         gate.add_permits(2);
         let alert = answer(&raw).await;
         assert_eq!((&alert["latch"], &alert["state"], &alert["code"]), (&json!(number), &json!(state), &code));
@@ -822,6 +838,9 @@ async fn a_larval_latch_is_told_at_once_and_comes_to_its_end_later() {
             assert_eq!(shown["result"]["latch"]["state"], "established", "{shown}");
         }
     }
+    // What waited went out under the latch that stands, and nothing else did.
+    assert_eq!(sent.recv_timeout(Duration::from_secs(20)).unwrap(), b"peer.example");
+    assert!(sent.try_recv().is_err());
     // With an SA in place there is nothing to wait for.
     let socket = bound();
     raw.send(create("peer.example", far.local_addr().unwrap()).as_bytes(), Some(socket.as_fd())).await.unwrap();
@@ -868,6 +887,7 @@ async fn what_protects_a_flow_now_is_told_with_it_and_classes_can_be_compared() 
         device: None,
         initiator: None,
         surveyor: Some(surveyor),
+        forwarder: None,
         has_received: nothing,
         unenforced: None,
     };
@@ -985,6 +1005,7 @@ impl House {
             device: None,
             initiator: None,
             surveyor: None,
+            forwarder: None,
             has_received: nothing,
             unenforced: None,
         };
