@@ -9,8 +9,14 @@
 //! Where the kernel does ESP, a port whose connections are latched has policies too (`ports`), for those that have no
 //! latch yet.
 //!
+//! What comes by an SA with an `if_id` meets, where an XFRM interface has that number too, inbound policies of that number and
+//! no others. No latch is to such an SA, so a flow that one covers has one more policy for each of those numbers, which
+//! drops all, and so has each port for all numbers.
+//!
 //! # Invariants
 //!
+//! * No SA with an `if_id` is in the kernel before these are ([`Latches::bar`]), and they stay as long as it is
+//!   ([`Latches::unbar`]).
 //! * They stay when the process ends, however it ends. A successor finds them, lets nothing pass, and takes each away when
 //!   the system has no connection left that it is about ([`FlowBarrier::abandoned`]).
 //! * A policy never names a `reqid` that no SA of its class has: a number may come to stand for another class.
@@ -30,6 +36,7 @@ use ipsec::guard::{self, Claim, ClassId, FlowBarrier, Passage};
 use ipsec::plane::{Encapsulation, Mark, Mode, SaPair};
 use ipsec::selector::Flow;
 
+use super::arrivals::{self, Arrivals};
 use super::codec::{Action, Direction, Ends, Policy, PolicyId, PolicyReport, Port, Selector, Template};
 use super::ports::{self, Policies};
 use super::priority::{self, Purpose};
@@ -52,7 +59,13 @@ struct State {
     kernel_does_esp: bool,
     flows: BTreeMap<Flow, Barrier>,
     abandoned: BTreeSet<Flow>,
-    /// How many flows of both kinds there are between two addresses.
+    /// Those of both kinds by the remote address.
+    by_remote: BTreeSet<(IpAddr, Flow)>,
+    /// SAs whose packets meet policies of an `if_id` only.
+    arrivals: Arrivals,
+    /// Of which `if_id`s a flow has policies.
+    barred: BTreeSet<(Flow, u32)>,
+    /// How many inbound policies there are between two addresses.
     pairs: HashMap<(IpAddr, IpAddr), usize>,
     limits: Limits,
     ports: BTreeMap<guard::Port, OpenPort>,
@@ -62,7 +75,7 @@ struct State {
     last_path: u64,
 }
 
-/// How many flows have policies.
+/// How many inbound policies flows may have.
 #[derive(Clone, Copy)]
 struct Limits {
     of_pair: usize,
@@ -111,7 +124,8 @@ impl Latches {
                 (None, Some(port)) => {
                     ports_left.insert(port);
                 }
-                // What passed of a port that is closed behind it, or of a tunnel's device that is no more.
+                // What passed of a port that is closed behind it, or of a tunnel's device that is no more; what was for an
+                // `if_id`, whose SAs have gone with the predecessor.
                 (None, None) => {
                     socket.delete_policy(&report.id)?;
                 }
@@ -121,12 +135,16 @@ impl Latches {
         for flow in &left {
             *pairs.entry((flow.local, flow.remote)).or_default() += 1;
         }
+        let by_remote = left.iter().map(|flow| (flow.remote, *flow)).collect();
         let mut state = State {
             socket,
             tun,
             kernel_does_esp,
             flows: BTreeMap::new(),
             abandoned: left,
+            by_remote,
+            arrivals: Arrivals::default(),
+            barred: BTreeSet::new(),
             pairs,
             limits: LIMITS,
             ports: BTreeMap::new(),
@@ -138,7 +156,7 @@ impl Latches {
             state.put(&flow, Barrier { passage: Passage::None, actions: [Action::Drop; 2] })?;
         }
         for port in state.abandoned_ports.clone() {
-            state.put_policies(&ports::closed(&port, tun))?;
+            state.put_policies(&state.closed(&port))?;
         }
         let (flows, ports) = (state.abandoned.len(), state.abandoned_ports.len());
         if flows + ports > 0 {
@@ -169,6 +187,25 @@ impl Latches {
         state.follow_ports(pair.class);
     }
 
+    /// The kernel is about to have this pair: what is latched and what is left of it get nothing by its `if_id`, or it must not
+    /// have it. False when it has a pair of this name already.
+    pub(super) fn bar(&self, pair: &Described) -> Result<bool, String> {
+        let mut state = self.state();
+        if pair.if_id_in == 0 {
+            return Ok(true);
+        }
+        if !state.arrivals.insert(pair.spi_in, pair.if_id_in, &pair.selectors) {
+            return Ok(false);
+        }
+        state.bar(pair.if_id_in, &pair.selectors).inspect_err(|_| state.unbar(pair.spi_in))?;
+        Ok(true)
+    }
+
+    /// The kernel has the pair no longer, or has not got it.
+    pub(super) fn unbar(&self, spi_in: u32) {
+        self.state().unbar(spi_in);
+    }
+
     /// It is about to move to other ends.
     pub(super) fn moved(&self, spi_in: u32, to: &Encapsulation) {
         let mut state = self.state();
@@ -197,9 +234,22 @@ impl Latches {
         }
     }
 
+    /// The kernel has none any more.
+    pub(super) fn all_unbarred(&self) {
+        let mut state = self.state();
+        for spi_in in state.arrivals.spis() {
+            state.unbar(spi_in);
+        }
+    }
+
     /// Somebody was at the kernel's policies: puts all of ours there again.
     pub(super) fn put_right(&self) {
         let mut state = self.state();
+        for (flow, if_id) in state.barred.clone() {
+            if let Err(error) = state.socket.set_policy(&barring(&flow, if_id)) {
+                tracing::error!(%flow, if_id, %error, "putting back a policy of a latched flow");
+            }
+        }
         for (flow, barrier) in state.flows.clone() {
             if let Err(error) = state.put(&flow, barrier) {
                 tracing::error!(%flow, %error, "putting back the policies of a latched flow");
@@ -211,7 +261,7 @@ impl Latches {
             }
         }
         let open = state.ports.values().map(|open| open.policies.clone());
-        let closed = state.abandoned_ports.iter().map(|port| ports::closed(port, state.tun));
+        let closed = state.abandoned_ports.iter().map(|port| state.closed(port));
         for policies in open.chain(closed).collect::<Vec<_>>() {
             if let Err(error) = state.put_policies(&policies) {
                 tracing::error!(%error, "putting back the policies of a port whose connections are latched");
@@ -229,6 +279,7 @@ pub(super) struct Described {
     selectors: Vec<Selector>,
     ends: Ends,
     special: bool,
+    if_id_in: u32,
 }
 
 impl Described {
@@ -247,6 +298,7 @@ impl Described {
             selectors: selectors::outbound(&pair.local_ts, &pair.remote_ts, 0).ok()?,
             ends: descriptions::ends(&pair.encapsulation),
             special,
+            if_id_in: options.if_id_in,
         })
     }
 }
@@ -254,15 +306,16 @@ impl Described {
 impl FlowBarrier for Latches {
     fn set(&self, flow: &Flow, passage: Passage) -> Result<(), String> {
         let mut state = self.state();
-        let is_new = !state.flows.contains_key(flow) && !state.abandoned.contains(flow);
-        if is_new {
-            state.has_room(flow)?;
-        }
         let actions = state.actions(flow, passage)?;
-        state.put(flow, Barrier { passage, actions }).map_err(|e| format!("install the policies of {flow}: {e}"))?;
-        if is_new {
-            *state.pairs.entry((flow.local, flow.remote)).or_default() += 1;
+        if !state.by_remote.contains(&(flow.remote, *flow)) {
+            state.enter(flow)?;
         }
+        state.put(flow, Barrier { passage, actions }).map_err(|e| {
+            if !state.flows.contains_key(flow) && !state.abandoned.contains(flow) {
+                state.leave(flow);
+            }
+            format!("install the policies of {flow}: {e}")
+        })?;
         state.abandoned.remove(flow);
         state.flows.insert(*flow, Barrier { passage, actions });
         Ok(())
@@ -285,17 +338,8 @@ impl FlowBarrier for Latches {
 
     fn lift(&self, flow: &Flow) {
         let mut state = self.state();
-        if !state.abandoned.remove(flow) {
-            return;
-        }
-        if let Entry::Occupied(mut count) = state.pairs.entry((flow.local, flow.remote)) {
-            *count.get_mut() -= 1;
-            if *count.get() == 0 {
-                count.remove();
-            }
-        }
-        if let Err(error) = state.take_away(flow) {
-            tracing::error!(%flow, %error, "removing the policies of a flow that is no longer latched");
+        if state.abandoned.remove(flow) {
+            state.leave(flow);
         }
     }
 
@@ -305,7 +349,7 @@ impl FlowBarrier for Latches {
         let of_flows = state.flows.keys().chain(&state.abandoned);
         let of_flows: usize =
             of_flows.map(|flow| if flow.local.is_ipv4() || !state.kernel_does_esp { 2 } else { 3 }).sum();
-        let expected = of_flows + state.policies_of_ports();
+        let expected = of_flows + state.barred.len() + state.policies_of_ports();
         let there = match there {
             Ok(there) => there,
             Err(error) => {
@@ -339,7 +383,7 @@ impl FlowBarrier for Latches {
     fn lift_port(&self, port: &guard::Port) {
         let mut state = self.state();
         let open = state.ports.remove(port).map(|open| open.policies);
-        let policies = if state.abandoned_ports.remove(port) { Some(ports::closed(port, state.tun)) } else { open };
+        let policies = if state.abandoned_ports.remove(port) { Some(state.closed(port)) } else { open };
         for id in policies.iter().flat_map(BTreeMap::keys) {
             if let Err(error) = state.socket.delete_policy(id) {
                 tracing::error!(port = port.number, %error, "removing the policies of a port that is no longer latched");
@@ -404,9 +448,10 @@ impl State {
     /// pass before or after.
     fn open_port(&mut self, port: &guard::Port) -> Result<(), String> {
         let Some(open) = self.ports.get(port) else { return Ok(()) };
-        let (wanted, refused) = match ports::policies(port, self.tun, &open.claims, self.paths.values()) {
+        let closed = self.closed(port);
+        let (wanted, refused) = match ports::policies(port, closed.clone(), &open.claims, self.paths.values()) {
             Ok(wanted) => (wanted, Ok(())),
-            Err(reason) => (ports::closed(port, self.tun), Err(reason)),
+            Err(reason) => (closed, Err(reason)),
         };
         let mut there = open.policies.clone();
         let done = self.change(&mut there, &wanted);
@@ -445,21 +490,145 @@ impl State {
 
     fn policies_of_ports(&self) -> usize {
         let open: usize = self.ports.values().map(|open| open.policies.len()).sum();
-        open + self.abandoned_ports.iter().map(|port| ports::closed(port, self.tun).len()).sum::<usize>()
+        open + self.abandoned_ports.iter().map(|port| self.closed(port).len()).sum::<usize>()
     }
 
-    fn has_room(&self, flow: &Flow) -> Result<(), String> {
-        let Limits { of_pair, of_all } = self.limits;
-        if self.pairs.get(&(flow.local, flow.remote)).is_some_and(|count| *count >= of_pair) {
-            let Flow { local, remote, .. } = flow;
-            return Err(format!(
-                "the system has policies for {of_pair} flows between {local} and {remote}, and takes no more"
-            ));
+    /// What stands of a port that nobody may come to.
+    fn closed(&self, port: &guard::Port) -> Policies {
+        ports::closed(port, self.tun, self.arrivals.if_ids())
+    }
+
+    /// A flow is about to have policies: first those that bar what may reach it by an `if_id`.
+    fn enter(&mut self, flow: &Flow) -> Result<(), String> {
+        self.count(flow)?;
+        self.by_remote.insert((flow.remote, *flow));
+        let if_ids = self.arrivals.towards(flow);
+        if_ids.into_iter().try_for_each(|if_id| self.bar_flow(flow, if_id)).inspect_err(|_| self.leave(flow))
+    }
+
+    /// It has had its time: none of its policies stay.
+    fn leave(&mut self, flow: &Flow) {
+        if let Err(error) = self.take_away(flow) {
+            tracing::error!(%flow, %error, "removing the policies of a flow that is no longer latched");
         }
-        if self.flows.len() + self.abandoned.len() >= of_all {
-            return Err(format!("the system has policies for {of_all} latched flows, and takes no more"));
+        for if_id in self.barring(flow) {
+            self.lift_bar(flow, if_id);
+        }
+        self.by_remote.remove(&(flow.remote, *flow));
+        self.count_off(flow);
+    }
+
+    /// The `if_id`s by which nothing gets to a flow.
+    fn barring(&self, flow: &Flow) -> Vec<u32> {
+        self.barred.range((*flow, 0)..=(*flow, u32::MAX)).map(|(_, if_id)| *if_id).collect()
+    }
+
+    /// By this `if_id` nothing gets to what such an SA covers and is latched, or was.
+    fn bar(&mut self, if_id: u32, selectors: &[Selector]) -> Result<(), String> {
+        for flow in self.covered(selectors) {
+            if !self.barred.contains(&(flow, if_id)) {
+                self.bar_flow(&flow, if_id)?;
+            }
+        }
+        // Those of another SA with this number are there.
+        if self.arrivals.if_ids().get(&if_id) != Some(&1) {
+            return Ok(());
+        }
+        let ports: Vec<guard::Port> = self.ports.keys().chain(&self.abandoned_ports).copied().collect();
+        if self.policies_of_ports() + ports.len() > MOST_OF_PORTS {
+            return Err(format!("the system has {MOST_OF_PORTS} policies for latched ports, and takes no more"));
+        }
+        for port in ports {
+            let (id, what) = (ports::barring(&port, if_id), (ports::LAST, Action::Drop));
+            let policy = Policy { id, priority: what.0, action: what.1 };
+            let put = self.socket.set_policy(&policy);
+            put.map_err(|e| format!("have nothing get to port {} by the interface {if_id:#x}: {e}", port.number))?;
+            if let Some(open) = self.ports.get_mut(&port) {
+                open.policies.insert(id, what);
+            }
         }
         Ok(())
+    }
+
+    fn bar_flow(&mut self, flow: &Flow, if_id: u32) -> Result<(), String> {
+        self.count(flow)?;
+        self.socket.set_policy(&barring(flow, if_id)).map_err(|e| {
+            self.count_off(flow);
+            format!("have nothing get to {flow} by the interface {if_id:#x}: {e}")
+        })?;
+        self.barred.insert((*flow, if_id));
+        Ok(())
+    }
+
+    fn lift_bar(&mut self, flow: &Flow, if_id: u32) {
+        if let Err(error) = self.socket.delete_policy(&barring(flow, if_id).id) {
+            tracing::error!(%flow, if_id, %error, "removing a policy of a latched flow");
+        }
+        self.barred.remove(&(*flow, if_id));
+        self.count_off(flow);
+    }
+
+    /// The SA has gone; what it was barred from is open as far as no other one with its `if_id` is there.
+    fn unbar(&mut self, spi_in: u32) {
+        let Some((if_id, selectors)) = self.arrivals.remove(spi_in) else { return };
+        for flow in self.covered(&selectors) {
+            if self.barred.contains(&(flow, if_id)) && !self.arrivals.towards(&flow).contains(&if_id) {
+                self.lift_bar(&flow, if_id);
+            }
+        }
+        if self.arrivals.if_ids().contains_key(&if_id) {
+            return;
+        }
+        let ports = self.ports.keys().chain(&self.abandoned_ports).copied();
+        for port in ports.collect::<Vec<_>>() {
+            let id = ports::barring(&port, if_id);
+            if let Err(error) = self.socket.delete_policy(&id) {
+                tracing::error!(port = port.number, if_id, %error, "removing a policy of a latched port");
+            }
+            if let Some(open) = self.ports.get_mut(&port) {
+                open.policies.remove(&id);
+            }
+        }
+    }
+
+    /// Flows with policies between addresses that one of the selectors is about.
+    fn covered(&self, selectors: &[Selector]) -> BTreeSet<Flow> {
+        let of = |selector: &Selector| {
+            let (first, last) = arrivals::ends(selector.destination);
+            let source = selector.source;
+            let from = Flow { protocol: 0, local: FIRST, local_port: 0, remote: FIRST, remote_port: 0 };
+            let after = self.by_remote.range((first, from)..);
+            after
+                .map_while(move |(remote, flow)| (*remote <= last).then_some(flow))
+                .filter(move |flow| within(source, flow.local))
+        };
+        selectors.iter().flat_map(of).copied().collect()
+    }
+
+    /// Takes note of one more inbound policy for a flow, or fails where there is no room for it.
+    fn count(&mut self, flow: &Flow) -> Result<(), String> {
+        let Limits { of_pair, of_all } = self.limits;
+        let Flow { local, remote, .. } = flow;
+        if self.by_remote.len() + self.barred.len() >= of_all {
+            return Err(format!("the system has {of_all} policies for latched flows, and takes no more"));
+        }
+        let count = self.pairs.entry((*local, *remote)).or_default();
+        if *count >= of_pair {
+            return Err(format!(
+                "the system has {of_pair} policies for flows between {local} and {remote}, and takes no more"
+            ));
+        }
+        *count += 1;
+        Ok(())
+    }
+
+    fn count_off(&mut self, flow: &Flow) {
+        if let Entry::Occupied(mut count) = self.pairs.entry((flow.local, flow.remote)) {
+            *count.get_mut() -= 1;
+            if *count.get() == 0 {
+                count.remove();
+            }
+        }
     }
 
     /// What the policies of a flow have to do; fails where its SAs are such that they cannot say it.
@@ -540,6 +709,11 @@ fn id(flow: &Flow, direction: Direction) -> PolicyId {
     PolicyId { direction, selector, mark: Mark::default(), if_id: 0 }
 }
 
+/// What drops what would come to a flow by an `if_id`.
+fn barring(flow: &Flow, if_id: u32) -> Policy {
+    Policy { id: PolicyId { if_id, ..id(flow, Direction::In) }, priority: OF_A_LATCH, action: Action::Drop }
+}
+
 /// What lets IPv6 packets into the tunnel's device, which has no switch for it.
 fn through(flow: &Flow, tun: u32) -> Option<PolicyId> {
     let mut id = id(flow, Direction::Out);
@@ -547,14 +721,14 @@ fn through(flow: &Flow, tun: u32) -> Option<PolicyId> {
     flow.local.is_ipv6().then_some(id)
 }
 
-/// The flow that a policy of a latch is for; `None` where it is about one interface, or more than one flow.
+/// The flow that a policy of a latch is for; `None` where it is about one interface or `if_id`, or more than one flow.
 fn flow(id: &PolicyId) -> Option<Flow> {
     let outbound = if id.direction == Direction::Out { id.selector } else { id.selector.reversed() };
     let exact = [outbound.source_port, outbound.destination_port].iter().all(|port| port.mask == u16::MAX)
         && [outbound.source, outbound.destination]
             .iter()
             .all(|(ip, prefix)| *prefix == if ip.is_ipv4() { 32 } else { 128 });
-    (outbound.interface == 0 && exact).then_some(Flow {
+    (outbound.interface == 0 && id.if_id == 0 && exact).then_some(Flow {
         protocol: outbound.protocol,
         local: outbound.source.0,
         local_port: outbound.source_port.port,
@@ -597,6 +771,7 @@ pub(super) fn within((network, prefix): (IpAddr, u8), address: IpAddr) -> bool {
     }
 }
 
+const FIRST: IpAddr = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
 const DIRECTIONS: [Direction; 2] = [Direction::Out, Direction::In];
 const CLOSED: Barrier = Barrier { passage: Passage::None, actions: [Action::Drop; 2] };
 /// Before policies of SAs, whatever their selectors (`priority`).
@@ -650,6 +825,7 @@ mod tests {
             selectors: vec![selector],
             ends: Ends { source, destination, ports: None },
             special: false,
+            if_id_in: 0,
         }
     }
 
@@ -750,10 +926,12 @@ mod tests {
                 let to = |remote: &str| Flow { remote: remote.parse().unwrap(), ..udp_flow(7000) };
                 set(&udp_flow(7000)).unwrap();
                 set(&udp_flow(7001)).unwrap();
-                assert!(set(&udp_flow(7002)).unwrap_err().contains("2 flows between 10.1.0.1 and 10.2.0.1"));
+                assert!(
+                    set(&udp_flow(7002)).unwrap_err().contains("2 policies for flows between 10.1.0.1 and 10.2.0.1")
+                );
                 set(&udp_flow(7001)).unwrap();
                 set(&to("10.2.0.2")).unwrap();
-                assert!(set(&to("10.2.0.3")).unwrap_err().contains("3 latched flows"));
+                assert!(set(&to("10.2.0.3")).unwrap_err().contains("3 policies for latched flows"));
                 // What is left of a flow counts.
                 latches.abandon(&udp_flow(7001));
                 assert!(set(&udp_flow(7002)).is_err());
@@ -769,6 +947,130 @@ mod tests {
                     successor.lift(&flow);
                 }
                 assert!(successor.state().pairs.is_empty());
+            })
+            .unwrap();
+    }
+
+    /// How many policies drop what comes by an `if_id`.
+    fn barred(if_id: &str) -> usize {
+        let text = ip("xfrm policy");
+        let policies = text.split("src ").filter(|policy| policy.trim_end().ends_with(&format!("if_id {if_id}")));
+        policies.inspect(|policy| assert!(policy.contains("dir in action block"), "{policy}")).count()
+    }
+
+    // RFC 5660 §2.3: what comes by an SA of the wrong peer is not received, whatever policies the kernel has it meet.
+    #[test]
+    fn nothing_comes_by_an_interface_to_what_is_latched() {
+        host()
+            .run(|| {
+                let latches = Latches::open(TUN, true).unwrap();
+                let (flow, left) = (udp_flow(7000), udp_flow(7001));
+                let elsewhere = Flow { remote: "10.3.0.1".parse().unwrap(), ..udp_flow(7002) };
+                for flow in [flow, left, elsewhere] {
+                    latches.set(&flow, Passage::None).unwrap();
+                }
+                latches.abandon(&left);
+                latches.set_port(&port(), &[]).unwrap();
+                let sa = |spi_in, if_id_in, destination| Described { if_id_in, ..pair(spi_in, 2, 40, destination) };
+                assert_eq!(latches.bar(&sa(1, 0, ("10.2.0.0", 24))), Ok(true));
+                assert_eq!(ip("xfrm policy").matches("if_id").count(), 0);
+                // Two flows, and the port.
+                let mut first = sa(2, 7, ("10.2.0.0", 24));
+                first.selectors[0].protocol = 6;
+                assert_eq!(
+                    latches.bar(&first),
+                    Ok(true),
+                    "the kernel may take more than what the policies of an SA say"
+                );
+                assert_eq!(latches.bar(&first), Ok(false));
+                assert_eq!(barred("0x7"), 3);
+                assert_eq!(latches.bar(&sa(3, 7, ("10.2.0.1", 32))), Ok(true));
+                assert_eq!(latches.bar(&sa(4, 8, ("10.3.0.0", 16))), Ok(true));
+                assert_eq!((barred("0x7"), barred("0x8")), (3, 2));
+                // What is latched later.
+                latches.set(&udp_flow(7005), Passage::None).unwrap();
+                let other = guard::Port { number: 7003, ..port() };
+                latches.set_port(&other, &[]).unwrap();
+                assert_eq!((barred("0x7"), barred("0x8")), (5, 3));
+                latches.verify();
+                ip("xfrm policy flush");
+                latches.verify();
+                assert_eq!((barred("0x7"), barred("0x8")), (5, 3));
+                // What has had its time.
+                latches.lift(&left);
+                latches.abandon(&udp_flow(7005));
+                latches.lift(&udp_flow(7005));
+                latches.lift_port(&other);
+                assert_eq!((barred("0x7"), barred("0x8")), (2, 2));
+                // The last SA.
+                latches.unbar(2);
+                assert_eq!(barred("0x7"), 2);
+                latches.unbar(3);
+                latches.unbar(3);
+                assert_eq!((barred("0x7"), barred("0x8")), (0, 2));
+                // Killed: the SAs of a predecessor go before the successor looks.
+                drop(latches);
+                let successor = Latches::open(TUN, true).unwrap();
+                assert_eq!(ip("xfrm policy").matches("if_id").count(), 0);
+                assert_eq!((successor.abandoned().len(), successor.abandoned_ports().len()), (2, 1));
+                assert_eq!(successor.bar(&sa(4, 8, ("10.2.0.0", 15))), Ok(true));
+                assert_eq!(barred("0x8"), 3);
+                successor.verify();
+                successor.all_unbarred();
+                successor.lift(&flow);
+                successor.lift(&elsewhere);
+                successor.lift_port(&port());
+                assert_eq!(ip("xfrm policy"), "");
+                assert!(successor.state().pairs.is_empty() && successor.state().by_remote.is_empty());
+            })
+            .unwrap();
+    }
+
+    // A latch's policies have no mark and are for packets with any; of those that fit, the kernel takes the first by priority.
+    #[test]
+    fn a_packet_s_mark_leads_past_no_latch() {
+        host()
+            .run(|| {
+                let latches = Latches::open(TUN, true).unwrap();
+                let marked = |local_port| {
+                    let socket = UdpSocket::bind(("10.1.0.1", local_port)).unwrap();
+                    socket2::SockRef::from(&socket).set_mark(5).unwrap();
+                    socket.send_to(b"x", "10.2.0.1:7001").is_ok()
+                };
+                ip("xfrm policy add src 10.1.0.0/24 dst 10.2.0.0/24 dir out priority 2 mark 5");
+                ip("xfrm policy add src 10.1.0.1 dst 10.2.0.1 proto udp dport 7001 dir out priority 2 mark 5");
+                latches.set(&udp_flow(7000), Passage::None).unwrap();
+                assert!(!marked(7000) && !sends(7000));
+                assert!(marked(7005) && sends(7005));
+            })
+            .unwrap();
+    }
+
+    // Fail closed: where its policies have no room, an SA may not be.
+    #[test]
+    fn an_sa_with_an_interface_is_refused_where_it_could_not_be_barred() {
+        host()
+            .run(|| {
+                let latches = Latches::open(TUN, true).unwrap();
+                let sa = |spi_in, if_id_in| Described { if_id_in, ..pair(spi_in, 2, 40, ("10.2.0.0", 24)) };
+                latches.state().limits = Limits { of_pair: 3, of_all: 4 };
+                latches.set(&udp_flow(7000), Passage::None).unwrap();
+                latches.set(&udp_flow(7005), Passage::None).unwrap();
+                assert!(latches.bar(&sa(1, 7)).unwrap_err().contains("3 policies for flows between"));
+                assert_eq!(ip("xfrm policy").matches("if_id").count(), 0, "nothing is left of it");
+                latches.abandon(&udp_flow(7005));
+                latches.lift(&udp_flow(7005));
+                latches.bar(&sa(1, 7)).unwrap();
+                latches.bar(&sa(2, 8)).unwrap();
+                assert!(latches.set(&udp_flow(7005), Passage::None).is_err());
+                assert!(latches.bar(&sa(3, 9)).is_err());
+                latches.unbar(2);
+                let other = Flow { remote: "10.3.0.1".parse().unwrap(), ..udp_flow(7000) };
+                latches.set(&other, Passage::None).unwrap();
+                assert!(latches.set(&udp_flow(7005), Passage::None).is_err(), "it would take two");
+                assert_eq!(ip("xfrm policy").matches("sport 7005").count(), 0);
+                assert_eq!((barred("0x7"), barred("0x8"), barred("0x9")), (1, 0, 0));
+                latches.verify();
             })
             .unwrap();
     }

@@ -2,9 +2,10 @@
 //!
 //! `codec` knows the octets, `socket` asks and answers, `descriptions`, `suite` and `selectors` put the negotiated into
 //! the kernel's words, `tables` holds what is installed and keeps the kernel's databases like it, `plane` is the data plane, `latches`
-//! and `ports` keep latched flows apart, `inbound` drops what should have been in user space's tunnel,
+//! and `ports` keep latched flows apart, also from what comes by an XFRM interface (`arrivals`), `inbound` drops what should have been in user space's tunnel,
 //! `tunnel_mark` lets IPv6 out of it pass, `events` is the thread that listens.
 
+mod arrivals;
 pub(crate) mod codec;
 mod descriptions;
 mod events;

@@ -64,6 +64,13 @@ impl KernelPlane {
         self.tables().step_aside(reqid, aside);
     }
 
+    /// The kernel has nothing of the pair any more.
+    fn unbar(&self, spi_in: u32) {
+        if let Some(latches) = &self.network.latches {
+            latches.unbar(spi_in);
+        }
+    }
+
     fn routes(&self) -> MutexGuard<'_, Routes> {
         lock(&self.network.routes)
     }
@@ -83,8 +90,22 @@ impl DataPlane for KernelPlane {
         let selectors = via.map(|via| (via, pair.local_ts.clone(), pair.remote_ts.clone()));
         let (spi_in, encapsulation) = (pair.spi_in, pair.encapsulation);
         let described = Described::of(&pair);
+        let barred = match (&self.network.latches, &described) {
+            (Some(latches), Some(pair)) => latches.bar(pair).map_err(|reason| {
+                system(
+                    format!("install SA {spi_in:08x}, which must not reach what is latched"),
+                    io::Error::other(reason),
+                )
+            })?,
+            _ => false,
+        };
         // Before the routes: one of them may take the place of a route into the tunnel's device.
-        self.tables().install(pair, &links)?;
+        let installed = self.tables().install(pair, &links);
+        installed.inspect_err(|_| {
+            if barred {
+                self.unbar(spi_in);
+            }
+        })?;
         if let (Some(latches), Some(pair)) = (&self.network.latches, described) {
             latches.installed(&pair);
         }
@@ -116,6 +137,7 @@ impl DataPlane for KernelPlane {
             latches.removed(spi_in);
         }
         self.tables().delete(spi_in)?;
+        self.unbar(spi_in);
         self.routes().remove(Owner::Pair(spi_in));
         Ok(())
     }
@@ -171,7 +193,11 @@ impl DataPlane for KernelPlane {
             latches.all_removed();
         }
         // The network removes its routes by itself.
-        self.tables().clear().map_err(|e| system("remove the kernel's states and policies".to_owned(), e))
+        self.tables().clear().map_err(|e| system("remove the kernel's states and policies".to_owned(), e))?;
+        if let Some(latches) = &self.network.latches {
+            latches.all_unbarred();
+        }
+        Ok(())
     }
 }
 

@@ -19,8 +19,9 @@ use super::selectors;
 /// What is to be installed, or is: the priority and what it does, by name.
 pub(super) type Policies = BTreeMap<PolicyId, (u32, Action)>;
 
-/// Nothing passes but what goes into the tunnel's device, which has no switch for IPv6.
-pub(super) fn closed(port: &Port, tun: u32) -> Policies {
+/// Nothing passes but what goes into the tunnel's device, which has no switch for IPv6; nor does anything by SAs with these
+/// `if_id`s, whose packets meet no other policies.
+pub(super) fn closed(port: &Port, tun: u32, if_ids: &BTreeMap<u32, usize>) -> Policies {
     let all = all(port);
     let mut policies = Policies::new();
     if port.local.is_ipv6() {
@@ -28,13 +29,19 @@ pub(super) fn closed(port: &Port, tun: u32) -> Policies {
         policies.insert(through, (super::latches::THROUGH_THE_TUNNEL, Action::Pass));
     }
     both(&mut policies, all, LAST, |_| Action::Drop);
+    policies.extend(if_ids.keys().map(|if_id| (barring(port, *if_id), (LAST, Action::Drop))));
     policies
 }
 
-/// What such claims come to, with these SAs in the kernel.
+/// Names what drops all that would come to the port by an `if_id`.
+pub(super) fn barring(port: &Port, if_id: u32) -> PolicyId {
+    PolicyId { if_id, ..id(Direction::In, all(port).reversed()) }
+}
+
+/// What such claims come to, beside those of the closed port, with these SAs in the kernel.
 pub(super) fn policies<'a>(
     port: &Port,
-    tun: u32,
+    closed: Policies,
     claims: &[Claim],
     paths: impl Iterator<Item = &'a Path>,
 ) -> Result<Policies, String> {
@@ -49,7 +56,7 @@ pub(super) fn policies<'a>(
             }
         }
     }
-    let mut policies = closed(port, tun);
+    let mut policies = closed;
     for (selector, path) in best {
         both(&mut policies, selector, rank(&selector), |inbound| Action::Protect(path.template(inbound)));
     }
@@ -67,7 +74,7 @@ pub(super) fn closes(report: &PolicyReport) -> Option<Port> {
     let id = report.id;
     let outbound = if id.direction == Direction::Out { id.selector } else { id.selector.reversed() };
     let port = Port { protocol: outbound.protocol, local: outbound.source.0, number: outbound.source_port.port };
-    (report.blocks && report.priority == LAST && outbound == all(&port)).then_some(port)
+    (report.blocks && report.priority == LAST && id.if_id == 0 && outbound == all(&port)).then_some(port)
 }
 
 /// All that comes to the port, seen on its way out.
@@ -174,6 +181,6 @@ fn rank(selector: &Selector) -> u32 {
 /// After those of latches, before all others'.
 const CONFLICT: u32 = 2;
 const PROTECT: u32 = 3;
-const LAST: u32 = 10_000;
+pub(super) const LAST: u32 = 10_000;
 /// Of one port: the SAs of so many peers.
 const MOST: usize = 32_768;
