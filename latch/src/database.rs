@@ -1133,6 +1133,9 @@ impl Database {
 
     /// There is a listener latch that a fragment's packet could be for.
     fn is_listened_for_somewhere(&self, fragment: &Flow) -> bool {
+        if self.listening.load(Ordering::Acquire) == 0 {
+            return false;
+        }
         let there = |protocol: &u8| fragment.protocol == IPV6_FRAGMENT || fragment.protocol == *protocol;
         // Few listeners, and few fragments.
         self.ports

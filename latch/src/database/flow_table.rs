@@ -360,6 +360,35 @@ mod tests {
         assert_eq!(table.len(), 6667);
     }
 
+    // What a look-up costs with many flows is the cache lines that it reads.
+    #[test]
+    fn a_look_up_reads_little_more_than_one_line_however_full() {
+        let table = FlowTable::keyed([
+            0x9e37_79b9_7f4a_7c15,
+            0xbf58_476d_1ce4_e5b9,
+            0x94d0_49bb_1331_11eb,
+            0x2545_f491_4f6c_dd1d,
+        ]);
+        let fullest = u32::try_from((FIRST << 10) * FULL).unwrap();
+        (0..fullest).for_each(|n| table.insert(&flow(n), 0).unwrap());
+        let buckets = table.buckets().unwrap();
+        assert_eq!(buckets.len() * FULL, table.len());
+        let read = |n: u32| {
+            let number = table.number(&flow(n));
+            let entry = find(buckets, number);
+            let ends = |bucket: &Bucket| {
+                let entries = || bucket.0.iter();
+                entries().any(|one| one.flow.load(Ordering::Relaxed) == 0)
+                    || entry.is_some_and(|(found, _)| entries().any(|one| std::ptr::eq(one, found)))
+            };
+            from(buckets, number).position(ends).unwrap() + 1
+        };
+        let lines =
+            |flows: std::ops::Range<u32>| flows.map(read).sum::<usize>() * 100 / usize::try_from(fullest).unwrap();
+        let (latched, unlatched) = (lines(0..fullest), lines(fullest..2 * fullest));
+        assert!(latched <= 120 && unlatched <= 140, "of 100 look-ups: {latched}, {unlatched}");
+    }
+
     proptest! {
         // Buckets run over here: many flows come to few.
         #[test]
