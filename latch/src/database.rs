@@ -33,7 +33,8 @@
 //!
 //! # Locks
 //!
-//! One mutex orders all control operations, so that nothing happens between looking at the SAs and pinning a flow.
+//! One mutex orders all control operations, so that nothing happens between looking at the SAs and pinning a flow. An SA
+//! that breaks many latches gives it up now and then, and is done only when none is left; SAs are told of one after the other.
 //! The packet path never takes it: it reads one counter, and, if there are latches, one entry of a table without locks
 //! (`flow_table.rs`); of a flow without a latch, if there are listener latches, one entry of a sharded map as well.
 //! Holders are told with no lock held; they may call back.
@@ -41,7 +42,9 @@
 mod automatic;
 mod flow_table;
 mod kept;
+mod places;
 mod ports;
+mod sas;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
@@ -60,6 +63,8 @@ use ipsec::selector::{Flow, TrafficSelector};
 use ipsec::transform::{Encr, Integ};
 use kept::Kept;
 use pad::{Identity, IdentityPattern, PeerIdentity, Proof};
+use places::Places;
+use sas::{CoveringSa, Sas, covers};
 
 use self::ports::Connections;
 
@@ -376,6 +381,7 @@ impl Database {
         };
         let class = Arc::new(class);
         classes.by_number.push(Arc::clone(&class));
+        classes.by_ends.entry(class.ends().into()).or_default().push(id);
         classes.numbers.insert(class, id);
         id
     }
@@ -393,10 +399,12 @@ impl Database {
     /// A packet that passed the check before may still be on its way, for some tenths of a second at most, to or from the
     /// SA of the latch's own class: never one of the newcomer, whose packets are all checked after this.
     ///
-    /// Looks at the latches to the addresses that the selectors cover, and at no others.
+    /// Looks at the ESTABLISHED latches of other classes to the addresses that the selectors cover, and at no others. Where many break,
+    /// they do so some at a time, so that others may use the database meanwhile: a latch that is made then, and which the SA would
+    /// betray, breaks too.
     ///
     /// What nobody in particular (RFC 7619) asks for breaks no latch, and takes no traffic, of a peer that has proved who it is: that
-    /// is refused without effect, and the SA must not go in. To find out, all SAs are looked at.
+    /// is refused without effect, and the SA must not go in.
     pub fn before_install(
         &self,
         class: ClassId,
@@ -404,39 +412,23 @@ impl Database {
         remote_ts: &[TrafficSelector],
     ) -> Result<Vec<Alert>, Outranked> {
         let mut control = self.control();
-        self.rank(&control, class, local_ts, remote_ts)?;
         let newcomer = CoveringSa { class, local_ts: local_ts.to_vec(), remote_ts: remote_ts.to_vec() };
-        let found = self.before_newcomer(&mut control, newcomer);
-        let broken = self.break_conflicting(&mut control, class, local_ts, remote_ts);
-        drop(control);
-        self.tell(found);
-        Ok(self.tell(broken))
+        self.rank(&control, &newcomer)?;
+        let found = self.before_newcomer(&mut control, newcomer.clone());
+        let (_control, broken) = self.break_conflicting(control, &newcomer, found);
+        Ok(broken)
     }
 
-    fn rank(
-        &self,
-        control: &Control,
-        class: ClassId,
-        local_ts: &[TrafficSelector],
-        remote_ts: &[TrafficSelector],
-    ) -> Result<(), Outranked> {
-        if self.class(class).is_none_or(|class| class.is_authenticated()) {
+    fn rank(&self, control: &Control, newcomer: &CoveringSa) -> Result<(), Outranked> {
+        if self.class(newcomer.class).is_none_or(|class| class.is_authenticated()) {
             return Ok(());
         }
-        let latches = control.within(remote_ts).into_iter().filter_map(|id| control.latches.get(&id));
-        if let Some(latch) = latches
-            .filter(|latch| latch.class.is_authenticated())
-            .find(|latch| covers(local_ts, remote_ts, &latch.flow))
-        {
+        let ranks = |class| self.class(class).is_some_and(|class| class.is_authenticated());
+        if let Some(latch) = control.within(&newcomer.remote_ts, ranks).find(|latch| newcomer.covers(&latch.flow)) {
             return Err(Outranked(format!("{} is latched to {}", latch.flow, latch.class.peer.id)));
         }
-        let meets = |some: &[TrafficSelector], others: &[TrafficSelector]| {
-            some.iter().any(|one| others.iter().any(|other| one.intersect(other).is_some()))
-        };
-        let meeting =
-            control.sas.values().filter(|sa| meets(&sa.local_ts, local_ts) && meets(&sa.remote_ts, remote_ts));
-        let owners = meeting.filter_map(|sa| self.class(sa.class));
-        match owners.into_iter().find(|class| class.is_authenticated()) {
+        let overlapping = control.sas.overlapping(newcomer);
+        match overlapping.filter_map(|(_, sa)| self.class(sa.class)).find(|class| class.is_authenticated()) {
             Some(owner) => Err(Outranked(format!("an SA of {} is for its traffic", owner.peer.id))),
             None => Ok(()),
         }
@@ -454,8 +446,8 @@ impl Database {
     ) -> Vec<Flow> {
         let mut control = self.control();
         let found = self.before_reservation(&mut control, local_ts, remote_ts, &newcomer);
-        let within = control.within(remote_ts).into_iter().filter_map(|id| control.latches.get(&id));
-        let latches = within.filter(|latch| {
+        let concerned = |class| self.class(class).is_none_or(|class| newcomer(&class) != Newcomer::Congruent);
+        let latches = control.within(remote_ts, concerned).filter(|latch| {
             (latch.condition == Condition::Established || latch.recovers())
                 && covers(local_ts, remote_ts, &latch.flow)
                 && match newcomer(&latch.class) {
@@ -507,19 +499,16 @@ impl Database {
         local_ts: Vec<TrafficSelector>,
         remote_ts: Vec<TrafficSelector>,
     ) -> Result<(), Outranked> {
+        let newcomer = CoveringSa { class, local_ts, remote_ts };
         let mut control = self.control();
-        if let Err(outranked) = self.rank(&control, class, &local_ts, &remote_ts) {
+        if let Err(outranked) = self.rank(&control, &newcomer) {
             control.newcomer = None;
             return Err(outranked);
         }
-        let sa_in = CoveringSa { class, local_ts, remote_ts };
-        let found = self.before_newcomer(&mut control, sa_in.clone());
-        let broken = self.break_conflicting(&mut control, class, &sa_in.local_ts, &sa_in.remote_ts);
+        let found = self.before_newcomer(&mut control, newcomer.clone());
+        let (mut control, _) = self.break_conflicting(control, &newcomer, found);
         control.newcomer = None;
-        control.insert_sa(sa, sa_in);
-        drop(control);
-        self.tell(found);
-        self.tell(broken);
+        control.sas.insert(sa, newcomer);
         Ok(())
     }
 
@@ -528,7 +517,7 @@ impl Database {
     pub fn removed(&self, sa: u64) {
         let mut control = self.control();
         let found = self.before_removal(&mut control, sa);
-        control.remove_sa(sa);
+        control.sas.remove(sa);
         control.bindings.remove(&sa);
         self.open_ports(&control);
         let restored = self.restore(&mut control);
@@ -541,10 +530,9 @@ impl Database {
     /// SAs that live. To be called after `removed`.
     pub fn peer_is_dead(&self, class: ClassId) {
         let Some(dead) = self.class(class) else { return };
-        let control = self.control();
-        let lives = |sa: &CoveringSa| self.class(sa.class).is_some_and(|class| class.is_between_the_ends_of(&dead));
-        if !control.sas.values().any(lives) {
-            self.lose(control, &dead, format!("{} is dead", dead.peer.id));
+        let (control, classes) = (self.control(), self.between_the_ends_of(&dead));
+        if !classes.iter().any(|class| control.sas.has(*class)) {
+            self.lose(control, &classes, &format!("{} is dead", dead.peer.id));
         }
     }
 
@@ -552,16 +540,23 @@ impl Database {
     /// since its ends of their connections are no more.
     pub fn peer_restarted(&self, class: ClassId) {
         if let Some(restarted) = self.class(class) {
-            self.lose(self.control(), &restarted, format!("{} has restarted", restarted.peer.id));
+            let classes = self.between_the_ends_of(&restarted);
+            self.lose(self.control(), &classes, &format!("{} has restarted", restarted.peer.id));
         }
     }
 
-    fn lose(&self, mut control: MutexGuard<'_, Control>, lost: &Class, reason: String) {
+    /// All classes of the same two ends.
+    fn between_the_ends_of(&self, class: &Class) -> Vec<ClassId> {
+        read(&self.classes).by_ends.get(&Ends::from(class.ends())).cloned().unwrap_or_default()
+    }
+
+    fn lose(&self, mut control: MutexGuard<'_, Control>, classes: &[ClassId], reason: &str) {
         let found = self.find_all(&mut control);
-        let latches = control.latches.iter().filter(|(_, latch)| latch.class.is_between_the_ends_of(lost));
-        let ids: Vec<LatchId> = latches.map(|(id, _)| *id).collect();
+        let mut ids: Vec<LatchId> =
+            classes.iter().flat_map(|class| control.standing.of(*class).chain(control.fallen.of(*class))).collect();
+        ids.sort_unstable();
         let broken: Vec<_> =
-            ids.into_iter().filter_map(|id| self.mark(&mut control, id, Condition::Dead, reason.clone())).collect();
+            ids.into_iter().filter_map(|id| self.mark(&mut control, id, Condition::Dead, reason.to_owned())).collect();
         drop(control);
         self.tell(found);
         self.tell(broken);
@@ -695,7 +690,7 @@ impl Database {
         control.larval.remove(&latch);
         let (pin, class) = (made.pin(), Arc::clone(&made.class));
         let told = made.alert(latch, LatchState::Established, format!("the peer is {}", class.peer.id));
-        control.by_remote.insert((flow.remote, latch));
+        control.standing.insert(made.number, flow.remote, latch);
         control.latches.insert(latch, made);
         self.repin(&flow, Pin::Broken, pin);
         // After that: what comes now passes by itself.
@@ -819,7 +814,8 @@ impl Database {
     fn take_out(&self, control: &mut Control, latch: LatchId) -> Option<Latch> {
         let gone = control.latches.remove(&latch)?;
         control.by_flow.remove(&gone.flow);
-        control.by_remote.remove(&(gone.flow.remote, latch));
+        control.standing.remove(gone.number, gone.flow.remote, latch);
+        control.fallen.remove(gone.number, gone.flow.remote, latch);
         control.recoverable.remove(&latch);
         control.automatic.remove(latch, gone.number);
         if let Some(listener) = gone.listener {
@@ -841,7 +837,7 @@ impl Database {
 
     /// Numbers of the SAs that cover a flow, as `installed` was given them.
     pub fn sas_of(&self, flow: &Flow) -> Vec<u64> {
-        let mut sas: Vec<u64> = self.control().covering(flow).map(|(number, _)| number).collect();
+        let mut sas: Vec<u64> = self.control().sas.covering(flow).map(|(number, _)| number).collect();
         // One with several subnets is found several times.
         sas.sort_unstable();
         sas.dedup();
@@ -911,25 +907,42 @@ impl Database {
         self.control.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Marks first, so that packets are dropped already when the holders hear of it.
-    fn break_conflicting(
-        &self,
-        control: &mut Control,
-        class: ClassId,
-        local_ts: &[TrafficSelector],
-        remote_ts: &[TrafficSelector],
-    ) -> Vec<(Holder, Alert)> {
-        let newcomer = self.class(class);
-        let mut broken = Vec::new();
-        for id in control.within(remote_ts) {
-            let Some(latch) = control.latches.get_mut(&id) else { continue };
-            if latch.number == class || !covers(local_ts, remote_ts, &latch.flow) {
-                continue;
+    /// Breaks what an SA conflicts with, some at a time: marks them, so that their packets are dropped, then tells the holders with
+    /// no lock held. When it returns, nothing that conflicts is ESTABLISHED, and will not be for as long as the lock is held. What was
+    /// `found` is told before all.
+    fn break_conflicting<'a>(
+        &'a self,
+        mut control: MutexGuard<'a, Control>,
+        newcomer: &CoveringSa,
+        mut found: Vec<(Holder, Alert)>,
+    ) -> (MutexGuard<'a, Control>, Vec<Alert>) {
+        let class = self.class(newcomer.class);
+        let mut told = Vec::new();
+        loop {
+            let standing = control.standing.within(&newcomer.remote_ts, |class| class != newcomer.class);
+            let covered = |id: &LatchId| control.latches.get(id).is_some_and(|latch| newcomer.covers(&latch.flow));
+            let conflicting: Vec<LatchId> = standing.into_iter().filter(covered).collect();
+            if conflicting.is_empty() && found.is_empty() {
+                return (control, told);
             }
-            let reason = reason(&latch.flow, &latch.class, newcomer.as_deref());
-            broken.extend(self.mark(control, id, Condition::Conflict, reason));
+            for step in conflicting.chunks(STEP) {
+                let mut broken = Vec::new();
+                for id in step {
+                    let Some(latch) = control.latches.get(id) else { continue };
+                    let reason = reason(&latch.flow, &latch.class, class.as_deref());
+                    broken.extend(self.mark(&mut control, *id, Condition::Conflict, reason));
+                }
+                drop(control);
+                self.tell(std::mem::take(&mut found));
+                told.extend(self.tell(broken));
+                control = self.control();
+            }
+            if !found.is_empty() {
+                drop(control);
+                self.tell(std::mem::take(&mut found));
+                control = self.control();
+            }
         }
-        broken
     }
 
     /// Ends or breaks a latch, packets first; what is to be told, if its state is another one now. What is worse stays.
@@ -951,6 +964,8 @@ impl Database {
         } else {
             control.recoverable.remove(&id);
         }
+        control.standing.remove(latch.number, latch.flow.remote, id);
+        control.fallen.insert(latch.number, latch.flow.remote, id);
         let state = latch.state();
         (state != before).then(|| (Arc::clone(&latch.holder), latch.alert(id, state, reason)))
     }
@@ -969,6 +984,8 @@ impl Database {
             match control.latches.get_mut(&id) {
                 Some(latch) if clear && allowed => {
                     self.set(latch, Condition::Established);
+                    control.fallen.remove(latch.number, latch.flow.remote, id);
+                    control.standing.insert(latch.number, latch.flow.remote, id);
                     let reason = "nothing conflicts with it any more".to_owned();
                     restored.push((Arc::clone(&latch.holder), latch.alert(id, LatchState::Established, reason)));
                 }
@@ -1017,7 +1034,7 @@ impl Database {
         let id = LatchId(control.last_latch);
         let told = latch.alert(id, LatchState::Established, format!("the peer is {}", latch.class.peer.id));
         control.by_flow.insert(flow, id);
-        control.by_remote.insert((flow.remote, id));
+        control.standing.insert(latch.number, flow.remote, id);
         control.latches.insert(id, latch);
         Ok((id, told))
     }
@@ -1219,11 +1236,15 @@ impl fmt::Debug for Database {
 impl Class {
     /// Of the same two identities. Of two peers that have proved nothing, only the same IKE SA's and its successors' are.
     pub fn is_between_the_ends_of(&self, other: &Self) -> bool {
-        let same = || match (&self.peer.proof, &other.peer.proof) {
-            (Proof::Unauthenticated { lineage }, Proof::Unauthenticated { lineage: other }) => lineage == other,
-            (one, other) => is_proof(one) && is_proof(other),
+        self.ends() == other.ends()
+    }
+
+    fn ends(&self) -> (&Identity, &Identity, Option<&[u8; 32]>) {
+        let lineage = match &self.peer.proof {
+            Proof::Unauthenticated { lineage } => Some(lineage),
+            Proof::PreSharedKey | Proof::Certificate { .. } => None,
         };
-        (&self.peer.id, &self.peer.local_id) == (&other.peer.id, &other.peer.local_id) && same()
+        (&self.peer.id, &self.peer.local_id, lineage)
     }
 
     /// The peer has proved who it is.
@@ -1347,6 +1368,9 @@ struct Observer(Box<dyn Fn(&Alert) + Send + Sync>);
 /// Reason of [`Database::ended`].
 pub const ENDED: &str = "its connection has ended";
 
+/// Latches that break before others get their turn at the database.
+const STEP: usize = if cfg!(test) { 2 } else { 512 };
+
 /// Latches of one listener that nobody has taken: a peer that opens connections without end gets no more.
 const MAX_WAITING: usize = 4096;
 
@@ -1366,24 +1390,34 @@ struct Classes {
     numbers: HashMap<Arc<Class>, ClassId>,
     /// Class `n` is at `n - 1`.
     by_number: Vec<Arc<Class>>,
+    by_ends: HashMap<Ends, Vec<ClassId>>,
+}
+
+/// Of [`Class::ends`].
+#[derive(PartialEq, Eq, Hash)]
+struct Ends(Identity, Identity, Option<[u8; 32]>);
+
+impl From<(&Identity, &Identity, Option<&[u8; 32]>)> for Ends {
+    fn from((peer, local, lineage): (&Identity, &Identity, Option<&[u8; 32]>)) -> Self {
+        Self(peer.clone(), local.clone(), lineage.copied())
+    }
 }
 
 #[derive(Default)]
 struct Control {
-    sas: BTreeMap<u64, CoveringSa>,
+    sas: Sas,
     /// Asked for and not yet installed.
     newcomer: Option<CoveringSa>,
     bindings: HashMap<u64, Bindings>,
-    /// SAs by the smallest network around each of their remote selectors.
-    by_subnet: HashMap<Subnet, BTreeSet<u64>>,
-    /// The sizes of these networks, and how many there are of each.
-    sizes: BTreeMap<(Family, u32), usize>,
     latches: BTreeMap<LatchId, Latch>,
     /// LARVAL latches, which are in `by_flow` too.
     larval: BTreeMap<LatchId, Flow>,
     automatic: Standing,
     by_flow: HashMap<Flow, LatchId>,
-    by_remote: BTreeSet<(IpAddr, LatchId)>,
+    /// Those that are ESTABLISHED.
+    standing: Places,
+    /// Those that are not.
+    fallen: Places,
     /// BROKEN ones that may be ESTABLISHED again.
     recoverable: BTreeSet<LatchId>,
     listeners: BTreeMap<LatchId, Listening>,
@@ -1398,11 +1432,16 @@ impl Control {
         }
     }
 
-    /// Latches to the addresses of these selectors.
-    fn within(&self, remote_ts: &[TrafficSelector]) -> BTreeSet<LatchId> {
-        let within = |ts: &TrafficSelector| (ts.start, LatchId(0))..=(ts.end, LatchId(u64::MAX));
-        let ranges = remote_ts.iter().filter(|ts| ts.start <= ts.end);
-        ranges.flat_map(|ts| self.by_remote.range(within(ts))).map(|(_, id)| *id).collect()
+    /// Latches to the addresses of these selectors, of the classes of which `concerned` is true.
+    fn within(
+        &self,
+        remote_ts: &[TrafficSelector],
+        concerned: impl Fn(ClassId) -> bool,
+    ) -> impl Iterator<Item = &Latch> {
+        let mut ids = self.standing.within(remote_ts, &concerned);
+        ids.append(&mut self.fallen.within(remote_ts, &concerned));
+        ids.sort_unstable();
+        ids.into_iter().filter_map(|id| self.latches.get(&id))
     }
 
     /// True when an SA of the latch's class carries its flow, and less than these selectors say.
@@ -1410,7 +1449,7 @@ impl Control {
         let within = |inner: &[TrafficSelector], outer: &[TrafficSelector]| {
             outer.iter().all(|ts| inner.iter().any(|own| own.contains(ts)))
         };
-        self.covering(&latch.flow).any(|(_, sa)| {
+        self.sas.covering(&latch.flow).any(|(_, sa)| {
             sa.class == latch.number && !(within(&sa.local_ts, local_ts) && within(&sa.remote_ts, remote_ts))
         })
     }
@@ -1434,7 +1473,7 @@ impl Control {
         missing: &'static str,
     ) -> Result<T, &'static str> {
         let mut found = None;
-        for (sa, _) in self.covering(flow) {
+        for (sa, _) in self.sas.covering(flow) {
             let binding = self.bindings.get(&sa).and_then(&of).ok_or(missing)?;
             if *found.get_or_insert(binding) != binding {
                 return Err("several IKE SAs protect the flow");
@@ -1445,7 +1484,7 @@ impl Control {
 
     fn coverage(&self, flow: &Flow) -> Coverage {
         let mut found = Coverage::None;
-        for (_, sa) in self.covering(flow) {
+        for (_, sa) in self.sas.covering(flow) {
             match found {
                 Coverage::None => found = Coverage::One(sa.class),
                 Coverage::One(class) if class == sa.class => {}
@@ -1454,79 +1493,6 @@ impl Control {
         }
         found
     }
-
-    fn covering(&self, flow: &Flow) -> impl Iterator<Item = (u64, &CoveringSa)> {
-        let (flow, (family, address)) = (*flow, number(flow.remote));
-        let sizes = self.sizes.range((family, 0)..=(family, u32::MAX)).map(|((_, host_bits), _)| *host_bits);
-        let subnets = sizes.filter_map(move |host_bits| self.by_subnet.get(&Subnet::new(family, host_bits, address)));
-        let sas = subnets.flatten().filter_map(|number| Some((*number, self.sas.get(number)?)));
-        sas.filter(move |(_, sa)| covers(&sa.local_ts, &sa.remote_ts, &flow))
-    }
-
-    fn insert_sa(&mut self, number: u64, sa: CoveringSa) {
-        self.remove_sa(number);
-        for subnet in sa.remote_ts.iter().filter_map(Subnet::around) {
-            let there = self.by_subnet.entry(subnet).or_default();
-            if there.is_empty() {
-                *self.sizes.entry((subnet.family, subnet.host_bits)).or_default() += 1;
-            }
-            there.insert(number);
-        }
-        self.sas.insert(number, sa);
-    }
-
-    fn remove_sa(&mut self, number: u64) {
-        let Some(sa) = self.sas.remove(&number) else { return };
-        for subnet in sa.remote_ts.iter().filter_map(Subnet::around) {
-            let Some(there) = self.by_subnet.get_mut(&subnet) else { continue };
-            there.remove(&number);
-            if !there.is_empty() {
-                continue;
-            }
-            self.by_subnet.remove(&subnet);
-            let size = (subnet.family, subnet.host_bits);
-            match self.sizes.get_mut(&size) {
-                Some(count) if *count > 1 => *count -= 1,
-                _ => {
-                    self.sizes.remove(&size);
-                }
-            }
-        }
-    }
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-enum Family {
-    V4,
-    V6,
-}
-
-fn number(address: IpAddr) -> (Family, u128) {
-    match address {
-        IpAddr::V4(address) => (Family::V4, u128::from(address.to_bits())),
-        IpAddr::V6(address) => (Family::V6, address.to_bits()),
-    }
-}
-
-/// The addresses that have all but the last bits in common.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Subnet {
-    family: Family,
-    host_bits: u32,
-    first: u128,
-}
-
-impl Subnet {
-    fn new(family: Family, host_bits: u32, address: u128) -> Self {
-        Self { family, host_bits, first: u128::MAX.checked_shl(host_bits).unwrap_or(0) & address }
-    }
-
-    /// The smallest one around a selector's addresses; `None` where it selects none.
-    fn around(selector: &TrafficSelector) -> Option<Self> {
-        let ((family, start), (other, end)) = (number(selector.start), number(selector.end));
-        let host_bits = u128::BITS - (start ^ end).leading_zeros();
-        (family == other && start <= end).then(|| Self::new(family, host_bits, start))
-    }
 }
 
 /// Classes of the SAs that cover a flow.
@@ -1534,13 +1500,6 @@ enum Coverage {
     None,
     One(ClassId),
     Several,
-}
-
-#[derive(Clone)]
-struct CoveringSa {
-    class: ClassId,
-    local_ts: Vec<TrafficSelector>,
-    remote_ts: Vec<TrafficSelector>,
 }
 
 /// What a latch was made under, or why there is none.
@@ -1718,16 +1677,6 @@ fn is_proof(proof: &Proof) -> bool {
         Proof::PreSharedKey | Proof::Certificate { .. } => true,
         Proof::Unauthenticated { .. } => false,
     }
-}
-
-fn covers(local_ts: &[TrafficSelector], remote_ts: &[TrafficSelector], flow: &Flow) -> bool {
-    local_ts.iter().any(|ts| ts.matches(flow.protocol, flow.local, flow.local_port))
-        && remote_ts.iter().any(|ts| ts.matches(flow.protocol, flow.remote, flow.remote_port))
-}
-
-/// Some address is selected by both.
-fn meet(one: &[TrafficSelector], other: &[TrafficSelector]) -> bool {
-    one.iter().any(|one| other.iter().any(|other| one.start <= other.end && other.start <= one.end))
 }
 
 /// Ports of 0 would be taken for fragments by the packet check, so they must not be latched.

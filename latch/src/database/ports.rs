@@ -14,7 +14,7 @@ use ipsec::selector::{Flow, TrafficSelector};
 
 use super::{
     Alert, Class, Condition, Control, Coverage, CoveringSa, Database, Holder, Latch, LatchError, Listener, Listening,
-    MAX_WAITING, Newcomer, is_connection, meet,
+    MAX_WAITING, Newcomer, is_connection,
 };
 use crate::connections;
 
@@ -101,7 +101,7 @@ impl Database {
 
     fn claims(&self, control: &Control, listening: &Listening) -> Vec<Claim> {
         let mut admitted = HashMap::new();
-        let sas = control.sas.values().chain(&control.newcomer);
+        let sas = control.sas.all().chain(&control.newcomer);
         let claims = sas.map(|sa| {
             let admits = *admitted.entry(sa.class).or_insert_with(|| self.admits(listening, sa.class));
             Claim {
@@ -126,12 +126,9 @@ impl Database {
         if self.alone().is_none() {
             return Vec::new();
         }
-        let disputes = |sa: &CoveringSa| {
-            sa.class != newcomer.class
-                && meet(&sa.remote_ts, &newcomer.remote_ts)
-                && meet(&sa.local_ts, &newcomer.local_ts)
-        };
-        let disputed = control.sas.values().any(disputes);
+        let mut meeting = control.sas.meeting(&newcomer.local_ts, &newcomer.remote_ts);
+        let disputed = meeting.any(|(_, sa)| sa.class != newcomer.class);
+        drop(meeting);
         control.newcomer = Some(newcomer);
         if control.listeners.is_empty() {
             return Vec::new();
@@ -151,10 +148,9 @@ impl Database {
         if self.alone().is_none() || control.listeners.is_empty() {
             return Vec::new();
         }
-        let meets = |sa: &&CoveringSa| meet(&sa.remote_ts, remote_ts) && meet(&sa.local_ts, local_ts);
         let disputes =
             |class: ClassId| self.class(class).is_none_or(|class| !matches!(newcomer(&class), Newcomer::Congruent));
-        let disputed = control.sas.values().filter(meets).any(|sa| disputes(sa.class));
+        let disputed = control.sas.meeting(local_ts, remote_ts).any(|(_, sa)| disputes(sa.class));
         if disputed { self.find_all(control) } else { Vec::new() }
     }
 
@@ -164,7 +160,7 @@ impl Database {
         if self.alone().is_none() || control.listeners.is_empty() {
             return Vec::new();
         }
-        match control.sas.get(&number) {
+        match control.sas.get(number) {
             Some(sa) if !control.is_covered_alike(number, sa) => self.find_all(control),
             _ => Vec::new(),
         }
@@ -249,12 +245,8 @@ impl Database {
 impl Control {
     /// Another SA of the same class covers the same.
     fn is_covered_alike(&self, number: u64, sa: &CoveringSa) -> bool {
-        let subnets = sa.remote_ts.iter().filter_map(super::Subnet::around);
-        let others = subnets.filter_map(|subnet| self.by_subnet.get(&subnet)).flatten();
-        others
-            .filter(|other| **other != number)
-            .filter_map(|other| self.sas.get(other))
-            .any(|other| (other.class, &other.local_ts, &other.remote_ts) == (sa.class, &sa.local_ts, &sa.remote_ts))
+        let mut others = self.sas.meeting(&sa.local_ts, &sa.remote_ts).filter(|(other, _)| *other != number);
+        others.any(|(_, other)| other == sa)
     }
 }
 
