@@ -10,7 +10,7 @@ use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
-use crate::config::daemon::DEFAULT_LATCH_SOCKET;
+use crate::config::daemon::{self as settings, DEFAULT_LATCH_SOCKET};
 use crate::config::{Severity, load};
 use crate::daemon::{self, DaemonOptions};
 use crate::demo;
@@ -36,6 +36,9 @@ pub struct CheckArguments {
     /// Directory of swanctl.conf and its certificates and keys [default: $SWANCTL_DIR, then /etc/swanctl].
     #[arg(long)]
     swanctl_dir: Option<PathBuf>,
+    /// strongswan.conf [default: $STRONGSWAN_CONF, then /etc/strongswan.conf].
+    #[arg(long)]
+    strongswan_conf: Option<PathBuf>,
     /// Say which latches of the running daemon would break if this were loaded; its latch socket.
     #[arg(long, value_name = "SOCKET", num_args = 0..=1, default_missing_value = DEFAULT_LATCH_SOCKET)]
     latches: Option<PathBuf>,
@@ -74,8 +77,10 @@ pub fn daemon(arguments: DaemonArguments) -> anyhow::Result<()> {
 pub fn check(arguments: &CheckArguments) -> anyhow::Result<()> {
     let folder = arguments.swanctl_dir.clone().unwrap_or_else(load::default_folder);
     let loaded = load::load(&folder);
+    let of_daemon = arguments.strongswan_conf.clone().unwrap_or_else(settings::default_path);
+    let settings = settings::load(&of_daemon)?;
     let mut refused = 0;
-    for report in &loaded.reports {
+    for report in settings.reports.iter().chain(&loaded.reports) {
         match report.severity {
             Severity::Debug => continue,
             Severity::Warning => println!("warning: {report}"),
@@ -86,7 +91,7 @@ pub fn check(arguments: &CheckArguments) -> anyhow::Result<()> {
         }
     }
     if refused > 0 {
-        bail!("{} has {refused} errors", folder.display());
+        bail!("{} and {} have {refused} errors", of_daemon.display(), folder.display());
     }
     let names: Vec<_> = loaded.configured.connections.iter().map(|known| known.connection.name.as_str()).collect();
     println!("{} connections: {}", names.len(), names.join(", "));

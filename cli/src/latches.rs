@@ -64,14 +64,14 @@ enum LatchAction {
         #[arg(long)]
         json: bool,
     },
-    /// Break a latch for good: no packet passes, and its holder is told. For root.
+    /// Break a latch for good: no packet passes, and its holder is told. For root, and whom latch_access names.
     Break {
         #[command(flatten)]
         daemon: LatchSocket,
         /// Number of the latch.
         latch: u64,
     },
-    /// Close a latch: its connection ends as if the peer had reset it. For root.
+    /// Close a latch: its connection ends as if the peer had reset it. For root, and whom latch_access names.
     Close {
         #[command(flatten)]
         daemon: LatchSocket,

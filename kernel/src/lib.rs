@@ -16,6 +16,7 @@ mod socket;
 pub mod tcp;
 mod threads;
 mod tun;
+pub mod users;
 mod watch;
 mod xfrm;
 mod xfrm_interfaces;

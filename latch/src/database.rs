@@ -137,6 +137,8 @@ pub struct Request {
     pub replay_protection: bool,
     /// What to do when the latch breaks.
     pub on_break: OnBreak,
+    /// The user, by number, whose latch it is.
+    pub owner: Option<u32>,
 }
 
 /// ESP algorithms without the sequence numbers' length.
@@ -176,6 +178,8 @@ pub struct Listed {
     pub subject: Subject,
     /// Nobody asked for it ([`Database::latch_flows`]).
     pub automatic: bool,
+    /// The user, by number, whose latch it is.
+    pub owner: Option<u32>,
 }
 
 /// What a latch is for.
@@ -209,6 +213,8 @@ pub struct Alert {
     pub flow: Flow,
     /// The listener latch that it came from, until somebody takes it.
     pub listener: Option<LatchId>,
+    /// The user, by number, whose latch it is.
+    pub owner: Option<u32>,
     /// Its new state.
     pub state: LatchState,
     /// Why, for a human: which identity claimed the flow.
@@ -734,12 +740,13 @@ impl Database {
         &self,
         listener: LatchId,
         flow: &Flow,
+        owner: Option<u32>,
         holder: Box<dyn Fn(Alert) + Send + Sync>,
     ) -> Result<(LatchId, Arc<Class>), LatchError> {
         let mut control = self.control();
         let is_new = !control.by_flow.contains_key(flow) && !self.is_closed(flow);
         let adopted = is_new.then(|| self.adopt(&mut control, flow)).flatten();
-        let accepted = self.take(&mut control, listener, flow, holder);
+        let accepted = self.take(&mut control, listener, flow, owner, holder);
         drop(control);
         self.tell(adopted.into_iter().collect());
         accepted
@@ -750,6 +757,7 @@ impl Database {
         control: &mut Control,
         listener: LatchId,
         flow: &Flow,
+        owner: Option<u32>,
         holder: Box<dyn Fn(Alert) + Send + Sync>,
     ) -> Result<(LatchId, Arc<Class>), LatchError> {
         let found = control.by_flow.get(flow).copied().and_then(|id| Some((id, control.latches.get_mut(&id)?)));
@@ -760,6 +768,7 @@ impl Database {
             return Err(LatchError::Broken(flow.to_string()));
         }
         latch.listener = None;
+        latch.owner = owner;
         latch.holder = Arc::from(holder);
         let class = Arc::clone(&latch.class);
         control.taken(listener);
@@ -883,12 +892,14 @@ impl Database {
             state: latch.state(),
             subject: Subject::Connection(latch.flow, Arc::clone(&latch.class)),
             automatic: control.automatic.contains(*id),
+            owner: latch.owner,
         });
         let listeners = control.listeners.range(above).take(limit).map(|(id, listening)| Listed {
             latch: *id,
             state: LatchState::Listener,
             subject: Subject::Listener(listening.listener, listening.request.peer.clone()),
             automatic: false,
+            owner: listening.request.owner,
         });
         let mut listed: Vec<Listed> = connections.chain(listeners).collect();
         drop(control);
@@ -1056,6 +1067,7 @@ impl Database {
             condition: Condition::Established,
             on_break: request.on_break,
             listener: None,
+            owner: request.owner,
             protector,
             binding: control.binding(&flow),
             holder,
@@ -1122,6 +1134,7 @@ impl Database {
             return Verdict::Drop;
         }
         let (on_break, holder) = (listening.request.on_break, Arc::clone(&listening.holder));
+        let owner = listening.request.owner;
         let condition = Condition::Established;
         let Ok(protector) = self.raise_barrier(flow, Passage::Class(number)) else { return Verdict::Drop };
         let latch = Latch {
@@ -1131,6 +1144,7 @@ impl Database {
             condition,
             on_break,
             listener: Some(parent),
+            owner,
             protector,
             binding: control.binding(flow),
             holder: Arc::clone(&holder),
@@ -1299,6 +1313,7 @@ impl Request {
             suites: Vec::new(),
             replay_protection: false,
             on_break: OnBreak::default(),
+            owner: None,
         }
     }
 
@@ -1517,6 +1532,7 @@ struct Latch {
     on_break: OnBreak,
     /// The listener latch that it came from, until somebody takes it.
     listener: Option<LatchId>,
+    owner: Option<u32>,
     protector: Protector,
     /// Or why there is none.
     binding: Bound,
@@ -1569,7 +1585,7 @@ impl Latch {
     }
 
     fn alert(&self, latch: LatchId, state: LatchState, reason: String) -> Alert {
-        Alert { latch, flow: self.flow, listener: self.listener, state, reason }
+        Alert { latch, flow: self.flow, listener: self.listener, owner: self.owner, state, reason }
     }
 }
 

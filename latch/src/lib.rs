@@ -3,11 +3,13 @@
 //!
 //! * [`database`]: latches, congruence classes, conflicts; no IO.
 //! * [`protocol`], [`server`]: how applications ask, over a Unix socket.
+//! * [`access`]: who may ask for what.
 //! * [`exec`]: the rules by which connections of unmodified programs are latched.
 //! * [`client`]: the library that applications use, on tokio; [`blocking`]: the same for programs without a runtime.
 
 #![forbid(unsafe_code)]
 
+pub mod access;
 pub mod blocking;
 pub mod client;
 mod connections;

@@ -352,7 +352,7 @@ pub enum Code {
     NotAccepted,
     /// The latch has no channel binding of this type.
     NoBinding,
-    /// Only root, and who runs the daemon, may ask for this.
+    /// The client has no right to ask for this: see [`crate::access`].
     Permission,
     /// SAs of different classes cover the flow.
     Conflict,

@@ -46,10 +46,11 @@ use serde::Serialize;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::UnixListener;
 use tokio::runtime::Handle;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, interval, sleep, timeout};
 
+use crate::access::{Access, Credentials, Right};
 use crate::connections::{self, Progress};
 use crate::database::{
     Alert, Class, Database, ENDED, LatchError, LatchId, LatchState, Listed, Listener, OnBreak, Request, Subject,
@@ -64,7 +65,7 @@ use crate::seqpacket::{self, Datagram, SeqPacket};
 /// How to serve.
 #[derive(Clone, Debug)]
 pub struct ServerConfig {
-    /// Path of the socket; made with mode 0660, its directory exists. Who may write to it may ask for latches.
+    /// Path of the socket; made with mode 0660, its directory exists.
     pub path: PathBuf,
     /// Device that latched sockets are bound to, so that they cannot use another way (SO_BINDTODEVICE).
     pub device: Option<String>,
@@ -78,6 +79,54 @@ pub struct ServerConfig {
     pub has_received: fn(BorrowedFd<'_>) -> io::Result<bool>,
     /// Why no latch can be had, if so: nobody would enforce it.
     pub unenforced: Option<String>,
+    /// Who may ask for what; a change holds for the next request.
+    pub access: watch::Receiver<Access>,
+    /// Tells who has connected.
+    pub identifier: Identifier,
+}
+
+type Identifying = dyn Fn(BorrowedFd<'_>) -> Credentials + Send + Sync;
+
+/// Tells who has connected to this server, by the socket of the connection.
+#[derive(Clone)]
+pub struct Identifier(Arc<Identifying>);
+
+impl Identifier {
+    /// Calls this.
+    pub fn new(identify: impl Fn(BorrowedFd<'_>) -> Credentials + Send + Sync + 'static) -> Self {
+        Self(Arc::new(identify))
+    }
+
+    /// Asks the system: SO_PEERCRED, and `groups_of` for the supplementary groups. Privileged are root and the user that this
+    /// process runs as.
+    pub fn of_system(groups_of: fn(BorrowedFd<'_>) -> io::Result<Vec<u32>>) -> Self {
+        Self::new(move |socket| {
+            let peer = match rustix::net::sockopt::socket_peercred(socket) {
+                Ok(peer) => peer,
+                Err(error) => {
+                    tracing::debug!(%error, "a client of unknown credentials connected to the latch socket");
+                    return Credentials::default();
+                }
+            };
+            let groups = groups_of(socket).unwrap_or_else(|error| {
+                tracing::debug!(%error, "the supplementary groups of a client of the latch socket are not known");
+                Vec::new()
+            });
+            let (pid, uid, gid) = (peer.pid.as_raw_nonzero().get(), peer.uid.as_raw(), peer.gid.as_raw());
+            tracing::debug!(pid, uid, gid, "a client connected to the latch socket");
+            Credentials {
+                user: Some(uid),
+                groups: groups.into_iter().chain([gid]).collect(),
+                privileged: peer.uid.is_root() || peer.uid == rustix::process::geteuid(),
+            }
+        })
+    }
+}
+
+impl fmt::Debug for Identifier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Identifier").finish_non_exhaustive()
+    }
 }
 
 type Initiating = Pin<Box<dyn Future<Output = Result<(), String>> + Send>>;
@@ -213,9 +262,12 @@ struct Shared {
     forwarder: Option<Forwarder>,
     has_received: fn(BorrowedFd<'_>) -> io::Result<bool>,
     unenforced: Option<String>,
+    access: watch::Receiver<Access>,
+    identifier: Identifier,
     limits: Limits,
     latches: Arc<Semaphore>,
-    events: broadcast::Sender<LatchEvent>,
+    /// With the user whose latch it is.
+    events: broadcast::Sender<(Option<u32>, LatchEvent)>,
 }
 
 async fn serve_within(config: ServerConfig, database: Arc<Database>, limits: Limits) -> io::Result<Server> {
@@ -225,9 +277,10 @@ async fn serve_within(config: ServerConfig, database: Arc<Database>, limits: Lim
     let observed = events.clone();
     database.observe_with(Box::new(move |alert| {
         // Nobody watches, mostly.
-        let _ = observed.send(event(alert));
+        let _ = observed.send((alert.owner, event(alert)));
     }));
-    let ServerConfig { path, device, initiator, surveyor, forwarder, has_received, unenforced } = config;
+    let ServerConfig { path, device, initiator, surveyor, forwarder, has_received, unenforced, access, identifier } =
+        config;
     let shared = Arc::new(Shared {
         database,
         device,
@@ -236,6 +289,8 @@ async fn serve_within(config: ServerConfig, database: Arc<Database>, limits: Lim
         forwarder,
         has_received,
         unenforced,
+        access,
+        identifier,
         limits,
         latches,
         events,
@@ -368,18 +423,8 @@ async fn accept(listener: UnixListener, shared: Arc<Shared>) {
 }
 
 async fn serve_connection(socket: SeqPacket, shared: Arc<Shared>) {
-    match rustix::net::sockopt::socket_peercred(&socket) {
-        Ok(peer) => tracing::debug!(
-            pid = peer.pid.as_raw_nonzero().get(),
-            uid = peer.uid.as_raw(),
-            gid = peer.gid.as_raw(),
-            "a client connected to the latch socket"
-        ),
-        Err(error) => tracing::debug!(%error, "a client of unknown credentials connected to the latch socket"),
-    }
-    // The daemon runs as root, or as whom it was started by.
-    let privileged = rustix::net::sockopt::socket_peercred(&socket)
-        .is_ok_and(|peer| peer.uid.is_root() || peer.uid == rustix::process::geteuid());
+    let Identifier(identify) = &shared.identifier;
+    let who = identify(socket.as_fd());
     let (sender, alerts) = mpsc::unbounded_channel();
     let mut connection = Connection {
         shared,
@@ -388,8 +433,9 @@ async fn serve_connection(socket: SeqPacket, shared: Arc<Shared>) {
         larval: JoinSet::new(),
         requests: HashMap::new(),
         welcomed: false,
-        privileged,
+        who,
         watched: None,
+        missed: 0,
     };
     if let Err(error) = connection.run(&socket, alerts).await {
         tracing::debug!(%error, "a client of the latch socket is gone");
@@ -410,10 +456,12 @@ struct Connection {
     /// What is asked of them.
     requests: HashMap<LatchId, Request>,
     welcomed: bool,
-    /// May break and close latches of others.
-    privileged: bool,
+    /// Whose connection this is.
+    who: Credentials,
     /// After `watch`.
-    watched: Option<broadcast::Receiver<LatchEvent>>,
+    watched: Option<broadcast::Receiver<(Option<u32>, LatchEvent)>>,
+    /// Events that were lost, and which no event has told of.
+    missed: u64,
 }
 
 /// What stands for a latch here.
@@ -438,14 +486,20 @@ impl Connection {
                     None => continue,
                 },
                 Some(alert) = alerts.recv() => {
-                    let Alert { latch, state, reason, listener, flow: _ } = alert;
+                    let Alert { latch, state, reason, listener, .. } = alert;
                     if state == LatchState::Closed && reason == ENDED {
                         self.let_go(latch);
                     }
                     let listener = listener.map(|listener| listener.0);
                     encode(&ServerMessage::Alert { latch: latch.0, state: state.into(), reason, listener, code: None })
                 }
-                event = next_event(&mut self.watched) => encode(&ServerMessage::Event(event)),
+                (owner, event) = next_event(&mut self.watched) => {
+                    self.missed += event.missed;
+                    if !self.may_see(owner) {
+                        continue;
+                    }
+                    encode(&ServerMessage::Event(LatchEvent { missed: std::mem::take(&mut self.missed), ..event }))
+                }
                 received = socket.receive() => match received? {
                     Some(datagram) => self.answer(datagram).await,
                     None => return Ok(()),
@@ -540,13 +594,29 @@ impl Connection {
         Ok(Welcome { version: VERSION, revision: REVISION, server: format!("latchkey {}", env!("CARGO_PKG_VERSION")) })
     }
 
+    /// Whether this connection has a right at this moment; the refusal says what would give it.
+    fn may(&self, right: Right) -> Result<(), Refusal> {
+        if self.shared.access.borrow().allows(&self.who, right) {
+            return Ok(());
+        }
+        let message =
+            format!("this is for root, the daemon's user, and whom latch_access.{right} in strongswan.conf names");
+        Err(Refusal::new(Code::Permission, message))
+    }
+
+    /// Whether this connection may know of a latch of this user.
+    fn may_see(&self, owner: Option<u32>) -> bool {
+        owner.is_some() && owner == self.who.user || self.may(Right::See).is_ok()
+    }
+
     async fn create(&mut self, wanted: &Wanted, descriptor: Option<OwnedFd>) -> Result<Creating, Refusal> {
+        self.may(Right::Latch)?;
         self.enforced()?;
         if wanted.quiet {
             return Err(Refusal::new(Code::Malformed, "only a listener is quiet"));
         }
         let (socket, protocol, local, remote) = connection_socket(needed(descriptor)?)?;
-        let request = request(wanted, protocol)?;
+        let request = self.request(wanted, protocol)?;
         let remote = match (remote, wanted.remote.map(canonical)) {
             (Some(remote), Some(given)) if remote != given => {
                 return Err(Refusal::new(Code::Socket, format!("the socket is connected to {remote}, not {given}")));
@@ -566,6 +636,7 @@ impl Connection {
         let flow = flow(protocol, local, remote);
         let narrow = wanted.initiate == Initiate::Narrow;
         if narrow || self.lacks_sa(&flow, wanted.initiate) {
+            self.may(Right::Initiate)?;
             let initiating = self.initiate(flow, narrow);
             // Where the system does ESP there are no LARVAL latches: the answer waits.
             if wanted.larval && !self.shared.database.system_does_esp() {
@@ -647,12 +718,13 @@ impl Connection {
     }
 
     fn listen(&mut self, wanted: &Wanted, descriptor: Option<OwnedFd>) -> Result<Listening, Refusal> {
+        self.may(Right::Listen)?;
         self.enforced()?;
         if wanted.remote.is_some() || wanted.larval || wanted.late {
             return Err(Refusal::new(Code::Malformed, "a listener has no remote, waits for nothing and is never late"));
         }
         let (socket, local) = listening_socket(needed(descriptor)?)?;
-        let request = request(wanted, TCP)?;
+        let request = self.request(wanted, TCP)?;
         let permit = self.permit()?;
         self.bind(&socket)?;
         let alerts = (!wanted.quiet).then(|| self.alerts.clone());
@@ -677,6 +749,7 @@ impl Connection {
     }
 
     fn accept(&mut self, accept: &Accept, descriptor: Option<OwnedFd>) -> Result<Created, Refusal> {
+        self.may(Right::Listen)?;
         let listener = LatchId(accept.listener);
         // Whoever has the accepted socket may take its latch: a listener may be shared by processes.
         let Some(on_break) = self.shared.database.listener_disposition(listener) else {
@@ -688,7 +761,8 @@ impl Connection {
         self.bind(&socket)?;
         let socket = Arc::new(socket);
         let holder = self.holder(&socket, protocol, on_break);
-        let accepted = self.shared.database.accept(listener, &flow(protocol, local, remote), holder);
+        let flow = flow(protocol, local, remote);
+        let accepted = self.shared.database.accept(listener, &flow, self.who.user, holder);
         if matches!(accepted, Err(LatchError::Broken(_))) {
             reset(&socket);
         }
@@ -697,6 +771,10 @@ impl Connection {
         let (peer, protection) = describe(&class);
         let guard = self.guard(latch);
         Ok(Created { latch: latch.0, local, remote, peer, protection, guard, class: self.number_of(&class) })
+    }
+
+    fn request(&self, wanted: &Wanted, protocol: u8) -> Result<Request, Refusal> {
+        Ok(Request { owner: self.who.user, ..request(wanted, protocol)? })
     }
 
     fn enforced(&self) -> Result<(), Refusal> {
@@ -740,6 +818,7 @@ impl Connection {
 
     async fn inquire(&self, inquire: &Inquire, descriptor: Option<OwnedFd>) -> Result<Inquired, Refusal> {
         let given = (inquire.local.map(canonical), inquire.remote.map(canonical));
+        let by_socket = descriptor.is_some();
         let (protocol, local, remote) = match descriptor {
             Some(_) if given.0.is_some() || inquire.protocol.is_some() => {
                 return Err(Refusal::new(Code::Malformed, "local, protocol and a descriptor exclude each other"));
@@ -755,6 +834,11 @@ impl Connection {
         };
         let flow = flow(protocol, local, remote);
         let found = self.shared.database.find(&flow);
+        // Without a socket, nothing shows that the flow is the client's.
+        let owned = found.as_ref().and_then(|(latch, ..)| self.shared.database.inquire(*latch)?.owner);
+        if !by_socket && !self.may_see(owned) {
+            self.may(Right::See)?;
+        }
         let guard = found.as_ref().and_then(|(latch, ..)| self.guard(*latch));
         let latch = found.as_ref().map(|(latch, state, _)| LatchInfo { number: latch.0, state: (*state).into() });
         let class = found.map(|(_, _, class)| class).or_else(|| self.shared.database.peer_of(&flow));
@@ -767,8 +851,11 @@ impl Connection {
     }
 
     async fn show(&self, latch: LatchId) -> Result<Inquired, Refusal> {
-        let Some(Listed { state, subject: Subject::Connection(flow, class), .. }) = self.shared.database.inquire(latch)
-        else {
+        let found = self.shared.database.inquire(latch);
+        if !self.may_see(found.as_ref().and_then(|listed| listed.owner)) {
+            self.may(Right::See)?;
+        }
+        let Some(Listed { state, subject: Subject::Connection(flow, class), .. }) = found else {
             return Err(Refusal::new(Code::NoSuchLatch, format!("there is no connection latch {}", latch.0)));
         };
         let (peer, protection) = describe(&class);
@@ -809,12 +896,7 @@ impl Connection {
         action: impl FnOnce(&Database, LatchId, &str) -> bool,
         reason: &str,
     ) -> Result<(), Refusal> {
-        if !self.privileged {
-            return Err(Refusal::new(
-                Code::Permission,
-                "only root, and who runs the daemon, may break and close latches",
-            ));
-        }
+        self.may(Right::Manage)?;
         if action(&self.shared.database, latch, reason) {
             return Ok(());
         }
@@ -839,7 +921,16 @@ impl Connection {
     }
 
     fn list(&self, list: &List) -> Listing {
-        let mut latches = self.shared.database.list_after(LatchId(list.after), LIST_LENGTH + 1);
+        let (all, mut after, mut latches) = (self.may(Right::See).is_ok(), LatchId(list.after), Vec::new());
+        loop {
+            let page = self.shared.database.list_after(after, LIST_LENGTH + 1);
+            let Some(last) = page.last() else { break };
+            after = last.latch;
+            latches.extend(page.into_iter().filter(|latch| all || self.may_see(latch.owner)));
+            if latches.len() > LIST_LENGTH {
+                break;
+            }
+        }
         let more = latches.len() > LIST_LENGTH;
         latches.truncate(LIST_LENGTH);
         Listing { latches: latches.into_iter().map(listed).collect(), more }
@@ -889,11 +980,11 @@ fn endpoint_data(mut keys: [[u8; 32]; 2]) -> Vec<u8> {
 }
 
 /// Never, unless somebody watches.
-async fn next_event(watched: &mut Option<broadcast::Receiver<LatchEvent>>) -> LatchEvent {
+async fn next_event(watched: &mut Option<broadcast::Receiver<(Option<u32>, LatchEvent)>>) -> (Option<u32>, LatchEvent) {
     let mut missed = 0;
     while let Some(events) = watched {
         match events.recv().await {
-            Ok(event) => return LatchEvent { missed, ..event },
+            Ok((owner, event)) => return (owner, LatchEvent { missed, ..event }),
             Err(broadcast::error::RecvError::Lagged(lost)) => missed += lost,
             Err(broadcast::error::RecvError::Closed) => *watched = None,
         }
@@ -901,7 +992,7 @@ async fn next_event(watched: &mut Option<broadcast::Receiver<LatchEvent>>) -> La
     std::future::pending().await
 }
 
-fn listed(Listed { latch, state, subject, automatic }: Listed) -> ListedLatch {
+fn listed(Listed { latch, state, subject, automatic, owner: _ }: Listed) -> ListedLatch {
     let (protocol, local, remote, peer) = match subject {
         Subject::Connection(flow, class) => {
             let remote = SocketAddr::new(flow.remote, flow.remote_port);
@@ -936,6 +1027,7 @@ fn request(wanted: &Wanted, protocol: u8) -> Result<Request, Refusal> {
         suites: wanted.suites.iter().copied().map(Into::into).collect(),
         replay_protection: wanted.replay_protection,
         on_break: wanted.on_break.map_or(default, Into::into),
+        owner: None,
     })
 }
 

@@ -25,8 +25,8 @@ enum Command {
     /// cannot take over. Needs root, or a system that allows user namespaces. Changes nothing outside namespaces of
     /// its own.
     Demo,
-    /// Read swanctl.conf and the files beside it, say what is wrong with them and which latches they would break, and
-    /// put nothing in force.
+    /// Read swanctl.conf, the files beside it and strongswan.conf, say what is wrong with them and which latches the
+    /// connections would break, and put nothing in force.
     Check(CheckArguments),
     /// List the latches of the running daemon, and watch them.
     Latches(LatchesArguments),

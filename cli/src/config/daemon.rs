@@ -3,6 +3,7 @@
 //! Each setting is looked for in the sections `latchkeyd`, `charon-systemd` and `charon`, in this order.
 
 use std::collections::BTreeSet;
+use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -12,6 +13,7 @@ use ike::crypto::puzzle::{MAX_DIFFICULTY, MIN_DIFFICULTY};
 use ike::engine::{EngineConfig, MAX_SHARDS};
 use kernel::interfaces::InterfaceFilter;
 use kernel::network::{MAX_THREADS, NetworkConfig, PlaneChoice};
+use latch::access::{Access, Grant, Right};
 use latch::database::OnBreak;
 
 use crate::config::settings::{self, SettingsError};
@@ -25,6 +27,9 @@ const SECTIONS: [&str; 3] = ["latchkeyd", "charon-systemd", "charon"];
 
 /// Where applications ask for latches, unless `latch_socket` says otherwise.
 pub const DEFAULT_LATCH_SOCKET: &str = "/run/latchkey/latch.sock";
+
+/// Who may ask for what on the latch socket.
+const LATCH_ACCESS: &str = "latch_access";
 
 /// charon's log groups, as `filelog` names them.
 const LOG_GROUPS: [&str; 18] = [
@@ -82,6 +87,8 @@ pub struct DaemonConfig {
     pub latch_narrowing: bool,
     /// `latch_flows`: flows in the tunnel get latches of themselves, with this disposition.
     pub latch_flows: Option<OnBreak>,
+    /// `latch_access`, ours: who may ask for what on the latch socket.
+    pub latch_access: Access,
     /// `install_routes`.
     pub install_routes: bool,
     /// `routing_table`.
@@ -130,6 +137,7 @@ impl Default for DaemonConfig {
             latch_socket: PathBuf::from(DEFAULT_LATCH_SOCKET),
             latch_narrowing: true,
             latch_flows: None,
+            latch_access: Access::default(),
             install_routes: true,
             routing_table: 220,
             routing_table_prio: 220,
@@ -308,9 +316,39 @@ pub fn read_settings(root: &Section) -> Loaded {
     });
     // `!` before a mark inverts its match in charon; a mark that we set has no such meaning.
     reader.set("plugins.socket-default.fwmark", &mut config.fwmark, |text| limited(text, u32::MAX).map(Some));
+    config.latch_access = reader.latch_access();
     config.file_logs = reader.file_logs();
     let reports = reader.finish();
     Loaded { config, reports }
+}
+
+/// `alice, 1000, @wheel, %any`: users by name or number, groups likewise behind `@`, everybody; or `%none`.
+fn granted(text: &str) -> Result<Grant, String> {
+    let mut grant = Grant::default();
+    if text.trim() == "%none" {
+        return Ok(grant);
+    }
+    for name in text.split(',').map(str::trim).filter(|name| !name.is_empty()) {
+        if name == "%any" {
+            grant.everybody = true;
+        } else if let Some(group) = name.strip_prefix('@') {
+            grant.groups.insert(numbered("group", group, kernel::users::group)?);
+        } else {
+            grant.users.insert(numbered("user", name, kernel::users::user)?);
+        }
+    }
+    Ok(grant)
+}
+
+fn numbered(kind: &str, name: &str, find: fn(&str) -> io::Result<Option<u32>>) -> Result<u32, String> {
+    if let Ok(number) = name.parse() {
+        return Ok(number);
+    }
+    match find(name) {
+        Ok(Some(number)) => Ok(number),
+        Ok(None) => Err(format!("there is no {kind} {name:?}")),
+        Err(error) => Err(format!("looking for the {kind} {name:?}: {error}")),
+    }
 }
 
 fn ports(text: &str) -> Option<Vec<u16>> {
@@ -377,6 +415,43 @@ impl<'a> Reader<'a> {
 
     fn report(&mut self, severity: Severity, subject: String, node: &Node, message: String) {
         self.reports.push(Report { severity, origin: Some(node.origin().clone()), subject, message });
+    }
+
+    /// An error anywhere leaves all rights to root and the daemon's user: which were meant for fewer nobody can tell.
+    fn latch_access(&mut self) -> Access {
+        let errors = |reports: &[Report]| reports.iter().filter(|report| report.severity == Severity::Error).count();
+        let before = errors(&self.reports);
+        let mut access = Access::default();
+        for right in Right::ALL {
+            let path = format!("{LATCH_ACCESS}.{right}");
+            self.asked.insert(path.clone());
+            let Some((top, node)) = self.node(&path) else { continue };
+            let text = match node {
+                Node::Value(value) => Ok(value.text().unwrap_or_default()),
+                Node::List(..) | Node::Section(_) => Err("it is a list of users and groups".to_owned()),
+            };
+            match text.and_then(granted) {
+                Ok(grant) => *access.grant_mut(right) = grant,
+                Err(message) => self.report(Severity::Error, format!("{top}.{path}"), node, message),
+            }
+        }
+        for top in SECTIONS {
+            let Some(node) = self.root.section(top).and_then(|section| section.node(LATCH_ACCESS)) else { continue };
+            let Node::Section(section) = node else {
+                self.asked.insert(LATCH_ACCESS.to_owned());
+                self.report(Severity::Error, format!("{top}.{LATCH_ACCESS}"), node, "it is a section".to_owned());
+                continue;
+            };
+            for (name, node) in &section.entries {
+                if Right::ALL.iter().all(|right| right.to_string() != *name) {
+                    let rights = Right::ALL.map(|right| right.to_string()).join(", ");
+                    let message = format!("there is no right of this name; the rights are {rights}");
+                    self.asked.insert(format!("{LATCH_ACCESS}.{name}"));
+                    self.report(Severity::Error, format!("{top}.{LATCH_ACCESS}.{name}"), node, message);
+                }
+            }
+        }
+        if errors(&self.reports) > before { Access::none() } else { access }
     }
 
     fn file_logs(&mut self) -> Vec<FileLog> {
@@ -518,6 +593,44 @@ mod tests {
             assert_eq!(report.subject, subject);
             assert!(report.to_string().starts_with("strongswan.conf:1:"), "{report}");
             assert_eq!(loaded.config.engine.port, 500);
+        }
+    }
+
+    // RFC 5660 §2: "limited by system policy".
+    #[test]
+    fn rights_on_the_latch_socket_are_for_users_and_groups() {
+        let everybody = Grant::everybody();
+        assert_eq!(read("charon { }").config.latch_access, Access::default());
+        let loaded = read(
+            "charon { latch_access { manage = root } }
+             latchkeyd { latch_access { latch = 7, @8\n see = %any\n initiate = %none\n manage = @root, root, 4294967295 } }",
+        );
+        assert_eq!(loaded.reports, []);
+        let (users, groups) = ([0, u32::MAX].into(), [0].into());
+        let access = Access {
+            latch: Grant { everybody: false, users: [7].into(), groups: [8].into() },
+            listen: everybody.clone(),
+            initiate: Grant::default(),
+            see: everybody,
+            manage: Grant { everybody: false, users, groups },
+        };
+        assert_eq!(loaded.config.latch_access, access);
+        // A right that was misspelt may have been meant to take something away.
+        for (bad, subject, why) in [
+            ("latch_access { latch = nobody at all }", "charon.latch_access.latch", "no user \"nobody at all\""),
+            ("latch_access { latch = @no-such-group }", "charon.latch_access.latch", "no group \"no-such-group\""),
+            ("latch_access { latch = 4294967296 }", "charon.latch_access.latch", "no user"),
+            ("latch_access { latch = root, %none }", "charon.latch_access.latch", "no user"),
+            ("latch_access { latch = -1 }", "charon.latch_access.latch", "no user"),
+            ("latch_access { latch { } }", "charon.latch_access.latch", "a list of users"),
+            ("latch_access { lacth = 7 }", "charon.latch_access.lacth", "the rights are latch, listen"),
+            ("latch_access = 7", "charon.latch_access", "a section"),
+        ] {
+            let loaded = read(&format!("charon {{ {bad} }}"));
+            assert_eq!(loaded.config.latch_access, Access::none(), "{bad}");
+            let [report] = &loaded.reports[..] else { panic!("{bad}: {:?}", loaded.reports) };
+            assert_eq!((report.severity, report.subject.as_str()), (Severity::Error, subject));
+            assert!(report.to_string().starts_with("strongswan.conf:1:") && report.message.contains(why), "{report}");
         }
     }
 

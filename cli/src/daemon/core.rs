@@ -16,10 +16,11 @@ use ipsec::guard::ClassId;
 use ipsec::plane::{Carrier, DataPlane, Encapsulation, Mode, PlaneError, PlaneEvent, Shunt, Trap, Usage};
 use ipsec::selector::{Flow, TrafficSelector};
 use kernel::network::{Network, NetworkEvent};
+use latch::access::Access;
 use latch::database::{Bindings, Class, Database, Outranked};
 use latch::protocol::SaInfo;
 use pad::Credentials;
-use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
 use super::children::{Children, InstalledChild};
 use super::definitions::Definitions;
@@ -73,6 +74,8 @@ pub(super) struct Parts {
     pub(super) database: Arc<Database>,
     pub(super) filelogs: FileLogs,
     pub(super) settings: Settings,
+    /// Who may ask for what on the latch socket.
+    pub(super) latch_access: watch::Sender<Access>,
     pub(super) virtual_addresses: VirtualAddresses,
     pub(super) commands: mpsc::Receiver<Command>,
     pub(super) events: broadcast::Sender<Arc<Event>>,
@@ -97,6 +100,7 @@ pub(super) struct Core {
     connections: Definitions,
     filelogs: FileLogs,
     settings: Settings,
+    latch_access: watch::Sender<Access>,
     virtual_addresses: VirtualAddresses,
     scripts: Scripts,
     children: Children,
@@ -136,6 +140,7 @@ impl Core {
             connections: Definitions::default(),
             filelogs: parts.filelogs,
             settings: parts.settings,
+            latch_access: parts.latch_access,
             virtual_addresses: parts.virtual_addresses,
             scripts: Scripts::new(),
             children: Children::default(),
@@ -870,6 +875,7 @@ impl Core {
                 let outcome = self.settings.reload().map(|config| {
                     self.shards.change(|engine, _, _| engine.set_config(config.engine.clone()));
                     self.filelogs = FileLogs::open(config.file_logs.clone());
+                    self.latch_access.send_replace(config.latch_access.clone());
                 });
                 let _ = reply.send(outcome);
             }

@@ -14,7 +14,7 @@ use kernel::network::{Network, NetworkConfig};
 use latch::database::Database;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
 use super::core::{Core, Parts};
 use super::filelog::FileLogs;
@@ -140,6 +140,7 @@ pub async fn run(options: DaemonOptions) -> anyhow::Result<()> {
     tracing::info!(shards = engines.len(), "the engine's shards");
     let (shards, from_shards) =
         Shards::start(engines, (network.clone(), from_network), (streams.clone(), from_streams));
+    let (latch_access, access) = watch::channel(config.latch_access.clone());
     let core = Core::new(Parts {
         shards,
         from_shards,
@@ -148,6 +149,7 @@ pub async fn run(options: DaemonOptions) -> anyhow::Result<()> {
         database: Arc::clone(&database),
         filelogs: FileLogs::open(config.file_logs.clone()),
         settings: Settings::new(settings, config.clone()),
+        latch_access,
         virtual_addresses: VirtualAddresses::new(
             Placement { install: config.install_virtual_ip, device: config.install_virtual_ip_on.clone() },
             config.resolve_file.clone().map(Resolver::new),
@@ -188,6 +190,8 @@ pub async fn run(options: DaemonOptions) -> anyhow::Result<()> {
             })),
             has_received: kernel::tcp::has_received,
             unenforced: unenforced.then(|| UNENFORCED.to_owned()),
+            access,
+            identifier: latch::server::Identifier::of_system(kernel::users::groups_of_peer),
         },
         database,
     )

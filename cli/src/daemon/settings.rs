@@ -76,7 +76,7 @@ fn merged(old: &DaemonConfig, new: DaemonConfig) -> DaemonConfig {
         address_budget: old.engine.address_budget,
         ..new.engine
     };
-    DaemonConfig { engine, file_logs: new.file_logs, ..old.clone() }
+    DaemonConfig { engine, file_logs: new.file_logs, latch_access: new.latch_access, ..old.clone() }
 }
 
 #[cfg(test)]
@@ -108,7 +108,7 @@ mod tests {
         let (file, mut settings) = settings("charon { port = 500 }");
         let text = "charon {\nport = 501\nport_nat_t = 4501\ntcp_ports = 443\nlatch_socket = /x\nlatch_narrowing = no\nlatch_flows = wait\ninstall_routes = no\n\
                     routing_table = 1\nrouting_table_prio = 2\ninterfaces_use = a\ninterfaces_ignore = b\n\
-                    address_budget = 7\nshards = 3\nesp_threads = 3\nkeep_alive = 5s\ncookie_threshold = 1\n\
+                    address_budget = 7\nshards = 3\nesp_threads = 3\nkeep_alive = 5s\ncookie_threshold = 1\nlatch_access {\nsee = 7\n}\n\
                     plugins {\nvici {\nsocket = unix:///x\n}\nsocket-default {\nfwmark = 3\n}\n}\nplane = auto\n\
                     filelog {\nlog {\npath = /tmp/x\n}\n}\n}\n";
         std::fs::write(file.path(), text).unwrap();
@@ -120,6 +120,7 @@ mod tests {
         assert_eq!(after.engine.keep_alive, Duration::from_secs(5));
         assert_eq!(after.engine.cookie_threshold, 1);
         assert_eq!(after.file_logs.len(), 1);
+        assert_eq!(after.latch_access.see.users, [7].into());
         assert!(for_a_restart(&before, after).is_empty());
     }
 }

@@ -113,6 +113,7 @@ impl Database {
             condition: Condition::Established,
             on_break: automatic.on_break,
             listener: None,
+            owner: None,
             protector: Protector::Engine,
             binding: control.binding(flow),
             holder: Arc::new(|_| {}),

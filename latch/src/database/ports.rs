@@ -204,6 +204,7 @@ impl Database {
         self.alone()?;
         let (parent, listening) = control.listeners.iter().find(|(_, listening)| listening.listener.takes(flow))?;
         let (parent, on_break, holder) = (*parent, listening.request.on_break, Arc::clone(&listening.holder));
+        let owner = listening.request.owner;
         let Coverage::One(number) = control.coverage(flow) else { return None };
         let admitted = !listening.shut && self.admits(listening, number) && listening.waiting < MAX_WAITING;
         let class = self.class(number).filter(|_| admitted && is_connection(flow))?;
@@ -221,6 +222,7 @@ impl Database {
             condition: Condition::Established,
             on_break,
             listener: Some(parent),
+            owner,
             protector,
             binding: control.binding(flow),
             holder: Arc::clone(&holder),

@@ -501,14 +501,14 @@ fn a_listener_latches_each_flow_before_its_first_packet_passes() {
     assert_eq!(database.check(inbound, &flow(3), Some(classes[1])), Verdict::Drop);
     assert_eq!(database.check(inbound, &flow(1), Some(classes[1])), Verdict::Pass, "another port");
     let (holder, taken) = counting();
-    let (latch, class) = database.accept(parent, &flow(3), holder).unwrap();
+    let (latch, class) = database.accept(parent, &flow(3), None, holder).unwrap();
     assert_eq!(class.peer.id, identity(0));
-    let again = database.accept(parent, &flow(3), ignore());
+    let again = database.accept(parent, &flow(3), None, ignore());
     assert!(matches!(again, Err(LatchError::NotAccepted(_))), "it is taken");
     database.check(inbound, &flow(4), Some(classes[0]));
     install(&database, 3, classes[1]);
     assert_eq!((told.load(Ordering::SeqCst), taken.load(Ordering::SeqCst)), (3, 1));
-    assert!(matches!(database.accept(parent, &flow(4), ignore()), Err(LatchError::Broken(_))));
+    assert!(matches!(database.accept(parent, &flow(4), None, ignore()), Err(LatchError::Broken(_))));
     database.release(parent);
     assert_eq!(database.check(inbound, &flow(3), Some(classes[0])), Verdict::Drop, "its latches stay");
     database.release(latch);
@@ -585,7 +585,7 @@ fn a_listener_has_room_for_so_many_that_nobody_takes() {
         assert_eq!(database.check(Direction::Inbound, &from(n), Some(classes[0])), Verdict::Pass);
     }
     assert_eq!(database.check(Direction::Inbound, &from(MAX_WAITING), Some(classes[0])), Verdict::Drop);
-    database.accept(parent, &from(0), ignore()).unwrap();
+    database.accept(parent, &from(0), None, ignore()).unwrap();
     assert_eq!(database.check(Direction::Inbound, &from(MAX_WAITING), Some(classes[0])), Verdict::Pass);
 }
 
@@ -1007,7 +1007,7 @@ proptest! {
                 }
                 Step::Accept { flow: n } => {
                     let Some((parent, _, _)) = model.listener else { continue };
-                    let result = database.accept(parent, &flow(n), holder());
+                    let result = database.accept(parent, &flow(n), None, holder());
                     match model.latches.iter_mut().find(|l| l.flow == n && l.waiting) {
                         Some(latch) if latch.state() == LatchState::Established => {
                             prop_assert_eq!(result.unwrap().0, latch.id);

@@ -19,6 +19,7 @@ use crate::client::{Client, ClientError, TcpStream};
 use crate::database::Bindings;
 use crate::protocol::{Disposition, MAX_MESSAGE, ProofInfo, State};
 
+mod access;
 mod blocking;
 mod sockets;
 
@@ -381,53 +382,16 @@ async fn lists_of_any_length_come_in_pages() {
 async fn the_socket_is_for_its_group_and_replaces_only_a_dead_one() {
     let house = House::new().await;
     assert_eq!(fs::metadata(&house.path).unwrap().permissions().mode() & 0o7777, 0o660);
-    let config = ServerConfig {
-        path: house.path.clone(),
-        device: None,
-        initiator: None,
-        surveyor: None,
-        forwarder: None,
-        has_received: nothing,
-        unenforced: None,
-    };
-    let taken = serve(config.clone(), Arc::default()).await.unwrap_err();
+    let taken = serve(config(&house.path), Arc::default()).await.unwrap_err();
     assert_eq!(taken.kind(), io::ErrorKind::AddrInUse);
     let file = house.directory.path().join("file");
     fs::write(&file, "precious").unwrap();
-    let taken = serve(
-        ServerConfig {
-            path: file.clone(),
-            device: None,
-            initiator: None,
-            surveyor: None,
-            forwarder: None,
-            has_received: nothing,
-            unenforced: None,
-        },
-        Arc::default(),
-    )
-    .await
-    .unwrap_err();
+    let taken = serve(config(&file), Arc::default()).await.unwrap_err();
     assert_eq!(taken.kind(), io::ErrorKind::AddrInUse);
     assert_eq!(fs::read(&file).unwrap(), b"precious");
     let dead = house.directory.path().join("dead");
     drop(listen(&dead).unwrap());
-    assert!(
-        serve(
-            ServerConfig {
-                path: dead,
-                device: None,
-                initiator: None,
-                surveyor: None,
-                forwarder: None,
-                has_received: nothing,
-                unenforced: None
-            },
-            Arc::default()
-        )
-        .await
-        .is_ok()
-    );
+    assert!(serve(config(&dead), Arc::default()).await.is_ok());
 }
 
 #[tokio::test]
@@ -435,15 +399,7 @@ async fn a_device_that_is_not_there_fails_the_latch() {
     let directory = TempDir::new().unwrap();
     let path = directory.path().join("latch.sock");
     let database = Arc::new(Database::new());
-    let config = ServerConfig {
-        path: path.clone(),
-        device: Some("nosuchdevice0".into()),
-        initiator: None,
-        surveyor: None,
-        forwarder: None,
-        has_received: nothing,
-        unenforced: None,
-    };
+    let config = ServerConfig { device: Some("nosuchdevice0".into()), ..config(&path) };
     let server = serve(config, Arc::clone(&database)).await.unwrap();
     let house = House { server, database, path, directory };
     house.install(1, house.class("peer.example"));
@@ -459,15 +415,7 @@ async fn a_server_that_cannot_enforce_latches_gives_none() {
     let directory = TempDir::new().unwrap();
     let path = directory.path().join("latch.sock");
     let database = Arc::new(Database::new());
-    let config = ServerConfig {
-        path: path.clone(),
-        device: None,
-        initiator: None,
-        surveyor: None,
-        forwarder: None,
-        has_received: nothing,
-        unenforced: Some("nobody looks".into()),
-    };
+    let config = ServerConfig { unenforced: Some("nobody looks".into()), ..config(&path) };
     let server = serve(config, Arc::clone(&database)).await.unwrap();
     let house = House { server, database, path, directory };
     house.install(1, house.class("peer.example"));
@@ -482,15 +430,7 @@ async fn a_latched_socket_is_bound_to_the_device() {
     let directory = TempDir::new().unwrap();
     let path = directory.path().join("latch.sock");
     let database = Arc::new(Database::new());
-    let config = ServerConfig {
-        path: path.clone(),
-        device: Some("lo".into()),
-        initiator: None,
-        surveyor: None,
-        forwarder: None,
-        has_received: nothing,
-        unenforced: None,
-    };
+    let config = ServerConfig { device: Some("lo".into()), ..config(&path) };
     let server = serve(config, Arc::clone(&database)).await.unwrap();
     let house = House { server, database, path, directory };
     house.install(1, house.class("peer.example"));
@@ -633,15 +573,7 @@ async fn a_connection_that_has_received_data_is_latched_only_if_its_holder_says_
     let directory = TempDir::new().unwrap();
     let path = directory.path().join("latch.sock");
     let database = Arc::new(Database::new());
-    let config = ServerConfig {
-        path: path.clone(),
-        device: None,
-        initiator: None,
-        surveyor: None,
-        forwarder: None,
-        has_received: |_| Ok(true),
-        unenforced: None,
-    };
+    let config = ServerConfig { has_received: |_| Ok(true), ..config(&path) };
     let server = serve(config, Arc::clone(&database)).await.unwrap();
     let house = House { server, database, path, directory };
     house.install(1, house.class("peer.example"));
@@ -720,15 +652,7 @@ async fn an_sa_is_made_when_there_is_none_and_a_narrow_one_when_asked_for() {
             })
         }
     });
-    let config = ServerConfig {
-        path: path.clone(),
-        device: None,
-        initiator: Some(initiator),
-        surveyor: None,
-        forwarder: None,
-        has_received: nothing,
-        unenforced: None,
-    };
+    let config = ServerConfig { initiator: Some(initiator), ..config(&path) };
     let server = serve(config, Arc::clone(&database)).await.unwrap();
     let house = House { server, database, path, directory };
     let (client, far) = (Client::connect(&house.path).await.unwrap(), TcpListener::bind("127.0.0.1:0").unwrap());
@@ -770,15 +694,8 @@ async fn a_larval_latch_is_told_at_once_and_comes_to_its_end_later() {
         }
     });
     let (forwarded, sent) = std::sync::mpsc::channel();
-    let config = ServerConfig {
-        path: path.clone(),
-        device: None,
-        initiator: Some(initiator),
-        surveyor: None,
-        forwarder: Some(Forwarder::new(move |packet| forwarded.send(packet.to_vec()).unwrap())),
-        has_received: nothing,
-        unenforced: None,
-    };
+    let forwarder = Some(Forwarder::new(move |packet| forwarded.send(packet.to_vec()).unwrap()));
+    let config = ServerConfig { initiator: Some(initiator), forwarder, ..config(&path) };
     let server = serve(config, Arc::clone(&database)).await.unwrap();
     let house = House { server, database, path, directory };
     let raw = house.raw().await;
@@ -882,15 +799,7 @@ async fn what_protects_a_flow_now_is_told_with_it_and_classes_can_be_compared() 
             Box::pin(std::future::ready(sas))
         }
     });
-    let config = ServerConfig {
-        path: path.clone(),
-        device: None,
-        initiator: None,
-        surveyor: Some(surveyor),
-        forwarder: None,
-        has_received: nothing,
-        unenforced: None,
-    };
+    let config = ServerConfig { surveyor: Some(surveyor), ..config(&path) };
     let database = Arc::new(Database::new());
     let server = serve(config, Arc::clone(&database)).await.unwrap();
     let house = House { server, database, path, directory };
@@ -1000,15 +909,7 @@ impl House {
         let directory = TempDir::new().unwrap();
         let path = directory.path().join("latch.sock");
         let database = Arc::new(Database::new());
-        let config = ServerConfig {
-            path: path.clone(),
-            device: None,
-            initiator: None,
-            surveyor: None,
-            forwarder: None,
-            has_received: nothing,
-            unenforced: None,
-        };
+        let config = config(&path);
         let server = serve_within(config, Arc::clone(&database), limits).await.unwrap();
         Self { server, database, path, directory }
     }
@@ -1058,6 +959,21 @@ impl Far {
         let (far, _) = self.0.accept().unwrap();
         far.set_read_timeout(Some(PATIENCE)).unwrap();
         (stream, far)
+    }
+}
+
+/// Without anything that can be left out.
+fn config(path: &Path) -> ServerConfig {
+    ServerConfig {
+        path: path.to_owned(),
+        device: None,
+        initiator: None,
+        surveyor: None,
+        forwarder: None,
+        has_received: nothing,
+        unenforced: None,
+        access: watch::channel(Access::default()).1,
+        identifier: Identifier::new(|_| Credentials { privileged: true, ..Credentials::default() }),
     }
 }
 

@@ -69,7 +69,7 @@ fn a_connection_that_was_there_before_the_listener_latch_is_closed_and_gets_none
     let parent = system.listen();
     assert_eq!((system.barrier.passage(&flow(3)), system.barrier.passage(&flow(1))), (Some(Passage::None), None));
     system.database.find_connections();
-    assert!(matches!(system.database.accept(parent, &flow(3), ignore()), Err(LatchError::NotAccepted(_))));
+    assert!(matches!(system.database.accept(parent, &flow(3), None, ignore()), Err(LatchError::NotAccepted(_))));
     assert!(system.database.list().is_empty());
 }
 
@@ -117,7 +117,7 @@ fn a_connection_that_nobody_has_accepted_breaks_before_a_conflicting_sa_is_in() 
     assert_eq!(broken.len(), 1);
     assert_eq!(system.told(), [(flow(3), LatchState::Established), (flow(3), LatchState::Broken)]);
     assert_eq!(system.barrier.passage(&flow(3)), Some(Passage::None));
-    assert!(matches!(system.database.accept(parent, &flow(3), ignore()), Err(LatchError::Broken(_))));
+    assert!(matches!(system.database.accept(parent, &flow(3), None, ignore()), Err(LatchError::Broken(_))));
     // This one was on its way.
     system.connections.lock().unwrap().push(flow(4));
     system.database.installed(2, system.classes[1], everything(), everything()).unwrap();
@@ -158,7 +158,7 @@ fn a_connection_is_latched_to_the_class_that_covered_it_before_that_has_gone() {
     install(&system.database, 3, system.classes[1]);
     assert_eq!(system.told(), [(flow(3), LatchState::Broken)]);
     system.database.removed(3);
-    let (latch, class) = system.database.accept(parent, &flow(3), ignore()).unwrap();
+    let (latch, class) = system.database.accept(parent, &flow(3), None, ignore()).unwrap();
     assert_eq!((class.peer.id.clone(), system.database.protector(latch)), (identity(0), Some(Protector::System)));
 }
 
@@ -177,7 +177,7 @@ fn a_dead_or_restarted_peer_and_a_change_of_policy_reach_what_nobody_has_accepte
         system.connections.lock().unwrap().push(flow(3));
         event(&system);
         assert_eq!(system.told(), [(flow(3), LatchState::Established), (flow(3), LatchState::Broken)]);
-        assert!(matches!(system.database.accept(parent, &flow(3), ignore()), Err(LatchError::Broken(_))));
+        assert!(matches!(system.database.accept(parent, &flow(3), None, ignore()), Err(LatchError::Broken(_))));
     }
 }
 
@@ -187,11 +187,11 @@ fn a_connection_is_latched_when_it_is_accepted_or_looked_for_whichever_comes_fir
     let parent = system.listen();
     install(&system.database, 1, system.classes[0]);
     system.connections.lock().unwrap().extend([flow(3), flow(4), flow(1)]);
-    let (first, _) = system.database.accept(parent, &flow(3), ignore()).unwrap();
+    let (first, _) = system.database.accept(parent, &flow(3), None, ignore()).unwrap();
     assert_eq!(system.told(), [(flow(3), LatchState::Established)]);
     system.database.find_connections();
     assert_eq!(system.told(), [(flow(4), LatchState::Established)], "flow 1 comes to no listener");
-    let (second, _) = system.database.accept(parent, &flow(4), ignore()).unwrap();
+    let (second, _) = system.database.accept(parent, &flow(4), None, ignore()).unwrap();
     assert!(first < second && system.database.unaccepted().is_empty());
     assert_eq!(system.barrier.passage(&flow(4)), Some(Passage::Class(system.classes[0])));
     system.connections.lock().unwrap().push(Flow { remote_port: 99, ..flow(3) });
@@ -210,5 +210,5 @@ fn whose_connections_are_not_known_is_nobody_s() {
     install(&system.database, 2, system.classes[1]);
     system.database.removed(2);
     assert_eq!(system.admitted(), []);
-    assert!(matches!(system.database.accept(parent, &flow(3), ignore()), Err(LatchError::NotAccepted(_))));
+    assert!(matches!(system.database.accept(parent, &flow(3), None, ignore()), Err(LatchError::NotAccepted(_))));
 }
