@@ -342,7 +342,7 @@ fn source(text: &str) -> anyhow::Result<SocketAddr> {
 }
 
 fn line(latch: &ListedLatch) -> String {
-    let ListedLatch { latch, state, protocol, local, remote, peer, automatic } = latch;
+    let ListedLatch { latch, state, protocol, local, remote, peer, automatic, listener } = latch;
     let protocol = match protocol {
         6 => "tcp".to_owned(),
         17 => "udp".to_owned(),
@@ -350,7 +350,8 @@ fn line(latch: &ListedLatch) -> String {
     };
     let remote = remote.map_or_else(|| "*".to_owned(), |remote| remote.to_string());
     let automatic = if *automatic { "  automatic" } else { "" };
-    format!("{latch:>6}  {state:<11}  {protocol}  {local} - {remote}  {peer}{automatic}")
+    let listener = listener.map_or_else(String::new, |listener| format!("  of {listener}"));
+    format!("{latch:>6}  {state:<11}  {protocol}  {local} - {remote}  {peer}{automatic}{listener}")
 }
 
 fn tell(shown: &Inquired, json: bool) -> anyhow::Result<()> {

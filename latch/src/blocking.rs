@@ -25,10 +25,12 @@ use serde_json::Value;
 use socket2::SockRef;
 use tokio::sync::{mpsc, watch};
 
+mod endpoint;
 mod hold;
 mod link;
 mod sockets;
 
+pub use endpoint::UdpEndpoint;
 pub use hold::{hold, settled};
 pub use sockets::{Incoming, TcpListener, TcpStream, UdpSocket};
 
@@ -36,6 +38,7 @@ use crate::protocol::{
     Accept, Bind, Call, ChannelBinding, Created, Disposition, Guard, Inquire, Inquired, LatchEvent, List, ListedLatch,
     Listening, Named, Peer, Protection, State, UNIQUE_BINDING, Wanted, Watch,
 };
+pub use crate::roster::UdpPeer;
 use crate::session::{self, EVENT_QUEUE, system};
 pub use crate::session::{Change, ClientError};
 use link::Link;
@@ -111,11 +114,16 @@ impl Client {
         Ok(Latch::new(&self.link, created, protocol, on_break))
     }
 
-    /// Latches a bound TCP socket that will listen: call `listen` on it only afterwards.
+    /// Latches a bound TCP socket that will listen: call `listen` on it only afterwards. For UDP there is
+    /// [`Client::latch_datagrams`].
     pub fn latch_listener(&self, socket: impl AsFd, wanted: impl Into<Wanted>) -> Result<ListenerLatch, ClientError> {
+        if !matches!(SockRef::from(&socket).r#type(), Ok(socket2::Type::STREAM)) {
+            return Err(failed("latching a listener", std::io::ErrorKind::InvalidInput.into()));
+        }
         let wanted = wanted.into();
         let on_break = wanted.on_break.unwrap_or(Disposition::Reset);
         let listening: Listening = self.link.call(Call::Listen(wanted), Some(socket.as_fd()))?;
+        self.link.state().registry.ignore_children(listening.latch);
         let holding = Holding { link: Arc::clone(&self.link), latch: listening.latch };
         Ok(ListenerLatch { listening, on_break, holding })
     }
@@ -276,7 +284,7 @@ impl ListenerLatch {
     /// Takes the latch of a connection that the listener's socket accepted. A refusal with the code `not-accepted` means
     /// that the connection has none any more: close it and accept the next.
     pub fn accept(&self, accepted: impl AsFd) -> Result<Latch, ClientError> {
-        let accept = Call::Accept(Accept { listener: self.number() });
+        let accept = Call::Accept(Accept { listener: self.number(), remote: None });
         let created: Created = self.holding.link.call(accept, Some(accepted.as_fd()))?;
         Ok(Latch::new(&self.holding.link, created, TCP, self.on_break))
     }

@@ -33,11 +33,15 @@ use crate::protocol::{
     Call, Created, Disposition, Hello, Inquire, Inquired, LatchEvent, List, ListedLatch, Listening, Named, VERSION,
     Wanted, Watch, Welcome,
 };
+pub use crate::roster::UdpPeer;
 use crate::seqpacket::SeqPacket;
 use crate::session::{self, BACKLOG, EVENT_QUEUE, Heard, Registry, bound_socket, system};
 pub use crate::session::{Change, ClientError};
 
+mod endpoint;
 mod sockets;
+
+pub use endpoint::UdpEndpoint;
 
 pub use sockets::{
     OwnedReadHalf, OwnedWriteHalf, ReadHalf, ReuniteError, TcpListener, TcpStream, UdpSocket, WriteHalf,
@@ -116,10 +120,35 @@ impl Client {
         let on_break = wanted.on_break.unwrap_or(Disposition::Reset);
         // The latch comes first: nobody gets in before.
         let listening: Listening = self.shared.call(Call::Listen(wanted), Some(socket.as_fd())).await?;
+        self.shared.registry().ignore_children(listening.latch);
         let latch = Holding { shared: Arc::clone(&self.shared), latch: listening.latch };
         socket.listen(BACKLOG).map_err(failed)?;
         let listener = tokio::net::TcpListener::from_std(socket.into()).map_err(failed)?;
         Ok(TcpListener::new(listener, listening, on_break, latch))
+    }
+
+    /// A UDP socket at `local`, an address and a port, that talks with many without being connected: IPsec peers as wanted can
+    /// send to it, others do not get through, and each datagram comes with who sent it.
+    pub async fn bind_udp(&self, local: SocketAddr, wanted: impl Into<Wanted>) -> Result<UdpEndpoint, ClientError> {
+        let socket = session::datagram_socket(local);
+        let socket = socket.map_err(|error| system(format!("binding to {local}"), error))?;
+        self.latch_datagrams(socket.into(), wanted).await
+    }
+
+    /// As [`Client::bind_udp`], with a socket that is bound to an address and not connected. What waits in its queue is dropped.
+    pub async fn latch_datagrams(
+        &self,
+        socket: std::net::UdpSocket,
+        wanted: impl Into<Wanted>,
+    ) -> Result<UdpEndpoint, ClientError> {
+        let failed = |error| system("making a socket asynchronous".to_owned(), error);
+        socket.set_nonblocking(true).map_err(failed)?;
+        let wanted = Wanted { quiet: false, ..wanted.into() };
+        let on_break = wanted.on_break.unwrap_or(Disposition::Reset);
+        let listening: Listening = self.shared.call(Call::Listen(wanted), Some(socket.as_fd())).await?;
+        let latch = Holding { shared: Arc::clone(&self.shared), latch: listening.latch };
+        let socket = tokio::net::UdpSocket::from_std(socket).map_err(failed)?;
+        Ok(UdpEndpoint::new(socket, &listening, on_break, latch))
     }
 
     /// Changes of all latches from now on; one call for each connection to the daemon.
@@ -281,7 +310,7 @@ struct Holding {
 
 impl Drop for Holding {
     fn drop(&mut self) {
-        self.shared.registry().latches.remove(&self.latch);
+        self.shared.registry().forget(self.latch);
         let id = self.shared.next_id();
         release(&self.shared.socket, id, self.latch);
     }
@@ -305,7 +334,7 @@ impl Shared {
     async fn call<T: DeserializeOwned>(&self, call: Call, socket: Option<BorrowedFd<'_>>) -> Result<T, ClientError> {
         let id = self.next_id();
         let octets = call.encode(id)?;
-        let receiver = self.registry().expect(id)?;
+        let receiver = self.registry().expect(id, &call)?;
         if let Err(source) = self.socket.send(&octets, socket).await {
             self.registry().pending.remove(&id);
             return Err(system(format!("sending {} to the daemon", call.name()), source));

@@ -40,6 +40,7 @@
 //! Holders are told with no lock held; they may call back.
 
 mod automatic;
+mod datagrams;
 mod flow_table;
 mod kept;
 mod places;
@@ -52,6 +53,7 @@ use std::hash::{Hash, Hasher};
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
+use std::time::Duration;
 
 use automatic::{Automatic, Standing};
 use dashmap::DashMap;
@@ -180,6 +182,8 @@ pub struct Listed {
     pub automatic: bool,
     /// The user, by number, whose latch it is.
     pub owner: Option<u32>,
+    /// The listener latch that made it, until somebody takes it.
+    pub listener: Option<LatchId>,
 }
 
 /// What a latch is for.
@@ -268,6 +272,9 @@ pub enum LatchError {
     /// The latch that the listener gave the flow is no longer ESTABLISHED.
     #[error("the latch of {0} is broken")]
     Broken(String),
+    /// The listener has as many latches as it may, of this peer or of all.
+    #[error("there is no room for a latch of {0}")]
+    Full(String),
     /// There is no channel binding.
     #[error("no channel binding: {0}")]
     NoBinding(&'static str),
@@ -721,10 +728,18 @@ impl Database {
         if control.listeners.values().any(|other| other.listener.meets(&listener)) {
             return Err(LatchError::Exists(listener.to_string()));
         }
+        self.prepare_datagrams(&mut control, &listener)?;
         self.close_port(&control, &listener)?;
         control.last_latch += 1;
         let id = LatchId(control.last_latch);
-        let listening = Listening { listener, request, holder: Arc::from(holder), waiting: 0, shut: false };
+        let listening = Listening {
+            listener,
+            request,
+            holder: Arc::from(holder),
+            waiting: 0,
+            of_class: HashMap::new(),
+            shut: false,
+        };
         control.listeners.insert(id, listening);
         // The counter first, as in `insert`.
         self.latched.fetch_add(1, Ordering::SeqCst);
@@ -760,7 +775,8 @@ impl Database {
         owner: Option<u32>,
         holder: Box<dyn Fn(Alert) + Send + Sync>,
     ) -> Result<(LatchId, Arc<Class>), LatchError> {
-        let found = control.by_flow.get(flow).copied().and_then(|id| Some((id, control.latches.get_mut(&id)?)));
+        let id = control.by_flow.get(flow).copied().filter(|id| !control.datagrams.contains_key(id));
+        let found = id.and_then(|id| Some((id, control.latches.get_mut(&id)?)));
         let Some((id, latch)) = found.filter(|(_, latch)| latch.listener == Some(listener)) else {
             return Err(LatchError::NotAccepted(flow.to_string()));
         };
@@ -790,10 +806,11 @@ impl Database {
 
     /// RELEASE_LATCH (RFC 5660 §2.3). From here on the flow's packets pass as those of any unlatched flow: the caller
     /// makes sure first that no connection is left that could send or take them. Of a listener latch: no new flows; latches
-    /// that it made stay. Unknown numbers are ignored.
+    /// that it made stay, but for those of UDP, which have no other socket. Unknown numbers are ignored.
     pub fn release(&self, latch: LatchId) {
         let mut control = self.control();
         let found = if control.listeners.contains_key(&latch) { self.find_all(&mut control) } else { Vec::new() };
+        let children = self.take_children(&mut control, latch);
         if let Some(gone) = control.listeners.remove(&latch) {
             self.lift_ports(&gone.listener);
             let port = (gone.listener.protocol, gone.listener.port);
@@ -807,6 +824,9 @@ impl Database {
             self.latched.fetch_sub(1, Ordering::SeqCst);
             drop(control);
             self.tell(found);
+            for (id, child) in children {
+                self.observe(&child.alert(id, LatchState::Closed, "released with its listener".to_owned()));
+            }
             return;
         }
         if let Some(flow) = control.larval.remove(&latch) {
@@ -828,7 +848,7 @@ impl Database {
         control.recoverable.remove(&latch);
         control.automatic.remove(latch, gone.number);
         if let Some(listener) = gone.listener {
-            control.taken(listener);
+            control.discount_child(listener, latch, gone.number);
         }
         self.unpin(&gone.flow, gone.pin());
         Some(gone)
@@ -893,6 +913,7 @@ impl Database {
             subject: Subject::Connection(latch.flow, Arc::clone(&latch.class)),
             automatic: control.automatic.contains(*id),
             owner: latch.owner,
+            listener: latch.listener,
         });
         let listeners = control.listeners.range(above).take(limit).map(|(id, listening)| Listed {
             latch: *id,
@@ -900,6 +921,7 @@ impl Database {
             subject: Subject::Listener(listening.listener, listening.request.peer.clone()),
             automatic: false,
             owner: listening.request.owner,
+            listener: None,
         });
         let mut listed: Vec<Listed> = connections.chain(listeners).collect();
         drop(control);
@@ -1130,7 +1152,7 @@ impl Database {
         let Some(class) = self.class(number) else { return Verdict::Drop };
         let alone = matches!(control.coverage(flow), Coverage::One(only) if only == number);
         let admitted = is_connection(flow) && alone && listening.request.admits(flow, &class).is_ok();
-        if !admitted || listening.waiting >= MAX_WAITING {
+        if !admitted || !listening.has_room(number) {
             return Verdict::Drop;
         }
         let (on_break, holder) = (listening.request.on_break, Arc::clone(&listening.holder));
@@ -1149,10 +1171,8 @@ impl Database {
             binding: control.binding(flow),
             holder: Arc::clone(&holder),
         };
-        let Ok((_, alert)) = self.insert(&mut control, latch) else { return Verdict::Drop };
-        if let Some(listening) = control.listeners.get_mut(&parent) {
-            listening.waiting += 1;
-        }
+        let Ok((id, alert)) = self.insert(&mut control, latch) else { return Verdict::Drop };
+        self.count_child(&mut control, parent, id);
         drop(control);
         self.tell(vec![(holder, alert)]);
         Verdict::Pass
@@ -1386,7 +1406,7 @@ pub const ENDED: &str = "its connection has ended";
 /// Latches that break before others get their turn at the database.
 const STEP: usize = if cfg!(test) { 2 } else { 512 };
 
-/// Latches of one listener that nobody has taken: a peer that opens connections without end gets no more.
+/// Latches of one listener that nobody has taken, as of UDP nobody does: a peer that opens connections without end gets no more.
 const MAX_WAITING: usize = 4096;
 
 const NO_CLASS: ClassId = ClassId(0);
@@ -1428,6 +1448,8 @@ struct Control {
     /// LARVAL latches, which are in `by_flow` too.
     larval: BTreeMap<LatchId, Flow>,
     automatic: Standing,
+    /// Latches that UDP listeners made, and for how long their flows have been silent.
+    datagrams: BTreeMap<LatchId, Duration>,
     by_flow: HashMap<Flow, LatchId>,
     /// Those that are ESTABLISHED.
     standing: Places,
@@ -1558,6 +1580,8 @@ struct Listening {
     holder: Holder,
     /// Its latches that nobody has taken.
     waiting: usize,
+    /// Those of UDP by class.
+    of_class: HashMap<ClassId, usize>,
     /// Nobody gets in any more.
     shut: bool,
 }

@@ -16,6 +16,7 @@ mod connections;
 pub mod database;
 pub mod exec;
 pub mod protocol;
+mod roster;
 mod seqpacket;
 pub mod server;
 mod session;

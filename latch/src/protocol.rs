@@ -6,6 +6,7 @@
 
 use std::fmt;
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use data_encoding::BASE64;
 use ipsec::plane::{EspSuite, Mode};
@@ -21,10 +22,13 @@ use crate::database::{Algorithms, Class, LatchError, LatchState, OnBreak, Protec
 pub const VERSION: u32 = 1;
 
 /// What this crate knows beyond the first form of [`VERSION`]: `docs/latch-protocol.md` says what came with which.
-pub const REVISION: u32 = 7;
+pub const REVISION: u32 = 8;
 
 /// The first [`REVISION`] that has [`Wanted::larval`].
 pub const LARVAL_REVISION: u32 = 5;
+
+/// How long a packet that has passed the check may still be on its way to the socket, at most.
+pub const SETTLING: Duration = Duration::from_millis(if cfg!(test) { 50 } else { 500 });
 
 /// Longest message in octets, in both directions.
 pub const MAX_MESSAGE: usize = 64 * 1024;
@@ -113,6 +117,10 @@ pub struct Wanted {
     /// Of `create` only: data may have come in on the TCP connection before, under no latch.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub late: bool,
+    /// Of `create` only: number of a UDP listener latch of this connection, whose socket will send to `remote` without being
+    /// connected. Instead of a socket.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub listener: Option<u64>,
     /// Where the socket will connect to; left out when it is connected, and by a listener.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub remote: Option<SocketAddr>,
@@ -174,12 +182,16 @@ pub enum Disposition {
     Unreachable,
 }
 
-/// Takes the latch of a connection that a latched listener accepted; the connection's socket comes with the message.
+/// Takes the latch of a connection that a latched listener accepted; the connection's socket comes with the message. Of a
+/// listener of UDP: asks for the latch of a remote end; then there is none.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Accept {
     /// Number of the listener latch.
     pub listener: u64,
+    /// Where a datagram came from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub remote: Option<SocketAddr>,
 }
 
 /// Names a latch.
@@ -588,6 +600,9 @@ pub struct ListedLatch {
     /// No application asked for it: the daemon latches all flows.
     #[serde(default)]
     pub automatic: bool,
+    /// The listener latch that made it, until somebody takes it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub listener: Option<u64>,
 }
 
 /// States of a latch (RFC 5660 §2.2).
@@ -724,6 +739,7 @@ impl From<LatchError> for Refusal {
             LatchError::Exists(_) => Code::Exists,
             LatchError::Broken(_) | LatchError::NotAccepted(_) => Code::NotAccepted,
             LatchError::Conflict(_) => Code::Conflict,
+            LatchError::Full(_) => Code::Limit,
             LatchError::NotAConnection(_) => Code::Socket,
             LatchError::Unenforced { .. } => Code::Unenforced,
         };

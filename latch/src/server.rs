@@ -16,6 +16,8 @@
 //!   released ([`SWEEP`]);
 //! * a listener that is released is shut down, which resets what nobody has accepted. Latches that it made and nobody
 //!   took go when the system has no connection for them any more ([`SWEEP`]);
+//! * latches that a listener of UDP made are the listener's: they go with it, or when its holder has acknowledged their end
+//!   (`database/datagrams.rs`);
 //! * when the server is dropped, latches stay in the database and nobody can release them: fail closed.
 //!
 //! # Limits of the device binding
@@ -35,7 +37,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use ipsec::selector::Flow;
@@ -58,7 +60,7 @@ use crate::database::{
 use crate::protocol::{
     Accept, Bind, Call, ChannelBinding, Code, Created, Creating, ENDPOINT_BINDING, Guard, Hello, Initiate, Inquire,
     Inquired, Larval, LatchEvent, LatchInfo, List, ListedLatch, Listening, Listing, Named, Peer, Protection, REVISION,
-    Refusal, Release, SaInfo, ServerMessage, State, UNIQUE_BINDING, VERSION, Wanted, Welcome, encode,
+    Refusal, Release, SETTLING, SaInfo, ServerMessage, State, UNIQUE_BINDING, VERSION, Wanted, Welcome, encode,
 };
 use crate::seqpacket::{self, Datagram, SeqPacket};
 
@@ -318,6 +320,7 @@ async fn sweep(database: Arc<Database>) {
     let mut turns = interval(SWEEP);
     loop {
         turns.tick().await;
+        database.tend_datagrams(SWEEP);
         let refused = database.tend_automatic(SWEEP);
         if refused > 0 {
             tracing::warn!(
@@ -367,7 +370,8 @@ async fn sweep(database: Arc<Database>) {
         let flows = of_latches.map(|(_, flow)| flow).chain(&abandoned);
         let ended: HashSet<Flow> = flows.copied().filter(|flow| !connections.contains_key(flow)).collect();
         let is_over = |flow: &Flow| ended.contains(flow) && suspects.contains(flow);
-        for (latch, _) in unaccepted.iter().filter(|(_, flow)| is_over(flow)) {
+        // Of UDP the system knows nothing but the socket that all share.
+        for (latch, _) in unaccepted.iter().filter(|(_, flow)| flow.protocol == TCP && is_over(flow)) {
             database.release(*latch);
         }
         let over: Vec<LatchId> = held.iter().filter(|(_, flow)| is_over(flow)).map(|(latch, _)| *latch).collect();
@@ -545,6 +549,9 @@ impl Connection {
         }
         match call {
             Call::Hello(hello) => reply(id, &self.hello(&hello)?),
+            Call::Create(wanted) if wanted.listener.is_some() => {
+                reply(id, &self.create_child(&wanted, descriptor).await?)
+            }
             Call::Create(wanted) => {
                 let creating = self.create(&wanted, descriptor).await?;
                 let latch = match &creating {
@@ -553,7 +560,10 @@ impl Connection {
                 };
                 reply(id, &creating).inspect_err(|_| self.let_go(latch))
             }
-            Call::Listen(wanted) => reply(id, &self.listen(&wanted, descriptor)?),
+            Call::Listen(wanted) => reply(id, &self.listen(&wanted, descriptor).await?),
+            Call::Accept(Accept { listener, remote: Some(remote) }) => {
+                reply(id, &self.child(LatchId(listener), canonical(remote), descriptor)?)
+            }
             Call::Accept(accept) => {
                 let accepted = self.accept(&accept, descriptor)?;
                 let latch = LatchId(accepted.latch);
@@ -561,10 +571,14 @@ impl Connection {
             }
             Call::Inquire(inquire) => reply(id, &self.inquire(&inquire, descriptor).await?),
             Call::Release(Release { latch }) => {
-                if !self.latches.contains_key(&LatchId(latch)) {
-                    return Err(no_such_latch(LatchId(latch)));
+                let latch = LatchId(latch);
+                if self.latches.contains_key(&latch) {
+                    self.let_go(latch);
+                } else if self.is_child_of_ours(latch) {
+                    acknowledge(&self.shared.database, latch);
+                } else {
+                    return Err(no_such_latch(latch));
                 }
-                self.let_go(LatchId(latch));
                 reply(id, &serde_json::Map::new())
             }
             Call::List(list) => reply(id, &self.list(&list)),
@@ -616,7 +630,7 @@ impl Connection {
             return Err(Refusal::new(Code::Malformed, "only a listener is quiet"));
         }
         let (socket, protocol, local, remote) = connection_socket(needed(descriptor)?)?;
-        let request = self.request(wanted, protocol)?;
+        let request = self.request(wanted, if protocol == UDP { OnBreak::Wait } else { OnBreak::Reset })?;
         let remote = match (remote, wanted.remote.map(canonical)) {
             (Some(remote), Some(given)) if remote != given => {
                 return Err(Refusal::new(Code::Socket, format!("the socket is connected to {remote}, not {given}")));
@@ -654,10 +668,7 @@ impl Connection {
         self.begin(latch, &socket, flow, must_be_new)?;
         tracing::debug!(latch = latch.0, %local, %remote, "latch ESTABLISHED");
         self.latches.insert(latch, Held { socket, permit, protocol });
-        let (peer, protection) = describe(&class);
-        let (guard, class) = (self.guard(latch), self.number_of(&class));
-        let created = Created { latch: latch.0, local, remote, peer, protection, guard, class };
-        Ok(Creating::Established(Box::new(created)))
+        Ok(Creating::Established(Box::new(self.created(latch, &flow, &class))))
     }
 
     /// After the latch has shut the flow, and before its holder hears of it: what the holder reads from then on came under
@@ -717,35 +728,126 @@ impl Connection {
         }
     }
 
-    fn listen(&mut self, wanted: &Wanted, descriptor: Option<OwnedFd>) -> Result<Listening, Refusal> {
+    async fn listen(&mut self, wanted: &Wanted, descriptor: Option<OwnedFd>) -> Result<Listening, Refusal> {
         self.may(Right::Listen)?;
         self.enforced()?;
-        if wanted.remote.is_some() || wanted.larval || wanted.late {
+        if wanted.remote.is_some() || wanted.larval || wanted.late || wanted.listener.is_some() {
             return Err(Refusal::new(Code::Malformed, "a listener has no remote, waits for nothing and is never late"));
         }
-        let (socket, local) = listening_socket(needed(descriptor)?)?;
-        let request = self.request(wanted, TCP)?;
+        let (socket, protocol, local) = listening_socket(needed(descriptor)?)?;
+        let request = self.request(wanted, OnBreak::Reset)?;
         let permit = self.permit()?;
         self.bind(&socket)?;
-        let alerts = (!wanted.quiet).then(|| self.alerts.clone());
-        let holder = Box::new(move |alert: Alert| {
-            // A holder that wants no alerts need not read them either.
-            if let Some(alerts) = &alerts {
-                let _ = alerts.send(alert);
-            }
-        });
         let both = local.is_ipv6() && local.ip().is_unspecified() && !socket.only_v6().unwrap_or(false);
         let listener = Listener {
-            protocol: TCP,
+            protocol,
             local: (!local.ip().is_unspecified()).then(|| local.ip()),
             ipv4: local.is_ipv4() || both,
             ipv6: local.is_ipv6(),
             port: local.port(),
         };
+        let holder = self.listener_s_holder(protocol, wanted.quiet);
         let latch = self.shared.database.create_listener(listener, request, holder)?;
         tracing::debug!(latch = latch.0, %local, "latch LISTENER");
-        self.latches.insert(latch, Held { socket: Arc::new(socket), permit, protocol: TCP });
+        let socket = Arc::new(socket);
+        self.latches.insert(latch, Held { socket: Arc::clone(&socket), permit, protocol });
+        if protocol == UDP {
+            // Nothing is left that came under no latch, nor on its way (RFC 5660 §2).
+            sleep(SETTLING).await;
+            if let Err(error) = empty(&socket) {
+                self.let_go(latch);
+                return Err(Refusal::new(Code::System, format!("emptying the socket: {error}")));
+            }
+        }
         Ok(Listening { latch: latch.0, local })
+    }
+
+    fn listener_s_holder(&self, protocol: u8, quiet: bool) -> Box<dyn Fn(Alert) + Send + Sync> {
+        let alerts = (!quiet).then(|| self.alerts.clone());
+        let (database, runtime) = (Arc::downgrade(&self.shared.database), Handle::current());
+        Box::new(move |alert: Alert| {
+            match &alerts {
+                Some(alerts) => {
+                    let _ = alerts.send(alert);
+                }
+                // A holder that wants no alerts need not read them either; nor does it acknowledge what it does not hear.
+                None if protocol == UDP && alert.state != LatchState::Established => {
+                    let (database, latch) = (Weak::clone(&database), alert.latch);
+                    runtime.spawn(async move {
+                        sleep(SETTLING).await;
+                        if let Some(database) = database.upgrade().filter(|database| database.has_ended(latch)) {
+                            database.release(latch);
+                        }
+                    });
+                }
+                None => {}
+            }
+        })
+    }
+
+    /// A latch of a listener's socket to an end that has not come.
+    async fn create_child(&self, wanted: &Wanted, descriptor: Option<OwnedFd>) -> Result<Created, Refusal> {
+        self.may(Right::Latch)?;
+        self.enforced()?;
+        if descriptor.is_some() || wanted.quiet || wanted.larval || wanted.late || wanted.on_break.is_some() {
+            let message =
+                "with listener there is no descriptor, no quiet, larval or late, and on_break is the listener's";
+            return Err(Refusal::new(Code::Malformed, message));
+        }
+        let listener = LatchId(wanted.listener.unwrap_or_default());
+        let Some(remote) = wanted.remote.map(canonical) else {
+            return Err(Refusal::new(Code::Malformed, "with listener remote is needed"));
+        };
+        let (flow, on_break) = self.child_flow(listener, remote)?;
+        let request = self.request(wanted, on_break)?;
+        let narrow = wanted.initiate == Initiate::Narrow;
+        if narrow || self.lacks_sa(&flow, wanted.initiate) {
+            self.may(Right::Initiate)?;
+            self.initiate(flow, narrow).await?;
+        }
+        let (latch, class) = self.shared.database.create_child(listener, flow, &request)?;
+        Ok(self.created(latch, &flow, &class))
+    }
+
+    /// By whom datagrams of a remote end come.
+    fn child(&self, listener: LatchId, remote: SocketAddr, descriptor: Option<OwnedFd>) -> Result<Created, Refusal> {
+        self.may(Right::Listen)?;
+        if descriptor.is_some() {
+            return Err(Refusal::new(Code::Descriptor, "with remote there is no descriptor"));
+        }
+        let (flow, _) = self.child_flow(listener, remote)?;
+        let (latch, class) = self.shared.database.child(listener, &flow)?;
+        Ok(self.created(latch, &flow, &class))
+    }
+
+    /// The flow of a UDP listener of this connection to a remote end, and what becomes of it at a break.
+    fn child_flow(&self, listener: LatchId, remote: SocketAddr) -> Result<(Flow, OnBreak), Refusal> {
+        let none = || {
+            Refusal::new(Code::NoSuchLatch, format!("this connection holds no listener latch {} of UDP", listener.0))
+        };
+        self.latches.get(&listener).filter(|held| held.protocol == UDP).ok_or_else(none)?;
+        let database = &self.shared.database;
+        let place = database.listener(listener).zip(database.listener_disposition(listener));
+        let (place, on_break) = place.ok_or_else(none)?;
+        let local = place.local.ok_or_else(none)?;
+        Ok((flow(UDP, SocketAddr::new(local, place.port), remote), on_break))
+    }
+
+    fn is_child_of_ours(&self, latch: LatchId) -> bool {
+        self.shared.database.parent(latch).is_some_and(|parent| self.latches.contains_key(&parent))
+    }
+
+    fn created(&self, latch: LatchId, flow: &Flow, class: &Class) -> Created {
+        let (peer, protection) = describe(class);
+        Created {
+            latch: latch.0,
+            local: SocketAddr::new(flow.local, flow.local_port),
+            remote: SocketAddr::new(flow.remote, flow.remote_port),
+            peer,
+            protection,
+            guard: self.guard(latch),
+            class: self.number_of(class),
+        }
     }
 
     fn accept(&mut self, accept: &Accept, descriptor: Option<OwnedFd>) -> Result<Created, Refusal> {
@@ -768,13 +870,11 @@ impl Connection {
         }
         let (latch, class) = accepted?;
         self.latches.insert(latch, Held { socket, permit, protocol });
-        let (peer, protection) = describe(&class);
-        let guard = self.guard(latch);
-        Ok(Created { latch: latch.0, local, remote, peer, protection, guard, class: self.number_of(&class) })
+        Ok(self.created(latch, &flow, &class))
     }
 
-    fn request(&self, wanted: &Wanted, protocol: u8) -> Result<Request, Refusal> {
-        Ok(Request { owner: self.who.user, ..request(wanted, protocol)? })
+    fn request(&self, wanted: &Wanted, default: OnBreak) -> Result<Request, Refusal> {
+        Ok(Request { owner: self.who.user, ..request(wanted, default)? })
     }
 
     fn enforced(&self) -> Result<(), Refusal> {
@@ -905,7 +1005,7 @@ impl Connection {
 
     fn channel_binding(&self, bind: &Bind) -> Result<ChannelBinding, Refusal> {
         let latch = LatchId(bind.latch);
-        if !self.latches.contains_key(&latch) {
+        if !self.latches.contains_key(&latch) && !self.is_child_of_ours(latch) {
             return Err(no_such_latch(latch));
         }
         let data = match bind.kind.as_str() {
@@ -992,7 +1092,7 @@ async fn next_event(watched: &mut Option<broadcast::Receiver<(Option<u32>, Latch
     std::future::pending().await
 }
 
-fn listed(Listed { latch, state, subject, automatic, owner: _ }: Listed) -> ListedLatch {
+fn listed(Listed { latch, state, subject, automatic, listener, owner: _ }: Listed) -> ListedLatch {
     let (protocol, local, remote, peer) = match subject {
         Subject::Connection(flow, class) => {
             let remote = SocketAddr::new(flow.remote, flow.remote_port);
@@ -1012,14 +1112,26 @@ fn listed(Listed { latch, state, subject, automatic, owner: _ }: Listed) -> List
         remote,
         peer: peer.chars().take(200).collect(),
         automatic,
+        listener: listener.map(|listener| listener.0),
     }
 }
 
-fn request(wanted: &Wanted, protocol: u8) -> Result<Request, Refusal> {
+/// The holder of a UDP listener has done with a child. One that has ended is forgotten, when what its peer may have sent to
+/// us, or we to it, is no longer on its way; one that has not is to be acknowledged once more.
+fn acknowledge(database: &Arc<Database>, child: LatchId) {
+    if database.end_child(child) {
+        let database = Arc::clone(database);
+        tokio::spawn(async move {
+            sleep(SETTLING).await;
+            database.release(child);
+        });
+    }
+}
+
+fn request(wanted: &Wanted, default: OnBreak) -> Result<Request, Refusal> {
     let pattern = |name: &str, text: &str| {
         IdentityPattern::parse(text).map_err(|error| Refusal::new(Code::Identity, format!("{name}: {error}")))
     };
-    let default = if protocol == UDP { OnBreak::Wait } else { OnBreak::Reset };
     Ok(Request {
         peer: pattern("peer", &wanted.peer)?,
         local: wanted.local_id.as_deref().map(|text| pattern("local_id", text)).transpose()?,
@@ -1051,6 +1163,10 @@ fn connect_and_empty(socket: &Socket, flow: &Flow) -> io::Result<()> {
         (address, _) => address,
     };
     socket.connect(&SocketAddr::new(remote, flow.remote_port).into())?;
+    empty(socket)
+}
+
+fn empty(socket: &Socket) -> io::Result<()> {
     for _ in 0..MAX_QUEUED {
         // Datagrams, and errors about those that were sent, go.
         if rustix::net::recv(socket, &mut [0; 1], RecvFlags::DONTWAIT) == Err(Errno::AGAIN) {
@@ -1095,14 +1211,20 @@ fn connection_socket(descriptor: OwnedFd) -> Result<(Socket, u8, SocketAddr, Opt
     Ok((socket, protocol, local, remote))
 }
 
-/// Checks that a descriptor is a TCP socket that listens or is about to.
-fn listening_socket(descriptor: OwnedFd) -> Result<(Socket, SocketAddr), Refusal> {
+/// Checks that a descriptor is a TCP socket that listens or is about to, or a UDP socket that is not connected; gives its protocol
+/// and where it is bound.
+fn listening_socket(descriptor: OwnedFd) -> Result<(Socket, u8, SocketAddr), Refusal> {
     let (socket, protocol) = ip_socket(descriptor)?;
-    if protocol != TCP || socket.peer_addr().is_ok() {
-        return Err(refused_socket("not a TCP socket that could listen"));
+    if socket.peer_addr().is_ok() {
+        return Err(refused_socket("connected"));
     }
     let local = bound_address(&socket)?;
-    Ok((socket, local))
+    if protocol == UDP && local.ip().is_unspecified() {
+        let what =
+            "bound to no address: a datagram does not say to which of ours it came, nor from which it is to leave";
+        return Err(refused_socket(what));
+    }
+    Ok((socket, protocol, local))
 }
 
 fn ip_socket(descriptor: OwnedFd) -> Result<(Socket, u8), Refusal> {

@@ -1,6 +1,6 @@
 //! What both clients share: requests that wait for their answers, latches and their changes, sockets to be latched.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
@@ -78,7 +78,18 @@ pub(crate) struct Registry {
     pub(crate) closed: bool,
     pub(crate) pending: HashMap<u64, oneshot::Sender<Outcome>>,
     pub(crate) latches: HashMap<u64, watch::Sender<Option<Change>>>,
+    /// Requests whose answer is a listener latch.
+    listens: HashSet<u64>,
+    /// What the daemon says of the children of UDP listeners, until their endpoints look.
+    endpoints: HashMap<u64, Endpoint>,
     pub(crate) watcher: Option<mpsc::Sender<LatchEvent>>,
+}
+
+/// The children of a UDP listener that have changed.
+#[derive(Debug, Default)]
+struct Endpoint {
+    news: Vec<(u64, Change)>,
+    wake: watch::Sender<()>,
 }
 
 /// What there is to do after a message.
@@ -94,13 +105,40 @@ pub(crate) enum Heard {
 
 impl Registry {
     /// Notes that an answer is due.
-    pub(crate) fn expect(&mut self, id: u64) -> Result<oneshot::Receiver<Outcome>, ClientError> {
+    pub(crate) fn expect(&mut self, id: u64, call: &Call) -> Result<oneshot::Receiver<Outcome>, ClientError> {
         if self.closed {
             return Err(ClientError::Closed);
         }
         let (sender, receiver) = oneshot::channel();
         self.pending.insert(id, sender);
+        if matches!(call, Call::Listen(_)) {
+            self.listens.insert(id);
+        }
         Ok(receiver)
+    }
+
+    /// What wakes those who wait for news of a listener's children.
+    pub(crate) fn endpoint(&mut self, listener: u64) -> watch::Receiver<()> {
+        self.endpoints.entry(listener).or_default().wake.subscribe()
+    }
+
+    /// News of a listener's children; fails when the daemon has gone.
+    pub(crate) fn news(&mut self, listener: u64) -> io::Result<Vec<(u64, Change)>> {
+        if self.closed {
+            return Err(Change::gone().failure());
+        }
+        Ok(self.endpoints.get_mut(&listener).map(|endpoint| std::mem::take(&mut endpoint.news)).unwrap_or_default())
+    }
+
+    /// Nobody looks at news of a listener's children: they are those of connections, which are accepted.
+    pub(crate) fn ignore_children(&mut self, listener: u64) {
+        self.endpoints.remove(&listener);
+    }
+
+    /// A latch is ours no more.
+    pub(crate) fn forget(&mut self, latch: u64) {
+        self.latches.remove(&latch);
+        self.endpoints.remove(&latch);
     }
 
     pub(crate) fn watch(&mut self, latch: u64) -> watch::Receiver<Option<Change>> {
@@ -120,15 +158,22 @@ impl Registry {
         };
         match message {
             ServerMessage::Reply { id, result } => {
+                if self.listens.remove(&id)
+                    && let Some(listener) = result.get("latch").and_then(Value::as_u64)
+                {
+                    self.endpoints.entry(listener).or_default();
+                }
                 let unheard = match self.pending.remove(&id) {
                     Some(caller) => caller.send(Ok(result)).err().and_then(Result::ok),
                     None => Some(result),
                 };
                 if let Some(latch) = unheard.as_ref().and_then(|result| result.get("latch")?.as_u64()) {
+                    self.forget(latch);
                     return Some(Heard::Unwanted(latch));
                 }
             }
             ServerMessage::Refusal { id: Some(id), refusal } => {
+                self.listens.remove(&id);
                 if let Some(caller) = self.pending.remove(&id) {
                     let _ = caller.send(Err(refusal.into()));
                 }
@@ -139,8 +184,19 @@ impl Registry {
                     let _ = caller.send(Err(refusal.clone().into()));
                 }
             }
-            // Of a latch that a listener made and nobody has taken: `accept` will say whether it still stands.
-            ServerMessage::Alert { listener: Some(_), .. } => {}
+            // Of a latch that a listener made and nobody has taken: `accept` will say whether it still stands. A UDP listener's
+            // are never taken.
+            ServerMessage::Alert { latch, state, reason, listener: Some(listener), code: _ } => {
+                let change = Change { state, reason };
+                if self.endpoints.contains_key(&listener) {
+                    self.latch(latch).send_replace(Some(change.clone()));
+                }
+                if let Some(endpoint) = self.endpoints.get_mut(&listener) {
+                    endpoint.news.push((latch, change));
+                    endpoint.wake.send_replace(());
+                    return Some(Heard::Changed(latch));
+                }
+            }
             ServerMessage::Alert { latch, state, reason, listener: None, code: _ } => {
                 self.latch(latch).send_replace(Some(Change { state, reason }));
                 return Some(Heard::Changed(latch));
@@ -164,6 +220,9 @@ impl Registry {
         }
         for latch in self.latches.values() {
             latch.send_replace(Some(Change::gone()));
+        }
+        for endpoint in self.endpoints.values() {
+            endpoint.wake.send_replace(());
         }
     }
 }
@@ -250,6 +309,28 @@ pub(crate) fn is_latched_to(to: SocketAddr, remote: SocketAddr) -> io::Result<()
     }
     let message = format!("the socket is latched to {remote}, not {to}");
     Err(io::Error::new(io::ErrorKind::InvalidInput, message))
+}
+
+/// A latch was made, and has ended before its holder knew of it.
+pub(crate) fn ended_meanwhile(remote: SocketAddr) -> ClientError {
+    system(format!("latching a flow to {remote}"), io::ErrorKind::ConnectionReset.into())
+}
+
+/// A UDP socket that is bound.
+pub(crate) fn datagram_socket(local: SocketAddr) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(local), Type::DGRAM.nonblocking(), Some(Protocol::UDP))?;
+    socket.bind(&local.into())?;
+    Ok(socket)
+}
+
+/// Where a socket has to send to: one of IPv6 that speaks IPv4 takes mapped addresses.
+pub(crate) fn mapped(to: SocketAddr, domain: Domain) -> SocketAddr {
+    match to {
+        SocketAddr::V4(four) if domain == Domain::IPV6 => {
+            SocketAddr::new(four.ip().to_ipv6_mapped().into(), four.port())
+        }
+        other => other,
+    }
 }
 
 /// A TCP socket that is bound and does not listen yet.

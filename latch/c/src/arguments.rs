@@ -165,6 +165,7 @@ pub(crate) unsafe fn wanted(pointer: *const WantedArgument) -> Result<Wanted, Fa
         on_break,
         initiate,
         quiet: false,
+        listener: None,
         remote: None,
     })
 }

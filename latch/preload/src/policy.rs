@@ -222,7 +222,7 @@ pub(crate) fn accepted(listener: c_int, socket: c_int) -> Result<bool, Refusal> 
     if !table::fits(socket) {
         return Err(Refusal { errno: libc::EMFILE, message: format!("{what}: too many descriptors") });
     }
-    let call = Call::Accept(Accept { listener: number });
+    let call = Call::Accept(Accept { listener: number, remote: None });
     let held: Result<(OwnedFd, Created), _> = hold(&policy.daemon, &call, borrowed(socket), PATIENCE);
     match held {
         Ok((holder, created)) => {

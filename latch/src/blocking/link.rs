@@ -66,7 +66,7 @@ impl Link {
     ) -> Result<T, ClientError> {
         let id = self.next_id();
         let octets = call.encode(id)?;
-        let mut answer = self.state().registry.expect(id)?;
+        let mut answer = self.state().registry.expect(id, &call)?;
         if let Err(source) = send(self.socket.as_fd(), &octets, socket) {
             self.state().registry.pending.remove(&id);
             return Err(system(format!("sending {} to the daemon", call.name()), source));
@@ -146,12 +146,33 @@ impl Link {
 
     /// Gives a latch back; the answer is for nobody.
     pub(super) fn release(&self, latch: u64) {
-        self.state().registry.latches.remove(&latch);
+        self.forget(latch);
+        self.tell_release(latch);
+    }
+
+    pub(super) fn tell_release(&self, latch: u64) {
         let Some(octets) = session::release(self.next_id(), latch) else { return };
         // If there is no room the latch lives as long as the connection to the daemon.
         if let Err(error) = send_now(self.socket.as_fd(), &octets, None) {
             tracing::debug!(latch, %error, "releasing a latch");
         }
+    }
+
+    /// Gives back the latch of a peer whose end is known; false if that could not be told now.
+    pub(super) fn acknowledge(&self, latch: u64) -> bool {
+        let Some(octets) = session::release(self.next_id(), latch) else { return true };
+        let told = send_now(self.socket.as_fd(), &octets, None);
+        if told.is_ok() {
+            self.forget(latch);
+        }
+        told.is_ok()
+    }
+
+    fn forget(&self, latch: u64) {
+        let mut state = self.state();
+        state.registry.forget(latch);
+        state.changed.remove(&latch);
+        self.note(&state);
     }
 
     pub(super) fn state(&self) -> MutexGuard<'_, State> {

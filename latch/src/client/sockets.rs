@@ -614,7 +614,7 @@ impl TcpListener {
         loop {
             let accepted = self.listener.accept().await;
             let (stream, remote) = accepted.map_err(|error| system("accepting a connection".to_owned(), error))?;
-            let accept = Call::Accept(Accept { listener: self.latch.latch });
+            let accept = Call::Accept(Accept { listener: self.latch.latch, remote: None });
             match self.latch.shared.call::<Created>(accept, Some(stream.as_fd())).await {
                 Ok(created) => {
                     let latch = Latched::new(&self.latch.shared, created, self.on_break);

@@ -18,9 +18,9 @@ use super::{Condition, Control, Coverage, Database, Latch, LatchId, OnBreak, Pro
 /// What a TCP connection may be silent for (RFC 5382 §5, REQ-5).
 const TCP_IDLE: Duration = Duration::from_secs(7440);
 /// The same after FIN or RST, and of a flow whose latch is not ESTABLISHED any more.
-const ENDING_IDLE: Duration = Duration::from_secs(240);
+pub(super) const ENDING_IDLE: Duration = Duration::from_secs(240);
 /// The same of UDP (RFC 4787 §4.3, REQ-5).
-const UDP_IDLE: Duration = Duration::from_secs(300);
+pub(super) const UDP_IDLE: Duration = Duration::from_secs(300);
 
 /// Flows in all.
 const MOST: usize = if cfg!(test) { 40 } else { 65_536 };

@@ -227,10 +227,8 @@ impl Database {
             binding: control.binding(flow),
             holder: Arc::clone(&holder),
         };
-        let (_, alert) = self.insert(control, latch).ok()?;
-        if let Some(listening) = control.listeners.get_mut(&parent) {
-            listening.waiting += 1;
-        }
+        let (id, alert) = self.insert(control, latch).ok()?;
+        self.count_child(control, parent, id);
         Some((holder, alert))
     }
 

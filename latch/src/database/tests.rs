@@ -1,6 +1,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests")]
 
 mod automatic;
+mod datagrams;
 mod ports;
 
 use std::sync::atomic::{AtomicBool, AtomicU64};

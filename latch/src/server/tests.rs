@@ -21,6 +21,7 @@ use crate::protocol::{Disposition, MAX_MESSAGE, ProofInfo, State};
 
 mod access;
 mod blocking;
+mod datagrams;
 mod sockets;
 
 #[tokio::test]

@@ -191,8 +191,9 @@ async fn whoever_has_the_accepted_socket_takes_the_latch_that_a_quiet_listener_m
     let far = std::net::TcpStream::connect(listening.local).unwrap();
     let near = flow(TCP, far.peer_addr().unwrap(), far.local_addr().unwrap());
     let (accepted, _) = socket.accept().unwrap();
-    let accept =
-        |listener| hold::<Created>(&house.path, &Call::Accept(Accept { listener }), accepted.as_fd(), PATIENCE);
+    let accept = |listener| {
+        hold::<Created>(&house.path, &Call::Accept(Accept { listener, remote: None }), accepted.as_fd(), PATIENCE)
+    };
     assert_eq!(refusal(accept(listening.latch)), Code::NotAccepted, "it came under no SA");
     assert_eq!(house.database.check(Direction::Inbound, &near, class), Verdict::Pass);
     assert_eq!(refusal(accept(listening.latch + 1)), Code::NoSuchLatch);
