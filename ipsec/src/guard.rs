@@ -60,6 +60,8 @@ pub trait FlowGuard: Send + Sync {
 pub enum Passage {
     /// Nothing.
     None,
+    /// Nothing yet: an SA is being made. Where the system can, it drops what is sent without telling the sender.
+    Larval,
     /// What SAs of this class carry.
     Class(ClassId),
 }

@@ -250,6 +250,9 @@ pub enum TfcPadding {
     To(u16),
 }
 
+/// The `reqid` that no SA pair ever has: what a policy demands that is to wait.
+pub const RESERVED_REQID: u32 = u32::MAX;
+
 /// A trap: a PROTECT policy without an SA (RFC 4301 §4.4.1). What it selects, and no SA as specific does, is dropped and
 /// reported as [`PlaneEvent::Acquire`].
 #[derive(Clone, Debug, PartialEq, Eq)]

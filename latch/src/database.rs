@@ -663,21 +663,17 @@ impl Database {
     /// Makes a LARVAL latch (RFC 5660 §2.3): no packet of `flow` passes until [`Self::establish`], for which there is no SA
     /// yet, or [`Self::release`]. It is neither listed nor found, and no SA conflicts with it.
     ///
-    /// Fails when the flow has a latch already, and where the system does ESP: its barrier would make `connect` fail.
+    /// Fails when the flow has a latch already, and where the system does ESP and has no barrier for it.
     pub fn reserve(&self, flow: Flow) -> Result<LatchId, LatchError> {
         if !is_connection(&flow) {
             return Err(LatchError::NotAConnection(flow.to_string()));
-        }
-        if self.system_does_esp() {
-            let reason = "the kernel does ESP, and would refuse packets instead of dropping them".to_owned();
-            return Err(LatchError::Unenforced { flow: flow.to_string(), reason });
         }
         let mut control = self.control();
         self.give_way(&mut control, &flow);
         if control.by_flow.contains_key(&flow) {
             return Err(LatchError::Exists(flow.to_string()));
         }
-        self.raise_barrier(&flow, Passage::None)?;
+        self.raise_barrier(&flow, Passage::Larval)?;
         self.pin_new(&flow, Pin::Broken)?;
         control.last_latch += 1;
         let id = LatchId(control.last_latch);

@@ -652,8 +652,7 @@ impl Connection {
         if narrow || self.lacks_sa(&flow, wanted.initiate) {
             self.may(Right::Initiate)?;
             let initiating = self.initiate(flow, narrow);
-            // Where the system does ESP there are no LARVAL latches: the answer waits.
-            if wanted.larval && !self.shared.database.system_does_esp() {
+            if wanted.larval {
                 let latch = self.shared.database.reserve(flow)?;
                 self.begin(latch, &socket, flow, must_be_new)?;
                 tracing::debug!(latch = latch.0, %local, %remote, "latch LARVAL");

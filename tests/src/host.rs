@@ -117,6 +117,9 @@ impl Host {
 
     /// Drops all UDP that this host sends, receives or forwards, silently.
     pub fn block_udp(&self) {
+        if crate::uml::inside() {
+            return self.udp("-I");
+        }
         self.nft(
             "table inet blockudp {\n\
              chain o {\ntype filter hook output priority 0;\nmeta l4proto udp drop;\n}\n\
@@ -127,7 +130,17 @@ impl Host {
 
     /// Undoes [`Self::block_udp`].
     pub fn allow_udp(&self) {
+        if crate::uml::inside() {
+            return self.udp("-D");
+        }
         self.check("nft", &["delete", "table", "inet", "blockudp"]);
+    }
+
+    /// The guest's kernel has no nftables for this.
+    fn udp(&self, change: &str) {
+        for chain in ["OUTPUT", "INPUT", "FORWARD"] {
+            self.check("iptables-legacy", &[change, chain, "-p", "udp", "-j", "DROP"]);
+        }
     }
 
     /// Masquerades what is forwarded to this device.

@@ -13,6 +13,7 @@
 pub mod actions;
 pub mod capture;
 pub mod daemon;
+pub mod exec;
 pub mod host;
 pub mod latched;
 pub mod middlebox;

@@ -9,26 +9,10 @@ use std::process::{Command, Output, Stdio};
 
 use latchkey_tests::daemon::Kind::Latchkey;
 use latchkey_tests::daemon::{Daemon, program};
-use latchkey_tests::host::{Host, Process};
+use latchkey_tests::exec::{self, command, echo_server};
+use latchkey_tests::host::Host;
 use latchkey_tests::scene::{Scene, Suite};
 use latchkey_tests::talker::Talker;
-
-fn command(daemon: &Daemon, host: &Host, rules: &[&str], program: &[&str]) -> Command {
-    let socket = daemon.latch_socket();
-    let mut all = vec!["exec"];
-    if !rules.iter().any(|rule| rule.starts_with("--socket")) {
-        all.extend_from_slice(&["--socket", socket.to_str().unwrap()]);
-    }
-    for rule in rules {
-        if !rule.starts_with("--") {
-            all.push("--rule");
-        }
-        all.push(rule);
-    }
-    all.push("--");
-    all.extend_from_slice(program);
-    host.command(latchkey_tests::daemon::program("latchkey").to_str().unwrap(), &all)
-}
 
 fn run(daemon: &Daemon, host: &Host, rules: &[&str], program: &[&str]) -> Output {
     command(daemon, host, rules, program).stdin(Stdio::null()).output().unwrap()
@@ -45,18 +29,24 @@ fn python(daemon: &Daemon, host: &Host, rules: &[&str], script: &str) -> String 
     out + &errors
 }
 
-fn echo_server(host: &Host, port: u16) -> Process {
-    let server = host.spawn("socat", &[&format!("TCP4-LISTEN:{port},bind=10.2.0.1,reuseaddr,fork"), "EXEC:cat"]);
-    host.wait_for_listener(port);
-    server
-}
-
 /// Counts the packets to B's port 4000 that A's programs send, by whatever way.
 fn count(host: &Host) {
     host.nft(
         "table inet witness {\ncounter sent { }\nchain o {\ntype filter hook output priority 0;\n\
          ip daddr 10.2.0.1 tcp dport 4000 counter name sent;\n}\n}\n",
     );
+}
+
+fn trapped() -> Scene {
+    let scene = exec::trapped(Latchkey);
+    count_in_clear(&scene.host_a);
+    scene
+}
+
+// RFC 5660 §2.3: a LARVAL latch; §2: nothing is sent before it is ESTABLISHED.
+#[test]
+fn a_program_that_does_not_block_goes_on_while_the_latch_is_made() {
+    exec::a_program_that_does_not_block_goes_on_while_the_latch_is_made(Latchkey);
 }
 
 fn counted(host: &Host) -> u64 {
@@ -144,31 +134,6 @@ fn count_in_clear(host: &Host) {
     );
 }
 
-/// Connects without blocking and says how it goes on; `argv[1]` is how it asks in the end.
-const NOT_WAITING: &str = r#"
-import errno, os, select, socket, sys
-s = socket.socket()
-s.setblocking(False)
-code = s.connect_ex(("10.2.0.1", 4000))
-assert code == errno.EINPROGRESS, errno.errorcode[code]
-poll = select.epoll()
-poll.register(s, select.EPOLLOUT)
-assert poll.poll(0) == [] and s.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
-assert s.connect_ex(("10.2.0.1", 4000)) == errno.EALREADY
-print("in progress", flush=True)
-assert poll.poll()
-if sys.argv[1] == "option":
-    code = s.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-else:
-    code = s.connect_ex(("10.2.0.1", 4000))
-print("it is", errno.errorcode.get(code, code), flush=True)
-if code == 0:
-    s.setblocking(True)
-    s.sendall(b"through the latch")
-    assert s.recv(100) == b"through the latch"
-    print("all went well", flush=True)
-"#;
-
 /// Sends a datagram once, and connects by a socket whose SYN goes out once.
 const ONCE: &str = r#"
 import errno, select, socket, time
@@ -192,26 +157,6 @@ assert u.recv(100) == b"latest"
 print("all went well", flush=True)
 "#;
 
-/// A loop that goes on while a connection is made.
-const TICKING: &str = r#"
-import asyncio
-async def tick():
-    while True:
-        await asyncio.sleep(0.01)
-        print("tick", flush=True)
-async def talk():
-    reader, writer = await asyncio.open_connection("10.2.0.1", 4000)
-    writer.write(b"line\n")
-    assert await reader.readline() == b"line\n"
-    writer.close()
-async def main():
-    ticking = asyncio.create_task(tick())
-    await talk()
-    ticking.cancel()
-    print("all went well")
-asyncio.run(main())
-"#;
-
 /// Reads, or writes and reads, until something fails; says the error.
 const WAITS_FOR_WORD: &str = r#"
 import errno, socket, sys
@@ -228,51 +173,6 @@ try:
 except OSError as error:
     print("it is", errno.errorcode[error.errno], flush=True)
 "#;
-
-fn trapped() -> Scene {
-    let scene = Scene::start(Latchkey, Latchkey, &Suite { child: "start_action = trap", ..Suite::DEFAULT });
-    count_in_clear(&scene.host_a);
-    scene
-}
-
-// RFC 5660 §2.3: a LARVAL latch; §2: nothing is sent before it is ESTABLISHED.
-#[test]
-fn a_program_that_does_not_block_goes_on_while_the_latch_is_made() {
-    let scene = trapped();
-    let (a, host_a, host_b) = (&scene.a, &scene.host_a, &scene.host_b);
-    let _server = echo_server(host_b, 4000);
-    let start = |name: &str, peer: &str, script: &str, argument: &str| {
-        // Nobody answers until the program has said that it goes on.
-        if a.established() > 0 {
-            a.control(&["--terminate", "--ike", "site", "--force"]);
-        }
-        host_a.block_udp();
-        let program = ["/usr/bin/python3", "-c", script, argument];
-        Talker::start(command(a, host_a, &[&format!("tcp:4000={peer}")], &program), a.path(name))
-    };
-    for way in ["option", "again"] {
-        let mut client = start(way, "b.example", NOT_WAITING, way);
-        client.prints("in progress");
-        host_a.allow_udp();
-        client.prints("it is 0");
-        client.prints("all went well");
-        assert!(client.ends().success(), "{}", client.errors());
-
-        // Somebody else answers: the program hears it as it hears of any connection that fails.
-        let mut client = start("refused", "c.example", NOT_WAITING, way);
-        client.prints("in progress");
-        host_a.allow_udp();
-        client.prints("it is EACCES");
-        client.tells("is b.example, not c.example (wrong-peer)");
-        client.ends();
-    }
-    let mut client = start("ticking", "b.example", TICKING, "");
-    client.prints("tick\ntick\ntick\n");
-    host_a.allow_udp();
-    client.prints("all went well");
-    assert!(client.ends().success(), "{}", client.errors());
-    assert_eq!(counted(host_a), 0);
-}
 
 // RFC 5660 §2, §2.3: it waits for the latch, and not for its sender to send it again.
 #[test]

@@ -16,7 +16,7 @@ use ike::config::{
 };
 use ike::crypto::{has_short_keys, parse_proposals};
 use ike::engine::Gateway;
-use ipsec::plane::{CopyDscp, KernelOptions, Lifetime, Mode, Offload, ShuntAction, TfcPadding};
+use ipsec::plane::{CopyDscp, KernelOptions, Lifetime, Mode, Offload, RESERVED_REQID, ShuntAction, TfcPadding};
 use ipsec::transform::{Proposal, Protocol};
 use pad::{AuthClass, Identity, IdentityPattern, LocalAuth, PadEntry, Revocation, SignatureConstraints};
 
@@ -599,7 +599,7 @@ fn child(
                 (&["restart", "start"], DpdAction::Restart),
             ],
         ),
-        reqid: options.number("reqid", u32::MAX.into()).map_or(0, narrow_u32),
+        reqid: options.number("reqid", (RESERVED_REQID - 1).into()).map_or(0, narrow_u32),
         copy_df: options.boolean("copy_df", true),
         copy_ecn: options.boolean("copy_ecn", true),
         tfc_padding: options.parsed("tfc_padding", tfc_padding, "mtu or a number of octets").unwrap_or_default(),
@@ -1135,6 +1135,7 @@ mod tests {
             "replay_window = 99999",
             "copy_df = 2",
             "reqid = x",
+            "reqid = 4294967295",
             "tfc_padding = most",
             "tfc_padding = 65536",
             "inactivity = soon",

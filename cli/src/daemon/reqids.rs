@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use ipsec::guard::ClassId;
-use ipsec::plane::Tags;
+use ipsec::plane::{RESERVED_REQID, Tags};
 use ipsec::selector::TrafficSelector;
 
 /// What a `reqid` that was not configured stands for.
@@ -51,7 +51,7 @@ impl Reqids {
     /// One that nobody has or is configured to have.
     pub(super) fn fresh(&mut self) -> u32 {
         loop {
-            self.last = self.last.wrapping_add(1).max(1);
+            self.last = if self.last >= RESERVED_REQID - 1 { 1 } else { self.last + 1 };
             let reqid = self.last;
             if !self.users.contains_key(&reqid) && !self.traps.contains(&reqid) && !self.configured.contains(&reqid) {
                 return reqid;
@@ -129,8 +129,8 @@ mod tests {
         reqids.trap(4, false);
         reqids.last = 3;
         assert_eq!(reqids.fresh(), 4);
-        reqids.last = u32::MAX;
-        assert_eq!(reqids.fresh(), 2, "0 is none");
+        reqids.last = RESERVED_REQID - 1;
+        assert_eq!(reqids.fresh(), 2, "0 is none, and the last one is reserved");
         assert!(reqids.by_key.is_empty() && reqids.users.is_empty());
     }
 }

@@ -3,7 +3,8 @@
 //!
 //! Each flow has a policy for each direction, for its five-tuple alone, which goes before those of SAs and of other key
 //! managers. Where the kernel does ESP the policies demand the `reqid` of the class's SAs, in both directions; where user
-//! space does, and whenever a latch is not ESTABLISHED or its class has no SA, they drop all. What goes through the
+//! space does, and whenever a latch is not ESTABLISHED or its class has no SA, they drop all; while a latch is LARVAL so that
+//! the sender is not told, and its `connect` goes on (`larval`). What goes through the
 //! tunnel's device passes them by; of inbound IPv6 that cannot be said, so there is no policy for it where user space does ESP.
 //!
 //! Where the kernel does ESP, a port whose connections are latched has policies too (`ports`), for those that have no
@@ -19,7 +20,8 @@
 //!   ([`Latches::unbar`]).
 //! * They stay when the process ends, however it ends. A successor finds them, lets nothing pass, and takes each away when
 //!   the system has no connection left that it is about ([`FlowBarrier::abandoned`]).
-//! * A policy never names a `reqid` that no SA of its class has: a number may come to stand for another class.
+//! * A policy never names a `reqid` that no SA of its class has: a number may come to stand for another class. But for
+//!   [`RESERVED_REQID`], which stands for none.
 //!
 //! # What they do not reach
 //!
@@ -33,7 +35,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::sync::{Mutex, MutexGuard};
 
 use ipsec::guard::{self, Claim, ClassId, FlowBarrier, Passage};
-use ipsec::plane::{Encapsulation, Mark, Mode, SaPair};
+use ipsec::plane::{Encapsulation, Mark, Mode, RESERVED_REQID, SaPair};
 use ipsec::selector::Flow;
 
 use super::arrivals::{self, Arrivals};
@@ -633,7 +635,11 @@ impl State {
 
     /// What the policies of a flow have to do; fails where its SAs are such that they cannot say it.
     fn actions(&self, flow: &Flow, passage: Passage) -> Result<[Action; 2], String> {
-        let Passage::Class(class) = passage else { return Ok(CLOSED.actions) };
+        let class = match passage {
+            Passage::Class(class) => class,
+            Passage::Larval if self.kernel_does_esp => return Ok([Action::Protect(larval(flow)), Action::Drop]),
+            Passage::None | Passage::Larval => return Ok(CLOSED.actions),
+        };
         let fits = |path: &Path| {
             let of_flow = path.selectors.iter().filter(|selector| includes(selector, flow));
             of_flow.map(|selector| priority::of(selector, Purpose::Sa)).min()
@@ -692,6 +698,12 @@ impl Path {
         };
         Template { reqid: self.reqid, mode: self.mode, source, destination }
     }
+}
+
+/// Demands an SA from us to us with the number that no SA has. So packets wait, for nothing: the kernel drops them without
+/// telling the sender (`net.core.xfrm_larval_drop`), and looks anew for each.
+fn larval(flow: &Flow) -> Template {
+    Template { reqid: RESERVED_REQID, mode: Mode::Tunnel, source: flow.local, destination: flow.local }
 }
 
 fn id(flow: &Flow, direction: Direction) -> PolicyId {
@@ -855,6 +867,35 @@ mod tests {
                 successor.lift(&udp_flow(7000));
                 assert!(sends(7000));
                 assert_eq!((ip("xfrm policy").as_str(), successor.abandoned().len()), ("", 0));
+            })
+            .unwrap();
+    }
+
+    // RFC 5660 §2.3: while an SA is made the sender is not told, and no SA that comes lets anything pass but the latch's.
+    #[test]
+    fn a_larval_flow_is_dropped_without_a_word_until_it_has_a_class() {
+        host()
+            .run(|| {
+                let waits = || ip("xfrm policy").matches(&format!("reqid {RESERVED_REQID}")).count();
+                let latches = Latches::open(TUN, true).unwrap();
+                latches.set(&udp_flow(7000), Passage::Larval).unwrap();
+                latches.installed(&pair(1, 1, 40, ("10.2.0.0", 24)));
+                assert_eq!(waits(), 1, "outbound; inbound is dropped");
+                assert!(sends(7000), "and goes nowhere");
+                latches.set(&udp_flow(7000), Passage::Class(ClassId(1))).unwrap();
+                assert_eq!(demanded(), [Some("40".to_owned()), Some("40".to_owned())]);
+                latches.set(&udp_flow(7000), Passage::Larval).unwrap();
+                latches.abandon(&udp_flow(7000));
+                assert_eq!(demanded(), [None, None]);
+                latches.set(&udp_flow(7000), Passage::Larval).unwrap();
+                // Killed.
+                drop(latches);
+                let _successor = Latches::open(TUN, true).unwrap();
+                assert_eq!(demanded(), [None, None]);
+                // Where user space does ESP they are about what goes past the tunnel only.
+                let latches = Latches::open(TUN, false).unwrap();
+                latches.set(&udp_flow(7002), Passage::Larval).unwrap();
+                assert_eq!(waits(), 0);
             })
             .unwrap();
     }

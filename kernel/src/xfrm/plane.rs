@@ -5,8 +5,8 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::sync::{Arc, MutexGuard};
 
 use ipsec::plane::{
-    Carrier, DataPlane, Encapsulation, KernelOptions, Mode, Offload, PlaneError, SaPair, Shunt, ShuntAction, Trap,
-    Usage,
+    Carrier, DataPlane, Encapsulation, KernelOptions, Mode, Offload, PlaneError, RESERVED_REQID, SaPair, Shunt,
+    ShuntAction, Trap, Usage,
 };
 use ipsec::selector::TrafficSelector;
 
@@ -82,6 +82,9 @@ impl DataPlane for KernelPlane {
     }
 
     fn install(&mut self, pair: SaPair) -> Result<(), PlaneError> {
+        if pair.reqid == RESERVED_REQID {
+            return Err(PlaneError::Unsupported { plane: "kernel", what: format!("reqid {RESERVED_REQID}") });
+        }
         let owner = Owner::Pair(pair.spi_in);
         let links = self.links(&pair.options, Some(pair.encapsulation.local()))?;
         // In transport mode packets have the outer addresses already.

@@ -107,7 +107,7 @@ fn id(direction: Direction, selector: Selector) -> PolicyId {
 fn class(passage: Passage) -> Option<ClassId> {
     match passage {
         Passage::Class(class) => Some(class),
-        Passage::None => None,
+        Passage::None | Passage::Larval => None,
     }
 }
 

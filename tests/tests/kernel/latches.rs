@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use latchkey_tests::daemon::Kind::LatchkeyKernel;
+use latchkey_tests::exec;
 use latchkey_tests::host::{Host, wait_for};
 use latchkey_tests::latched::{self, loot};
 use latchkey_tests::uml::in_guest;
@@ -68,6 +69,12 @@ fn call(host: &Host, port: u16, line: &str) -> String {
     let to = format!("TCP4:10.2.0.1:7,bind=10.1.0.1:{port},reuseaddr,connect-timeout=2");
     let script = format!("echo {line} | timeout 8 socat -t 5 - {to}");
     String::from_utf8_lossy(&host.run("sh", &["-c", &script]).stdout).into_owned()
+}
+
+// RFC 5660 §2, §2.3: the kernel drops what a LARVAL flow sends without telling the program, and lets it pass under the latch.
+#[test]
+fn a_program_that_does_not_block_goes_on_while_the_latch_is_made() {
+    in_guest(|| exec::a_program_that_does_not_block_goes_on_while_the_latch_is_made(LatchkeyKernel));
 }
 
 // RFC 5660 §2.2, §2.3, §5.1: who comes to a latched listener comes by the SA of the class that covers him, and is latched to it
