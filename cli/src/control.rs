@@ -9,11 +9,21 @@ use ike::pool::{PoolConfig, PoolError, PoolStatus};
 use ipsec::datapath::DropReason;
 use ipsec::plane::{Carrier, Mode, ShuntAction, Usage};
 use ipsec::selector::{Flow, TrafficSelector};
+use latch::database::AutomaticFlows;
 use latch::protocol::SaInfo;
 use pad::{Credentials, IdentityPattern};
 use tokio::sync::{broadcast, mpsc, oneshot};
 
 use crate::config::ConnectionDefinition;
+
+/// Packets of user space's ESP.
+#[derive(Clone, Debug, Default)]
+pub struct Packets {
+    /// How many it dropped, by reason.
+    pub dropped: Vec<(DropReason, u64)>,
+    /// What became of those of flows that are latched of themselves, with `latch_flows`.
+    pub automatic: Option<AutomaticFlows>,
+}
 
 /// A snapshot of one IKE SA with the traffic counters of its Child SAs, in the order of
 /// `status.children`.
@@ -166,8 +176,8 @@ pub enum Command {
     },
     /// How many IKE SAs there are, and how many of them are not up yet.
     CountSas(oneshot::Sender<(usize, usize)>),
-    /// How many packets user space's ESP dropped, by reason.
-    CountDropped(oneshot::Sender<Vec<(DropReason, u64)>>),
+    /// Packets of user space's ESP.
+    CountPackets(oneshot::Sender<Packets>),
     /// Initiate a child (or an IKE SA only); answered when it is up or has failed, with charon's message.
     Initiate {
         /// Connection; may be missing when the child's name is unique.
@@ -296,9 +306,9 @@ impl Control {
         self.ask(Command::CountSas).await.unwrap_or_default()
     }
 
-    /// See [`Command::CountDropped`].
-    pub async fn count_dropped(&self) -> Vec<(DropReason, u64)> {
-        self.ask(Command::CountDropped).await.unwrap_or_default()
+    /// See [`Command::CountPackets`].
+    pub async fn count_packets(&self) -> Packets {
+        self.ask(Command::CountPackets).await.unwrap_or_default()
     }
 
     /// See [`Command::Initiate`].

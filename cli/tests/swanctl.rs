@@ -23,9 +23,10 @@ use ike::engine::{
 use ipsec::plane::{Encapsulation, EspSuite, Mode, Tags, Usage};
 use ipsec::selector::TrafficSelector;
 use ipsec::transform::{Encr, Integ, Ke, Prf};
+use latch::database::AutomaticFlows;
 use latchkey::config::ConnectionDefinition;
 use latchkey::control::{
-    Command, Control, Counted, CounterReport, Matched, PolicyKind, PolicyReport, SaPage, SaReport,
+    Command, Control, Counted, CounterReport, Matched, Packets, PolicyKind, PolicyReport, SaPage, SaReport,
 };
 use latchkey::vici::client::{Client, ClientError};
 use latchkey::vici::store::Configured;
@@ -242,6 +243,8 @@ async fn version_statistics_algorithms_pools_and_counters_are_answered() {
     assert!(version.contains("latchkeyd") && version.contains(env!("CARGO_PKG_VERSION")), "{version}");
     let stats = daemon.out(&["--stats"]).await;
     assert!(stats.contains("IKE_SAs: 1 total, 0 half-open") && stats.contains("job queues: 0/0/0/0"), "{stats}");
+    let stats = daemon.out(&["--stats", "--raw"]).await;
+    assert!(stats.contains("latch-flows {latches=3 without-room=4 in-conflict=5 dropped=6}"), "{stats}");
     let algorithms = daemon.out(&["--list-algs"]).await;
     assert!(algorithms.contains("AES_GCM_16[aws-lc]") && algorithms.contains("CURVE_25519"), "{algorithms}");
     assert_eq!(daemon.out(&["--list-pools"]).await, "");
@@ -595,7 +598,10 @@ fn core(sas: Vec<SaReport>) -> (Control, Core) {
                     let reports = first.filter(|report| filter.selects(&report.status)).cloned().into_iter().collect();
                     let _ = reply.send(SaPage { reports, next });
                 }
-                Command::CountDropped(reply) => drop(reply.send(Vec::new())),
+                Command::CountPackets(reply) => {
+                    let automatic = AutomaticFlows { latches: 3, without_room: 4, in_conflict: 5, dropped: 6 };
+                    drop(reply.send(Packets { dropped: Vec::new(), automatic: Some(automatic) }));
+                }
                 Command::CountSas(reply) => {
                     let _ = reply.send((sas.len(), 0));
                 }

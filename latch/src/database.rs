@@ -35,8 +35,9 @@
 //!
 //! One mutex orders all control operations, so that nothing happens between looking at the SAs and pinning a flow. An SA
 //! that breaks many latches gives it up now and then, and is done only when none is left; SAs are told of one after the other.
-//! The packet path never takes it: it reads one counter, and, if there are latches, one entry of a table without locks
-//! (`flow_table.rs`); of a flow without a latch, if there are listener latches, one entry of a sharded map as well.
+//! A packet takes it only to make a latch, of a listener or of itself ([`Database::latch_flows`]). Else it reads one counter, and, if there
+//! are latches, one entry of a table without locks (`flow_table.rs`); of a flow without a latch, if there are listener latches, one entry of
+//! a sharded map as well.
 //! Holders are told with no lock held; they may call back.
 
 mod automatic;
@@ -55,6 +56,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
+pub use automatic::AutomaticFlows;
 use automatic::{Automatic, Standing};
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry;
@@ -522,6 +524,7 @@ impl Database {
         let (mut control, _) = self.break_conflicting(control, &newcomer, found);
         control.newcomer = None;
         control.sas.insert(sa, newcomer);
+        self.forget_refusals();
         Ok(())
     }
 
@@ -531,6 +534,7 @@ impl Database {
         let mut control = self.control();
         let found = self.before_removal(&mut control, sa);
         control.sas.remove(sa);
+        self.forget_refusals();
         control.bindings.remove(&sa);
         self.open_ports(&control);
         let restored = self.restore(&mut control);
@@ -842,7 +846,9 @@ impl Database {
         control.standing.remove(gone.number, gone.flow.remote, latch);
         control.fallen.remove(gone.number, gone.flow.remote, latch);
         control.recoverable.remove(&latch);
-        control.automatic.remove(latch, gone.number);
+        if control.automatic.remove(latch, gone.number) {
+            self.forget_refusals();
+        }
         if let Some(listener) = gone.listener {
             control.discount_child(listener, latch, gone.number);
         }
@@ -1231,8 +1237,8 @@ impl FlowGuard for Database {
             };
             return if admitted { Verdict::Pass } else { Verdict::Drop };
         }
-        match self.pin(flow) {
-            Some(pin) => pin.verdict(class),
+        match self.flows.get(flow) {
+            Some(pinned) => self.verdict(pinned, class),
             None if self.is_listened_for(flow) => self.spawn(direction, flow, class),
             None => match (self.automatic.get(), class) {
                 (Some(automatic), Some(class)) => self.latch_automatically(automatic, flow, class),

@@ -55,7 +55,8 @@ use tokio::time::{Instant, interval, sleep, timeout};
 use crate::access::{Access, Credentials, Right};
 use crate::connections::{self, Progress};
 use crate::database::{
-    Alert, Class, Database, ENDED, LatchError, LatchId, LatchState, Listed, Listener, OnBreak, Request, Subject,
+    Alert, AutomaticFlows, Class, Database, ENDED, LatchError, LatchId, LatchState, Listed, Listener, OnBreak, Request,
+    Subject,
 };
 use crate::protocol::{
     Accept, Bind, Call, ChannelBinding, Code, Created, Creating, ENDPOINT_BINDING, Guard, Hello, Initiate, Inquire,
@@ -317,17 +318,23 @@ fn event(alert: &Alert) -> LatchEvent {
 /// a row, since the system has a connection only after the packet passed that made the latch.
 async fn sweep(database: Arc<Database>) {
     let (mut suspects, mut opened) = (HashSet::new(), HashSet::new());
+    let mut passed = AutomaticFlows::default();
     let mut turns = interval(SWEEP);
     loop {
         turns.tick().await;
         database.tend_datagrams(SWEEP);
-        let refused = database.tend_automatic(SWEEP);
-        if refused > 0 {
+        database.tend_automatic(SWEEP);
+        let now = database.automatic_flows().unwrap_or_default();
+        let (without_room, in_conflict) =
+            (now.without_room - passed.without_room, now.in_conflict - passed.in_conflict);
+        if without_room > 0 || in_conflict > 0 {
             tracing::warn!(
-                packets = refused,
-                "flows without an automatic latch: there are too many, or SAs of several peers for them"
+                without_room,
+                in_conflict,
+                "packets of flows without an automatic latch: there are too many, or SAs of several peers for them"
             );
         }
+        passed = now;
         let (abandoned, ports) = (database.abandoned(), database.abandoned_ports());
         let of_system = Arc::clone(&database);
         // What has come by way of the system is looked for before what has gone.

@@ -41,7 +41,7 @@ use crate::config::ConnectionDefinition;
 use crate::config::latches::{self, Pinned};
 use crate::config::shunt::ShuntPolicy;
 use crate::config::trap::{Selectors, covers};
-use crate::control::{Command, Matched, PolicyKind, PolicyReport, RedirectFilter, SaFilter, SaPage, SaReport};
+use crate::control::{Command, Matched, Packets, PolicyKind, PolicyReport, RedirectFilter, SaFilter, SaPage, SaReport};
 
 /// How long a graceful stop waits for the peers' answers to our deletes.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(2);
@@ -771,8 +771,9 @@ impl Core {
                 let (all, half_open) = self.shards.counts();
                 let _ = reply.send((all, half_open + self.shards.initiating()));
             }
-            Command::CountDropped(reply) => {
-                let _ = reply.send(self.network.drops());
+            Command::CountPackets(reply) => {
+                let (dropped, automatic) = (self.network.drops(), self.database.automatic_flows());
+                let _ = reply.send(Packets { dropped, automatic });
             }
             Command::Initiate { ike, child, reply } => self.initiate(ike.as_deref(), child.as_deref(), Some(reply)),
             Command::InitiateFlow { flow, narrow, reply } => self.initiate_for_latch(&flow, narrow, reply),

@@ -234,7 +234,7 @@ fn is_set(message: &Section, name: &str) -> Result<bool, Section> {
 async fn stats(shared: &Shared) -> Section {
     let (all, half_open) = shared.control.count_sas().await;
     let (started, since) = shared.store.started();
-    report::stats(started.elapsed(), since, (all, half_open), &shared.control.count_dropped().await)
+    report::stats(started.elapsed(), since, (all, half_open), &shared.control.count_packets().await)
 }
 
 /// Whose counters are meant: `all`, one connection's by `name`, or those of all together.

@@ -8,17 +8,17 @@ use ike::config::{Child, ConfiguredSelector, DpdAction, StartAction, Unique};
 use ike::crypto::names;
 use ike::engine::{Assigned, ChildSaStatus, ChildState, IkeSaStatus, IkeState, Transport};
 use ike::pool::PoolStatus;
-use ipsec::datapath::DropReason;
 use ipsec::plane::{Carrier, Encapsulation, Mark, Mode, ShuntAction, Tags, Usage};
 use ipsec::selector::TrafficSelector;
 use ipsec::transform::{Encr, Integ, Ke, Prf};
+use latch::database::AutomaticFlows;
 use pad::{AuthClass, Identity};
 
 use crate::config::certificate::{is_authority, subject};
 use crate::config::shunt::Shunt;
 use crate::config::values::protocol_name;
 use crate::config::{ConnectionDefinition, TrapActions};
-use crate::control::{CounterReport, PolicyKind, PolicyReport, SaReport};
+use crate::control::{CounterReport, Packets, PolicyKind, PolicyReport, SaReport};
 use crate::tree::{Origin, Section};
 
 /// An empty message.
@@ -457,12 +457,7 @@ pub fn version() -> Section {
 }
 
 /// `stats`. What we do not have, such as job queues, is 0: swanctl prints each of these.
-pub fn stats(
-    running: Duration,
-    since: SystemTime,
-    (ike_sas, half_open): (usize, usize),
-    dropped: &[(DropReason, u64)],
-) -> Section {
+pub fn stats(running: Duration, since: SystemTime, (ike_sas, half_open): (usize, usize), packets: &Packets) -> Section {
     let workers = std::thread::available_parallelism().map_or(1, usize::from);
     let counts = |counts: [&str; 4]| {
         let mut section = message();
@@ -488,10 +483,18 @@ pub fn stats(
     section.push_value("scheduled", "0");
     section.push_section("ikesas", sas);
     let mut by_reason = message();
-    for (reason, count) in dropped {
+    for (reason, count) in &packets.dropped {
         by_reason.push_value(reason.name(), count.to_string());
     }
     section.push_section("esp-dropped", by_reason);
+    if let Some(AutomaticFlows { latches, without_room, in_conflict, dropped }) = packets.automatic {
+        let mut automatic = message();
+        automatic.push_value("latches", latches.to_string());
+        automatic.push_value("without-room", without_room.to_string());
+        automatic.push_value("in-conflict", in_conflict.to_string());
+        automatic.push_value("dropped", dropped.to_string());
+        section.push_section("latch-flows", automatic);
+    }
     section.push_list("plugins", ["ike", "espintcp", "latch", "vici"]);
     section
 }

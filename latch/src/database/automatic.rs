@@ -4,7 +4,9 @@
 //! Nobody sees these flows end but the packet check: a flow has ended when it was silent for as long as its kind may be. There is no
 //! socket that could be reset, and no barrier of the system. What passes is never less than without them.
 
+use std::collections::hash_map::RandomState;
 use std::collections::{BTreeMap, HashMap};
+use std::hash::{BuildHasher, Hash};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -12,8 +14,8 @@ use std::time::Duration;
 use ipsec::guard::{ClassId, Verdict};
 use ipsec::selector::Flow;
 
-use super::flow_table::{ENDING, SEEN};
-use super::{Condition, Control, Coverage, Database, Latch, LatchId, OnBreak, Protector, is_connection};
+use super::flow_table::{AUTOMATIC, ENDING, SEEN};
+use super::{Condition, Control, Coverage, Database, Latch, LatchId, OnBreak, Pin, Protector, is_connection};
 
 /// What a TCP connection may be silent for (RFC 5382 §5, REQ-5).
 const TCP_IDLE: Duration = Duration::from_secs(7440);
@@ -30,11 +32,74 @@ const MOST_OF_CLASS: usize = MOST / 2;
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 
+/// What became of packets, since [`Database::latch_flows`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct AutomaticFlows {
+    /// Flows that have an automatic latch.
+    pub latches: usize,
+    /// Packets that passed without, since there was no room for more latches.
+    pub without_room: u64,
+    /// Packets that passed without, since SAs of several classes cover their flow.
+    pub in_conflict: u64,
+    /// Packets that such a latch did not let pass.
+    pub dropped: u64,
+}
+
 /// How they are made, and how many were not.
 pub(super) struct Automatic {
     on_break: OnBreak,
-    refused: AtomicU64,
+    refusals: Refusals,
+    counts: Counts,
 }
+
+/// Alone in their cache lines: all threads read what is beside them.
+#[derive(Default)]
+#[repr(align(128))]
+struct Counts {
+    without_room: AtomicU64,
+    in_conflict: AtomicU64,
+    dropped: AtomicU64,
+}
+
+/// Classes without room and flows in conflict, so that only the first of their packets asks under the lock. They are forgotten when
+/// something changes that might let them have a latch: then another turn begins.
+struct Refusals {
+    slots: Box<[AtomicU64]>,
+    turn: AtomicU64,
+    hasher: RandomState,
+}
+
+impl Refusals {
+    fn new() -> Self {
+        let slots = (0..REFUSALS).map(|_| AtomicU64::new(0)).collect();
+        Self { slots, turn: AtomicU64::new(0), hasher: RandomState::new() }
+    }
+
+    fn has(&self, what: impl Hash) -> bool {
+        self.slot(what).is_some_and(|(slot, number)| slot.load(Ordering::Relaxed) == number)
+    }
+
+    /// To be called under the lock, under which turns begin too.
+    fn insert(&self, what: impl Hash) {
+        if let Some((slot, number)) = self.slot(what) {
+            slot.store(number, Ordering::Relaxed);
+        }
+    }
+
+    /// Where something would be, and its number in this turn.
+    fn slot(&self, what: impl Hash) -> Option<(&AtomicU64, u64)> {
+        let number = self.hasher.hash_one((what, self.turn.load(Ordering::Relaxed)));
+        let place = usize::try_from(number).unwrap_or_default() % REFUSALS;
+        Some((self.slots.get(place)?, number))
+    }
+
+    fn begin_anew(&self) {
+        self.turn.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// Places for refusals: flows beyond take each other's.
+const REFUSALS: usize = 16_384;
 
 /// Those that there are.
 #[derive(Default)]
@@ -55,9 +120,10 @@ impl Standing {
         self.latches.contains_key(&latch)
     }
 
-    pub(super) fn remove(&mut self, latch: LatchId, class: ClassId) {
+    /// True if it was one of them.
+    pub(super) fn remove(&mut self, latch: LatchId, class: ClassId) -> bool {
         if self.latches.remove(&latch).is_none() {
-            return;
+            return false;
         }
         match self.of_class.get_mut(&class) {
             Some(count) if *count > 1 => *count -= 1,
@@ -65,6 +131,7 @@ impl Standing {
                 self.of_class.remove(&class);
             }
         }
+        true
     }
 
     fn insert(&mut self, latch: LatchId, class: ClassId) {
@@ -83,7 +150,7 @@ impl Database {
     /// before the first packet.
     pub fn latch_flows(&self, on_break: OnBreak) {
         let on_break = if on_break == OnBreak::Reset { OnBreak::Wait } else { on_break };
-        if self.automatic.set(Automatic { on_break, refused: AtomicU64::new(0) }).is_ok() {
+        if self.automatic.set(Automatic { on_break, refusals: Refusals::new(), counts: Counts::default() }).is_ok() {
             // So that the packet check looks.
             self.latched.fetch_add(1, Ordering::SeqCst);
         }
@@ -94,18 +161,32 @@ impl Database {
         if !matches!(flow.protocol, TCP | UDP) || !is_connection(flow) {
             return Verdict::Pass;
         }
+        let Automatic { refusals, counts, .. } = automatic;
+        let pass_without = |count: &AtomicU64| {
+            count.fetch_add(1, Ordering::Relaxed);
+            Verdict::Pass
+        };
+        if refusals.has(number) {
+            return pass_without(&counts.without_room);
+        }
+        if refusals.has((flow, number)) {
+            return pass_without(&counts.in_conflict);
+        }
         let mut control = self.control();
         // Another thread may have been here.
-        if let Some(pin) = self.pin(flow) {
-            return pin.verdict(Some(number));
+        if let Some(pinned) = self.flows.get(flow) {
+            return self.verdict(pinned, Some(number));
         }
         // RFC 5660 §2.3: none while conflicting SAs exist.
         let alone = matches!(control.coverage(flow), Coverage::One(only) if only == number);
-        let class = self.class(number).filter(|_| alone && control.automatic.has_room(number));
-        let Some(class) = class else {
-            automatic.refused.fetch_add(1, Ordering::Relaxed);
-            return Verdict::Pass;
+        let Some(class) = self.class(number).filter(|_| alone) else {
+            refusals.insert((flow, number));
+            return pass_without(&counts.in_conflict);
         };
+        if !control.automatic.has_room(number) {
+            refusals.insert(number);
+            return pass_without(&counts.without_room);
+        }
         let latch = Latch {
             flow: *flow,
             number,
@@ -123,7 +204,7 @@ impl Database {
             // Its number is another flow's: see `flow_table.rs`.
             Err(_) => return Verdict::Drop,
         }
-        self.flows.track(flow);
+        self.flows.track(flow, AUTOMATIC);
         Verdict::Pass
     }
 
@@ -134,11 +215,42 @@ impl Database {
         }
     }
 
-    /// Releases automatic latches whose flows have ended; to be called each time that `elapsed` has gone by. Gives the number of
-    /// packets since the last time whose flow should have had a latch and got none, for want of room or because SAs of several
-    /// classes cover it.
-    pub fn tend_automatic(&self, elapsed: Duration) -> u64 {
-        let Some(automatic) = self.automatic.get() else { return 0 };
+    /// What a packet may do whose flow is pinned to this.
+    pub(super) fn verdict(&self, pinned: u64, class: Option<ClassId>) -> Verdict {
+        let verdict = Pin::of_number(pinned).verdict(class);
+        if verdict != Verdict::Pass
+            && pinned & AUTOMATIC != 0
+            && let Some(automatic) = self.automatic.get()
+        {
+            automatic.counts.dropped.fetch_add(1, Ordering::Relaxed);
+        }
+        verdict
+    }
+
+    /// SAs have come or gone, or places have become free.
+    pub(super) fn forget_refusals(&self) {
+        if let Some(automatic) = self.automatic.get() {
+            automatic.refusals.begin_anew();
+        }
+    }
+
+    /// How many automatic latches there are, and what became of packets; `None` without [`Self::latch_flows`].
+    pub fn automatic_flows(&self) -> Option<AutomaticFlows> {
+        let Counts { without_room, in_conflict, dropped } = &self.automatic.get()?.counts;
+        let count = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        Some(AutomaticFlows {
+            latches: self.control().automatic.latches.len(),
+            without_room: count(without_room),
+            in_conflict: count(in_conflict),
+            dropped: count(dropped),
+        })
+    }
+
+    /// Releases automatic latches whose flows have ended; to be called each time that `elapsed` has gone by.
+    pub fn tend_automatic(&self, elapsed: Duration) {
+        if self.automatic.get().is_none() {
+            return;
+        }
         let mut control = self.control();
         let Control { automatic: standing, latches, .. } = &mut *control;
         let mut ended = Vec::new();
@@ -159,7 +271,6 @@ impl Database {
         for id in ended {
             self.take_out(&mut control, id);
         }
-        automatic.refused.swap(0, Ordering::Relaxed)
     }
 
     /// An application asks for a latch of its own. A BROKEN one stays: who it is has changed.

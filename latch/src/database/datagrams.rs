@@ -138,7 +138,7 @@ impl Database {
         if let Some(latch) = control.latches.get(&child).filter(|latch| latch.flow.protocol == UDP) {
             *listening.of_class.entry(latch.number).or_default() += 1;
             control.datagrams.insert(child, Duration::ZERO);
-            self.flows.track(&latch.flow);
+            self.flows.track(&latch.flow, 0);
         }
     }
 

@@ -44,11 +44,13 @@ struct Entry {
 }
 
 /// Marks beside what a flow is pinned to; the highest bit and those below bit 40 are the caller's.
-pub(super) const MARKS: u64 = TRACKED | SEEN | ENDING;
+pub(super) const MARKS: u64 = TRACKED | SEEN | ENDING | AUTOMATIC;
 /// A packet came, whatever became of it. Of tracked flows only.
 pub(super) const SEEN: u64 = 1 << 41;
 /// The caller's.
 pub(super) const ENDING: u64 = 1 << 42;
+/// The caller's, of [`FlowTable::track`].
+pub(super) const AUTOMATIC: u64 = 1 << 43;
 const TRACKED: u64 = 1 << 40;
 
 const WIDTH: usize = 4;
@@ -119,10 +121,10 @@ impl FlowTable {
         Ok(())
     }
 
-    /// From now on packets of a flow that it has leave a mark. For the writer.
-    pub(super) fn track(&self, flow: &Flow) {
+    /// From now on packets of a flow that it has leave a mark; it has these already. For the writer.
+    pub(super) fn track(&self, flow: &Flow, marks: u64) {
         if let Some((entry, _)) = self.entry(flow) {
-            entry.pin.fetch_or(TRACKED | SEEN, Ordering::Relaxed);
+            entry.pin.fetch_or(TRACKED | SEEN | marks, Ordering::Relaxed);
         }
     }
 

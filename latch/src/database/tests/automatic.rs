@@ -22,6 +22,10 @@ fn silence(database: &Database, turns: u32) {
     }
 }
 
+fn counts(database: &Database) -> AutomaticFlows {
+    database.automatic_flows().unwrap()
+}
+
 fn standing(database: &Database) -> usize {
     database.list_after(LatchId(0), 1000).iter().filter(|listed| listed.automatic).count()
 }
@@ -38,6 +42,7 @@ fn a_flow_stays_with_the_class_of_its_first_sa() {
     assert_eq!(standing(&database), 1);
     assert!(database.list().is_empty(), "no application's");
     assert_eq!(database.check(Direction::Inbound, &nth(1), Some(classes[1])), Verdict::Drop);
+    assert_eq!(counts(&database), AutomaticFlows { latches: 1, dropped: 1, ..AutomaticFlows::default() });
     // RFC 5660 §2.3: no packet passes after the break, and what comes later is not another flow.
     let broken = database.before_install(classes[1], &everything(), &everything()).unwrap();
     assert_eq!(broken.len(), 1);
@@ -56,7 +61,7 @@ fn without_the_setting_there_are_none() {
     let (database, classes) = database();
     install(&database, 1, classes[0]);
     assert!(passes(&database, &nth(1), classes[0]));
-    assert_eq!((standing(&database), database.tend_automatic(TURN)), (0, 0));
+    assert_eq!((standing(&database), database.automatic_flows()), (0, None));
 }
 
 #[test]
@@ -70,7 +75,8 @@ fn what_has_no_connection_or_no_one_class_is_not_latched() {
     assert!(passes(&database, &nth(1), classes[0]));
     assert_eq!(database.check(Direction::Outbound, &nth(2), None), Verdict::Pass);
     assert_eq!(standing(&database), 0);
-    assert_eq!(database.tend_automatic(TURN), 1, "one could have been latched but for the conflict");
+    let expected = AutomaticFlows { in_conflict: 1, ..AutomaticFlows::default() };
+    assert_eq!(counts(&database), expected, "one could have been latched but for the conflict");
 }
 
 // RFC 5382 §5, RFC 4787 §4.3: silence is the end of a flow, sooner after FIN or RST.
@@ -125,11 +131,41 @@ fn there_are_so_many_and_half_of_them_for_one_peer() {
     assert_eq!(standing(&database), 20);
     (0..100).for_each(|n| assert!(passes(&database, &Flow { local_port: 1000 + n, ..other }, classes[1])));
     assert_eq!(standing(&database), 40);
-    assert_eq!(database.tend_automatic(TURN), 160);
+    assert_eq!(counts(&database), AutomaticFlows { latches: 40, without_room: 160, ..AutomaticFlows::default() });
     // Places become free.
     silence(&database, 200);
     assert!(passes(&database, &nth(50), classes[0]));
     assert_eq!(standing(&database), 1);
+}
+
+// What cannot be latched does not wait for those who can, nor make them wait; and is latched as soon as it can be.
+#[test]
+fn packets_that_pass_without_a_latch_ask_for_one_when_something_has_changed() {
+    let (database, classes) = automatic();
+    // With somebody else at the database all the time.
+    let passes_without = |flow: &Flow, class| {
+        let control = database.control();
+        let (sender, verdict) = std::sync::mpsc::channel();
+        std::thread::scope(|scope| {
+            scope.spawn(|| sender.send(database.check(Direction::Outbound, flow, Some(class))));
+            let verdict = verdict.recv_timeout(Duration::from_secs(10));
+            drop(control);
+            verdict == Ok(Verdict::Pass)
+        })
+    };
+    install(&database, 1, classes[0]);
+    install(&database, 2, classes[1]);
+    assert!(passes(&database, &nth(1), classes[0]) && passes_without(&nth(1), classes[0]));
+    database.removed(2);
+    assert!(passes(&database, &nth(1), classes[0]));
+    assert_eq!(standing(&database), 1);
+    (2..=21).for_each(|n| assert!(passes(&database, &nth(n), classes[0])));
+    assert_eq!(standing(&database), 20);
+    assert!((22..90).all(|n| passes_without(&nth(n), classes[0])));
+    silence(&database, 200);
+    (22..24).for_each(|n| assert!(passes(&database, &nth(n), classes[0])));
+    let expected = AutomaticFlows { latches: 2, without_room: 69, in_conflict: 2, dropped: 0 };
+    assert_eq!(counts(&database), expected);
 }
 
 // An application's wish goes first; what is broken stays broken.
