@@ -21,6 +21,7 @@ use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
+use std::time::Instant;
 
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -28,6 +29,7 @@ use socket2::{Protocol, Socket, Type};
 use tokio::net::TcpSocket;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
+use tokio::time::timeout_at;
 
 use crate::protocol::{
     Call, Created, Disposition, Hello, Inquire, Inquired, LatchEvent, List, ListedLatch, Listening, Named, VERSION,
@@ -72,6 +74,7 @@ impl Client {
         let client = Self { shared: Arc::new(Shared { socket, state, last_id: AtomicU64::new(0), reader }) };
         let welcome: Welcome = client.shared.call(Call::Hello(Hello { version: VERSION }), None).await?;
         session::welcomed(&welcome)?;
+        client.shared.registry().revision = welcome.revision;
         Ok(client)
     }
 
@@ -333,14 +336,28 @@ impl Drop for Shared {
 impl Shared {
     async fn call<T: DeserializeOwned>(&self, call: Call, socket: Option<BorrowedFd<'_>>) -> Result<T, ClientError> {
         let id = self.next_id();
+        let call = session::asking_for_progress(call, self.registry().revision);
         let octets = call.encode(id)?;
-        let receiver = self.registry().expect(id, &call)?;
-        if let Err(source) = self.socket.send(&octets, socket).await {
+        let mut receiver = self.registry().expect(id, &call)?;
+        let asked = Instant::now();
+        let until = self.silent_at(asked);
+        let sent = timeout_at(until.into(), self.socket.send(&octets, socket)).await;
+        if let Err(source) = sent.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
             self.registry().pending.remove(&id);
             return Err(system(format!("sending {} to the daemon", call.name()), source));
         }
-        let value = receiver.await.unwrap_or(Err(ClientError::Closed))?;
-        session::result(call.name(), value)
+        loop {
+            let until = self.silent_at(asked);
+            match timeout_at(until.into(), &mut receiver).await {
+                Ok(outcome) => return session::result(call.name(), outcome.unwrap_or(Err(ClientError::Closed))?),
+                Err(_) if self.silent_at(asked) > until => {}
+                Err(_) => return Err(ClientError::Silent(asked.elapsed())),
+            }
+        }
+    }
+
+    fn silent_at(&self, asked: Instant) -> Instant {
+        self.registry().silent_at(asked)
     }
 
     fn next_id(&self) -> u64 {

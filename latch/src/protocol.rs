@@ -22,10 +22,16 @@ use crate::database::{Algorithms, Class, LatchError, LatchState, OnBreak, Protec
 pub const VERSION: u32 = 1;
 
 /// What this crate knows beyond the first form of [`VERSION`]: `docs/latch-protocol.md` says what came with which.
-pub const REVISION: u32 = 8;
+pub const REVISION: u32 = 9;
 
 /// The first [`REVISION`] that has [`Wanted::larval`].
 pub const LARVAL_REVISION: u32 = 5;
+
+/// The first [`REVISION`] that has [`Wanted::progress`].
+pub const PROGRESS_REVISION: u32 = 9;
+
+/// How often a daemon says that it works on a request ([`ServerMessage::Working`]).
+pub const PROGRESS: Duration = Duration::from_millis(if cfg!(test) { 100 } else { 2000 });
 
 /// How long a packet that has passed the check may still be on its way to the socket, at most.
 pub const SETTLING: Duration = Duration::from_millis(if cfg!(test) { 50 } else { 500 });
@@ -114,6 +120,9 @@ pub struct Wanted {
     /// Of `create` only: do not wait for SAs that must be made first, but answer [`Larval`] (RFC 5660 §2.3).
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub larval: bool,
+    /// Of `create` only: as long as the answer takes, say [`ServerMessage::Working`] every now and then.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub progress: bool,
     /// Of `create` only: data may have come in on the TCP connection before, under no latch.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub late: bool,
@@ -286,6 +295,11 @@ pub enum ServerMessage {
         /// Why.
         #[serde(flatten)]
         refusal: Refusal,
+    },
+    /// The answer is still to come ([`Wanted::progress`]).
+    Working {
+        /// Number of the request.
+        id: u64,
     },
     /// A latch of this connection changed its state (ALERT, RFC 5660 §2.3).
     Alert {

@@ -36,7 +36,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -50,7 +50,7 @@ use tokio::net::UnixListener;
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
-use tokio::time::{Instant, interval, sleep, timeout};
+use tokio::time::{Instant, interval, interval_at, sleep, timeout};
 
 use crate::access::{Access, Credentials, Right};
 use crate::connections::{self, Progress};
@@ -60,8 +60,9 @@ use crate::database::{
 };
 use crate::protocol::{
     Accept, Bind, Call, ChannelBinding, Code, Created, Creating, ENDPOINT_BINDING, Guard, Hello, Initiate, Inquire,
-    Inquired, Larval, LatchEvent, LatchInfo, List, ListedLatch, Listening, Listing, Named, Peer, Protection, REVISION,
-    Refusal, Release, SETTLING, SaInfo, ServerMessage, State, UNIQUE_BINDING, VERSION, Wanted, Welcome, encode,
+    Inquired, Larval, LatchEvent, LatchInfo, List, ListedLatch, Listening, Listing, Named, PROGRESS, Peer, Protection,
+    REVISION, Refusal, Release, SETTLING, SaInfo, ServerMessage, State, UNIQUE_BINDING, VERSION, Wanted, Welcome,
+    encode,
 };
 use crate::seqpacket::{self, Datagram, SeqPacket};
 
@@ -497,12 +498,10 @@ impl Connection {
                     None => continue,
                 },
                 Some(alert) = alerts.recv() => {
-                    let Alert { latch, state, reason, listener, .. } = alert;
-                    if state == LatchState::Closed && reason == ENDED {
-                        self.let_go(latch);
+                    if is_over(&alert) {
+                        self.let_go(alert.latch);
                     }
-                    let listener = listener.map(|listener| listener.0);
-                    encode(&ServerMessage::Alert { latch: latch.0, state: state.into(), reason, listener, code: None })
+                    encode(&told(alert))
                 }
                 (owner, event) = next_event(&mut self.watched) => {
                     self.missed += event.missed;
@@ -512,12 +511,11 @@ impl Connection {
                     encode(&ServerMessage::Event(LatchEvent { missed: std::mem::take(&mut self.missed), ..event }))
                 }
                 received = socket.receive() => match received? {
-                    Some(datagram) => self.answer(datagram).await,
+                    Some(datagram) => self.answer_in_time(datagram, socket, &mut alerts).await?,
                     None => return Ok(()),
                 },
             };
-            let octets = octets.map_err(io::Error::other)?;
-            timeout(SEND_TIMEOUT, socket.send(&octets, None)).await??;
+            send(socket, &octets.map_err(io::Error::other)?).await?;
             // After the reason: whoever sees the socket's error can ask for it.
             if let Some(latch) = failed {
                 self.let_go(latch);
@@ -525,16 +523,50 @@ impl Connection {
         }
     }
 
-    async fn answer(&mut self, datagram: Datagram) -> Result<Vec<u8>, Refusal> {
-        let (id, outcome) = if datagram.truncated {
-            let limit = crate::protocol::MAX_MESSAGE;
-            let message = format!("the message is longer than {limit} octets, or has too many descriptors");
-            (None, Err(Refusal::new(Code::TooLong, message)))
-        } else {
-            match Call::decode(&datagram.octets) {
-                Ok((id, call)) => (Some(id), self.reply(id, call, datagram.descriptors).await),
-                Err((id, refusal)) => (id, Err(refusal)),
+    /// What is to be told meanwhile is told: an answer may take as long as an SA.
+    async fn answer_in_time(
+        &mut self,
+        datagram: Datagram,
+        socket: &SeqPacket,
+        alerts: &mut mpsc::UnboundedReceiver<Alert>,
+    ) -> io::Result<Result<Vec<u8>, Refusal>> {
+        let call = decode(&datagram);
+        let working = match &call {
+            Ok((id, Call::Create(Wanted { progress: true, .. }))) => Some(*id),
+            _ => None,
+        };
+        let mut ended = Vec::new();
+        let answer = {
+            let mut answering = pin!(self.answer(call, datagram.descriptors));
+            let mut turns = interval_at(Instant::now() + PROGRESS, PROGRESS);
+            loop {
+                let octets = tokio::select! {
+                    biased;
+                    answer = &mut answering => break answer,
+                    Some(alert) = alerts.recv() => {
+                        ended.extend(is_over(&alert).then_some(alert.latch));
+                        encode(&told(alert))
+                    }
+                    _ = turns.tick() => match working {
+                        Some(id) => encode(&ServerMessage::Working { id }),
+                        None => continue,
+                    },
+                };
+                send(socket, &octets.map_err(io::Error::other)?).await?;
             }
+        };
+        ended.into_iter().for_each(|latch| self.let_go(latch));
+        Ok(answer)
+    }
+
+    async fn answer(
+        &mut self,
+        call: Result<(u64, Call), (Option<u64>, Refusal)>,
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<Vec<u8>, Refusal> {
+        let (id, outcome) = match call {
+            Ok((id, call)) => (Some(id), self.reply(id, call, descriptors).await),
+            Err((id, refusal)) => (id, Err(refusal)),
         };
         outcome.or_else(|refusal| {
             tracing::debug!(code = %refusal.code, message = refusal.message, "refused a client of the latch socket");
@@ -737,7 +769,7 @@ impl Connection {
     async fn listen(&mut self, wanted: &Wanted, descriptor: Option<OwnedFd>) -> Result<Listening, Refusal> {
         self.may(Right::Listen)?;
         self.enforced()?;
-        if wanted.remote.is_some() || wanted.larval || wanted.late || wanted.listener.is_some() {
+        if wanted.remote.is_some() || wanted.larval || wanted.late || wanted.progress || wanted.listener.is_some() {
             return Err(Refusal::new(Code::Malformed, "a listener has no remote, waits for nothing and is never late"));
         }
         let (socket, protocol, local) = listening_socket(needed(descriptor)?)?;
@@ -1077,6 +1109,30 @@ impl Connection {
             drop(permit);
         });
     }
+}
+
+fn decode(datagram: &Datagram) -> Result<(u64, Call), (Option<u64>, Refusal)> {
+    if datagram.truncated {
+        let limit = crate::protocol::MAX_MESSAGE;
+        let message = format!("the message is longer than {limit} octets, or has too many descriptors");
+        return Err((None, Refusal::new(Code::TooLong, message)));
+    }
+    Call::decode(&datagram.octets)
+}
+
+async fn send(socket: &SeqPacket, octets: &[u8]) -> io::Result<()> {
+    timeout(SEND_TIMEOUT, socket.send(octets, None)).await?
+}
+
+/// The latch goes when its holder has been told.
+fn is_over(alert: &Alert) -> bool {
+    alert.state == LatchState::Closed && alert.reason == ENDED
+}
+
+fn told(alert: Alert) -> ServerMessage {
+    let Alert { latch, state, reason, listener, .. } = alert;
+    let listener = listener.map(|listener| listener.0);
+    ServerMessage::Alert { latch: latch.0, state: state.into(), reason, listener, code: None }
 }
 
 /// The data of [`ENDPOINT_BINDING`]. Neither end need know which of them called: the hashes stand in the order of their octets.

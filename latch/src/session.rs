@@ -5,6 +5,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde::de::DeserializeOwned;
@@ -13,7 +14,8 @@ use socket2::{Domain, Protocol, Socket, Type};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::protocol::{
-    Call, Disposition, LatchEvent, ListedLatch, Listing, Refusal, Release, ServerMessage, State, VERSION, Welcome,
+    Call, Disposition, LatchEvent, ListedLatch, Listing, PROGRESS_REVISION, Refusal, Release, ServerMessage, State,
+    VERSION, Wanted, Welcome,
 };
 use crate::seqpacket;
 
@@ -38,6 +40,9 @@ pub enum ClientError {
     /// The connection to the daemon has ended.
     #[error("the connection to the daemon has ended")]
     Closed,
+    /// The daemon is there and does not answer. Should it do so later, what it gives is given back.
+    #[error("the daemon has not answered for {} s", .0.as_secs())]
+    Silent(Duration),
 }
 
 /// A change of a latch's state (ALERT, RFC 5660 §2.3).
@@ -76,6 +81,10 @@ pub(crate) type Outcome = Result<Value, ClientError>;
 #[derive(Debug, Default)]
 pub(crate) struct Registry {
     pub(crate) closed: bool,
+    /// What the daemon knows; 0 before it has said so.
+    pub(crate) revision: u32,
+    /// When it said something last.
+    heard: Option<Instant>,
     pub(crate) pending: HashMap<u64, oneshot::Sender<Outcome>>,
     pub(crate) latches: HashMap<u64, watch::Sender<Option<Change>>>,
     /// Requests whose answer is a listener latch.
@@ -117,6 +126,13 @@ impl Registry {
         Ok(receiver)
     }
 
+    /// When a daemon counts as silent that is to answer a question asked then, unless it says something before: one that
+    /// is stopped, or does not get on, must not hold up its clients for ever.
+    pub(crate) fn silent_at(&self, asked: Instant) -> Instant {
+        let last = self.heard.map_or(asked, |heard| heard.max(asked));
+        last + if self.revision == 0 { SILENCE } else { silence(self.revision) }
+    }
+
     /// What wakes those who wait for news of a listener's children.
     pub(crate) fn endpoint(&mut self, listener: u64) -> watch::Receiver<()> {
         self.endpoints.entry(listener).or_default().wake.subscribe()
@@ -156,7 +172,9 @@ impl Registry {
             tracing::debug!("the daemon sent a message that is not one");
             return None;
         };
+        self.heard = Some(Instant::now());
         match message {
+            ServerMessage::Working { .. } => {}
             ServerMessage::Reply { id, result } => {
                 if self.listens.remove(&id)
                     && let Some(listener) = result.get("latch").and_then(Value::as_u64)
@@ -237,6 +255,25 @@ pub(crate) fn connect(path: &Path) -> io::Result<OwnedFd> {
     let socket = seqpacket::socket()?;
     rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
     Ok(socket)
+}
+
+/// How long a daemon may say nothing while it has a question to answer.
+pub(crate) const SILENCE: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
+
+/// As long as a daemon may take that says nothing while it makes an SA.
+const LONGEST: Duration = Duration::from_secs(65);
+
+/// How long a daemon of this revision may say nothing.
+pub(crate) fn silence(revision: u32) -> Duration {
+    if revision >= PROGRESS_REVISION { SILENCE } else { LONGEST }
+}
+
+/// A question as a daemon of this revision can be asked it.
+pub(crate) fn asking_for_progress(call: Call, revision: u32) -> Call {
+    match call {
+        Call::Create(wanted) if revision >= PROGRESS_REVISION => Call::Create(Wanted { progress: true, ..wanted }),
+        call => call,
+    }
 }
 
 /// Checks the daemon's answer to `hello`.

@@ -107,6 +107,12 @@ fn two_c_programs_talk_over_latched_connections_until_the_latch_breaks() {
     );
     client.tells("state 3: broken by the administrator");
     client.ends();
+
+    scene.a.signal("STOP");
+    let mut client = start(&scene.a, &scene.host_a, "stopped", &["b.example", "10.2.0.1", "4000"]);
+    client.tells("the daemon has not answered for 10 s");
+    client.ends();
+    scene.a.signal("CONT");
 }
 
 #[test]

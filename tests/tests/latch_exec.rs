@@ -249,6 +249,40 @@ fn curl_waits_for_its_latch_in_its_own_loop() {
     assert_eq!(counted(&scene.host_a), 0);
 }
 
+/// Connects, by a socket that blocks or does not, and says how it goes.
+const CONNECTS: &str = r#"
+import errno, socket, sys
+s = socket.socket()
+s.setblocking(sys.argv[1] == "blocking")
+print("it is", errno.errorcode.get(s.connect_ex(("10.2.0.1", 4000)), 0), flush=True)
+"#;
+
+#[test]
+fn nobody_waits_for_a_daemon_that_is_stopped() {
+    let scene = Scene::works(Latchkey, Latchkey, &Suite::default());
+    let (a, host_a) = (&scene.a, &scene.host_a);
+    let _server = echo_server(&scene.host_b, 4000);
+    let start = |name: &str, way: &str| {
+        let program = ["/usr/bin/python3", "-c", CONNECTS, way];
+        Talker::start(command(a, host_a, &["tcp:4000=b.example"], &program), a.path(name))
+    };
+    a.signal("STOP");
+    let mut clients = ["blocking", "not"].map(|way| start(way, way));
+    for client in &mut clients {
+        client.prints("it is ETIMEDOUT");
+        client.tells("the daemon has not answered for 10 s");
+        client.ends();
+    }
+    a.signal("CONT");
+    let mut client = start("again", "blocking");
+    client.prints("it is 0");
+    client.ends();
+    // What the first two would have got is given back.
+    latchkey_tests::host::wait_for("the end of all latches", std::time::Duration::from_secs(30), || {
+        latches(a, host_a).is_empty()
+    });
+}
+
 // RFC 5660 §2 (13): broken and disconnected when the key manager dies; never in clear.
 #[test]
 fn the_death_of_the_daemon_ends_connections_in_finite_time() {

@@ -66,7 +66,7 @@ enum latchkey_status {
     LATCHKEY_TOO_SMALL = 7,
     /* There is no such item of this latch. */
     LATCHKEY_ABSENT = 8,
-    /* Time is up. */
+    /* Time is up; also when the daemon is there and has said nothing for ten seconds. */
     LATCHKEY_TIMEOUT = 9,
     /* A fault of the library; it goes on. */
     LATCHKEY_INTERNAL = 10,

@@ -156,6 +156,7 @@ pub(crate) unsafe fn wanted(pointer: *const WantedArgument) -> Result<Wanted, Fa
     };
     Ok(Wanted {
         larval: false,
+        progress: false,
         late: given.late != 0,
         peer: peer.ok_or_else(|| refused("wanted.peer is null"))?.to_owned(),
         local_id: local_id.map(str::to_owned),

@@ -79,6 +79,7 @@ impl From<ClientError> for Failure {
             ClientError::System { .. } => Status::System,
             ClientError::Protocol(_) => Status::Protocol,
             ClientError::Closed => Status::Gone,
+            ClientError::Silent(_) => Status::Timeout,
             ClientError::Refused(refusal) => match refusal.code {
                 Code::NoSa => Status::NoSa,
                 Code::WrongPeer => Status::WrongPeer,

@@ -23,9 +23,6 @@ pub(crate) struct Refusal {
     pub(crate) message: String,
 }
 
-/// The daemon may take a minute to make an SA.
-const PATIENCE: Duration = Duration::from_secs(65);
-
 /// The shortest that TCP's keepalive can be told.
 const A_SECOND: Duration = Duration::from_secs(1);
 
@@ -121,7 +118,7 @@ pub(crate) fn connecting(socket: c_int, to: Destination) -> Result<(), Refusal> 
     let wanted = Wanted { on_break, larval, remote: Some(remote), ..Wanted::from(peer.as_str()) };
     give_a_port(socket);
     let (holder, creating): (OwnedFd, Creating) = fits
-        .then(|| hold(&policy.daemon, &Call::Create(wanted), borrowed(socket), PATIENCE))
+        .then(|| hold(&policy.daemon, &Call::Create(wanted), borrowed(socket)))
         .ok_or_else(|| Refusal { errno: libc::EMFILE, message: format!("{what}: too many descriptors") })?
         .map_err(|error| failed(&what, &error))?;
     table::note(socket, holder, mark(remote));
@@ -208,7 +205,7 @@ pub(crate) fn listening(socket: c_int) -> Result<(), Refusal> {
     if !table::fits(socket) {
         return Err(Refusal { errno: libc::EMFILE, message: format!("{what}: too many descriptors") });
     }
-    let held = hold(&policy.daemon, &Call::Listen(wanted), borrowed(socket), PATIENCE);
+    let held = hold(&policy.daemon, &Call::Listen(wanted), borrowed(socket));
     let (holder, listening): (OwnedFd, Listening) = held.map_err(|error| failed(&what, &error))?;
     table::note(socket, holder, listening.latch);
     Ok(())
@@ -223,7 +220,7 @@ pub(crate) fn accepted(listener: c_int, socket: c_int) -> Result<bool, Refusal> 
         return Err(Refusal { errno: libc::EMFILE, message: format!("{what}: too many descriptors") });
     }
     let call = Call::Accept(Accept { listener: number, remote: None });
-    let held: Result<(OwnedFd, Created), _> = hold(&policy.daemon, &call, borrowed(socket), PATIENCE);
+    let held: Result<(OwnedFd, Created), _> = hold(&policy.daemon, &call, borrowed(socket));
     match held {
         Ok((holder, created)) => {
             table::note(socket, holder, mark(created.remote));
@@ -303,6 +300,7 @@ fn failed(what: &str, error: &ClientError) -> Refusal {
             Code::Socket => libc::EADDRNOTAVAIL,
             _ => libc::ENETDOWN,
         },
+        ClientError::Silent(_) => libc::ETIMEDOUT,
         ClientError::System { source, .. } if source.kind() == std::io::ErrorKind::TimedOut => libc::ETIMEDOUT,
         ClientError::System { .. } | ClientError::Protocol(_) | ClientError::Closed => libc::ENETDOWN,
     };

@@ -1,7 +1,5 @@
 //! A latch that is held by a descriptor alone.
 
-use std::borrow::Cow;
-use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -18,7 +16,7 @@ use crate::protocol::{
     Call, Code, Hello, LARVAL_REVISION, MAX_MESSAGE, Refusal, ServerMessage, State, VERSION, Wanted, Welcome,
 };
 use crate::seqpacket::receive_now;
-use crate::session::{self, ClientError, system};
+use crate::session::{self, ClientError, SILENCE, system};
 
 /// Makes a latch (`create`, `listen` or `accept` of the socket) on a connection to the daemon of its own, and gives that
 /// connection with the daemon's answer. A socket that is not bound is bound as [`super::Client::latch_socket`] does.
@@ -30,23 +28,21 @@ pub fn hold<T: DeserializeOwned>(
     path: &Path,
     call: &Call,
     socket: BorrowedFd<'_>,
-    patience: Duration,
 ) -> Result<(OwnedFd, T), ClientError> {
-    let deadline = Instant::now().checked_add(patience);
     if let Call::Create(Wanted { remote: Some(remote), .. }) = call {
         session::bind_for(&SockRef::from(&socket), *remote)?;
     }
     let daemon = dial(path)?;
     let hello = Call::Hello(Hello { version: VERSION });
-    let welcome: Welcome = session::result(hello.name(), ask(daemon.as_fd(), 1, &hello, None, deadline)?)?;
+    let welcome: Welcome = session::result(hello.name(), ask(daemon.as_fd(), 1, &hello, None, SILENCE)?)?;
     session::welcomed(&welcome)?;
-    let call = match call {
+    let call = match call.clone() {
         Call::Create(wanted) if wanted.larval && welcome.revision < LARVAL_REVISION => {
-            Cow::Owned(Call::Create(Wanted { larval: false, ..wanted.clone() }))
+            Call::Create(Wanted { larval: false, ..wanted })
         }
-        call => Cow::Borrowed(call),
+        call => session::asking_for_progress(call, welcome.revision),
     };
-    let answer = ask(daemon.as_fd(), 2, &call, Some(socket), deadline)?;
+    let answer = ask(daemon.as_fd(), 2, &call, Some(socket), session::silence(welcome.revision))?;
     Ok((daemon, session::result(call.name(), answer)?))
 }
 
@@ -75,14 +71,13 @@ fn ask(
     id: u64,
     call: &Call,
     socket: Option<BorrowedFd<'_>>,
-    deadline: Option<Instant>,
+    silence: Duration,
 ) -> Result<Value, ClientError> {
     let failed = |error| system(format!("asking the daemon for {}", call.name()), error);
-    send(daemon, &call.encode(id)?, socket).map_err(failed)?;
+    send(daemon, &call.encode(id)?, socket, Instant::now() + silence).map_err(failed)?;
     loop {
-        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-        if !poll(&mut [PollFd::new(&daemon, PollFlags::IN)], left).map_err(failed)? {
-            return Err(failed(io::ErrorKind::TimedOut.into()));
+        if !poll(&mut [PollFd::new(&daemon, PollFlags::IN)], Some(silence)).map_err(failed)? {
+            return Err(ClientError::Silent(silence));
         }
         let Some(datagram) = receive_now(daemon).map_err(failed)? else { return Err(ClientError::Closed) };
         match serde_json::from_slice(&datagram.octets) {

@@ -55,6 +55,7 @@ impl Link {
         let link = Self { socket, state, read, unseen, ready, last_id };
         let welcome: Welcome = link.call(Call::Hello(Hello { version: VERSION }), None)?;
         session::welcomed(&welcome)?;
+        link.state().registry.revision = welcome.revision;
         Ok(link)
     }
 
@@ -65,18 +66,29 @@ impl Link {
         socket: Option<BorrowedFd<'_>>,
     ) -> Result<T, ClientError> {
         let id = self.next_id();
+        let call = session::asking_for_progress(call, self.state().registry.revision);
         let octets = call.encode(id)?;
         let mut answer = self.state().registry.expect(id, &call)?;
-        if let Err(source) = send(self.socket.as_fd(), &octets, socket) {
+        let asked = Instant::now();
+        let silent_at = || self.state().registry.silent_at(asked);
+        if let Err(source) = send(self.socket.as_fd(), &octets, socket, silent_at()) {
             self.state().registry.pending.remove(&id);
             return Err(system(format!("sending {} to the daemon", call.name()), source));
         }
-        let outcome = self.wait(None, |_| match answer.try_recv() {
-            Ok(outcome) => Some(outcome),
-            Err(TryRecvError::Closed) => Some(Err(ClientError::Closed)),
-            Err(TryRecvError::Empty) => None,
-        });
-        session::result(call.name(), outcome.unwrap_or(Err(ClientError::Closed))?)
+        loop {
+            let until = silent_at();
+            let outcome = self.wait(Some(until), |_| match answer.try_recv() {
+                Ok(outcome) => Some(outcome),
+                Err(TryRecvError::Closed) => Some(Err(ClientError::Closed)),
+                Err(TryRecvError::Empty) => None,
+            });
+            match outcome {
+                Some(outcome) => return session::result(call.name(), outcome?),
+                None if self.state().registry.closed => return Err(ClientError::Closed),
+                None if silent_at() > until => {}
+                None => return Err(ClientError::Silent(asked.elapsed())),
+            }
+        }
     }
 
     /// Waits until there is something to give, reading meanwhile; `None` when time is up or the connection has ended.
@@ -262,12 +274,20 @@ pub(super) fn dial(path: &Path) -> Result<OwnedFd, ClientError> {
     }
 }
 
-/// Sends a message once there is room.
-pub(super) fn send(socket: BorrowedFd<'_>, octets: &[u8], descriptor: Option<BorrowedFd<'_>>) -> io::Result<()> {
+/// Sends a message once there is room, which a daemon that does not read leaves none.
+pub(super) fn send(
+    socket: BorrowedFd<'_>,
+    octets: &[u8],
+    descriptor: Option<BorrowedFd<'_>>,
+    until: Instant,
+) -> io::Result<()> {
     loop {
         match send_now(socket, octets, descriptor) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                poll(&mut [PollFd::new(&socket, PollFlags::OUT)], None)?;
+                let left = until.saturating_duration_since(Instant::now());
+                if !poll(&mut [PollFd::new(&socket, PollFlags::OUT)], Some(left))? {
+                    return Err(io::ErrorKind::TimedOut.into());
+                }
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             outcome => return outcome,

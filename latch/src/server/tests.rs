@@ -22,6 +22,7 @@ use crate::protocol::{Disposition, MAX_MESSAGE, ProofInfo, State};
 mod access;
 mod blocking;
 mod datagrams;
+mod silence;
 mod sockets;
 
 #[tokio::test]

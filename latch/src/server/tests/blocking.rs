@@ -166,9 +166,9 @@ async fn a_latch_that_a_descriptor_holds_goes_with_its_last_copy() {
     let socket = bound();
     let wanted = Wanted { remote: Some(far.local_addr().unwrap()), ..Wanted::from("peer.example") };
     let call = Call::Create(wanted);
-    let (held, created): (OwnedFd, Created) = hold(&house.path, &call, socket.as_fd(), PATIENCE).unwrap();
+    let (held, created): (OwnedFd, Created) = hold(&house.path, &call, socket.as_fd()).unwrap();
     assert_eq!(created.remote, far.local_addr().unwrap());
-    let again = hold::<Created>(&house.path, &call, socket.as_fd(), PATIENCE);
+    let again = hold::<Created>(&house.path, &call, socket.as_fd());
     assert_eq!(refusal(again), Code::Exists);
     let copy = held.try_clone().unwrap();
     drop(held);
@@ -186,14 +186,13 @@ async fn whoever_has_the_accepted_socket_takes_the_latch_that_a_quiet_listener_m
     let socket = bound();
     let wanted = Wanted { quiet: true, ..Wanted::from("peer.example") };
     let (listener, listening): (OwnedFd, crate::protocol::Listening) =
-        hold(&house.path, &Call::Listen(wanted.clone()), socket.as_fd(), PATIENCE).unwrap();
+        hold(&house.path, &Call::Listen(wanted.clone()), socket.as_fd()).unwrap();
     socket.listen(16).unwrap();
     let far = std::net::TcpStream::connect(listening.local).unwrap();
     let near = flow(TCP, far.peer_addr().unwrap(), far.local_addr().unwrap());
     let (accepted, _) = socket.accept().unwrap();
-    let accept = |listener| {
-        hold::<Created>(&house.path, &Call::Accept(Accept { listener, remote: None }), accepted.as_fd(), PATIENCE)
-    };
+    let accept =
+        |listener| hold::<Created>(&house.path, &Call::Accept(Accept { listener, remote: None }), accepted.as_fd());
     assert_eq!(refusal(accept(listening.latch)), Code::NotAccepted, "it came under no SA");
     assert_eq!(house.database.check(Direction::Inbound, &near, class), Verdict::Pass);
     assert_eq!(refusal(accept(listening.latch + 1)), Code::NoSuchLatch);
@@ -207,6 +206,6 @@ async fn whoever_has_the_accepted_socket_takes_the_latch_that_a_quiet_listener_m
     assert!(!readable(&listener, Duration::from_millis(50)));
     drop((held, listener));
     house.no_latches().await;
-    let create = hold::<Created>(&house.path, &Call::Create(wanted), bound().as_fd(), PATIENCE);
+    let create = hold::<Created>(&house.path, &Call::Create(wanted), bound().as_fd());
     assert_eq!(refusal(create), Code::Malformed, "only a listener is quiet");
 }
