@@ -434,11 +434,33 @@ impl Database {
         Ok(broken)
     }
 
+    /// The SAs of nobody in particular that select packets of an SA which is about to go in: if its peer has proved who it is, they have
+    /// to go before (RFC 7619 §3.3), since what is selected more narrowly would be theirs still.
+    pub fn outranked(
+        &self,
+        class: ClassId,
+        local_ts: &[TrafficSelector],
+        remote_ts: &[TrafficSelector],
+    ) -> BTreeSet<u64> {
+        if !self.is_authenticated(class) {
+            return BTreeSet::new();
+        }
+        let newcomer = CoveringSa { class, local_ts: local_ts.to_vec(), remote_ts: remote_ts.to_vec() };
+        let control = self.control();
+        let overlapping = control.sas.overlapping(&newcomer);
+        let is_nobody_s = |class| self.class(class).is_some_and(|class| !class.is_authenticated());
+        overlapping.filter(|(_, sa)| is_nobody_s(sa.class)).map(|(sa, _)| sa).collect()
+    }
+
+    fn is_authenticated(&self, class: ClassId) -> bool {
+        self.class(class).is_some_and(|class| class.is_authenticated())
+    }
+
     fn rank(&self, control: &Control, newcomer: &CoveringSa) -> Result<(), Outranked> {
         if self.class(newcomer.class).is_none_or(|class| class.is_authenticated()) {
             return Ok(());
         }
-        let ranks = |class| self.class(class).is_some_and(|class| class.is_authenticated());
+        let ranks = |class| self.is_authenticated(class);
         if let Some(latch) = control.within(&newcomer.remote_ts, ranks).find(|latch| newcomer.covers(&latch.flow)) {
             return Err(Outranked(format!("{} is latched to {}", latch.flow, latch.class.peer.id)));
         }

@@ -12,7 +12,7 @@ use std::time::Duration;
 use latchkey_tests::daemon::Kind::Latchkey;
 use latchkey_tests::daemon::{Daemon, program};
 use latchkey_tests::host::{Host, wait_for};
-use latchkey_tests::scene::{Scene, Suite, configurations, hosts};
+use latchkey_tests::scene::{A, B, INNER_B, Scene, Suite, configurations, hosts};
 use latchkey_tests::witness::Three;
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -223,6 +223,47 @@ fn nobody_in_particular_is_latched_only_where_that_is_asked_for() {
     client.types("is it still you?\n");
     scene.passes();
     assert!(!fs::read_to_string(&server.output).unwrap().contains("still you"));
+}
+
+// RFC 7619 §3.3: a peer that has proved who it is comes later, for addresses that no connection names.
+#[test]
+fn what_nobody_has_ends_when_its_traffic_is_somebody_s() {
+    let (host_a, host_b) = hosts();
+    let connection = |name: &str, remote: &str, ends: [&str; 2], selectors: &str| {
+        let [local_auth, remote_auth] = ends;
+        format!(
+            "{name} {{\nremote_addrs = {remote}\nlocal {{\n{local_auth}\n}}\nremote {{\n{remote_auth}\n}}\n\
+             children {{\n{name} {{\n{selectors}\n}}\n}}\n}}\n"
+        )
+    };
+    let (nobody, of_a, of_b) = ("auth = null", "auth = psk\nid = a.example", "auth = psk\nid = b.example");
+    let configuration = |connections: &str| {
+        format!("connections {{\n{connections}}}\nsecrets {{\nike-1 {{\nsecret = \"a shared key for tests\"\n}}\n}}\n")
+    };
+    let open_a = configuration(&connection("open", B, [nobody; 2], "remote_ts = 10.2.0.0/24"));
+    let staff_a = configuration(&connection("staff", B, [of_a, of_b], "remote_ts = 10.2.0.0/24"));
+    let both = connection("open", "%any", [nobody; 2], "local_ts = 10.2.0.0/24")
+        + &connection("staff", "%any", [of_b, of_a], "local_ts = 10.2.0.0/24");
+    let b = Daemon::start(Latchkey, &host_b, &configuration(&both), &Vec::new());
+    let a = Daemon::start(Latchkey, &host_a, &open_a, &Vec::new());
+    let children = |daemon: &Daemon| {
+        let sas = daemon.control(&["--list-sas"]);
+        ["open", "staff"].map(|name| sas.contains(&format!("  {name}: #")))
+    };
+    a.initiate("open");
+    assert!(host_a.pings(A, INNER_B));
+    assert_eq!(children(&b), [true, false]);
+    a.write(&staff_a, &Vec::new());
+    a.control(&["--load-conns"]);
+    a.initiate("staff");
+    wait_for("the end of what nobody had", PATIENCE, || children(&b) == [false, true] && children(&a) == [false, true]);
+    assert!(host_a.pings(A, INNER_B));
+    // And it is not to be had again.
+    a.write(&open_a, &Vec::new());
+    a.control(&["--load-conns"]);
+    assert!(!a.swanctl(&["--initiate", "--child", "open"]).status.success());
+    assert_eq!(children(&b), [false, true]);
+    assert!(host_a.pings(A, INNER_B));
 }
 
 // RFC 5660 §2.3: "changes to the SPD" that conflict; §2.1: an SA with another suite conflicts as well. What would break can

@@ -13,7 +13,7 @@ use ike::engine::{
     Target, Transport,
 };
 use ipsec::guard::ClassId;
-use ipsec::plane::{Carrier, DataPlane, Encapsulation, Mode, PlaneError, PlaneEvent, Shunt, Trap, Usage};
+use ipsec::plane::{Carrier, DataPlane, Encapsulation, Mode, PlaneError, PlaneEvent, SaPair, Shunt, Trap, Usage};
 use ipsec::selector::{Flow, TrafficSelector};
 use kernel::network::{Network, NetworkEvent};
 use latch::access::Access;
@@ -340,6 +340,7 @@ impl Core {
         for alert in asked.map_err(|outranked| self.refuse_outranked(child_sa, &outranked))? {
             tracing::warn!(latch = alert.latch.0, reason = alert.reason, "latch broken");
         }
+        self.end_outranked(class, &pair);
         let spi_in = pair.spi_in;
         let installed = InstalledChild {
             spi_in: pair.spi_in,
@@ -375,6 +376,22 @@ impl Core {
         self.numbers.installed(&tags);
         self.children.insert(child_sa, installed);
         Ok(Installed { reqid, tags })
+    }
+
+    /// Ends what nobody in particular has of the traffic of a peer that has proved who it is, before that one's SA goes in.
+    fn end_outranked(&mut self, class: ClassId, pair: &SaPair) {
+        for child in self.database.outranked(class, &pair.local_ts, &pair.remote_ts).into_iter().map(ChildSaId) {
+            if let Some(installed) = self.children.get(child) {
+                let (connection, child) = (&installed.connection, &installed.name);
+                tracing::info!(%connection, %child, "ended: somebody who has proved who it is has come for its traffic");
+            }
+            // At once; its peer hears of it when its IKE SA gets to it.
+            self.remove(child);
+            let token = self.token();
+            if self.shards.terminate(Target::Child(child), true, token).is_err() {
+                tracing::debug!(child = child.0, "a Child SA that has to go is gone already");
+            }
+        }
     }
 
     /// An SA of nobody in particular does not take what belongs to somebody (RFC 7619 §3.3).

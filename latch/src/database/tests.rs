@@ -164,7 +164,10 @@ fn who_has_proved_nothing_takes_nothing_from_who_has() {
     database.installed(4, classes[NOBODY], vec![narrow(3).0], vec![narrow(3).1]).unwrap();
     let (holder, told) = counting();
     database.create(flow(3), &any(), holder).unwrap();
-    // The other way round it is a conflict like any other.
+    // The other way round it is a conflict like any other, and nobody's SA has to go.
+    assert!(database.outranked(classes[NOBODY], &everything(), &everything()).is_empty());
+    assert!(database.outranked(classes[0], &[narrow(2).0], &[narrow(2).1]).is_empty(), "its own traffic");
+    assert_eq!(database.outranked(classes[0], &[narrow(3).0], &everything()), BTreeSet::from([4]));
     install(&database, 5, classes[0]);
     assert_eq!(told.load(Ordering::SeqCst), 1);
 }
