@@ -175,7 +175,10 @@ pub(super) fn policy(
         Direction::Out => (options.mark_out, options.if_id_out),
         Direction::In | Direction::Forward => (options.mark_in, options.if_id_in),
     };
-    let priority = if options.priority == 0 { priority::of(&selector, purpose) } else { options.priority };
+    let priority = match options.priority {
+        0 => priority::of(&selector, purpose),
+        configured => configured.max(priority::BEHIND_LATCHES),
+    };
     Policy { id: PolicyId { direction, selector, mark, if_id }, priority, action }
 }
 

@@ -5,6 +5,9 @@ use ipsec::plane::ShuntAction;
 
 use super::codec::Selector;
 
+/// The first that no policy of a latch or of a latched port has.
+pub(super) const BEHIND_LATCHES: u32 = super::ports::LAST + 1;
+
 /// What a policy is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Purpose {

@@ -192,6 +192,23 @@ fn policies_that_somebody_removed_are_put_back() {
         .unwrap();
 }
 
+// RFC 5660 §2.3: no configured SA, trap or shunt goes before a latch.
+#[test]
+fn a_configured_priority_is_behind_those_of_latches() {
+    host()
+        .run(|| {
+            let mut tables = tables();
+            for (reqid, priority, installed) in [(9, 1, 10_001), (10, 10_000, 10_001), (11, 10_002, 10_002)] {
+                let trap = trap(reqid, "10.1.0.0/24", "10.2.0.0/24");
+                let trap = Trap { options: KernelOptions { priority, ..KernelOptions::default() }, ..trap };
+                tables.install_trap(&trap, &no_links()).unwrap();
+                assert!(ip("xfrm policy").contains(&format!("dir out priority {installed} ")), "{priority}");
+                tables.remove_trap(reqid).unwrap();
+            }
+        })
+        .unwrap();
+}
+
 // Else each change of our own would wake a thread, and have all states and policies read and compared.
 #[test]
 fn our_own_changes_are_no_news_and_those_of_others_are() {
@@ -263,11 +280,11 @@ fn options_reach_the_policies() {
         .run(|| {
             let mut tables = tables();
             let mark = ipsec::plane::Mark { value: 0x2a, mask: 0xff };
-            let options = KernelOptions { mark_out: mark, if_id_out: 5, priority: 1234, ..KernelOptions::default() };
+            let options = KernelOptions { mark_out: mark, if_id_out: 5, priority: 12345, ..KernelOptions::default() };
             let trap = Trap { options, ..trap(9, "10.1.0.0/24", "10.2.0.0/24") };
             tables.install_trap(&trap, &Links { interface: 1, device: None }).unwrap();
             let shown = ip("xfrm policy");
-            for part in ["priority 1234", "mark 0x2a/0xff", "if_id 0x5", "dev lo"] {
+            for part in ["priority 12345", "mark 0x2a/0xff", "if_id 0x5", "dev lo"] {
                 assert!(shown.contains(part), "{part}: {shown}");
             }
             tables.remove_trap(9).unwrap();
