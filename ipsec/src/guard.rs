@@ -124,6 +124,8 @@ pub trait FlowBarrier: Send + Sync {
     fn abandoned_ports(&self) -> Vec<Port>;
     /// True where the system does ESP, so that the packet check does not see all packets.
     fn stands_alone(&self) -> bool;
+    /// True where it also keeps ICMP errors about a flow from its socket that did not come by its passage.
+    fn holds_back_errors(&self) -> bool;
 }
 
 /// The guard of a plane without latches.

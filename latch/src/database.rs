@@ -112,6 +112,8 @@ pub enum Protector {
     EngineAndSystem,
     /// The system's barrier, where the system does ESP.
     System,
+    /// That, and it keeps ICMP errors about the flow from its socket that did not come by an SA of the latched class.
+    SystemAndFilter,
 }
 
 /// What becomes of a connection when its latch breaks (RFC 5660 §5.5).
@@ -1074,6 +1076,7 @@ impl Database {
     fn raise_barrier(&self, flow: &Flow, passage: Passage) -> Result<Protector, LatchError> {
         let Some(barrier) = self.barrier.get() else { return Ok(Protector::Engine) };
         match barrier.set(flow, passage) {
+            Ok(()) if barrier.stands_alone() && barrier.holds_back_errors() => Ok(Protector::SystemAndFilter),
             Ok(()) if barrier.stands_alone() => Ok(Protector::System),
             Ok(()) => Ok(Protector::EngineAndSystem),
             Err(reason) if barrier.stands_alone() => Err(LatchError::Unenforced { flow: flow.to_string(), reason }),

@@ -22,7 +22,7 @@ use crate::database::{Algorithms, Class, LatchError, LatchState, OnBreak, Protec
 pub const VERSION: u32 = 1;
 
 /// What this crate knows beyond the first form of [`VERSION`]: `docs/latch-protocol.md` says what came with which.
-pub const REVISION: u32 = 9;
+pub const REVISION: u32 = 10;
 
 /// The first [`REVISION`] that has [`Wanted::larval`].
 pub const LARVAL_REVISION: u32 = 5;
@@ -469,6 +469,8 @@ pub enum Guard {
     EngineAndSystem,
     /// Policies of the system alone, since it does ESP.
     System,
+    /// These, and a filter of the system that holds back ICMP errors about the flow.
+    SystemAndFilter,
     /// One that this crate does not know.
     #[serde(other)]
     Other,
@@ -767,6 +769,7 @@ impl From<Protector> for Guard {
             Protector::Engine => Self::Engine,
             Protector::EngineAndSystem => Self::EngineAndSystem,
             Protector::System => Self::System,
+            Protector::SystemAndFilter => Self::SystemAndFilter,
         }
     }
 }

@@ -25,8 +25,9 @@
 //!
 //! # What they do not reach
 //!
-//! ICMP errors about a flow are no packets of it: the system's own rules for them hold. A policy that somebody
-//! installed with priority 0 before goes first.
+//! ICMP errors about a flow are no packets of it: where the kernel does ESP, nftables hold them back if they can
+//! (`icmp_errors`), else the system's own rules for them hold. A policy that somebody installed with priority 0 before goes
+//! first.
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -40,6 +41,7 @@ use ipsec::selector::Flow;
 
 use super::arrivals::{self, Arrivals};
 use super::codec::{Action, Direction, Ends, Policy, PolicyId, PolicyReport, Port, Selector, Template};
+use super::icmp_errors::ErrorFilter;
 use super::ports::{self, Policies};
 use super::priority::{self, Purpose};
 use super::socket::{Databases as _, XfrmSocket};
@@ -52,6 +54,7 @@ pub(crate) struct Latches {
     /// As whom the kernel's news name us.
     pub(super) port: u32,
     kernel_does_esp: bool,
+    holds_back_errors: bool,
 }
 
 struct State {
@@ -67,6 +70,8 @@ struct State {
     arrivals: Arrivals,
     /// Of which `if_id`s a flow has policies.
     barred: BTreeSet<(Flow, u32)>,
+    /// Of ICMP errors about all of them, where the kernel does ESP and the system can.
+    errors: Option<ErrorFilter>,
     /// How many inbound policies there are between two addresses.
     pairs: HashMap<(IpAddr, IpAddr), usize>,
     limits: Limits,
@@ -137,6 +142,11 @@ impl Latches {
         for flow in &left {
             *pairs.entry((flow.local, flow.remote)).or_default() += 1;
         }
+        let unfiltered = |error: &io::Error| {
+            tracing::info!(%error, "ICMP errors about latched flows are not held back");
+        };
+        let errors = if kernel_does_esp { ErrorFilter::open().inspect_err(unfiltered).ok() } else { None };
+        let holds_back_errors = errors.is_some();
         let by_remote = left.iter().map(|flow| (flow.remote, *flow)).collect();
         let mut state = State {
             socket,
@@ -147,6 +157,7 @@ impl Latches {
             by_remote,
             arrivals: Arrivals::default(),
             barred: BTreeSet::new(),
+            errors,
             pairs,
             limits: LIMITS,
             ports: BTreeMap::new(),
@@ -155,7 +166,10 @@ impl Latches {
             last_path: 0,
         };
         for flow in state.abandoned.clone() {
-            state.put(&flow, Barrier { passage: Passage::None, actions: [Action::Drop; 2] })?;
+            if let Some(errors) = &mut state.errors {
+                errors.enter(&flow)?;
+            }
+            state.put(&flow, CLOSED)?;
         }
         for port in state.abandoned_ports.clone() {
             state.put_policies(&state.closed(&port))?;
@@ -164,7 +178,7 @@ impl Latches {
         if flows + ports > 0 {
             tracing::info!(flows, ports, "what an earlier daemon latched stays closed");
         }
-        Ok(Self { state: Mutex::new(state), port, kernel_does_esp })
+        Ok(Self { state: Mutex::new(state), port, kernel_does_esp, holds_back_errors })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -400,6 +414,10 @@ impl FlowBarrier for Latches {
     fn stands_alone(&self) -> bool {
         self.kernel_does_esp
     }
+
+    fn holds_back_errors(&self) -> bool {
+        self.holds_back_errors
+    }
 }
 
 impl State {
@@ -504,8 +522,10 @@ impl State {
     fn enter(&mut self, flow: &Flow) -> Result<(), String> {
         self.count(flow)?;
         self.by_remote.insert((flow.remote, *flow));
+        let filtered = self.errors.as_mut().map_or(Ok(()), |errors| errors.enter(flow)).map_err(|e| e.to_string());
         let if_ids = self.arrivals.towards(flow);
-        if_ids.into_iter().try_for_each(|if_id| self.bar_flow(flow, if_id)).inspect_err(|_| self.leave(flow))
+        let barred = filtered.and_then(|()| if_ids.into_iter().try_for_each(|if_id| self.bar_flow(flow, if_id)));
+        barred.inspect_err(|_| self.leave(flow))
     }
 
     /// It has had its time: none of its policies stay.
@@ -515,6 +535,9 @@ impl State {
         }
         for if_id in self.barring(flow) {
             self.lift_bar(flow, if_id);
+        }
+        if let Some(Err(error)) = self.errors.as_mut().map(|errors| errors.leave(flow)) {
+            tracing::error!(%flow, %error, "ICMP errors about a flow that is no longer latched are still held back");
         }
         self.by_remote.remove(&(flow.remote, *flow));
         self.count_off(flow);
@@ -670,6 +693,13 @@ impl State {
                 continue;
             }
             self.socket.set_policy(&Policy { id: id(flow, direction), priority: OF_A_LATCH, action })?;
+        }
+        let reqid = match barrier.actions {
+            [_, Action::Protect(template)] => Some(template.reqid),
+            _ => None,
+        };
+        if let Some(Err(error)) = self.errors.as_mut().map(|errors| errors.permit(flow, reqid)) {
+            tracing::error!(%flow, %error, "which ICMP errors about a latched flow pass could not be changed");
         }
         Ok(())
     }

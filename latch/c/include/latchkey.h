@@ -190,7 +190,8 @@ enum latchkey_item {
     LATCHKEY_REMOTE_ADDRESS = 7,
     /* All of it as a JSON object, as docs/latch-protocol.md has it. */
     LATCHKEY_JSON = 8,
-    /* What enforces the latch: "engine", "engine-and-system", "system". */
+    /* What enforces the latch: "engine", "engine-and-system", "system",
+     * "system-and-filter". */
     LATCHKEY_GUARD = 9,
     /* Of latchkey_inquire and latchkey_whois alone, what protects the connection now (the first SA; JSON has all): the
      * connection of the configuration; outer addresses, of whoever is behind a NAT our private and the peer's public one; */

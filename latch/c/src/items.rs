@@ -169,6 +169,7 @@ fn guard(guard: Guard) -> Result<&'static str, Failure> {
         Guard::Engine => Ok("engine"),
         Guard::EngineAndSystem => Ok("engine-and-system"),
         Guard::System => Ok("system"),
+        Guard::SystemAndFilter => Ok("system-and-filter"),
         Guard::Other => Err(absent()),
     }
 }

@@ -1182,6 +1182,10 @@ impl FlowBarrier for FakeBarrier {
         Vec::new()
     }
 
+    fn holds_back_errors(&self) -> bool {
+        false
+    }
+
     fn stands_alone(&self) -> bool {
         self.alone
     }

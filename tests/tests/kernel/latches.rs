@@ -216,3 +216,72 @@ fn what_goes_while_news_of_the_kernel_are_lost_is_put_right() {
         wires.saw_nothing();
     });
 }
+
+/// Sends an ICMP error, that a datagram's port is unreachable, from `told[0]` to `told[1]` about datagrams of `told[1]`, port
+/// `told[2]`, to 10.2.0.1, port `told[3]`.
+const FORGE_ERROR: &str = r#"
+import socket, struct, sys
+source, victim, port, to = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+quoted = struct.pack("!BBHHHBBH4s4sHHHH", 0x45, 0, 36, 0, 0, 64, 17, 0, socket.inet_aton(victim),
+                     socket.inet_aton("10.2.0.1"), port, to, 16, 0) + bytes(8)
+error = struct.pack("!BBHI", 3, 3, 0, 0) + quoted
+total = sum(struct.unpack("!%dH" % (len(error) // 2), error))
+while total > 0xffff:
+    total = (total & 0xffff) + (total >> 16)
+raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
+raw.bind((source, 0))
+raw.sendto(error[:2] + struct.pack("!H", ~total & 0xffff) + error[4:], (victim, 0))
+"#;
+
+/// A socket that is not latched, and says each time when it hears of such an error.
+const HEARS_ERRORS: &str = r#"
+import socket, sys, time
+plain = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+plain.bind(("10.1.0.1", 40060))
+plain.connect(("10.2.0.1", 9))
+out = open(sys.argv[1], "a", buffering=1)
+while True:
+    if plain.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+        print("heard", file=out)
+    time.sleep(0.01)
+"#;
+
+// RFC 4301 §6.1.1, RFC 5660 §2: an ICMP error about a latched flow that comes in clear, or by another peer's SA, does not reach
+// its socket; one that comes by its own SA does.
+#[test]
+#[ignore = "needs a kernel with nftables of IP: tests/guest/build, then LATCHKEY_UML=$PWD/target/guest/linux"]
+fn an_icmp_error_reaches_a_latched_socket_by_its_own_sa_only() {
+    in_guest(|| {
+        let three = Three::with(LatchkeyKernel, "", |text| text);
+        three.open_a_way_in_clear();
+        three.host_b.add_inner("10.2.0.2/32");
+        let _echo = Echo::start(&three.host_b, "10.2.0.1");
+        let talk = Talk { udp: true, on_break: "wait", local: "10.1.0.1:40008", ..Talk::default() };
+        let talker = Talker::start(&three.a, &three.host_a, &talk);
+        talker.says("guard system-and-filter");
+        talker.talks();
+        let heard = three.a.path("heard");
+        let _plain = three.host_a.spawn("python3", &["-c", HEARS_ERRORS, heard.to_str().unwrap()]);
+        let times = || std::fs::read_to_string(&heard).map_or(0, |heard| heard.lines().count());
+        let forge = |host: &Host, from: &str, port: &str, to: &str| {
+            host.check("python3", &["-c", FORGE_ERROR, from, "10.1.0.1", port, to]);
+        };
+        // Both get one; who is not latched hears of it.
+        let both = |what: &str, host: &Host, from: &str| {
+            let before = times();
+            wait_for(what, PATIENCE, || {
+                forge(host, from, "40008", "7");
+                forge(host, from, "40060", "9");
+                times() > before
+            });
+            talker.talks();
+            assert!(!talker.report().contains("error"), "{what}: {}", talker.report());
+        };
+        both("an error in clear", &three.host_b, "192.0.2.2");
+        three.c.initiate("net-a");
+        both("an error by C's SA", &three.host_c, "10.2.0.1");
+        forge(&three.host_b, "10.2.0.2", "40008", "7");
+        talker.says("error [Errno 111]");
+        assert!(!talker.report().contains("alert"), "{}", talker.report());
+    });
+}
