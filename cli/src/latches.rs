@@ -407,6 +407,7 @@ fn described(peer: &Peer) -> String {
         }
         ProofInfo::SharedKey => "shared key",
         ProofInfo::Certificate { .. } => "certificate",
+        ProofInfo::RawKey { .. } => "raw public key",
     };
     format!("{} by {proof}, to us as {}", peer.id.text, peer.local_id.text)
 }

@@ -1303,7 +1303,7 @@ impl Class {
     fn ends(&self) -> (&Identity, &Identity, Option<&[u8; 32]>) {
         let lineage = match &self.peer.proof {
             Proof::Unauthenticated { lineage } => Some(lineage),
-            Proof::PreSharedKey | Proof::Certificate { .. } => None,
+            Proof::PreSharedKey | Proof::Certificate { .. } | Proof::RawKey { .. } => None,
         };
         (&self.peer.id, &self.peer.local_id, lineage)
     }
@@ -1320,6 +1320,7 @@ impl Class {
             Proof::Certificate { end_entity, trust_anchor, method: _ } => {
                 Credential::Certificate { end_entity, trust_anchor }
             }
+            Proof::RawKey { key, method: _ } => Credential::RawKey { key },
         };
         (&self.peer.id, &self.peer.local_id, credential, self.mode, self.suite, self.replay_protection)
     }
@@ -1445,6 +1446,7 @@ enum Credential<'a> {
     None { lineage: &'a [u8; 32] },
     SharedKey,
     Certificate { end_entity: &'a [u8], trust_anchor: &'a [u8] },
+    RawKey { key: &'a [u8] },
 }
 
 #[derive(Default)]
@@ -1741,7 +1743,7 @@ fn read<T>(lock: &RwLock<T>) -> std::sync::RwLockReadGuard<'_, T> {
 
 fn is_proof(proof: &Proof) -> bool {
     match proof {
-        Proof::PreSharedKey | Proof::Certificate { .. } => true,
+        Proof::PreSharedKey | Proof::Certificate { .. } | Proof::RawKey { .. } => true,
         Proof::Unauthenticated { .. } => false,
     }
 }

@@ -22,7 +22,7 @@ use crate::database::{Algorithms, Class, LatchError, LatchState, OnBreak, Protec
 pub const VERSION: u32 = 1;
 
 /// What this crate knows beyond the first form of [`VERSION`]: `docs/latch-protocol.md` says what came with which.
-pub const REVISION: u32 = 10;
+pub const REVISION: u32 = 11;
 
 /// The first [`REVISION`] that has [`Wanted::larval`].
 pub const LARVAL_REVISION: u32 = 5;
@@ -717,6 +717,12 @@ pub enum ProofInfo {
         #[serde(with = "base64")]
         trust_anchor: Vec<u8>,
     },
+    /// By a key that the daemon's configuration has (RFC 7670).
+    RawKey {
+        /// Its SubjectPublicKeyInfo in DER; base64 in JSON.
+        #[serde(with = "base64")]
+        key: Vec<u8>,
+    },
 }
 
 /// How packets are protected: ESP with these algorithms.
@@ -782,6 +788,7 @@ impl From<&Class> for Peer {
             Proof::Certificate { end_entity, trust_anchor, method: _ } => {
                 ProofInfo::Certificate { end_entity: end_entity.clone(), trust_anchor: trust_anchor.clone() }
             }
+            Proof::RawKey { key, method: _ } => ProofInfo::RawKey { key: key.clone() },
         };
         Self { id: (&class.peer.id).into(), local_id: (&class.peer.local_id).into(), proof }
     }

@@ -119,6 +119,7 @@ mod tests {
             class,
             cacerts: Vec::new(),
             certs: Vec::new(),
+            public_keys: Vec::new(),
             constraints: SignatureConstraints::parse(constraints).unwrap(),
             revocation: Default::default(),
         }

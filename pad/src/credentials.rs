@@ -11,6 +11,7 @@ use crate::certificate::Certificate;
 use crate::constraints::{SignatureConstraints, SignatureSettings};
 use crate::identity::{Identity, IdentityPattern};
 use crate::peer::PeerIdentity;
+use crate::public_key::PublicKey;
 use crate::revocation::Revocation;
 
 mod authenticate;
@@ -67,6 +68,8 @@ pub struct LocalAuth {
     pub class: AuthClass,
     /// Certificates that may be used, DER; empty lets [`Credentials::sign`] find one for the identity.
     pub certificates: Vec<Vec<u8>>,
+    /// Raw keys that may be used (RFC 7670). Where there are some and no certificates, none is looked for.
+    pub public_keys: Vec<PublicKey>,
     /// What our key and our signature have to be.
     pub constraints: SignatureConstraints,
 }
@@ -84,6 +87,9 @@ pub struct PadEntry {
     pub cacerts: Vec<Vec<u8>>,
     /// If not empty, the end-entity certificate must be one of these (DER).
     pub certs: Vec<Vec<u8>>,
+    /// Raw keys of the peer (RFC 7670). If there are some, whatever certificate it has counts only if it is one of `certs`.
+    /// They prove the `remote_id` if that is one identity, otherwise only the name that each has by itself.
+    pub public_keys: Vec<PublicKey>,
     /// What the keys and signatures of the chain and of AUTH have to be.
     pub constraints: SignatureConstraints,
     /// What has to be known about whether certificates of the chain are revoked.
@@ -95,6 +101,24 @@ impl PadEntry {
     pub fn authority_hashes(&self) -> Vec<[u8; 20]> {
         let parsed = self.cacerts.iter().filter_map(|der| Certificate::parse(der).ok());
         parsed.map(|authority| authority.public_key_info_hash()).collect()
+    }
+
+    /// Says whether it admits a peer by a certificate.
+    pub fn takes_certificates(&self) -> bool {
+        self.class == AuthClass::PublicKey && (self.public_keys.is_empty() || !self.certs.is_empty())
+    }
+
+    /// Says whether it admits a peer by a raw key: one of its own, or the loaded one that its `remote_id` is the name of.
+    pub fn takes_raw_keys(&self) -> bool {
+        self.class == AuthClass::PublicKey && (!self.public_keys.is_empty() || self.names_loaded_key())
+    }
+
+    /// The `remote_id` is a key's own name, and nothing else is asked for.
+    fn names_loaded_key(&self) -> bool {
+        let nothing_else = self.certs.is_empty() && self.cacerts.is_empty() && self.public_keys.is_empty();
+        nothing_else
+            && self.revocation != Revocation::Strict
+            && matches!(self.remote_id.as_exact(), Some(Identity::KeyId(_)))
     }
 }
 
@@ -114,6 +138,8 @@ pub struct AuthenticateRequest {
     pub shared_key_mac: Arc<dyn SharedKeyMac>,
     /// X.509 certificates from its CERT payloads, DER, the end entity first.
     pub certificates: Vec<Vec<u8>>,
+    /// The first CERT payload with a raw key (RFC 7670 §3). It says which of the keys that we know to take, no more.
+    pub raw_key: Option<Vec<u8>>,
     /// Candidates in PAD order: the first that admits the peer wins.
     pub entries: Vec<PadEntry>,
     /// The daemon's settings.
@@ -147,6 +173,8 @@ pub struct SignRequest {
     pub peer_hashes: Option<Vec<u16>>,
     /// SHA-1 hashes of acceptable CAs' public keys from CERTREQ payloads.
     pub cert_requests: Vec<[u8; 20]>,
+    /// It sent a CERTREQ for raw keys (RFC 7670 §3).
+    pub raw_key_requested: bool,
     /// The peer's SUPPORTED_AUTH_METHODS (RFC 9593), in its order of preference; `None` if it sent none.
     pub announced: Option<Vec<AuthAnnouncement>>,
     /// The daemon's settings.
@@ -162,6 +190,8 @@ pub struct SignedAuth {
     pub auth: Vec<u8>,
     /// Certificates for CERT payloads, DER, the end entity first, without the trust anchor.
     pub certificates: Vec<Vec<u8>>,
+    /// The raw key that signed, where it was not a certificate's, for a CERT payload (RFC 7670 §3).
+    pub public_key: Option<PublicKey>,
 }
 
 /// Why a peer was not admitted. All of these become AUTHENTICATION_FAILED on the wire.
@@ -184,6 +214,14 @@ pub enum AuthError {
         /// Why.
         reason: String,
     },
+    /// There is no raw key that counts, or it is not acceptable.
+    #[error("the raw public key of {id} is not acceptable: {reason}")]
+    RawKey {
+        /// Who.
+        id: String,
+        /// Why.
+        reason: String,
+    },
     /// The AUTH method or signature algorithm is unknown or forbidden.
     #[error("{id} uses an authentication method that is not acceptable: {reason}")]
     Method {
@@ -197,8 +235,8 @@ pub enum AuthError {
 /// Why we cannot authenticate ourselves.
 #[derive(Debug, thiserror::Error)]
 pub enum SignError {
-    /// There is no private key with a certificate for this identity.
-    #[error("there is no private key with a certificate for {0}")]
+    /// There is no private key with a certificate for this identity, nor one to a configured public key.
+    #[error("there is no private key with a certificate or configured public key for {0}")]
     NoKey(String),
     /// There is no shared key.
     #[error("there is no shared key for {0}")]

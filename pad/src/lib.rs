@@ -12,6 +12,7 @@ pub mod credentials;
 mod distinguished_name;
 pub mod identity;
 pub mod peer;
+mod public_key;
 pub mod revocation;
 mod signature;
 
@@ -24,5 +25,6 @@ pub use credentials::{
 };
 pub use identity::{Identity, IdentityPattern, Specificity};
 pub use peer::{PeerIdentity, Proof};
+pub use public_key::{PublicKey, PublicKeyError};
 pub use revocation::{Crl, CrlError, Revocation};
 pub use signature::KeyType;

@@ -36,4 +36,11 @@ pub enum Proof {
         /// The AUTH method used.
         method: AuthMethod,
     },
+    /// By a key that the configuration names (RFC 7670).
+    RawKey {
+        /// Its SubjectPublicKeyInfo in DER.
+        key: Vec<u8>,
+        /// The AUTH method used.
+        method: AuthMethod,
+    },
 }

@@ -4,8 +4,8 @@ use std::fmt;
 
 use aws_lc_rs::rand::SystemRandom;
 use aws_lc_rs::signature::{
-    self, EcdsaKeyPair, EcdsaSigningAlgorithm, Ed25519KeyPair, KeyPair, RsaEncoding, RsaKeyPair, UnparsedPublicKey,
-    VerificationAlgorithm,
+    self, EcdsaKeyPair, EcdsaSigningAlgorithm, Ed25519KeyPair, KeyPair, ParsedPublicKey, RsaEncoding, RsaKeyPair,
+    UnparsedPublicKey, VerificationAlgorithm,
 };
 use pkcs8::der::asn1::{AnyRef, ObjectIdentifier};
 use pkcs8::der::{Decode, Tag, TagNumber};
@@ -60,6 +60,18 @@ impl KeyType {
 /// The key id of strongSwan and of RFC 5280 §4.2.1.2 (1): SHA-1 over the subjectPublicKey.
 pub(crate) fn key_id(public_key: &[u8]) -> [u8; 20] {
     Sha1::digest(public_key).into()
+}
+
+/// Says whether octets are a public key of this kind: numbers in range, a point on the curve.
+pub(crate) fn is_valid(key_type: KeyType, public_key: &[u8]) -> bool {
+    let algorithm: &'static dyn VerificationAlgorithm = match key_type {
+        KeyType::Rsa => &signature::RSA_PKCS1_2048_8192_SHA256,
+        KeyType::EcdsaP256 => &signature::ECDSA_P256_SHA256_ASN1,
+        KeyType::EcdsaP384 => &signature::ECDSA_P384_SHA384_ASN1,
+        KeyType::EcdsaP521 => &signature::ECDSA_P521_SHA512_ASN1,
+        KeyType::Ed25519 => &signature::ED25519,
+    };
+    ParsedPublicKey::new(algorithm, public_key).is_ok()
 }
 
 /// Why an AUTH value is not accepted.

@@ -20,6 +20,8 @@ pub enum Auth {
     Psk,
     /// Certificates of one CA with keys of this algorithm.
     Certificates(&'static rcgen::SignatureAlgorithm),
+    /// Raw public keys of this algorithm (RFC 7670).
+    RawKeys(&'static rcgen::SignatureAlgorithm),
 }
 
 /// What is negotiated.
@@ -58,22 +60,60 @@ pub fn hosts() -> (Host, Host) {
     (a, b)
 }
 
-/// Both ends' configurations and files, initiator first.
-pub fn configurations(suite: &Suite) -> [(String, Files); 2] {
-    let (credentials, secrets) = match suite.auth {
-        Auth::Psk => (None, "secrets {\nike-1 {\nsecret = \"a shared key for tests\"\n}\n}\n"),
+/// What one end authenticates with, and knows its peer by.
+struct Credentials {
+    /// `auth`.
+    auth: &'static str,
+    /// More settings of `local`.
+    local: &'static str,
+    /// More settings of `remote`.
+    remote: &'static str,
+    files: Files,
+}
+
+/// Both ends' credentials, and the `secrets` of both.
+fn credentials(auth: Auth) -> ([Credentials; 2], &'static str) {
+    match auth {
+        Auth::Psk => {
+            let psk = || Credentials { auth: "psk", local: "", remote: "", files: Files::new() };
+            ([psk(), psk()], "secrets {\nike-1 {\nsecret = \"a shared key for tests\"\n}\n}\n")
+        }
         Auth::Certificates(algorithm) => {
             let authority = Authority::new("test CA", algorithm);
-            let issue = |name| authority.issue(name, algorithm);
-            (Some((authority.certificate(), issue("a.example"), issue("b.example"))), "")
+            let of = |name| {
+                let Credential { certificate, key } = authority.issue(name, algorithm);
+                let files = vec![
+                    ("x509/cert.pem".into(), certificate),
+                    ("x509ca/ca.pem".into(), authority.certificate()),
+                    ("private/key.pem".into(), key),
+                ];
+                Credentials { auth: "pubkey", local: "certs = cert.pem\n", remote: "", files }
+            };
+            (["a.example", "b.example"].map(of), "")
         }
-    };
-    let end = |local: (&str, &str, &str), remote: (&str, &str, &str), credential: Option<&Credential>| {
-        let auth = if credential.is_some() { "pubkey" } else { "psk" };
-        let certs = if credential.is_some() { "certs = cert.pem\n" } else { "" };
+        Auth::RawKeys(algorithm) => {
+            let [a, b] = [(); 2].map(|()| rcgen::KeyPair::generate_for(algorithm).unwrap());
+            let of = |own: &rcgen::KeyPair, peer: &rcgen::KeyPair| {
+                let files = vec![
+                    ("pubkey/own.pem".into(), own.public_key_pem().into_bytes()),
+                    ("pubkey/peer.pem".into(), peer.public_key_pem().into_bytes()),
+                    ("private/key.pem".into(), own.serialize_pem().into_bytes()),
+                ];
+                Credentials { auth: "pubkey", local: "pubkeys = own.pem\n", remote: "pubkeys = peer.pem\n", files }
+            };
+            ([of(&a, &b), of(&b, &a)], "")
+        }
+    }
+}
+
+/// Both ends' configurations and files, initiator first.
+pub fn configurations(suite: &Suite) -> [(String, Files); 2] {
+    let (credentials, secrets) = credentials(suite.auth);
+    let end = |local: (&str, &str, &str), remote: (&str, &str, &str), credentials: Credentials| {
+        let Credentials { auth, local: more_local, remote: more_remote, files } = credentials;
         let configuration = format!(
             "connections {{\nsite {{\nlocal_addrs = {}\nremote_addrs = {}\nproposals = {}\nversion = 2\n{}\n\
-             local {{\nauth = {auth}\nid = {}\n{certs}}}\nremote {{\nauth = {auth}\nid = {}\n}}\n\
+             local {{\nauth = {auth}\nid = {}\n{more_local}}}\nremote {{\nauth = {auth}\nid = {}\n{more_remote}}}\n\
              children {{\nnet {{\nlocal_ts = {}\nremote_ts = {}\nesp_proposals = {}\n{}\n}}\n}}\n}}\n}}\n{secrets}",
             local.0,
             remote.0,
@@ -86,20 +126,11 @@ pub fn configurations(suite: &Suite) -> [(String, Files); 2] {
             suite.esp,
             suite.child
         );
-        let mut files = Files::new();
-        if let (Some(credential), Some((ca, ..))) = (credential, &credentials) {
-            files.push(("x509/cert.pem".into(), credential.certificate.clone()));
-            files.push(("x509ca/ca.pem".into(), ca.clone()));
-            files.push(("private/key.pem".into(), credential.key.clone()));
-        }
         (configuration, files)
     };
     let a = (A, "a.example", "10.1.0.0/24");
     let b = (B, "b.example", "10.2.0.0/24");
-    let (of_a, of_b) = match &credentials {
-        Some((_, of_a, of_b)) => (Some(of_a), Some(of_b)),
-        None => (None, None),
-    };
+    let [of_a, of_b] = credentials;
     [end(a, b, of_a), end(b, a, of_b)]
 }
 

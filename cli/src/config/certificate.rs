@@ -3,7 +3,7 @@
 use std::io::Read;
 use std::path::Path;
 
-use pad::{Certificate, Identity};
+use pad::{Certificate, Identity, PublicKey};
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
 
@@ -35,6 +35,16 @@ pub fn read_certificate(path: &Path) -> Result<Vec<u8>, String> {
     let explain = |reason: String| format!("{}: {reason}", path.display());
     let bytes = read_limited(path).map_err(|error| explain(error.to_string()))?;
     certificate_der(&bytes).map_err(explain)
+}
+
+/// The public key in a file, DER or PEM.
+///
+/// # Errors
+/// A text for humans, with the file's name.
+pub fn read_public_key(path: &Path) -> Result<PublicKey, String> {
+    let explain = |reason: &dyn std::fmt::Display| format!("{}: {reason}", path.display());
+    let bytes = read_limited(path).map_err(|error| explain(&error))?;
+    PublicKey::parse(&bytes).map_err(|error| explain(&error))
 }
 
 /// A regular file's octets, if they are not too many to be a credential.

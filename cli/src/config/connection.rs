@@ -18,7 +18,7 @@ use ike::crypto::{has_short_keys, parse_proposals};
 use ike::engine::Gateway;
 use ipsec::plane::{CopyDscp, KernelOptions, Lifetime, Mode, Offload, RESERVED_REQID, ShuntAction, TfcPadding};
 use ipsec::transform::{Proposal, Protocol};
-use pad::{AuthClass, Identity, IdentityPattern, LocalAuth, PadEntry, Revocation, SignatureConstraints};
+use pad::{AuthClass, Identity, IdentityPattern, LocalAuth, PadEntry, PublicKey, Revocation, SignatureConstraints};
 
 use crate::config::certificate::{certificate_der, is_authority, read_certificate, subject};
 use crate::config::shunt::Shunt;
@@ -36,6 +36,8 @@ const DEFAULT_IKE_REKEY: Duration = Duration::from_secs(4 * 3600);
 const DEFAULT_CHILD_REKEY: Duration = Duration::from_secs(3600);
 /// Virtual addresses of one connection.
 const MAX_VIPS: usize = 16;
+/// Raw keys of one peer: each costs a verification.
+const MAX_PUBLIC_KEYS: usize = 16;
 /// The kernel's limit (XFRMA_REPLAY_ESN_MAX).
 const MAX_REPLAY_WINDOW: u64 = 4096;
 
@@ -48,13 +50,19 @@ pub enum CertificateKind {
     Authority,
 }
 
-/// Turns what `certs` and `cacerts` say into a certificate.
+/// Turns what `certs`, `cacerts` and `pubkeys` say into a certificate or key.
 pub trait CertificateSource {
     /// The certificate's DER.
     ///
     /// # Errors
     /// A text for humans.
     fn certificate(&self, kind: CertificateKind, value: &Value) -> Result<Vec<u8>, String>;
+
+    /// The public key, whose name is relative to `pubkey`.
+    ///
+    /// # Errors
+    /// A text for humans.
+    fn public_key(&self, value: &Value) -> Result<PublicKey, String>;
 }
 
 /// Certificates as VICI carries them: the value is the certificate.
@@ -64,6 +72,10 @@ pub struct InlineCertificates;
 impl CertificateSource for InlineCertificates {
     fn certificate(&self, _: CertificateKind, value: &Value) -> Result<Vec<u8>, String> {
         certificate_der(&value.bytes)
+    }
+
+    fn public_key(&self, value: &Value) -> Result<PublicKey, String> {
+        PublicKey::parse(&value.bytes).map_err(|error| error.to_string())
     }
 }
 
@@ -387,16 +399,17 @@ fn local_auth(
 ) -> Option<(Option<Identity>, LocalAuth)> {
     let Some(mut auth) = auth_section(options, "local") else {
         let constraints = SignatureConstraints::default();
-        let auth = LocalAuth { class: AuthClass::PublicKey, certificates: Vec::new(), constraints };
+        let class = AuthClass::PublicKey;
+        let auth = LocalAuth { class, certificates: Vec::new(), public_keys: Vec::new(), constraints };
         return Some((None, auth));
     };
     auth.known("round");
-    auth.refuse_unless("pubkeys", &[], "raw public keys are not served yet; name a certificate in 'certs'");
     for option in ["eap_id", "aaa_id", "xauth_id"] {
         auth.warn_unless(option, &[]);
     }
     let class = auth.auth_class();
     let certs = auth.certificates("certs", "cert", CertificateKind::EndEntity, certificates);
+    let public_keys = auth.public_keys(certificates);
     let id = match auth.text("id") {
         None | Some("%any") => None,
         Some(text) => match Identity::parse(text) {
@@ -408,15 +421,20 @@ fn local_auth(
         },
     };
     auth.finish(&["cert"]);
-    let id = id.or_else(|| certs.first().and_then(|certificate| subject(certificate)));
+    let id = id
+        .or_else(|| certs.first().and_then(|certificate| subject(certificate)))
+        .or_else(|| public_keys.first().map(PublicKey::identity));
     let (class, constraints) = class?;
+    if class != AuthClass::PublicKey && !public_keys.is_empty() {
+        auth.invalid("pubkeys", "they are for auth = pubkey");
+    }
     let id = if class == AuthClass::Null {
         auth.refuse_with_null(&["id", "certs"], id.is_some_and(|id| id != Identity::Null) || !certs.is_empty());
         Some(Identity::Null)
     } else {
         id
     };
-    Some((id, LocalAuth { class, certificates: certs, constraints }))
+    Some((id, LocalAuth { class, certificates: certs, public_keys, constraints }))
 }
 
 fn remote_auth(
@@ -431,6 +449,7 @@ fn remote_auth(
         class: AuthClass::PublicKey,
         cacerts: Vec::new(),
         certs: Vec::new(),
+        public_keys: Vec::new(),
         constraints: SignatureConstraints::default(),
         revocation: Default::default(),
     };
@@ -443,7 +462,6 @@ fn remote_auth(
         return Some(entry);
     };
     auth.known("round");
-    auth.refuse_unless("pubkeys", &[], "raw public keys are not served yet; name a certificate in 'certs'");
     auth.refuse_unless("groups", &[], "group membership cannot be checked yet, so this would admit too many");
     auth.refuse_unless("cert_policy", &[], "certificate policies cannot be checked yet, so this would admit too many");
     auth.refuse_unless(
@@ -462,6 +480,7 @@ fn remote_auth(
     let class = auth.auth_class();
     entry.certs = auth.certificates("certs", "cert", CertificateKind::EndEntity, certificates);
     entry.cacerts = auth.certificates("cacerts", "cacert", CertificateKind::Authority, certificates);
+    entry.public_keys = auth.public_keys(certificates);
     if let Some(text) = auth.text("id") {
         match IdentityPattern::parse(text) {
             Ok(pattern) => entry.remote_id = pattern,
@@ -470,6 +489,9 @@ fn remote_auth(
     }
     auth.finish(&["cert", "cacert"]);
     (entry.class, entry.constraints) = class?;
+    if let Some(reason) = without_effect(&entry) {
+        auth.invalid("pubkeys", reason);
+    }
     if entry.class == AuthClass::Null {
         let nobody = IdentityPattern::exact(Identity::Null);
         let named = entry.remote_id != IdentityPattern::any() && entry.remote_id != nobody;
@@ -480,6 +502,28 @@ fn remote_auth(
         entry.remote_id = nobody;
     }
     Some(entry)
+}
+
+/// Why the raw keys of an entry would not do what is written beside them.
+fn without_effect(entry: &PadEntry) -> Option<&'static str> {
+    if entry.public_keys.is_empty() {
+        return None;
+    }
+    if entry.class != AuthClass::PublicKey {
+        return Some("they are for auth = pubkey");
+    }
+    if entry.remote_id.as_exact().is_none() && entry.remote_id != IdentityPattern::any() {
+        return Some(
+            "'id' is a pattern: a key proves the one identity that is written here or, without 'id', its own name",
+        );
+    }
+    if entry.certs.is_empty() && !entry.cacerts.is_empty() {
+        return Some("no CA vouches for them: write 'cacerts' without them, or in another connection");
+    }
+    if entry.revocation != Revocation::Relaxed {
+        return Some("no CRL is about them, and 'revocation' asks for one");
+    }
+    None
 }
 
 /// What `children` has.
@@ -943,16 +987,8 @@ impl<'s, 'r> Options<'s, 'r> {
         kind: CertificateKind,
         source: &dyn CertificateSource,
     ) -> Vec<Vec<u8>> {
-        self.known(list);
         let mut certificates = Vec::new();
-        // A DER certificate has commas: only a file's value is split.
-        let items = match self.section.node(list) {
-            Some(Node::List(items, _)) => items.clone(),
-            Some(Node::Value(value)) if matches!(value.origin, Origin::File { .. }) => value.parts(),
-            Some(Node::Value(value)) => vec![value.clone()],
-            Some(Node::Section(_)) | None => Vec::new(),
-        };
-        for item in &items {
+        for item in &self.blobs(list) {
             match source.certificate(kind, item) {
                 Ok(certificate) if kind == CertificateKind::Authority && !is_authority(&certificate) => {
                     self.invalid(list, "certificate without CA flag, rejected");
@@ -978,6 +1014,38 @@ impl<'s, 'r> Options<'s, 'r> {
             inner.finish(&[]);
         }
         certificates
+    }
+
+    /// `pubkeys`.
+    fn public_keys(&mut self, source: &dyn CertificateSource) -> Vec<PublicKey> {
+        let mut keys = Vec::new();
+        for item in self.blobs("pubkeys") {
+            match source.public_key(&item) {
+                Ok(key) if keys.contains(&key) => {}
+                Ok(key) => keys.push(key),
+                Err(reason) => self.invalid("pubkeys", &reason),
+            }
+        }
+        if keys.len() > MAX_PUBLIC_KEYS {
+            self.invalid("pubkeys", &format!("more than {MAX_PUBLIC_KEYS} keys of one peer"));
+        }
+        keys
+    }
+
+    /// The items of a list of certificates or keys: names in a file, octets by VICI.
+    fn blobs(&mut self, list: &str) -> Vec<Value> {
+        self.known(list);
+        match self.section.node(list) {
+            Some(Node::List(items, _)) => items.clone(),
+            // DER has commas: only a file's value is split.
+            Some(Node::Value(value)) if matches!(value.origin, Origin::File { .. }) => value.parts(),
+            Some(Node::Value(value)) => vec![value.clone()],
+            Some(Node::Section(section)) => {
+                self.error(section.origin.clone(), &format!("invalid section: {list}, config discarded"));
+                Vec::new()
+            }
+            None => Vec::new(),
+        }
     }
 
     /// For what we know and do not serve, where ignoring it would weaken the protection or break the setup.
@@ -1040,6 +1108,10 @@ mod tests {
 
     impl CertificateSource for NoFiles {
         fn certificate(&self, _: CertificateKind, value: &Value) -> Result<Vec<u8>, String> {
+            Err(format!("{}: there is no such file", value.text().unwrap_or_default()))
+        }
+
+        fn public_key(&self, value: &Value) -> Result<PublicKey, String> {
             Err(format!("{}: there is no such file", value.text().unwrap_or_default()))
         }
     }
@@ -1143,6 +1215,61 @@ mod tests {
             let message = refusal(&format!("remote {{ }}\nchildren {{ c {{ {option} }} }}"));
             assert!(message.contains("invalid value for: "), "{option}: {message}");
         }
+    }
+
+    /// Keys instead of files: `k0`, `k1` and so on.
+    struct Keys(Vec<PublicKey>);
+
+    impl CertificateSource for Keys {
+        fn certificate(&self, _: CertificateKind, value: &Value) -> Result<Vec<u8>, String> {
+            Ok(value.bytes.clone())
+        }
+
+        fn public_key(&self, value: &Value) -> Result<PublicKey, String> {
+            let number = value.text().and_then(|text| text.strip_prefix('k')?.parse::<usize>().ok());
+            number.and_then(|number| self.0.get(number).cloned()).ok_or_else(|| "there is no such file".to_owned())
+        }
+    }
+
+    // RFC 7670 §4.
+    #[test]
+    fn raw_keys_are_for_one_identity_or_their_own_names() {
+        let key = |number: u8| {
+            let der = [&[0x30, 42, 0x30, 5, 6, 3, 0x2b, 0x65, 0x70, 3, 33, 0, number][..], &[1; 31]].concat();
+            PublicKey::parse(&der)
+        };
+        // Of arbitrary octets not all are points.
+        let keys = Keys((0..=255).filter_map(|number| key(number).ok()).take(17).collect());
+        assert_eq!(keys.0.len(), 17);
+        let read = |text: &str| {
+            let section = settings::parse(Path::new("swanctl.conf"), text.as_bytes()).unwrap().root;
+            connection("gw", &section, &keys)
+        };
+        let all: Vec<String> = (0..17).map(|number| format!("k{number}")).collect();
+        for (text, reason) in [
+            ("local { pubkeys = x }\nremote { }", "pubkeys, config discarded: there is no such file"),
+            ("local { auth = psk\npubkeys = k0 }\nremote { }", "they are for auth = pubkey"),
+            ("local { auth = null\npubkeys = k0 }\nremote { }", "they are for auth = pubkey"),
+            ("remote { auth = psk\npubkeys = k0 }", "they are for auth = pubkey"),
+            ("remote { id = *.example.org\npubkeys = k0 }", "'id' is a pattern"),
+            ("remote { revocation = strict\npubkeys = k0 }", "no CRL is about them"),
+            ("remote { revocation = ifuri\npubkeys = k0 }", "no CRL is about them"),
+            (&format!("remote {{ pubkeys = {} }}", all.join(", ")), "more than 16 keys"),
+            ("remote { pubkeys { } }", "invalid section: pubkeys"),
+        ] {
+            let outcome = read(text);
+            let error = outcome.reports.iter().find(|report| report.severity == Severity::Error).unwrap().to_string();
+            assert!(outcome.definition.is_none() && error.contains(reason), "{text}: {error}");
+        }
+        let good = read("local { pubkeys = k0 }\nremote { id = b.example\npubkeys = k1, k2, k1 }").definition.unwrap();
+        let connection = good.connection;
+        assert_eq!(connection.local_id, Some(keys.0[0].identity()));
+        assert_eq!(connection.local_auth.public_keys, keys.0[..1]);
+        assert_eq!(connection.remote.public_keys, keys.0[1..3]);
+        assert!(connection.remote.takes_raw_keys() && !connection.remote.takes_certificates());
+        let named = read("local { id = a.example\npubkeys = k0 }\nremote { pubkeys = k1 }").definition.unwrap();
+        assert_eq!(named.connection.local_id, Identity::parse("a.example").ok());
+        assert_eq!(named.connection.remote.remote_id, IdentityPattern::any());
     }
 
     #[test]

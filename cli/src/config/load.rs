@@ -4,9 +4,9 @@
 use std::path::{Path, PathBuf};
 
 use ipsec::secret::Secret;
-use pad::IdentityPattern;
+use pad::{CredentialError, Credentials, IdentityPattern, PublicKey};
 
-use crate::config::certificate::{certificate_der, read_certificate, read_limited, read_up_to};
+use crate::config::certificate::{certificate_der, read_certificate, read_limited, read_public_key, read_up_to};
 use crate::config::connection::{CertificateKind, CertificateSource, connection};
 use crate::config::credentials::{Authority, decode_secret};
 use crate::config::pool::pool;
@@ -17,12 +17,11 @@ use crate::tree::{Node, Origin, Section, Value};
 /// Folders of private keys, and of the secrets that hold their passphrases.
 const KEY_FOLDERS: [&str; 4] = ["private", "rsa", "ecdsa", "pkcs8"];
 /// Folders that we do not read yet, and what is in them.
-const OTHER_FOLDERS: [(&str, &str); 6] = [
+const OTHER_FOLDERS: [(&str, &str); 5] = [
     ("pkcs12", "PKCS#12 containers"),
     ("x509aa", "attribute authorities"),
     ("x509ac", "attribute certificates"),
     ("x509ocsp", "OCSP signers"),
-    ("pubkey", "raw public keys"),
     ("bliss", "BLISS keys"),
 ];
 
@@ -109,17 +108,19 @@ impl Loader<'_> {
     }
 
     fn certificates(&mut self) {
-        for path in files(&self.folder.join("x509")) {
-            let added = read_limited(&path).map_err(|error| error.to_string()).and_then(|bytes| {
-                self.configured.credentials.add_certificate(&bytes).map_err(|error| error.to_string())
-            });
-            self.file_result(&path, added);
-        }
-        for path in files(&self.folder.join("x509ca")) {
-            let added = read_limited(&path)
-                .map_err(|error| error.to_string())
-                .and_then(|bytes| self.configured.credentials.add_authority(&bytes).map_err(|error| error.to_string()));
-            self.file_result(&path, added);
+        type Add = fn(&mut Credentials, &[u8]) -> Result<(), CredentialError>;
+        let folders: [(&str, Add); 3] = [
+            ("x509", Credentials::add_certificate),
+            ("x509ca", Credentials::add_authority),
+            ("pubkey", Credentials::add_public_key),
+        ];
+        for (folder, add) in folders {
+            for path in files(&self.folder.join(folder)) {
+                let added = read_limited(&path)
+                    .map_err(|error| error.to_string())
+                    .and_then(|bytes| add(&mut self.configured.credentials, &bytes).map_err(|error| error.to_string()));
+                self.file_result(&path, added);
+            }
         }
         for path in files(&self.folder.join("x509crl")) {
             let added = read_up_to(&path, pad::revocation::MAX_CRL_SIZE)
@@ -318,6 +319,14 @@ impl CertificateSource for Folder<'_> {
         // `join` leaves an absolute name as it is.
         read_certificate(&self.0.join(folder).join(name))
     }
+
+    fn public_key(&self, value: &Value) -> Result<PublicKey, String> {
+        let name = value.text().ok_or("a key's name is not text")?;
+        if matches!(name.as_bytes(), [b'0', b'x' | b'X' | b's' | b'S', ..]) {
+            return PublicKey::parse(decode_secret(name.as_bytes())?.expose()).map_err(|error| error.to_string());
+        }
+        read_public_key(&self.0.join("pubkey").join(name))
+    }
 }
 
 /// The regular files of a folder, hidden ones left out, by name; none if there is no such folder.
@@ -342,7 +351,7 @@ mod tests {
         /// A folder with a CA, a certificate and its key.
         fn new(text: &str) -> Self {
             let fixture = Self(tempfile::tempdir().unwrap());
-            for folder in ["x509", "x509ca", "private"] {
+            for folder in ["x509", "x509ca", "private", "pubkey"] {
                 std::fs::create_dir(fixture.0.path().join(folder)).unwrap();
             }
             let (ca_key, key) = (rcgen::KeyPair::generate().unwrap(), rcgen::KeyPair::generate().unwrap());
@@ -444,6 +453,31 @@ mod tests {
         assert_eq!(connection.local_id.as_ref().map(ToString::to_string), Some("CN=me".to_owned()));
         assert_eq!((connection.local_auth.certificates.len(), connection.remote.cacerts.len()), (1, 1));
         assert!(configured.credentials.stored_certificates().iter().any(|stored| stored.has_private_key));
+    }
+
+    // RFC 7670.
+    #[test]
+    fn raw_public_keys_are_read_from_their_folder() {
+        use rcgen::PublicKeyData;
+
+        let fixture = Fixture::new(
+            "connections { good { local { pubkeys = own.pem }\n remote { id = b.example\n pubkeys = peer.der } }
+             bad { remote { pubkeys = own.pem, broken.pem } }\n none { remote { pubkeys = none.pem } } }",
+        );
+        let [own, peer] = [(); 2].map(|()| rcgen::KeyPair::generate().unwrap());
+        fixture.write("pubkey/own.pem", &own.public_key_pem());
+        std::fs::write(fixture.0.path().join("pubkey/peer.der"), peer.subject_public_key_info()).unwrap();
+        fixture.write("pubkey/broken.pem", &own.public_key_pem()[..90]);
+        let loaded = fixture.load();
+        let errors = errors(&loaded);
+        assert_eq!(errors.len(), 2, "{errors:?}");
+        assert!(errors[0].contains("pubkey/broken.pem: not a SubjectPublicKeyInfo"), "{errors:?}");
+        assert!(errors[1].contains("pubkey/none.pem: No such file"), "{errors:?}");
+        let warned = |report: &Report| report.to_string().contains("broken.pem: not a SubjectPublicKeyInfo");
+        assert!(loaded.reports.iter().any(|report| report.severity == Severity::Warning && warned(report)));
+        assert_eq!(loaded.configured.credentials.public_keys().len(), 2);
+        let [good] = &loaded.configured.connections[..] else { panic!("one is good") };
+        assert_eq!(good.connection.remote.public_keys[0].der(), peer.subject_public_key_info());
     }
 
     #[test]

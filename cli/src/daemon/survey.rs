@@ -20,7 +20,7 @@ pub(super) fn tell(
     let method = match &peer.proof {
         Proof::Unauthenticated { .. } => AuthMethod::NULL,
         Proof::PreSharedKey => AuthMethod::SHARED_KEY,
-        Proof::Certificate { method, .. } => *method,
+        Proof::Certificate { method, .. } | Proof::RawKey { method, .. } => *method,
     };
     let transport = match status.path.transport {
         Transport::Udp => "udp",

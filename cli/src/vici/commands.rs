@@ -3,10 +3,11 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use ike::config::Connection;
 use ike::engine::{ChildSaId, Event, Gateway, IkeSaId};
 use ipsec::plane::ShuntAction;
 use ipsec::secret::Secret;
-use pad::{Certificate, CredentialError, Credentials, Crl, IdentityPattern};
+use pad::{Certificate, CredentialError, Credentials, Crl, Identity, IdentityPattern, PublicKey};
 use tokio::sync::broadcast;
 
 use crate::config::Configured;
@@ -532,7 +533,7 @@ async fn list_certificates(shared: &Shared, sink: &EventSink, message: &Section)
         "x509ca" => ("x509", "ca".to_owned()),
         other => (other, flag),
     };
-    if !matches!(kind, "any" | "x509" | "x509_crl") {
+    if !matches!(kind, "any" | "x509" | "x509_crl" | "pubkey") {
         return report::message();
     }
     let subject = owned(message, "subject");
@@ -541,7 +542,7 @@ async fn list_certificates(shared: &Shared, sink: &EventSink, message: &Section)
         let configured = shared.store.lock().await;
         let credentials = configured.all_credentials();
         let issuer = |list: &Crl| list.issuer().map(ToString::to_string).unwrap_or_default();
-        if kind != "x509" && matches!(flag.as_str(), "any" | "none") {
+        if matches!(kind, "any" | "x509_crl") && matches!(flag.as_str(), "any" | "none") {
             let lists = credentials.crls().iter();
             let named = lists.filter(|list| subject.as_ref().is_none_or(|subject| *subject == issuer(list)));
             shown.extend(named.map(|list| report::revocation_list(list.der())));
@@ -572,8 +573,15 @@ async fn list_certificates(shared: &Shared, sink: &EventSink, message: &Section)
                 _ => false,
             };
             let named = subject.as_ref().is_none_or(|subject| *subject == report::subject_text(certificate));
-            if wanted && named && kind != "x509_crl" {
+            if wanted && named && matches!(kind, "any" | "x509") {
                 shown.push(report::certificate(certificate, *has_private_key));
+            }
+        }
+        if matches!(kind, "any" | "pubkey") && matches!(flag.as_str(), "any" | "none") {
+            for (key, name) in public_keys(&configured, &credentials) {
+                if subject.as_ref().is_none_or(|subject| *subject == name.to_string()) {
+                    shown.push(report::public_key(key, &name, credentials.has_private_key_to(key)));
+                }
             }
         }
     }
@@ -581,6 +589,24 @@ async fn list_certificates(shared: &Shared, sink: &EventSink, message: &Section)
         sink.send("list-cert", certificate).await;
     }
     report::message()
+}
+
+/// Raw public keys with their subjects: those of connections with the identity there, as charon has it, and what else is
+/// loaded under its own name.
+fn public_keys<'a>(configured: &'a Configured, credentials: &'a Credentials) -> Vec<(&'a PublicKey, Identity)> {
+    let of_connections = configured.connections.iter().flat_map(|definition| {
+        let Connection { local_auth, local_id, remote, .. } = &*definition.connection;
+        let local = local_auth.public_keys.iter().map(move |key| (key, local_id.as_ref()));
+        local.chain(remote.public_keys.iter().map(move |key| (key, remote.remote_id.as_exact())))
+    });
+    let loaded = credentials.public_keys().iter().map(|key| (&**key, None));
+    let mut keys: Vec<(&PublicKey, Identity)> = Vec::new();
+    for (key, id) in of_connections.chain(loaded) {
+        if !keys.iter().any(|(known, _)| *known == key) {
+            keys.push((key, id.cloned().unwrap_or_else(|| key.identity())));
+        }
+    }
+    keys
 }
 
 async fn list_authorities(shared: &Shared, sink: &EventSink, message: &Section) -> Section {
@@ -645,6 +671,7 @@ async fn load_certificate(shared: &Shared, message: &Section) -> Section {
         ("x509", "none") => Credentials::add_certificate,
         ("x509", "ca") | ("x509ca", _) => Credentials::add_authority,
         ("x509_crl", _) => Credentials::add_crl,
+        ("pubkey", _) => Credentials::add_public_key,
         ("", _) => return failure("invalid certificate type ''"),
         (kind, flag) => return failure(format!("certificates of type '{kind}' with flag '{flag}' are not served yet")),
     };

@@ -12,7 +12,7 @@ use ipsec::plane::{Carrier, Encapsulation, Mark, Mode, ShuntAction, Tags, Usage}
 use ipsec::selector::TrafficSelector;
 use ipsec::transform::{Encr, Integ, Ke, Prf};
 use latch::database::AutomaticFlows;
-use pad::{AuthClass, Identity};
+use pad::{AuthClass, Identity, PublicKey};
 
 use crate::config::certificate::{is_authority, subject};
 use crate::config::shunt::Shunt;
@@ -356,10 +356,11 @@ pub fn connection(definition: &ConnectionDefinition) -> Section {
     }
     let local = &connection.local_auth;
     let local_id = connection.local_id.as_ref().map(Identity::to_string);
-    section.push_section("local-1", auth(local_id, local.class, &local.certificates, &[]));
+    section.push_section("local-1", auth(local_id, local.class, (&local.certificates, &local.public_keys), &[]));
     let remote = &connection.remote;
     let remote_id = Some(remote.remote_id.to_string()).filter(|id| id != "%any");
-    section.push_section("remote-1", auth(remote_id, remote.class, &remote.certs, &remote.cacerts));
+    section
+        .push_section("remote-1", auth(remote_id, remote.class, (&remote.certs, &remote.public_keys), &remote.cacerts));
     let mut children = message();
     for child in &connection.children {
         let section = configured_child(child, mode(child.mode), definition.traps(&child.name));
@@ -373,10 +374,15 @@ pub fn connection(definition: &ConnectionDefinition) -> Section {
     section
 }
 
-fn auth(id: Option<String>, class: AuthClass, certs: &[Vec<u8>], cacerts: &[Vec<u8>]) -> Section {
+fn auth(
+    id: Option<String>,
+    class: AuthClass,
+    (certs, public_keys): (&[Vec<u8>], &[PublicKey]),
+    cacerts: &[Vec<u8>],
+) -> Section {
     let mut section = message();
-    if let Some(id) = id {
-        section.push_value("id", id);
+    if let Some(id) = &id {
+        section.push_value("id", id.as_str());
     }
     let class = match class {
         AuthClass::Null => "null",
@@ -386,7 +392,10 @@ fn auth(id: Option<String>, class: AuthClass, certs: &[Vec<u8>], cacerts: &[Vec<
     section.push_value("class", class);
     section.push_list::<String>("groups", []);
     section.push_list::<String>("cert_policy", []);
-    section.push_list("certs", certs.iter().map(|certificate| subject_text(certificate)));
+    // As in charon, a raw key is a certificate whose subject is the identity that it proves.
+    let named = |key: &PublicKey| id.clone().unwrap_or_else(|| key.identity().to_string());
+    let subjects = certs.iter().map(|certificate| subject_text(certificate)).chain(public_keys.iter().map(named));
+    section.push_list("certs", subjects);
     section.push_list("cacerts", cacerts.iter().map(|certificate| subject_text(certificate)));
     section
 }
@@ -429,6 +438,20 @@ pub fn certificate(der: &[u8], has_private_key: bool) -> Section {
         section.push_value("has_privkey", "yes");
     }
     section.push_value("data", der);
+    section
+}
+
+/// `list-cert` of a raw public key. As in charon it has no flag, and no subject where that is the name of a key.
+pub fn public_key(key: &PublicKey, subject: &Identity, has_private_key: bool) -> Section {
+    let mut section = message();
+    section.push_value("type", "PUBKEY");
+    if has_private_key {
+        section.push_value("has_privkey", "yes");
+    }
+    section.push_value("data", key.der());
+    if !matches!(subject, Identity::KeyId(_)) {
+        section.push_value("subject", subject.to_string());
+    }
     section
 }
 

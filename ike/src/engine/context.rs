@@ -50,7 +50,7 @@ impl PeerKey {
     pub(crate) fn of(peer: &PeerIdentity) -> Self {
         let lineage: &[u8] = match &peer.proof {
             Proof::Unauthenticated { lineage } => lineage,
-            Proof::PreSharedKey | Proof::Certificate { .. } => &[],
+            Proof::PreSharedKey | Proof::Certificate { .. } | Proof::RawKey { .. } => &[],
         };
         Self([&Self::identities(&peer.local_id, &peer.id), peer.entry.as_bytes(), lineage].concat().into())
     }

@@ -12,7 +12,7 @@ use super::context::Context;
 use super::{Engine, Path, Transport};
 use crate::config::{Connection, Fragmentation};
 use crate::crypto::{self, IkeChoice, names};
-use crate::sa::auth::{InitMaterial, IntAuth, auth_announcement, cert_request};
+use crate::sa::auth::{InitMaterial, IntAuth, auth_announcement, cert_requests};
 use crate::sa::channel::Spis;
 use crate::sa::childless;
 use crate::sa::fault::{Fault, notify};
@@ -220,6 +220,7 @@ impl Engine {
             settings: ctx.config.signatures,
             cert_requests: parts.cert_requests,
             cert_requested: parts.cert_requested,
+            raw_key_requested: parts.raw_key_requested,
             intermediate: IntAuth::default(),
             use_ppk,
             own_key: None,
@@ -259,7 +260,7 @@ fn answer(
 ) -> Message {
     let mut payloads = vec![Payload::Sa(vec![proposal]), Payload::Nonce(nr.to_vec())];
     payloads.extend(nat::payloads(spis.initiator, spis.responder, &core.path, core.nat.fake));
-    payloads.extend(cert_request(candidates, &ctx.authorities));
+    payloads.extend(cert_requests(candidates, &ctx.authorities));
     payloads.push(auth_announcement(candidates, ctx.config.signatures));
     payloads.extend(capabilities(ctx, fragmentation));
     payloads.extend(childless::announcement(candidates.iter().map(|connection| &**connection)));

@@ -119,6 +119,7 @@ impl Engine {
             settings: ctx.config.signatures,
             cert_requests: Vec::new(),
             cert_requested: false,
+            raw_key_requested: false,
             intermediate: IntAuth::default(),
             use_ppk: false,
             own_key: None,

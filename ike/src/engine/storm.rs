@@ -146,6 +146,7 @@ fn connection(side: usize, options: u8) -> Connection {
         local_auth: LocalAuth {
             class: AuthClass::SharedKey,
             certificates: Vec::new(),
+            public_keys: Vec::new(),
             constraints: SignatureConstraints::default(),
         },
         remote: PadEntry {
@@ -154,6 +155,7 @@ fn connection(side: usize, options: u8) -> Connection {
             class: AuthClass::SharedKey,
             cacerts: Vec::new(),
             certs: Vec::new(),
+            public_keys: Vec::new(),
             constraints: SignatureConstraints::default(),
             revocation: Default::default(),
         },

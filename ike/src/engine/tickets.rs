@@ -411,7 +411,7 @@ pub(crate) fn method(peer: &PeerIdentity) -> AuthMethod {
     match peer.proof {
         Proof::Unauthenticated { .. } => AuthMethod::NULL,
         Proof::PreSharedKey => AuthMethod::SHARED_KEY,
-        Proof::Certificate { method, .. } => method,
+        Proof::Certificate { method, .. } | Proof::RawKey { method, .. } => method,
     }
 }
 

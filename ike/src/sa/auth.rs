@@ -7,21 +7,19 @@ use ipsec::secret::Secret;
 use ipsec::transform::Prf;
 use pad::{
     AuthAnnouncement, AuthClass, AuthMethod, Certificate, Identity, LocalAuth, PadEntry, PeerIdentity, Proof,
-    SharedKeyMac, SignRequest, SignatureSettings, SignedAuth,
+    PublicKey, SharedKeyMac, SignRequest, SignatureSettings, SignedAuth,
 };
 
 use super::basis::Basis;
 use super::channel::Channel;
 use super::fault::notify;
-use super::parts::Parts;
+use super::parts::{Parts, RAW_PUBLIC_KEY, X509_SIGNATURE};
 use crate::config::{CheckAddressIdentities, Connection, SendCert};
 use crate::crypto::{self, KeyError};
 use crate::engine::Path;
 use crate::engine::context::Context;
 use crate::wire::{Identification, NotifyType, Payload};
 
-/// X.509 Certificate - Signature (RFC 7296 §3.6).
-const X509_SIGNATURE: u8 = 4;
 /// Connections whose CAs are named in one CERTREQ: the answer to IKE_SA_INIT cannot be fragmented.
 const MAX_ASKING: usize = 16;
 /// RFC 7296 §2.15.
@@ -42,8 +40,10 @@ pub(crate) struct InitMaterial {
     pub(crate) peer_hashes: Option<Vec<u16>>,
     /// Hashes from its CERTREQ payloads.
     pub(crate) cert_requests: Vec<[u8; 20]>,
-    /// It sent a CERTREQ at all.
+    /// It sent a CERTREQ for certificates at all.
     pub(crate) cert_requested: bool,
+    /// It sent a CERTREQ for raw keys (RFC 7670 §3).
+    pub(crate) raw_key_requested: bool,
     /// Its SUPPORTED_AUTH_METHODS (RFC 9593).
     pub(crate) announced: Option<Vec<AuthAnnouncement>>,
     /// The daemon's settings of signatures.
@@ -52,7 +52,7 @@ pub(crate) struct InitMaterial {
     pub(crate) intermediate: IntAuth,
     /// Both said USE_PPK (RFC 8784 §3).
     pub(crate) use_ppk: bool,
-    /// SHA-256 of the SubjectPublicKeyInfo by which we proved ourselves, once we have, if it was with a certificate's key.
+    /// SHA-256 of the SubjectPublicKeyInfo by which we proved ourselves, once we have, if it was with a public key.
     pub(crate) own_key: Option<[u8; 32]>,
 }
 
@@ -120,22 +120,28 @@ impl InitMaterial {
     /// Notes by which key we have proved ourselves.
     pub(crate) fn note_own_key(&mut self, signed: &SignedAuth) {
         let certificate = signed.certificates.first().and_then(|der| Certificate::parse(der).ok());
-        self.own_key = certificate.map(|certificate| certificate.public_key_info_sha256());
+        let raw_key = signed.public_key.as_ref().map(PublicKey::sha256);
+        self.own_key = raw_key.or_else(|| certificate.map(|certificate| certificate.public_key_info_sha256()));
     }
 
     /// The keys by which both ends proved themselves, ours first. None after IKE_SESSION_RESUME, which proves nothing anew.
     pub(crate) fn endpoint_keys(&self, peer: &PeerIdentity, basis: &Basis) -> Option<[[u8; 32]; 2]> {
-        let Proof::Certificate { end_entity, .. } = &peer.proof else { return None };
         if basis.resumed {
             return None;
         }
-        Some([self.own_key?, Certificate::parse(end_entity).ok()?.public_key_info_sha256()])
+        let theirs = match &peer.proof {
+            Proof::Certificate { end_entity, .. } => Certificate::parse(end_entity).ok()?.public_key_info_sha256(),
+            Proof::RawKey { key, .. } => PublicKey::from_der(key).ok()?.sha256(),
+            Proof::PreSharedKey | Proof::Unauthenticated { .. } => return None,
+        };
+        Some([self.own_key?, theirs])
     }
 
     /// Adds what an IKE_AUTH request says about how the peer can verify us.
     pub(crate) fn note_wishes(&mut self, parts: &Parts) {
         self.announced = parts.auth_announcements();
         self.cert_requested |= parts.cert_requested;
+        self.raw_key_requested |= parts.raw_key_requested;
         self.cert_requests.extend_from_slice(&parts.cert_requests);
     }
 
@@ -156,6 +162,7 @@ impl InitMaterial {
             octets,
             peer_hashes: self.peer_hashes.clone(),
             cert_requests: self.cert_requests.clone(),
+            raw_key_requested: self.raw_key_requested,
             announced: self.announced.clone(),
             settings: self.settings,
         })
@@ -170,7 +177,7 @@ impl InitMaterial {
         peer_id: Identity,
         local_id: Identity,
         (method, auth): (u8, Vec<u8>),
-        certificates: Vec<Vec<u8>>,
+        (certificates, raw_key): (Vec<Vec<u8>>, Option<Vec<u8>>),
         entries: Vec<PadEntry>,
     ) -> Result<pad::AuthenticateRequest, KeyError> {
         let signed_octets = self.their_octets(channel, id)?;
@@ -182,9 +189,26 @@ impl InitMaterial {
             shared_key_mac: Arc::new(Mac::new(channel, !channel.initiator, signed_octets.clone())),
             signed_octets,
             certificates,
+            raw_key,
             entries,
             settings: self.settings,
         })
+    }
+
+    /// CERT and AUTH payloads of our proof, AUTH last.
+    pub(crate) fn proof_payloads(&self, signed: SignedAuth, send: SendCert) -> Vec<Payload> {
+        let sends = |requested: bool| match send {
+            SendCert::Always => true,
+            SendCert::IfAsked => requested,
+            SendCert::Never => false,
+        };
+        let certificates = signed.certificates.into_iter().filter(|_| sends(self.cert_requested));
+        let raw_key = signed.public_key.filter(|_| sends(self.raw_key_requested));
+        let mut payloads: Vec<Payload> =
+            certificates.map(|data| Payload::Cert { encoding: X509_SIGNATURE, data }).collect();
+        payloads.extend(raw_key.map(|key| Payload::Cert { encoding: RAW_PUBLIC_KEY, data: key.der().to_vec() }));
+        payloads.push(Payload::Auth { method: signed.method.0, data: signed.auth });
+        payloads
     }
 }
 
@@ -193,39 +217,35 @@ pub(crate) fn identification(id: &Identity) -> Identification {
     Identification { kind: id.kind(), data: id.wire_data() }
 }
 
-/// CERT and AUTH payloads of our proof.
-pub(crate) fn proof_payloads(signed: SignedAuth, send: SendCert, requested: bool) -> Vec<Payload> {
-    let send = match send {
-        SendCert::Always => true,
-        SendCert::IfAsked => requested,
-        SendCert::Never => false,
-    };
-    let certificates = signed.certificates.into_iter().filter(|_| send);
-    let mut payloads: Vec<Payload> =
-        certificates.map(|data| Payload::Cert { encoding: X509_SIGNATURE, data }).collect();
-    payloads.push(Payload::Auth { method: signed.method.0, data: signed.auth });
-    payloads
-}
-
-/// A CERTREQ for the CAs that may vouch for the peer on one of these connections, where it wants certificates: its own,
-/// or all that are loaded (RFC 4945 §3.2).
-pub(crate) fn cert_request<'a>(
+/// CERTREQs for what may vouch for the peer on one of these connections, where it wants that: its own CAs or all that are
+/// loaded (RFC 4945 §3.2), and raw keys (RFC 7670 §3).
+pub(crate) fn cert_requests<'a>(
     connections: impl IntoIterator<Item = &'a Arc<Connection>>,
     loaded: &[[u8; 20]],
-) -> Option<Payload> {
-    let wants =
-        |connection: &&Arc<Connection>| connection.send_certreq && connection.remote.class == pad::AuthClass::PublicKey;
-    let mut authorities: Vec<[u8; 20]> = Vec::new();
-    for connection in connections.into_iter().filter(wants).take(MAX_ASKING) {
-        let own = connection.remote.authority_hashes();
-        let named = if connection.remote.cacerts.is_empty() { loaded } else { &own };
+) -> Vec<Payload> {
+    let (mut authorities, mut raw_keys): (Vec<[u8; 20]>, bool) = (Vec::new(), false);
+    let asking = connections.into_iter().filter(|connection| {
+        let remote = &connection.remote;
+        connection.send_certreq && (remote.takes_certificates() || remote.takes_raw_keys())
+    });
+    for connection in asking.take(MAX_ASKING) {
+        let remote = &connection.remote;
+        raw_keys |= remote.takes_raw_keys();
+        if !remote.takes_certificates() {
+            continue;
+        }
+        let own = remote.authority_hashes();
+        let named = if remote.cacerts.is_empty() { loaded } else { &own };
         for hash in named {
             if !authorities.contains(hash) {
                 authorities.push(*hash);
             }
         }
     }
-    (!authorities.is_empty()).then(|| Payload::CertReq { encoding: X509_SIGNATURE, authorities: authorities.concat() })
+    let of_authorities = (!authorities.is_empty()).then(|| authorities.concat());
+    let of_authorities = of_authorities.map(|authorities| Payload::CertReq { encoding: X509_SIGNATURE, authorities });
+    let of_keys = raw_keys.then(|| Payload::CertReq { encoding: RAW_PUBLIC_KEY, authorities: Vec::new() });
+    of_authorities.into_iter().chain(of_keys).collect()
 }
 
 /// RFC 4945 §3.1.1: says whether an address as identity is that of the peer, where this counts.

@@ -9,7 +9,7 @@ use pad::{Admission, AuthMethod, Identity, PeerIdentity, Ppk, SignError, SignedA
 use ipsec::plane::StreamId;
 use ipsec::transform::Protocol;
 
-use super::auth::{InitMaterial, auth_announcement, cert_request, identification, is_where_it_says, proof_payloads};
+use super::auth::{InitMaterial, auth_announcement, cert_requests, identification, is_where_it_says};
 use super::basis::Basis;
 use super::channel::{Channel, Received};
 use super::child::ChildOffer;
@@ -460,13 +460,13 @@ impl InitiatorAuth {
         let line = format!("authentication of '{}' (myself)", self.local_id);
         ctx.log("IKE", 1, self.core.tag(), line);
         let mut payloads = vec![Payload::IdInitiator(id)];
-        let mut proof = proof_payloads(signed, self.connection.send_cert, self.material.cert_requested);
+        let mut proof = self.material.proof_payloads(signed, self.connection.send_cert);
         let auth = proof.pop();
         payloads.append(&mut proof);
         if is_first_contact(ctx, &self.connection, &self.local_id) {
             payloads.push(notify(NotifyType::INITIAL_CONTACT, Vec::new()));
         }
-        payloads.extend(cert_request([&self.connection], &ctx.authorities));
+        payloads.extend(cert_requests([&self.connection], &ctx.authorities));
         if self.material.announced.is_some() {
             // RFC 9593 §3.1: to a responder that knows what it is.
             payloads.push(auth_announcement(std::slice::from_ref(&self.connection), ctx.config.signatures));
@@ -577,7 +577,7 @@ impl InitiatorAuth {
             asserted.clone(),
             self.local_id.clone(),
             auth,
-            parts.certificates.clone(),
+            (parts.certificates.clone(), parts.raw_key.clone()),
             vec![self.connection.remote.clone()],
         );
         let Ok(request) = request else { return self.reject(ctx, now, "the PRF is not supported") };

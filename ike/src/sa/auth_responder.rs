@@ -9,7 +9,7 @@ use pad::{
     Admission, AuthClass, AuthError, AuthMethod, Identity, IdentityPattern, PeerIdentity, SignError, SignedAuth,
 };
 
-use super::auth::{InitMaterial, identification, is_where_it_says, proof_payloads};
+use super::auth::{InitMaterial, identification, is_where_it_says};
 use super::basis::{Basis, readmits, rivals};
 use super::channel::{Channel, Received};
 use super::childless;
@@ -336,7 +336,7 @@ impl ResponderAuth {
             claim.asserted.clone(),
             group.local_id.clone(),
             auth,
-            claim.parts.certificates.clone(),
+            (claim.parts.certificates.clone(), claim.parts.raw_key.clone()),
             group.connections.iter().map(|connection| connection.remote.clone()).collect(),
         );
         let Ok(request) = request else {
@@ -481,7 +481,7 @@ impl ResponderAuth {
         ctx.log("IKE", 1, self.core.tag(), format!("authentication of '{}' (myself)", peer.local_id));
         self.material.note_own_key(&signed);
         let mut head = vec![Payload::IdResponder(identification(&peer.local_id))];
-        head.extend(proof_payloads(signed, connection.send_cert, self.material.cert_requested));
+        head.extend(self.material.proof_payloads(signed, connection.send_cert));
         if self.uses_ppk {
             head.push(notify(NotifyType::PPK_IDENTITY, Vec::new()));
         }

@@ -535,6 +535,7 @@ impl Initiating {
             settings: ctx.config.signatures,
             cert_requests: parts.cert_requests,
             cert_requested: parts.cert_requested,
+            raw_key_requested: parts.raw_key_requested,
             intermediate: IntAuth::default(),
             use_ppk,
             own_key: None,

@@ -10,7 +10,9 @@ use crate::crypto;
 use crate::wire::{self, Configuration, Identification, Notify, NotifyType, Opened, Payload, WireSelector};
 
 /// X.509 Certificate - Signature (RFC 7296 §3.6).
-const X509_SIGNATURE: u8 = 4;
+pub(crate) const X509_SIGNATURE: u8 = 4;
+/// Raw Public Key (RFC 7670 §3). Raw RSA Key, 11, is deprecated and as unknown as all others.
+pub(crate) const RAW_PUBLIC_KEY: u8 = 15;
 /// More certificates than any sane chain has are not kept.
 const MAX_CERTIFICATES: usize = 16;
 /// More CA hashes than this are not kept.
@@ -25,8 +27,11 @@ pub(crate) struct Parts {
     pub(crate) id_initiator: Option<Identification>,
     pub(crate) id_responder: Option<Identification>,
     pub(crate) certificates: Vec<Vec<u8>>,
+    /// The first of those that were sent.
+    pub(crate) raw_key: Option<Vec<u8>>,
     pub(crate) cert_requests: Vec<[u8; 20]>,
     pub(crate) cert_requested: bool,
+    pub(crate) raw_key_requested: bool,
     pub(crate) auth: Option<(u8, Vec<u8>)>,
     pub(crate) ts_initiator: Option<Vec<WireSelector>>,
     pub(crate) ts_responder: Option<Vec<WireSelector>>,
@@ -63,12 +68,16 @@ impl Parts {
                 }
                 Payload::IdInitiator(id) => once(&mut parts.id_initiator, id, "IDi")?,
                 Payload::IdResponder(id) => once(&mut parts.id_responder, id, "IDr")?,
-                Payload::Cert { encoding, data } => {
-                    if encoding == X509_SIGNATURE && parts.certificates.len() < MAX_CERTIFICATES {
-                        parts.certificates.push(data);
-                    }
+                Payload::Cert { encoding: X509_SIGNATURE, data } if parts.certificates.len() < MAX_CERTIFICATES => {
+                    parts.certificates.push(data);
                 }
+                Payload::Cert { encoding: RAW_PUBLIC_KEY, data } => {
+                    parts.raw_key.get_or_insert(data);
+                }
+                Payload::Cert { .. } => {}
                 Payload::CertReq { encoding, authorities } => {
+                    // RFC 7670 §3: there is nothing behind the encoding.
+                    parts.raw_key_requested |= encoding == RAW_PUBLIC_KEY && authorities.is_empty();
                     if encoding == X509_SIGNATURE {
                         parts.cert_requested = true;
                         let room = MAX_AUTHORITIES.saturating_sub(parts.cert_requests.len());

@@ -60,6 +60,7 @@ pub(crate) fn line(now: Instant, peer: &PeerIdentity, basis: &Basis) -> String {
         Proof::Unauthenticated { .. } => "nothing",
         Proof::PreSharedKey => "a pre-shared key",
         Proof::Certificate { .. } => "a certificate",
+        Proof::RawKey { .. } => "a raw public key",
     };
     let ago = now.saturating_duration_since(basis.proved_at).as_secs();
     format!("authentication of '{}' by ticket successful, originally with {by} {ago}s ago", peer.id)
@@ -92,6 +93,7 @@ mod tests {
             peer_hashes: None,
             cert_requests: Vec::new(),
             cert_requested: false,
+            raw_key_requested: false,
             announced: None,
             settings: SignatureSettings::default(),
             intermediate: IntAuth::default(),

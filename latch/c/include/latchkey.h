@@ -179,7 +179,7 @@ enum latchkey_item {
     /* Texts. */
     LATCHKEY_PEER_ID = 1,
     LATCHKEY_LOCAL_ID = 2,
-    /* How the peer proved its identity: "shared-key", "certificate"; "unauthenticated" is not at all, which "%null" alone admits. */
+    /* How the peer proved its identity: "shared-key", "certificate", "raw-key"; "unauthenticated" is not at all, which "%null" alone admits. */
     LATCHKEY_PROOF = 3,
     /* "tunnel" or "transport". */
     LATCHKEY_MODE = 4,
@@ -209,6 +209,8 @@ enum latchkey_item {
     /* the peer's certificate and that of the trust anchor, DER. */
     LATCHKEY_CERTIFICATE = 34,
     LATCHKEY_TRUST_ANCHOR = 35,
+    /* the peer's raw public key (RFC 7670), a SubjectPublicKeyInfo in DER. */
+    LATCHKEY_RAW_KEY = 36,
 
     /* Numbers: of the latch in the daemon; */
     LATCHKEY_NUMBER = 64,

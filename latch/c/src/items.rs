@@ -54,6 +54,7 @@ items! {
     LocalIdData = 33 "LOCAL_ID_DATA";
     Certificate = 34 "CERTIFICATE";
     TrustAnchor = 35 "TRUST_ANCHOR";
+    RawKey = 36 "RAW_KEY";
     Number = 64 "NUMBER";
     PeerIdKind = 65 "PEER_ID_KIND";
     LocalIdKind = 66 "LOCAL_ID_KIND";
@@ -86,6 +87,7 @@ pub(crate) fn octets(entry: &Entry, number: c_int) -> Result<(Vec<u8>, bool), Fa
             ProofInfo::Unauthenticated => "unauthenticated".to_owned(),
             ProofInfo::SharedKey => "shared-key".to_owned(),
             ProofInfo::Certificate { .. } => "certificate".to_owned(),
+            ProofInfo::RawKey { .. } => "raw-key".to_owned(),
         },
         Item::Mode => protection.mode.clone(),
         Item::Suite => protection.suite.clone(),
@@ -106,7 +108,13 @@ pub(crate) fn octets(entry: &Entry, number: c_int) -> Result<(Vec<u8>, bool), Fa
                     Ok((end_entity.clone(), false))
                 }
                 ProofInfo::Certificate { trust_anchor, .. } => Ok((trust_anchor.clone(), false)),
-                ProofInfo::SharedKey | ProofInfo::Unauthenticated => Err(absent()),
+                ProofInfo::SharedKey | ProofInfo::RawKey { .. } | ProofInfo::Unauthenticated => Err(absent()),
+            };
+        }
+        Item::RawKey => {
+            return match &peer.proof {
+                ProofInfo::RawKey { key } => Ok((key.clone(), false)),
+                _ => Err(absent()),
             };
         }
         _ => return Err(unknown(number)),

@@ -363,6 +363,8 @@ fn a_class_is_what_rfc_5660_pins_and_nothing_else() {
         with_peer(&original, |peer| peer.proof = Proof::PreSharedKey),
         with_peer(&original, |peer| peer.proof = certificate(b"renewed", b"root", AuthMethod::RSA)),
         with_peer(&original, |peer| peer.proof = certificate(b"leaf", b"other root", AuthMethod::RSA)),
+        with_peer(&original, |peer| peer.proof = raw_key(b"leaf", AuthMethod::RSA)),
+        with_peer(&original, |peer| peer.proof = raw_key(b"other", AuthMethod::RSA)),
         Class { mode: Mode::Transport, ..original.clone() },
         Class { replay_protection: false, ..original.clone() },
         Class { suite: EspSuite { key_bits: 256, ..original.suite }, ..original.clone() },
@@ -373,7 +375,10 @@ fn a_class_is_what_rfc_5660_pins_and_nothing_else() {
     numbers.push(number);
     numbers.sort();
     numbers.dedup();
-    assert_eq!(numbers.len(), 11);
+    assert_eq!(numbers.len(), 13);
+    // How a key signed is no part of what it is.
+    let signed = |method| database.intern(with_peer(&original, |peer| peer.proof = raw_key(b"leaf", method)));
+    assert_eq!(signed(AuthMethod::RSA), signed(AuthMethod::DIGITAL_SIGNATURE));
     assert!(database.class(NO_CLASS).is_none() && database.class(ClassId(u32::MAX)).is_none());
 }
 
@@ -1485,6 +1490,10 @@ fn class(n: usize) -> Class {
 
 fn certified() -> Class {
     with_peer(&class(0), |peer| peer.proof = certificate(b"leaf", b"root", AuthMethod::RSA))
+}
+
+fn raw_key(key: &[u8], method: AuthMethod) -> Proof {
+    Proof::RawKey { key: key.to_vec(), method }
 }
 
 fn certificate(end_entity: &[u8], trust_anchor: &[u8], method: AuthMethod) -> Proof {

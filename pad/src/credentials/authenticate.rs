@@ -12,10 +12,11 @@ use crate::certificate::{self, Certificate, Chain};
 use crate::constraints::SignatureConstraints;
 use crate::identity::Identity;
 use crate::peer::{PeerIdentity, Proof};
+use crate::public_key::PublicKey;
 use crate::revocation::Revocation;
-use crate::signature::{self, Scheme, VerifyError};
+use crate::signature::{self, KeyType, Scheme, VerifyError};
 
-/// Most certificates of a peer that are looked at.
+/// Most certificates, and most raw keys, of a peer that are looked at.
 const MAX_CERTIFICATES: usize = 16;
 
 /// Chains of one certificate to the loaded authorities, by the demands that they were checked against: many
@@ -91,13 +92,32 @@ impl Credentials {
         id: &str,
     ) -> Result<Admission, AuthError> {
         let certificate_error = |reason: String| AuthError::Certificate { id: id.to_owned(), reason };
-        let signers = self.signers(request, entries).map_err(certificate_error)?;
+        let raw_key_error = |reason: &str| AuthError::RawKey { id: id.to_owned(), reason: reason.to_owned() };
         // The signature comes before the chains: whoever does not hold the key costs one verification,
         // however many entries there are.
         let mut failure = None;
+        let mut verified_keys = Vec::new();
+        for key in self.raw_keys(request, entries).map_err(raw_key_error)? {
+            match check_auth(request, Some((key.key_type(), key.subject_public_key())), id) {
+                Ok(scheme) => verified_keys.push((key, scheme)),
+                Err(error) => {
+                    failure.get_or_insert(error);
+                }
+            }
+        }
+        let with_certificates: Vec<&PadEntry> =
+            entries.iter().copied().filter(|entry| entry.takes_certificates()).collect();
+        let signers = match with_certificates.is_empty() {
+            true => Vec::new(),
+            // Whoever is known by a raw key may have whatever certificate.
+            false => self.signers(request, &with_certificates).or_else(|reason| match verified_keys.is_empty() {
+                true => Err(certificate_error(reason)),
+                false => Ok(Vec::new()),
+            })?,
+        };
         let mut verified = Vec::new();
         for signer in signers {
-            match check_auth(request, &signer, id) {
+            match check_auth(request, signer.public_key(), id) {
                 Ok(scheme) => verified.push((signer, scheme)),
                 Err(error) => {
                     failure.get_or_insert(error);
@@ -106,6 +126,23 @@ impl Credentials {
         }
         let mut by_default: Vec<DefaultChains> = verified.iter().map(|_| Vec::new()).collect();
         for entry in entries {
+            for (key, scheme) in &verified_keys {
+                if !self.keys_for(entry, &request.peer_id).any(|named| named == key) {
+                    continue;
+                }
+                if !entry.constraints.admits_auth(*scheme, request.settings) {
+                    let reason = "its signature is none that the configuration asks for".to_owned();
+                    failure.get_or_insert(AuthError::Method { id: id.to_owned(), reason });
+                } else if !entry.constraints.admits_signer(key.key_type(), key.bits()) {
+                    failure.get_or_insert(raw_key_error("it is none that the configuration asks for"));
+                } else {
+                    let proof = Proof::RawKey { key: key.der().to_vec(), method: request.method };
+                    return Ok(admitted(request, entry, proof, None, Vec::new()));
+                }
+            }
+            if !entry.takes_certificates() {
+                continue;
+            }
             for ((signer, scheme), by_default) in verified.iter().zip(&mut by_default) {
                 if !entry.constraints.admits_auth(*scheme, request.settings) {
                     let reason = "its signature is none that the configuration asks for".to_owned();
@@ -129,6 +166,33 @@ impl Credentials {
             }
         }
         Err(failure.unwrap_or_else(|| AuthError::BadAuth(id.to_owned())))
+    }
+
+    /// Raw keys that an entry takes for an identity: its own, or the loaded one that it has the name of. What a peer sends
+    /// is never among them unless the configuration has it too.
+    fn keys_for<'a>(&'a self, entry: &'a PadEntry, id: &'a Identity) -> impl Iterator<Item = &'a PublicKey> {
+        let names_one = entry.remote_id.as_exact().is_some() && entry.remote_id.matches(id);
+        let own = entry.public_keys.iter().filter(move |key| names_one || key.is_named_by(id));
+        let loaded = self.public_keys().iter().map(Arc::as_ref);
+        own.chain(loaded.filter(move |key| entry.names_loaded_key() && key.is_named_by(id)))
+    }
+
+    /// Raw keys that the peer may have signed with: those that the entries take, and of these the one that it shows, if it
+    /// shows one.
+    fn raw_keys(&self, request: &AuthenticateRequest, entries: &[&PadEntry]) -> Result<Vec<PublicKey>, &'static str> {
+        let mut keys: Vec<PublicKey> = Vec::new();
+        for key in entries.iter().flat_map(|entry| self.keys_for(entry, &request.peer_id)) {
+            let is_shown = request.raw_key.as_ref().is_none_or(|shown| shown == key.der());
+            if is_shown && keys.len() < MAX_CERTIFICATES && !keys.contains(key) {
+                keys.push(key.clone());
+            }
+        }
+        let wanted = !entries.iter().any(|entry| entry.takes_certificates());
+        match keys.is_empty() && wanted {
+            true if request.raw_key.is_some() => Err("it is none that the configuration names"),
+            true => Err("the configuration names none for this identity"),
+            false => Ok(keys),
+        }
     }
 
     /// End-entity certificates that bind the asserted identity to a key: the peer's first (RFC 7296 §3.6), or
@@ -234,9 +298,13 @@ fn check_mac(request: &AuthenticateRequest, expected: &[u8], id: &str) -> Result
     if equal && !expected.is_empty() { Ok(()) } else { Err(AuthError::BadAuth(id.to_owned())) }
 }
 
-fn check_auth(request: &AuthenticateRequest, signer: &Certificate, id: &str) -> Result<Option<Scheme>, AuthError> {
+fn check_auth(
+    request: &AuthenticateRequest,
+    key: Option<(KeyType, &[u8])>,
+    id: &str,
+) -> Result<Option<Scheme>, AuthError> {
     let method = |reason: &str| AuthError::Method { id: id.to_owned(), reason: reason.to_owned() };
-    let (key_type, key) = signer.public_key().ok_or_else(|| method("its public key is of an unknown kind"))?;
+    let (key_type, key) = key.ok_or_else(|| method("its public key is of an unknown kind"))?;
     signature::verify(request.method, key_type, key, &request.signed_octets, &request.auth).map_err(|error| match error
     {
         VerifyError::Method(reason) => method(reason),

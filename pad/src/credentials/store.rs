@@ -14,8 +14,9 @@ use zeroize::Zeroizing;
 
 use crate::certificate::{Certificate, CertificateError};
 use crate::identity::{Identity, IdentityPattern, Specificity};
+use crate::public_key::{PublicKey, PublicKeyError};
 use crate::revocation::{Crl, CrlError};
-use crate::signature::{self, PrivateKey};
+use crate::signature::{self, KeyType, PrivateKey};
 
 /// All credentials of the daemon; cheap to clone and swap as a snapshot (`Arc` inside).
 #[derive(Clone, Debug, Default)]
@@ -28,6 +29,7 @@ struct Inner {
     certificates: Vec<Arc<Certificate>>,
     authorities: Vec<Arc<Certificate>>,
     crls: Vec<Arc<Crl>>,
+    public_keys: Vec<Arc<PublicKey>>,
     private_keys: Vec<Arc<PrivateKey>>,
     shared_secrets: Vec<Arc<SharedSecret>>,
 }
@@ -73,6 +75,9 @@ pub enum CredentialError {
     /// It is not a revocation list.
     #[error(transparent)]
     Crl(#[from] CrlError),
+    /// It is not a public key.
+    #[error(transparent)]
+    PublicKey(#[from] PublicKeyError),
     /// It is not a CA certificate (the text is strongSwan's).
     #[error("certificate without CA flag, rejected")]
     NotAnAuthority,
@@ -144,6 +149,26 @@ impl Credentials {
             inner.crls.push(Arc::new(list));
         }
         Ok(())
+    }
+
+    /// Adds a raw public key, DER or PEM. By itself it proves nobody but who is named by it (see
+    /// [`PublicKey::is_named_by`]), and that only where an entry of the PAD has this name.
+    pub fn add_public_key(&mut self, data: &[u8]) -> Result<(), CredentialError> {
+        let key = PublicKey::parse(data)?;
+        if !self.inner.public_keys.iter().any(|known| **known == key) {
+            Arc::make_mut(&mut self.inner).public_keys.push(Arc::new(key));
+        }
+        Ok(())
+    }
+
+    /// The raw public keys, in the order of loading.
+    pub fn public_keys(&self) -> &[Arc<PublicKey>] {
+        &self.inner.public_keys
+    }
+
+    /// Says whether the private key to a public key is loaded.
+    pub fn has_private_key_to(&self, key: &PublicKey) -> bool {
+        self.private_key(key.key_type(), key.subject_public_key()).is_some()
     }
 
     /// The certificate revocation lists, in the order of loading.
@@ -244,6 +269,7 @@ impl Credentials {
             || (ours.certificates == theirs.certificates
                 && ours.authorities == theirs.authorities
                 && ours.crls == theirs.crls
+                && ours.public_keys == theirs.public_keys
                 && self.private_key_ids() == other.private_key_ids()
                 && same_secrets())
     }
@@ -298,11 +324,13 @@ impl Credentials {
 
     pub(super) fn private_key_of(&self, certificate: &Certificate) -> Option<&PrivateKey> {
         let (key_type, public_key) = certificate.public_key()?;
-        self.inner
-            .private_keys
-            .iter()
-            .find(|key| key.key_type() == key_type && key.public_key() == public_key)
-            .map(Arc::as_ref)
+        self.private_key(key_type, public_key)
+    }
+
+    /// The private key to a subjectPublicKey.
+    pub(super) fn private_key(&self, key_type: KeyType, public_key: &[u8]) -> Option<&PrivateKey> {
+        let fits = |key: &&Arc<PrivateKey>| key.key_type() == key_type && key.public_key() == public_key;
+        self.inner.private_keys.iter().find(fits).map(Arc::as_ref)
     }
 
     /// CA certificates that may complete a chain, DER.

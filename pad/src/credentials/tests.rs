@@ -1,4 +1,5 @@
 mod faults;
+mod raw_keys;
 mod revocation;
 mod tickets;
 
@@ -116,6 +117,7 @@ fn entry(name: &str, pattern: &str, class: AuthClass) -> PadEntry {
         class,
         cacerts: Vec::new(),
         certs: Vec::new(),
+        public_keys: Vec::new(),
         constraints: SignatureConstraints::default(),
         revocation: Default::default(),
     }
@@ -132,12 +134,14 @@ fn sign_request(local: &str) -> SignRequest {
         auth: LocalAuth {
             class: AuthClass::PublicKey,
             certificates: Vec::new(),
+            public_keys: Vec::new(),
             constraints: SignatureConstraints::default(),
         },
         octets: OCTETS.to_vec(),
         shared_key_mac: Arc::new(TestMac),
         peer_hashes: Some(vec![2, 3, 4, 5]),
         cert_requests: Vec::new(),
+        raw_key_requested: false,
         announced: None,
         settings: SignatureSettings::default(),
     }
@@ -152,6 +156,7 @@ fn request(peer_id: &str, signed: SignedAuth, entries: Vec<PadEntry>) -> Authent
         signed_octets: OCTETS.to_vec(),
         shared_key_mac: Arc::new(TestMac),
         certificates: signed.certificates,
+        raw_key: signed.public_key.map(|key| key.der().to_vec()),
         entries,
         settings: SignatureSettings::default(),
     }
@@ -167,7 +172,7 @@ fn request_of(
     let key = KeyPair::generate().unwrap();
     let certificate = authority.issue(name, &key, change);
     let (method, auth) = sign_with(&key, Some(&[2]));
-    request(name, SignedAuth { method, auth, certificates: vec![certificate] }, entries)
+    request(name, SignedAuth { method, auth, certificates: vec![certificate], public_key: None }, entries)
 }
 
 fn sign_with(key: &KeyPair, hashes: Option<&[u16]>) -> (AuthMethod, Vec<u8>) {
@@ -450,7 +455,8 @@ fn method_1_with_sha1_is_accepted_and_method_14_with_sha1_is_not() {
     let authority = Authority::new("CA");
     let certificate = authority.issue("moon.example.org", rsa_key(), |_| ());
     let auth = include_bytes!("testdata/rsa-sha1.signature").to_vec();
-    let signed = SignedAuth { method: AuthMethod::RSA, auth: auth.clone(), certificates: vec![certificate] };
+    let signed =
+        SignedAuth { method: AuthMethod::RSA, auth: auth.clone(), certificates: vec![certificate], public_key: None };
     let mut request = request("moon.example.org", signed, pubkey("%any"));
     request.signed_octets = b"octets".to_vec();
     let credentials = trusting(&authority);
@@ -533,7 +539,8 @@ fn pinned_certificate_is_its_own_anchor_but_still_expires() {
     let issued = authority.issue("moon.example.org", &key, |_| ());
     let (method, auth) = sign_with(&key, None);
     let sent = |certificate: &[u8], entries| {
-        let signed = SignedAuth { method, auth: auth.clone(), certificates: vec![certificate.to_vec()] };
+        let signed =
+            SignedAuth { method, auth: auth.clone(), certificates: vec![certificate.to_vec()], public_key: None };
         request("moon.example.org", signed, entries)
     };
     let nothing = Credentials::new();
@@ -564,7 +571,7 @@ fn proof_of_another_class_is_refused() {
     credentials.add_shared_secret(None, Vec::new(), Secret::new(b"secret".to_vec())).unwrap();
     let by_secret = |entries| {
         let auth = TestMac.mac(&Secret::new(b"secret".to_vec()));
-        let signed = SignedAuth { method: AuthMethod::SHARED_KEY, auth, certificates: Vec::new() };
+        let signed = SignedAuth { method: AuthMethod::SHARED_KEY, auth, certificates: Vec::new(), public_key: None };
         request("moon.example.org", signed, entries)
     };
     let psk = |pattern: &str| vec![entry("psk", pattern, AuthClass::SharedKey)];
@@ -591,7 +598,7 @@ fn later_entry_with_weaker_proof_is_out_of_reach() {
     let any = entry("any", "%any", AuthClass::SharedKey);
     let by_secret = |peer: &str, entries: &[&PadEntry]| {
         let auth = TestMac.mac(&Secret::new(b"everybody's".to_vec()));
-        let signed = SignedAuth { method: AuthMethod::SHARED_KEY, auth, certificates: Vec::new() };
+        let signed = SignedAuth { method: AuthMethod::SHARED_KEY, auth, certificates: Vec::new(), public_key: None };
         let entries = entries.iter().map(|entry| (*entry).clone()).collect();
         credentials.authenticate(&request(peer, signed, entries), NOW).map(|admission| admission.peer.entry)
     };
@@ -678,7 +685,12 @@ fn secret_of_a_pattern_is_for_those_whom_the_pattern_names() {
 fn wrong_or_missing_shared_secret_is_refused() {
     let mut credentials = Credentials::new();
     let by_secret = |auth: &[u8]| {
-        let signed = SignedAuth { method: AuthMethod::SHARED_KEY, auth: auth.to_vec(), certificates: Vec::new() };
+        let signed = SignedAuth {
+            method: AuthMethod::SHARED_KEY,
+            auth: auth.to_vec(),
+            certificates: Vec::new(),
+            public_key: None,
+        };
         request("carol@example.org", signed, vec![entry("rw", "%any", AuthClass::SharedKey)])
     };
     let good = TestMac.mac(&Secret::new(b"secret".to_vec()));
@@ -737,7 +749,7 @@ fn hostile_certificates_do_not_panic_and_are_bounded() {
     let credentials = trusting(&authority);
     let good = request_of(&authority, "moon.example.org", |_| (), pubkey("%any"));
     let with = |certificates: Vec<Vec<u8>>| {
-        let signed = SignedAuth { method: good.method, auth: good.auth.clone(), certificates };
+        let signed = SignedAuth { method: good.method, auth: good.auth.clone(), certificates, public_key: None };
         request("moon.example.org", signed, pubkey("%any"))
     };
     let leaf = good.certificates[0].clone();
@@ -849,7 +861,7 @@ fn constraints_hold_for_the_chain_and_for_auth_of_the_peer() {
     let p384 = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P384_SHA384).unwrap();
     let certificate = below.issue("moon.example.org", &p384, |_| ());
     let (method, auth) = sign_with(&p384, Some(&[3]));
-    let signed = SignedAuth { method, auth, certificates: vec![certificate, below.der()] };
+    let signed = SignedAuth { method, auth, certificates: vec![certificate, below.der()], public_key: None };
     let mut request = request("moon.example.org", signed, constrained("ecdsa-384"));
     assert!(matches!(credentials.authenticate(&request, NOW), Err(AuthError::Certificate { .. })));
     request.entries = constrained("ecdsa-256-sha384");
@@ -883,7 +895,7 @@ fn constraints_on_hashes_refuse_sha1() {
     let authority = Authority::new("CA");
     let certificate = authority.issue("moon.example.org", rsa_key(), |_| ());
     let auth = include_bytes!("testdata/rsa-sha1.signature").to_vec();
-    let signed = SignedAuth { method: AuthMethod::RSA, auth, certificates: vec![certificate] };
+    let signed = SignedAuth { method: AuthMethod::RSA, auth, certificates: vec![certificate], public_key: None };
     let mut request = request("moon.example.org", signed, constrained("ike:rsa-sha256-sha384-sha512"));
     request.signed_octets = b"octets".to_vec();
     assert!(matches!(trusting(&authority).authenticate(&request, NOW), Err(AuthError::Method { .. })));
@@ -973,7 +985,11 @@ fn nobody_gets_in_only_where_an_entry_says_so() {
     };
     let from = |peer_id: Identity, method, auth: &[u8], entries: Vec<PadEntry>| AuthenticateRequest {
         peer_id,
-        ..request("moon.example.org", SignedAuth { method, auth: auth.to_vec(), certificates: Vec::new() }, entries)
+        ..request(
+            "moon.example.org",
+            SignedAuth { method, auth: auth.to_vec(), certificates: Vec::new(), public_key: None },
+            entries,
+        )
     };
     let credentials = Credentials::new();
     let good = b"mac of nobody";

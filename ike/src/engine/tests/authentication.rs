@@ -417,8 +417,9 @@ fn a_certificate_request_names_the_connections_own_authorities() {
             Arc::new(connection)
         };
         let connections: Vec<_> = cacerts.iter().map(connection).collect();
-        let request = crate::sa::auth::cert_request(&connections, &pair.sides[side].engine.ctx.authorities);
-        request.map(|request| match request {
+        let requests = crate::sa::auth::cert_requests(&connections, &pair.sides[side].engine.ctx.authorities);
+        assert!(requests.len() <= 1, "{requests:?}");
+        requests.into_iter().next().map(|request| match request {
             wire::Payload::CertReq { encoding: 4, authorities } => authorities,
             other => panic!("{other:?}"),
         })

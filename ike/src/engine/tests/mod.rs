@@ -29,6 +29,7 @@ mod mobility;
 mod network;
 mod null_authentication;
 mod ppk;
+mod raw_keys;
 mod reauthentication;
 mod redirect;
 mod refusals;
@@ -140,6 +141,8 @@ pub(super) struct Side {
     pub(super) bindings: Vec<Option<[u8; 32]>>,
     /// Keys of both ends, likewise.
     pub(super) endpoint_keys: Vec<Option<[[u8; 32]; 2]>>,
+    /// How many certificates came with each proof, and which raw key.
+    pub(super) shown: Vec<(usize, Option<Vec<u8>>)>,
     pub(super) sent: Vec<Transmit>,
     /// First octet of the engine's next nonces.
     nonce: by_hand::FirstOctet,
@@ -160,6 +163,7 @@ pub(super) struct Side {
     pub(super) judgements: Vec<(StreamId, Judgement)>,
 }
 
+#[allow(clippy::large_enum_variant, reason = "few of them wait at a time")]
 enum Delivery {
     Message { to: usize, path: Path, bytes: Vec<u8> },
     Job { side: usize, id: JobId, job: Job },
@@ -262,6 +266,7 @@ pub(super) fn connection(side: usize) -> Connection {
         local_auth: LocalAuth {
             class: AuthClass::SharedKey,
             certificates: Vec::new(),
+            public_keys: Vec::new(),
             constraints: SignatureConstraints::default(),
         },
         remote: PadEntry {
@@ -270,6 +275,7 @@ pub(super) fn connection(side: usize) -> Connection {
             class: AuthClass::SharedKey,
             cacerts: Vec::new(),
             certs: Vec::new(),
+            public_keys: Vec::new(),
             constraints: SignatureConstraints::default(),
             revocation: Default::default(),
         },
@@ -327,6 +333,7 @@ impl Pair {
                 refuse_installs: None,
                 bindings: Vec::new(),
                 endpoint_keys: Vec::new(),
+                shown: Vec::new(),
                 sent: Vec::new(),
                 nonce,
                 address: address(A),
@@ -679,7 +686,10 @@ impl Side {
     fn execute(&mut self, job: Job) -> JobOutcome {
         match job {
             Job::Sign(request) => JobOutcome::Sign(self.credentials.sign(&request)),
-            Job::Authenticate(request) => JobOutcome::Authenticate(self.credentials.authenticate(&request, UNIX_TIME)),
+            Job::Authenticate(request) => {
+                self.shown.push((request.certificates.len(), request.raw_key.clone()));
+                JobOutcome::Authenticate(self.credentials.authenticate(&request, UNIX_TIME))
+            }
             Job::KeyExchange(work) => JobOutcome::KeyExchange(work.run(&mut self.key_rng)),
             Job::FindRoutes(_) | Job::SeenTraffic(_) => unreachable!("answered at once"),
             Job::Resolve(gateway) => JobOutcome::Resolve(match gateway {

@@ -69,7 +69,7 @@ fn rsa_auth(signature: &[u8]) -> [(AuthMethod, Vec<u8>); 2] {
 }
 
 fn refused(credentials: &Credentials, certificate: &[u8], (method, auth): (AuthMethod, Vec<u8>)) -> bool {
-    let signed = SignedAuth { method, auth, certificates: vec![certificate.to_vec()] };
+    let signed = SignedAuth { method, auth, certificates: vec![certificate.to_vec()], public_key: None };
     credentials.authenticate(&request("moon.example.org", signed, pubkey("%any")), NOW).is_err()
 }
 
@@ -442,7 +442,8 @@ fn chains_that_branch_without_end_are_given_up() {
     let (method, auth) = sign_with(&leaf_key, Some(&[2]));
     let certificates: Vec<Vec<u8>> = std::iter::once(leaf).chain(others).collect();
     assert_eq!(certificates.len(), 16);
-    let request = request("moon.example.org", SignedAuth { method, auth, certificates }, pubkey("%any"));
+    let request =
+        request("moon.example.org", SignedAuth { method, auth, certificates, public_key: None }, pubkey("%any"));
     let started = Instant::now();
     refused_certificate(trusting(&root).authenticate(&request, NOW));
     assert!(started.elapsed() < Duration::from_secs(20), "{:?}", started.elapsed());

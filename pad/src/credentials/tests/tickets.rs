@@ -36,7 +36,7 @@ fn a_shared_key_has_no_end() {
     let mut credentials = Credentials::new();
     credentials.add_shared_secret(None, Vec::new(), Secret::new(b"secret".to_vec())).unwrap();
     let auth = TestMac.mac(&Secret::new(b"secret".to_vec()));
-    let signed = SignedAuth { method: AuthMethod::SHARED_KEY, auth, certificates: Vec::new() };
+    let signed = SignedAuth { method: AuthMethod::SHARED_KEY, auth, certificates: Vec::new(), public_key: None };
     let request = request("moon.example.org", signed, vec![entry("conn", "%any", AuthClass::SharedKey)]);
     assert_eq!(credentials.authenticate(&request, NOW).unwrap().good_for, None);
 }
