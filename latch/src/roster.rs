@@ -73,6 +73,11 @@ impl UdpPeer {
         self.0.changes.borrow().clone().filter(|change| change.is_end(self.0.on_break))
     }
 
+    /// The latch's state, as far as the daemon has said.
+    pub fn state(&self) -> State {
+        self.0.changes.borrow().as_ref().map_or(State::Established, |change| change.state)
+    }
+
     pub(crate) fn changes(&self) -> watch::Receiver<Option<Change>> {
         self.0.changes.clone()
     }
@@ -287,6 +292,11 @@ impl Roster {
     /// Who is known to be there.
     pub(crate) fn peer(&self, addr: SocketAddr) -> Option<UdpPeer> {
         self.peers.get(&canonical(addr)).filter(|peer| !self.ended.contains_key(&peer.latch())).cloned()
+    }
+
+    /// Who is known to have this latch.
+    pub(crate) fn peer_of_latch(&self, latch: u64) -> Option<UdpPeer> {
+        self.peer(*self.places.get(&latch)?)
     }
 
     /// All who are known.

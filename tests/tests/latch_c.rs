@@ -124,6 +124,7 @@ fn a_c_program_with_wrong_input_gets_errors_and_no_harm() {
     let program = installed.compile("tests/wrong_input.c", &flags);
     let scene = Scene::works(Latchkey, Latchkey, &Suite::default());
     let _server = scene.host_b.spawn("socat", &["TCP4-LISTEN:4000,bind=10.2.0.1,reuseaddr,fork", "EXEC:cat"]);
+    let _datagrams = scene.host_b.spawn("socat", &["UDP4-RECVFROM:4000,bind=10.2.0.1,reuseaddr,fork", "EXEC:cat"]);
     scene.host_b.wait_for_listener(4000);
     let output = scene
         .host_a

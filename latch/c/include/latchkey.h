@@ -45,7 +45,7 @@ extern "C" {
 /* A connection to the daemon. */
 typedef uint64_t latchkey_client;
 
-/* A latch of a connection or of a listener, or what latchkey_whois tells. */
+/* A latch of a connection or of a listener, or what latchkey_whois and latchkey_peer tell. */
 typedef uint64_t latchkey_latch;
 
 enum latchkey_status {
@@ -70,6 +70,8 @@ enum latchkey_status {
     LATCHKEY_TIMEOUT = 9,
     /* A fault of the library; it goes on. */
     LATCHKEY_INTERNAL = 10,
+    /* The peer's latch has ended. */
+    LATCHKEY_ENDED = 11,
 
     /* The daemon refused, and nothing is latched (RFC 5660 section 2.3): no SA protects the connection; */
     LATCHKEY_NO_SA = 32,
@@ -261,12 +263,50 @@ int latchkey_descriptor(latchkey_client client, int *descriptor);
 int latchkey_latch_socket(latchkey_client client, int socket, const struct sockaddr *remote, socklen_t length,
                           const struct latchkey_wanted *wanted, latchkey_latch *latch);
 
-/* Latches a bound TCP socket before listen is called on it: each connection to it is then latched or does not get in. */
+/* Latches a bound TCP socket before listen is called on it (latchkey_latch_datagrams is for UDP): each connection to it is then latched or does not get in. */
 int latchkey_latch_listener(latchkey_client client, int socket, const struct latchkey_wanted *wanted,
                             latchkey_latch *listener);
 
 /* Takes the latch of a connection that accept gave. On LATCHKEY_NOT_ACCEPTED close it, and accept the next. */
 int latchkey_accept(latchkey_latch listener, int socket, latchkey_latch *latch);
+
+/*
+ * Latches a UDP socket that is bound to an address and a port and not connected, to talk with many (RFC 5660 section 5.3). Peers as
+ * wanted can send to it; others do not get through. From now on the socket is read and written by the functions below alone; what
+ * waits in its queue is dropped, which takes half a second. latchkey_release gives the latch back, with those of its peers.
+ */
+int latchkey_latch_datagrams(latchkey_client client, int socket, const struct latchkey_wanted *wanted,
+                             latchkey_latch *endpoint);
+
+/*
+ * Receives a datagram, cut to the buffer, stores its length, and whose it is: the number of the peer's latch. Waits for so many
+ * milliseconds, for ever if negative; LATCHKEY_TIMEOUT when time is up. Another number is another peer, also where address and port are
+ * the same ones: no datagram is given out with another's number. The daemon is asked about each peer once.
+ *
+ * A peer ends when its latch breaks for good, and after five minutes of silence; latchkey_next tells. Who comes from the same address is
+ * let in when this function has been called for about a second, or again after it: so call it with a time to wait, or once a
+ * second.
+ */
+int latchkey_receive(latchkey_latch endpoint, int milliseconds, void *buffer, size_t size, size_t *length, uint64_t *peer);
+
+/* Sends a datagram to the peer with this number, under its latch or not at all; LATCHKEY_ENDED if it has ended. */
+int latchkey_send(latchkey_latch endpoint, uint64_t peer, const void *datagram, size_t size);
+
+/*
+ * Latches the flow to a remote end that has sent nothing, to talk to it first, and stores its number. on_break is that of the
+ * endpoint's latch. An SA is made where one is needed.
+ */
+int latchkey_latch_peer(latchkey_latch endpoint, const struct sockaddr *remote, socklen_t length,
+                        const struct latchkey_wanted *wanted, uint64_t *peer);
+
+/*
+ * Tells who has a number, by a handle for latchkey_get, latchkey_inquire, latchkey_state and latchkey_channel_binding. Release it: that
+ * ends nothing, but the endpoint does not end before.
+ */
+int latchkey_peer(latchkey_latch endpoint, uint64_t peer, latchkey_latch *told);
+
+/* Ends a peer: nothing more comes from it, and who comes from its address is another one. */
+int latchkey_end_peer(latchkey_latch endpoint, uint64_t peer);
 
 /* Tells who is at the other end of a connected socket now, latched or not. Latches nothing; release what it gives. */
 int latchkey_whois(latchkey_client client, int socket, latchkey_latch *found);

@@ -176,6 +176,22 @@ pub(crate) fn timeout(milliseconds: c_int) -> Option<Duration> {
     u64::try_from(milliseconds).ok().map(Duration::from_millis)
 }
 
+/// Octets that the caller has.
+///
+/// # Safety
+///
+/// `pointer` is null or has `size` octets that stay for `'a`.
+pub(crate) unsafe fn octets<'a>(pointer: *const c_void, size: usize, most: usize) -> Result<&'a [u8], Failure> {
+    match size {
+        0 => Ok(&[]),
+        size if pointer.is_null() || size > most => {
+            Err(refused(format!("datagram is null, or {size} octets are too many")))
+        }
+        // SAFETY: not null, and so many by the caller's promise; octets have no alignment, and any are values.
+        size => Ok(unsafe { std::slice::from_raw_parts(pointer.cast::<u8>(), size) }),
+    }
+}
+
 /// Copies a result into the caller's buffer, and stores its length.
 ///
 /// # Safety

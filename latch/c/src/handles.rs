@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::process;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use latch::blocking::{Client, Latch, ListenerLatch};
+use latch::blocking::{Client, Latch, ListenerLatch, UdpEndpoint, UdpPeer};
 use latch::protocol::Inquired;
 
 use crate::status::{Failure, Status};
@@ -14,6 +14,9 @@ pub(crate) enum Entry {
     Client(Client),
     Latch(Box<Latch>),
     Listener(ListenerLatch),
+    Endpoint(Arc<UdpEndpoint>),
+    /// A peer of an endpoint.
+    Peer(Arc<UdpEndpoint>, UdpPeer),
     /// What `latchkey_whois` found.
     Told(Box<Inquired>),
 }
@@ -80,6 +83,14 @@ pub(crate) fn latch(handle: u64) -> Result<Found, Failure> {
     match found.entry() {
         Entry::Client(_) => Err(not_a_latch()),
         _ => Ok(found),
+    }
+}
+
+/// A socket for datagrams.
+pub(crate) fn endpoint(handle: u64) -> Result<Arc<UdpEndpoint>, Failure> {
+    match find(handle)?.entry() {
+        Entry::Endpoint(endpoint) => Ok(Arc::clone(endpoint)),
+        _ => Err(Failure::new(Status::Handle, format!("the handle {handle} is not one of latchkey_latch_datagrams"))),
     }
 }
 

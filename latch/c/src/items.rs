@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::ffi::c_int;
+use std::net::SocketAddr;
 
 use latch::protocol::{AddressBinding, Guard, Inquired, LatchInfo, ProofInfo, SaInfo};
 use serde_json::json;
@@ -72,9 +73,9 @@ items! {
 /// The text or octets of an item, and whether it is a text.
 pub(crate) fn octets(entry: &Entry, number: c_int) -> Result<(Vec<u8>, bool), Failure> {
     let item = Item::try_from(number)?;
-    if let Entry::Listener(listener) = entry {
+    if let Some((local, _)) = listening(entry) {
         return match item {
-            Item::LocalAddress => Ok((listener.local_addr().to_string().into_bytes(), true)),
+            Item::LocalAddress => Ok((local.to_string().into_bytes(), true)),
             _ => Err(absent()),
         };
     }
@@ -126,8 +127,8 @@ pub(crate) fn octets(entry: &Entry, number: c_int) -> Result<(Vec<u8>, bool), Fa
 /// The number of an item.
 pub(crate) fn number(entry: &Entry, number: c_int) -> Result<u64, Failure> {
     let item = Item::try_from(number)?;
-    if let Entry::Listener(listener) = entry {
-        return if item == Item::Number { Ok(listener.number()) } else { Err(absent()) };
+    if let Some((_, number)) = listening(entry) {
+        return if item == Item::Number { Ok(number) } else { Err(absent()) };
     }
     let told = told(entry)?;
     let (peer, protection) = (&told.peer, &told.protection);
@@ -148,6 +149,15 @@ pub(crate) fn number(entry: &Entry, number: c_int) -> Result<u64, Failure> {
     }
 }
 
+/// Where a listener of either kind is, and its latch's number.
+fn listening(entry: &Entry) -> Option<(SocketAddr, u64)> {
+    match entry {
+        Entry::Listener(listener) => Some((listener.local_addr(), listener.number())),
+        Entry::Endpoint(endpoint) => Some((endpoint.local_addr(), endpoint.listener())),
+        Entry::Client(_) | Entry::Latch(_) | Entry::Peer(..) | Entry::Told(_) => None,
+    }
+}
+
 fn told(entry: &Entry) -> Result<Cow<'_, Inquired>, Failure> {
     match entry {
         Entry::Told(told) => Ok(Cow::Borrowed(told)),
@@ -163,7 +173,18 @@ fn told(entry: &Entry) -> Result<Cow<'_, Inquired>, Failure> {
             class: latch.class(),
             sas: Vec::new(),
         })),
-        Entry::Listener(_) | Entry::Client(_) => Err(absent()),
+        Entry::Peer(endpoint, peer) => Ok(Cow::Owned(Inquired {
+            local: endpoint.local_addr(),
+            remote: peer.addr(),
+            protocol: 17,
+            latch: Some(LatchInfo { number: peer.latch(), state: peer.state() }),
+            peer: peer.identity().clone(),
+            protection: peer.protection().clone(),
+            guard: peer.guard(),
+            class: peer.class(),
+            sas: Vec::new(),
+        })),
+        Entry::Listener(_) | Entry::Endpoint(_) | Entry::Client(_) => Err(absent()),
     }
 }
 

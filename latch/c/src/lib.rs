@@ -11,13 +11,15 @@ mod items;
 mod status;
 
 use std::ffi::{c_char, c_int, c_void};
+use std::io::ErrorKind;
 use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::sync::Arc;
 
 use latch::blocking::{Change, Client};
 use latch::protocol::State;
 
 use arguments::WantedArgument;
-use handles::{Entry, Found};
+use handles::Entry;
 use status::{Failure, Status, guarded};
 
 /// Where the daemon's latch socket is, unless it is said otherwise.
@@ -158,6 +160,141 @@ pub unsafe extern "C" fn latchkey_accept(listener: u64, socket: c_int, latch: *m
 ///
 /// # Safety
 ///
+/// `wanted` is null or a `struct latchkey_wanted` as the header describes it; `endpoint` is null or may be written to.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn latchkey_latch_datagrams(
+    client: u64,
+    socket: c_int,
+    wanted: *const WantedArgument,
+    endpoint: *mut u64,
+) -> c_int {
+    guarded(|| {
+        // SAFETY: the caller's promise.
+        let endpoint = unsafe { arguments::output(endpoint, "endpoint") }?;
+        // SAFETY: the caller's promise.
+        let wanted = unsafe { arguments::wanted(wanted) }?;
+        let (client, socket) = (handles::client(client)?, arguments::socket(socket)?);
+        *endpoint = handles::add(Entry::Endpoint(Arc::new(client.latch_datagrams(socket, wanted)?)));
+        Ok(())
+    })
+}
+
+/// See `latchkey.h`.
+///
+/// # Safety
+///
+/// `buffer` is null or has room for `size` octets; `length` and `peer` are null or may be written to.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn latchkey_receive(
+    endpoint: u64,
+    milliseconds: c_int,
+    buffer: *mut c_void,
+    size: usize,
+    length: *mut usize,
+    peer: *mut u64,
+) -> c_int {
+    guarded(|| {
+        // SAFETY: the caller's promise.
+        let (length, peer) = unsafe { (arguments::output(length, "length")?, arguments::output(peer, "peer")?) };
+        let endpoint = handles::endpoint(endpoint)?;
+        if buffer.is_null() && size != 0 {
+            return Err(Failure::new(Status::Argument, "buffer is null, and size is not 0"));
+        }
+        // Into memory of ours: the caller's need not be initialised.
+        let mut datagram = vec![0; size.min(MAX_DATAGRAM)];
+        let received = endpoint.recv_from_within(arguments::timeout(milliseconds), &mut datagram);
+        let (received, from) = received.map_err(|error| match error.kind() {
+            ErrorKind::WouldBlock => Failure::new(Status::Timeout, "time is up"),
+            ErrorKind::ConnectionReset => Failure::new(Status::Gone, error.to_string()),
+            _ => Failure::new(Status::System, format!("receiving: {error}")),
+        })?;
+        datagram.truncate(received);
+        // SAFETY: the caller's promise.
+        unsafe { arguments::copy(&datagram, false, buffer, size, length) }?;
+        *peer = from.latch();
+        Ok(())
+    })
+}
+
+/// See `latchkey.h`.
+///
+/// # Safety
+///
+/// `datagram` is null or has `size` octets.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn latchkey_send(endpoint: u64, peer: u64, datagram: *const c_void, size: usize) -> c_int {
+    guarded(|| {
+        // SAFETY: the caller's promise.
+        let datagram = unsafe { arguments::octets(datagram, size, MAX_DATAGRAM) }?;
+        let endpoint = handles::endpoint(endpoint)?;
+        let ended = || Failure::new(Status::Ended, format!("there is no peer with the latch {peer}, or no longer"));
+        let to = endpoint.peer_of_latch(peer).ok_or_else(ended)?;
+        endpoint.send_to(datagram, &to).map(drop).map_err(|error| match error.kind() {
+            ErrorKind::ConnectionReset if to.ended().is_some() => Failure::new(Status::Ended, error.to_string()),
+            ErrorKind::ConnectionReset => Failure::new(Status::Gone, error.to_string()),
+            _ => Failure::new(Status::System, format!("sending: {error}")),
+        })
+    })
+}
+
+/// See `latchkey.h`.
+///
+/// # Safety
+///
+/// `remote` is null or has `length` octets; `wanted` is null or a `struct latchkey_wanted` as the header describes it; `peer` is
+/// null or may be written to.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn latchkey_latch_peer(
+    endpoint: u64,
+    remote: *const c_void,
+    length: u32,
+    wanted: *const WantedArgument,
+    peer: *mut u64,
+) -> c_int {
+    guarded(|| {
+        // SAFETY: the caller's promise.
+        let peer = unsafe { arguments::output(peer, "peer") }?;
+        // SAFETY: the caller's promise.
+        let (remote, wanted) = unsafe { (arguments::address(remote, length)?, arguments::wanted(wanted)?) };
+        *peer = handles::endpoint(endpoint)?.latch(remote, wanted)?.latch();
+        Ok(())
+    })
+}
+
+/// See `latchkey.h`.
+///
+/// # Safety
+///
+/// `told` is null or may be written to.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn latchkey_peer(endpoint: u64, peer: u64, told: *mut u64) -> c_int {
+    guarded(|| {
+        // SAFETY: the caller's promise.
+        let told = unsafe { arguments::output(told, "told") }?;
+        let endpoint = handles::endpoint(endpoint)?;
+        let ended = || Failure::new(Status::Ended, format!("there is no peer with the latch {peer}, or no longer"));
+        let peer = endpoint.peer_of_latch(peer).ok_or_else(ended)?;
+        *told = handles::add(Entry::Peer(endpoint, peer));
+        Ok(())
+    })
+}
+
+/// See `latchkey.h`.
+#[unsafe(no_mangle)]
+pub extern "C" fn latchkey_end_peer(endpoint: u64, peer: u64) -> c_int {
+    guarded(|| {
+        let endpoint = handles::endpoint(endpoint)?;
+        if let Some(peer) = endpoint.peer_of_latch(peer) {
+            endpoint.forget(&peer);
+        }
+        Ok(())
+    })
+}
+
+/// See `latchkey.h`.
+///
+/// # Safety
+///
 /// `found` is null or may be written to.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn latchkey_whois(client: u64, socket: c_int, found: *mut u64) -> c_int {
@@ -180,9 +317,12 @@ pub unsafe extern "C" fn latchkey_inquire(latch: u64, told: *mut u64) -> c_int {
     guarded(|| {
         // SAFETY: the caller's promise.
         let told = unsafe { arguments::output(told, "told") }?;
-        let found = connection(latch)?;
-        let Entry::Latch(latch) = found.entry() else { return Err(handles::not_a_latch()) };
-        *told = handles::add(Entry::Told(Box::new(latch.inquire()?)));
+        let inquired = match handles::latch(latch)?.entry() {
+            Entry::Latch(latch) => latch.inquire()?,
+            Entry::Peer(endpoint, peer) => endpoint.inquire(peer)?,
+            _ => return Err(not_a_connection()),
+        };
+        *told = handles::add(Entry::Told(Box::new(inquired)));
         Ok(())
     })
 }
@@ -209,7 +349,8 @@ pub unsafe extern "C" fn latchkey_state(latch: u64, state: *mut c_int) -> c_int 
         let state = unsafe { arguments::output(state, "state") }?;
         *state = match handles::latch(latch)?.entry() {
             Entry::Latch(latch) => number(latch.state()),
-            Entry::Listener(_) => number(State::Listener),
+            Entry::Listener(_) | Entry::Endpoint(_) => number(State::Listener),
+            Entry::Peer(_, peer) => number(peer.state()),
             Entry::Told(told) => match &told.latch {
                 Some(latch) => number(latch.state),
                 None => return Err(Failure::new(Status::Absent, "the connection has no latch")),
@@ -247,8 +388,8 @@ pub unsafe extern "C" fn latchkey_wait(latch: u64, milliseconds: c_int, change: 
     guarded(|| {
         // SAFETY: the caller's promise.
         let result = unsafe { arguments::output(change, "change") }?;
-        let found = connection(latch)?;
-        let Entry::Latch(latch) = found.entry() else { return Err(handles::not_a_latch()) };
+        let found = handles::latch(latch)?;
+        let Entry::Latch(latch) = found.entry() else { return Err(not_a_connection()) };
         let broken = latch.broken(arguments::timeout(milliseconds));
         let Some(change) = broken else { return Err(Failure::new(Status::Timeout, "time is up")) };
         *result = told(latch.number(), &change);
@@ -309,22 +450,23 @@ pub unsafe extern "C" fn latchkey_channel_binding(
     guarded(|| {
         // SAFETY: the caller's promise.
         let kind = unsafe { arguments::text(kind, "type") }?;
-        let found = connection(latch)?;
-        let Entry::Latch(latch) = found.entry() else { return Err(handles::not_a_latch()) };
-        let binding = latch.channel_binding_of(kind.unwrap_or(latch::protocol::UNIQUE_BINDING))?;
+        let kind = kind.unwrap_or(latch::protocol::UNIQUE_BINDING);
+        let binding = match handles::latch(latch)?.entry() {
+            Entry::Latch(latch) => latch.channel_binding_of(kind)?,
+            Entry::Peer(endpoint, peer) => endpoint.channel_binding_of(peer, kind)?,
+            _ => return Err(not_a_connection()),
+        };
         // SAFETY: the caller's promise.
         unsafe { arguments::copy(&binding.data, false, buffer, size, length) }
     })
 }
 
-/// A latch of a connection, held by us.
-fn connection(handle: u64) -> Result<Found, Failure> {
-    let found = handles::latch(handle)?;
-    match found.entry() {
-        Entry::Latch(_) => Ok(found),
-        _ => Err(Failure::new(Status::Handle, "the handle is not a connection's latch")),
-    }
+fn not_a_connection() -> Failure {
+    Failure::new(Status::Handle, "the handle is not a connection's latch")
 }
+
+/// No datagram is longer.
+const MAX_DATAGRAM: usize = 65_535;
 
 fn number(state: State) -> c_int {
     match state {

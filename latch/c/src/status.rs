@@ -48,6 +48,7 @@ statuses! {
     Absent = 8 "absent";
     Timeout = 9 "timeout";
     Internal = 10 "internal";
+    Ended = 11 "ended";
     NoSa = 32 "no-sa";
     WrongPeer = 33 "wrong-peer";
     WrongProtection = 34 "wrong-protection";

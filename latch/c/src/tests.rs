@@ -232,6 +232,22 @@ fn null_and_nonsense_are_refused_by_every_function() {
             refused(latchkey_channel_binding(wrong, null(), null_mut(), 0, null_mut()), Status::Handle);
             refused(latchkey_channel_binding(wrong, not_text.as_ptr(), null_mut(), 0, null_mut()), Status::Argument);
             refused(latchkey_latch_listener(wrong, 0, null(), &raw mut handle), Status::Argument);
+            refused(latchkey_latch_datagrams(wrong, 0, null(), &raw mut handle), Status::Argument);
+            refused(latchkey_latch_datagrams(wrong, 0, null(), null_mut()), Status::Argument);
+            let (mut length, mut octet) = (7usize, 7u8);
+            let buffer = (&raw mut octet).cast();
+            refused(latchkey_receive(wrong, 0, buffer, 1, &raw mut length, &raw mut handle), Status::Handle);
+            refused(latchkey_receive(wrong, 0, buffer, 1, null_mut(), &raw mut handle), Status::Argument);
+            refused(latchkey_receive(wrong, 0, buffer, 1, &raw mut length, null_mut()), Status::Argument);
+            assert_eq!((length, octet), (7, 7));
+            refused(latchkey_send(wrong, 1, buffer, 1), Status::Handle);
+            refused(latchkey_send(wrong, 1, null(), 1), Status::Argument);
+            refused(latchkey_send(wrong, 1, buffer, usize::MAX), Status::Argument);
+            refused(latchkey_latch_peer(wrong, null(), 0, null(), &raw mut handle), Status::Argument);
+            refused(latchkey_latch_peer(wrong, null(), 0, null(), null_mut()), Status::Argument);
+            refused(latchkey_peer(wrong, 1, &raw mut handle), Status::Handle);
+            refused(latchkey_peer(wrong, 1, null_mut()), Status::Argument);
+            refused(latchkey_end_peer(wrong, 1), Status::Handle);
             refused(latchkey_latch_socket(wrong, 0, null(), 0, null(), &raw mut handle), Status::Argument);
             refused(latchkey_latch_socket(wrong, 0, null(), 0, null(), null_mut()), Status::Argument);
         }

@@ -44,6 +44,72 @@ static void *use(void *unused)
     return NULL;
 }
 
+/* A socket that is not connected, with an echo server as its peer. */
+static void datagrams(const struct sockaddr *remote, socklen_t length, struct latchkey_wanted *wanted, const char *name)
+{
+    struct sockaddr_in local = {.sin_family = AF_INET};
+    int udp = socket(AF_INET, SOCK_DGRAM, 0), tcp = socket(AF_INET, SOCK_STREAM, 0), state;
+    latchkey_latch endpoint, told, inquired;
+    uint64_t peer, from, again = 0;
+    char buffer[4096];
+    size_t size;
+    struct latchkey_change change;
+
+    expect("not bound", latchkey_latch_datagrams(client, udp, wanted, &endpoint), LATCHKEY_SOCKET);
+    inet_pton(AF_INET, "10.1.0.1", &local.sin_addr);
+    if (bind(udp, (struct sockaddr *)&local, sizeof(local)) != 0)
+        perror("bind"), failures++;
+    expect("TCP has no datagrams", latchkey_latch_datagrams(client, tcp, wanted, &endpoint), LATCHKEY_SYSTEM);
+    expect("UDP does not listen", latchkey_latch_listener(client, udp, wanted, &endpoint), LATCHKEY_SYSTEM);
+    expect("datagrams", latchkey_latch_datagrams(client, udp, wanted, &endpoint), LATCHKEY_OK);
+    expect("state", latchkey_state(endpoint, &state), LATCHKEY_OK);
+    if (state != LATCHKEY_LISTENER)
+        printf("WRONG: state %d\n", state), failures++;
+    expect("nothing comes", latchkey_receive(endpoint, 20, buffer, sizeof(buffer), &size, &from), LATCHKEY_TIMEOUT);
+    expect("nowhere to put it", latchkey_receive(endpoint, 0, NULL, 7, &size, &from), LATCHKEY_ARGUMENT);
+    expect("to nobody", latchkey_send(endpoint, 4711, "x", 1), LATCHKEY_ENDED);
+    expect("who is nobody", latchkey_peer(endpoint, 4711, &told), LATCHKEY_ENDED);
+    expect("end nobody", latchkey_end_peer(endpoint, 4711), LATCHKEY_OK);
+    wanted->peer = "somebody.else";
+    expect("somebody else", latchkey_latch_peer(endpoint, remote, length, wanted, &peer), LATCHKEY_WRONG_PEER);
+    wanted->peer = name;
+    expect("a client has no peers", latchkey_latch_peer(client, remote, length, wanted, &peer), LATCHKEY_HANDLE);
+    expect("a peer", latchkey_latch_peer(endpoint, remote, length, wanted, &peer), LATCHKEY_OK);
+    expect("too long", latchkey_send(endpoint, peer, buffer, 70000), LATCHKEY_ARGUMENT);
+    expect("send", latchkey_send(endpoint, peer, "hello", 5), LATCHKEY_OK);
+    expect("receive", latchkey_receive(endpoint, 5000, buffer, 4, &size, &from), LATCHKEY_OK);
+    if (from != peer || size != 4 || memcmp(buffer, "hell", 4) != 0)
+        printf("WRONG: %zu octets of %llu\n", size, (unsigned long long)from), failures++;
+    expect("who", latchkey_peer(endpoint, peer, &told), LATCHKEY_OK);
+    expect("its name", latchkey_get(told, LATCHKEY_PEER_ID, buffer, sizeof(buffer), &size), LATCHKEY_OK);
+    if (strcmp(buffer, name) != 0)
+        printf("WRONG: %s\n", buffer), failures++;
+    expect("inquire", latchkey_inquire(told, &inquired), LATCHKEY_OK);
+    expect("forget", latchkey_release(inquired), LATCHKEY_OK);
+    expect("a binding", latchkey_channel_binding(told, NULL, buffer, sizeof(buffer), &size), LATCHKEY_OK);
+    expect("a peer is not waited for", latchkey_wait(told, 0, &change), LATCHKEY_HANDLE);
+    expect("end it", latchkey_end_peer(endpoint, peer), LATCHKEY_OK);
+    do {
+        expect("told", latchkey_next(client, 5000, &change), LATCHKEY_OK);
+    } while (change.number != peer || (change.state != LATCHKEY_CLOSED && failures == 0));
+    expect("its state", latchkey_state(told, &state), LATCHKEY_OK);
+    if (state != LATCHKEY_CLOSED)
+        printf("WRONG: state %d\n", state), failures++;
+    expect("to who has ended", latchkey_send(endpoint, peer, "x", 1), LATCHKEY_ENDED);
+    expect("not yet", latchkey_latch_peer(endpoint, remote, length, wanted, &again), LATCHKEY_EXISTS);
+    for (int i = 0; i < 50 && again == 0; i++) {
+        expect("nothing", latchkey_receive(endpoint, 100, buffer, sizeof(buffer), &size, &from), LATCHKEY_TIMEOUT);
+        (void)latchkey_latch_peer(endpoint, remote, length, wanted, &again);
+    }
+    if (again == 0 || again == peer)
+        printf("WRONG: %llu again\n", (unsigned long long)again), failures++;
+    expect("forget who it was", latchkey_release(told), LATCHKEY_OK);
+    expect("the end", latchkey_release(endpoint), LATCHKEY_OK);
+    expect("ended: send", latchkey_send(endpoint, again, "x", 1), LATCHKEY_HANDLE);
+    close(udp);
+    close(tcp);
+}
+
 int main(int argc, char **argv)
 {
     struct sockaddr_in address = {.sin_family = AF_INET};
@@ -119,6 +185,8 @@ int main(int argc, char **argv)
     expect("a listener is not inquired", latchkey_inquire(listener, &number), LATCHKEY_HANDLE);
     expect("its end", latchkey_release(listener), LATCHKEY_OK);
     close(listening);
+
+    datagrams(remote, length, &wanted, argv[1]);
 
     /* What came before a latch would be read as if it had come under it. */
     int old = socket(AF_INET, SOCK_STREAM, 0);

@@ -74,7 +74,12 @@ impl Client {
 impl UdpEndpoint {
     /// Receives a datagram, cut to the buffer's length, with who sent it.
     pub fn recv_from(&self, buffer: &mut [u8]) -> io::Result<(usize, UdpPeer)> {
-        let end = deadline(*lock(&self.timeout));
+        self.recv_from_within(self.read_timeout(), buffer)
+    }
+
+    /// As [`Self::recv_from`] with a timeout for this call alone.
+    pub fn recv_from_within(&self, timeout: Option<Duration>, buffer: &mut [u8]) -> io::Result<(usize, UdpPeer)> {
+        let end = deadline(timeout);
         loop {
             match self.step(buffer)? {
                 Step::Datagram(length, peer) => return Ok((length, peer)),
@@ -127,6 +132,11 @@ impl UdpEndpoint {
     /// Who is at an address, of those who are known: who have been received from, or were latched.
     pub fn peer(&self, addr: SocketAddr) -> Option<UdpPeer> {
         self.roster().peer(addr)
+    }
+
+    /// Who has this latch, likewise.
+    pub fn peer_of_latch(&self, latch: u64) -> Option<UdpPeer> {
+        self.roster().peer_of_latch(latch)
     }
 
     /// All who are known.

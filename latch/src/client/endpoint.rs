@@ -143,6 +143,11 @@ impl UdpEndpoint {
         self.roster().peer(addr)
     }
 
+    /// Who has this latch, likewise.
+    pub fn peer_of_latch(&self, latch: u64) -> Option<UdpPeer> {
+        self.roster().peer_of_latch(latch)
+    }
+
     /// All who are known.
     pub fn peers(&self) -> Vec<UdpPeer> {
         self.roster().peers()
