@@ -1,6 +1,6 @@
 //! The latch tools of `latchkey`: list, watch, break and close latches, ask who is there, and a netcat.
 
-use std::io::{Read as _, Write as _};
+use std::io::Write as _;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -18,11 +18,11 @@ use latch::protocol::{
 };
 use pad::Identity;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::sync::mpsc;
 
 use crate::config::ConnectionDefinition;
 use crate::config::daemon::DEFAULT_LATCH_SOCKET;
 use crate::config::latches::{Pinned, conflict};
+use crate::datagrams;
 
 /// Where the daemon is.
 #[derive(Args)]
@@ -114,9 +114,12 @@ pub struct NetcatArguments {
     /// What becomes of the connection when its latch breaks.
     #[arg(long, default_value = "reset")]
     on_break: OnBreak,
-    /// Wait for one connection instead.
+    /// Wait for one connection instead; with -u take datagrams of all who come.
     #[arg(short, long)]
     listen: bool,
+    /// UDP: what is typed goes out as datagrams, with -l to who has spoken last.
+    #[arg(short, long)]
+    udp: bool,
     /// Our address, and port if it matters.
     #[arg(short, long, conflicts_with = "listen")]
     source: Option<String>,
@@ -207,7 +210,11 @@ pub async fn netcat(arguments: &NetcatArguments) -> anyhow::Result<()> {
         ..Wanted::from(arguments.peer.as_str())
     };
     let stream = if arguments.listen {
-        let listener = client.listen_tcp(own(&arguments.destination)?, wanted).await?;
+        let local = own(&arguments.destination)?;
+        if arguments.udp {
+            return datagrams::listen(&client, local, wanted).await;
+        }
+        let listener = client.listen_tcp(local, wanted).await?;
         eprintln!("listening on {} for {}", listener.local_addr(), arguments.peer);
         listener.accept().await?.0
     } else {
@@ -216,6 +223,9 @@ pub async fn netcat(arguments: &NetcatArguments) -> anyhow::Result<()> {
         let mut found = tokio::net::lookup_host((host.as_str(), port)).await.with_context(|| host.clone())?;
         let remote = found.next().with_context(|| format!("{host} has no address"))?;
         let local = arguments.source.as_deref().map(source).transpose()?;
+        if arguments.udp {
+            return datagrams::talk(client.latch_udp(remote, local, wanted).await?).await;
+        }
         client.latch_tcp(remote, local, wanted).await?
     };
     eprintln!(
@@ -258,16 +268,7 @@ pub async fn netcat(arguments: &NetcatArguments) -> anyhow::Result<()> {
 
 async fn copy(stream: TcpStream) -> anyhow::Result<()> {
     let (mut reader, mut writer) = tokio::io::split(stream);
-    let (typed, mut lines) = mpsc::channel::<Vec<u8>>(4);
-    // A read of standard input cannot be given up, so a thread of its own does it.
-    std::thread::spawn(move || {
-        let mut buffer = vec![0; 64 * 1024];
-        while let Ok(length @ 1..) = std::io::stdin().read(&mut buffer) {
-            if typed.blocking_send(buffer.get(..length).unwrap_or_default().to_vec()).is_err() {
-                break;
-            }
-        }
-    });
+    let mut lines = datagrams::typed();
     let sending = tokio::spawn(async move {
         while let Some(octets) = lines.recv().await {
             writer.write_all(&octets).await?;
@@ -400,7 +401,7 @@ fn hex(octets: &[u8]) -> String {
     octets.iter().map(|octet| format!("{octet:02x}")).collect()
 }
 
-fn described(peer: &Peer) -> String {
+pub(crate) fn described(peer: &Peer) -> String {
     let proof = match &peer.proof {
         ProofInfo::Unauthenticated => {
             return format!("NOBODY IN PARTICULAR (unauthenticated), to us as {}", peer.local_id.text);
@@ -412,7 +413,7 @@ fn described(peer: &Peer) -> String {
     format!("{} by {proof}, to us as {}", peer.id.text, peer.local_id.text)
 }
 
-fn protected(protection: &Protection) -> String {
+pub(crate) fn protected(protection: &Protection) -> String {
     let esn = if protection.esn { ", 64-bit sequence numbers" } else { "" };
     let replay = if protection.replay_protection { "" } else { ", no replay protection" };
     format!("{} mode, {}{esn}{replay}", protection.mode, protection.suite)

@@ -6,6 +6,7 @@ pub mod commands;
 pub mod config;
 pub mod control;
 pub mod daemon;
+mod datagrams;
 pub mod demo;
 pub mod exec;
 pub mod latches;

@@ -128,6 +128,44 @@ fn who_speaks_first_is_latched_at_both_ends() {
     assert!(!server.output().contains("to C"));
 }
 
+// A netcat at both ends; the one that listens is not connected.
+#[test]
+fn a_netcat_takes_datagrams_of_all_who_come_and_says_who_they_are() {
+    let scene = Scene::start(Latchkey, Latchkey, &Suite::default());
+    let nc = |daemon: &Daemon, host: &Host, name: &str, arguments: &[&str]| {
+        let socket = daemon.latch_socket();
+        let mut all = vec!["nc", "-u", "--socket", socket.to_str().unwrap()];
+        all.extend_from_slice(arguments);
+        Talker::start(host.command(program("latchkey").to_str().unwrap(), &all), daemon.path(name))
+    };
+    let mut server = nc(&scene.b, &scene.host_b, "server", &["-l", "--peer", "a.example", "10.2.0.1", "4000"]);
+    server.tells("listening on 10.2.0.1:4000 for a.example");
+    server.types("hello?\n");
+    server.tells("nobody has come yet");
+    let client =
+        |name, local| nc(&scene.a, &scene.host_a, name, &["--peer", "b.example", "-s", local, "10.2.0.1", "4000"]);
+    let (mut first, mut second) = (client("first", FROM_A), client("second", "10.1.0.1:40001"));
+    for (client, from) in [(&mut first, FROM_A), (&mut second, "10.1.0.1:40001")] {
+        client.tells("10.2.0.1:4000, b.example by shared key");
+        client.types(&format!("from {from}\n"));
+        server.tells(&format!("10.2.0.1:4000 to {from}, a.example by shared key"));
+        server.prints(&format!("from {from}\n"));
+        server.types(&format!("to {from}\n"));
+        client.prints(&format!("to {from}\n"));
+    }
+    // RFC 5660 §6.2
+    let listed = latches(&scene.b, &scene.host_b);
+    let number =
+        listed.lines().find(|line| line.contains("10.1.0.1:40001")).unwrap().split_whitespace().next().unwrap();
+    let socket = scene.b.latch_socket();
+    let arguments = ["latch", "close", number, "--socket", socket.to_str().unwrap()];
+    scene.host_b.check(program("latchkey").to_str().unwrap(), &arguments);
+    server.tells(&format!("latch {number} is closed: closed by the administrator"));
+    server.types("too late\n");
+    server.tells("10.1.0.1:40001 gets nothing: ");
+    assert!(!second.output().contains("too late"));
+}
+
 // RFC 5660 §2.1: another suite is another protection, and so another latch.
 #[test]
 fn another_suite_is_another_latch() {

@@ -285,7 +285,7 @@ pub extern "C" fn latchkey_end_peer(endpoint: u64, peer: u64) -> c_int {
     guarded(|| {
         let endpoint = handles::endpoint(endpoint)?;
         if let Some(peer) = endpoint.peer_of_latch(peer) {
-            endpoint.forget(&peer);
+            endpoint.end(&peer)?;
         }
         Ok(())
     })

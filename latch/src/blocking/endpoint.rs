@@ -8,12 +8,14 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
 use rustix::net::{RecvFlags, SendFlags};
+use serde_json::Value;
 use socket2::{Domain, SockRef};
 
 use super::link::{Link, poll};
 use super::{Changes, Client, Holding, deadline, failed};
 use crate::protocol::{
-    Accept, Bind, Call, ChannelBinding, Code, Created, Disposition, Inquired, Listening, Named, UNIQUE_BINDING, Wanted,
+    Accept, Bind, Call, ChannelBinding, Code, Created, Disposition, Inquired, Listening, Named, Release,
+    UNIQUE_BINDING, Wanted,
 };
 use crate::roster::{Question, Roster, Step, UdpPeer};
 use crate::session::{self, Change, ClientError, system};
@@ -124,9 +126,13 @@ impl UdpEndpoint {
     }
 
     /// Ends a peer: nothing more comes from it, and who comes from its address is another one.
-    pub fn forget(&self, peer: &UdpPeer) {
+    pub fn end(&self, peer: &UdpPeer) -> Result<(), ClientError> {
         // The daemon says then that it has ended.
-        self.link().tell_release(peer.latch());
+        match self.link().call::<Value>(Call::Release(Release { latch: peer.latch() }), None) {
+            Err(ClientError::Refused(refusal)) if refusal.code != Code::NoSuchLatch => Err(refusal.into()),
+            Ok(_) | Err(ClientError::Refused(_)) => Ok(()),
+            Err(error) => Err(error),
+        }
     }
 
     /// Who is at an address, of those who are known: who have been received from, or were latched.

@@ -159,10 +159,6 @@ impl Link {
     /// Gives a latch back; the answer is for nobody.
     pub(super) fn release(&self, latch: u64) {
         self.forget(latch);
-        self.tell_release(latch);
-    }
-
-    pub(super) fn tell_release(&self, latch: u64) {
         let Some(octets) = session::release(self.next_id(), latch) else { return };
         // If there is no room the latch lives as long as the connection to the daemon.
         if let Err(error) = send_now(self.socket.as_fd(), &octets, None) {

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
 use socket2::{Domain, SockRef};
 use tokio::sync::watch;
 use tokio::time::sleep_until;
@@ -132,10 +133,13 @@ impl UdpEndpoint {
     }
 
     /// Ends a peer: nothing more comes from it, and who comes from its address is another one.
-    pub fn forget(&self, peer: &UdpPeer) {
+    pub async fn end(&self, peer: &UdpPeer) -> Result<(), ClientError> {
         // The daemon says then that it has ended.
-        let shared = self.shared();
-        super::release(&shared.socket, shared.next_id(), peer.latch());
+        match self.shared().call::<Value>(Call::Release(Release { latch: peer.latch() }), None).await {
+            Err(ClientError::Refused(refusal)) if refusal.code != Code::NoSuchLatch => Err(refusal.into()),
+            Ok(_) | Err(ClientError::Refused(_)) => Ok(()),
+            Err(error) => Err(error),
+        }
     }
 
     /// Who is at an address, of those who are known: who have been received from, or were latched.

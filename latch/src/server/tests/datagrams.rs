@@ -121,7 +121,7 @@ async fn another_peer_of_the_same_address_is_another_one() {
     for end in ["holder", "administrator"] {
         let peer = endpoint.peers().pop().unwrap();
         match end {
-            "holder" => endpoint.forget(&peer),
+            "holder" => endpoint.end(&peer).await.unwrap(),
             _ => client.close_latch(peer.latch()).await.unwrap(),
         }
         assert_eq!(timeout(PATIENCE, endpoint.ended(&peer)).await.unwrap().state, State::Closed);
