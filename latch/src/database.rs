@@ -676,7 +676,7 @@ impl Database {
             return Err(LatchError::NotAConnection(flow.to_string()));
         }
         let mut control = self.control();
-        self.give_way(&mut control, &flow);
+        self.give_way_to(&mut control, &flow, request)?;
         if control.by_flow.contains_key(&flow) {
             return Err(LatchError::Exists(flow.to_string()));
         }
@@ -1101,13 +1101,7 @@ impl Database {
 
     /// The latch that a flow can have at this moment; its barrier is up.
     fn prepare(&self, control: &Control, flow: Flow, request: &Request, holder: Holder) -> Result<Latch, LatchError> {
-        let number = match control.coverage(&flow) {
-            Coverage::One(number) => number,
-            Coverage::None => return Err(LatchError::NoSa(flow.to_string())),
-            Coverage::Several => return Err(LatchError::Conflict(flow.to_string())),
-        };
-        let class = self.class(number).ok_or_else(|| LatchError::NoSa(flow.to_string()))?;
-        request.admits(&flow, &class)?;
+        let (number, class) = self.offers(control, &flow, request)?;
         let protector = self.raise_barrier(&flow, Passage::Class(number))?;
         Ok(Latch {
             flow,
@@ -1121,6 +1115,27 @@ impl Database {
             binding: control.binding(&flow),
             holder,
         })
+    }
+
+    /// The class that a flow can be latched to at this moment.
+    fn offers(&self, control: &Control, flow: &Flow, request: &Request) -> Result<(ClassId, Arc<Class>), LatchError> {
+        let number = match control.coverage(flow) {
+            Coverage::One(number) => number,
+            Coverage::None => return Err(LatchError::NoSa(flow.to_string())),
+            Coverage::Several => return Err(LatchError::Conflict(flow.to_string())),
+        };
+        let class = self.class(number).ok_or_else(|| LatchError::NoSa(flow.to_string()))?;
+        request.admits(flow, &class)?;
+        Ok((number, class))
+    }
+
+    /// An automatic latch gives way to one that there can be: who asks for another gets none, and the flow stays with its class.
+    fn give_way_to(&self, control: &mut Control, flow: &Flow, request: &Request) -> Result<(), LatchError> {
+        if let Some(id) = self.yields(control, flow) {
+            self.offers(control, flow, request)?;
+            self.take_out(control, id);
+        }
+        Ok(())
     }
 
     /// What the packet path knows from now on of a flow that had no latch, whose barrier is up. Fails where the packet check could

@@ -336,11 +336,12 @@ impl Core {
         self.database.bound(child_sa.0, Bindings { unique: channel_binding, keys: endpoint_keys });
         pair.class = class;
         pair.reqid = reqid;
+        // First, so that no latch stands up in between that the newcomer would betray.
+        self.end_outranked(class, &pair);
         let asked = self.database.before_install(class, &pair.local_ts, &pair.remote_ts);
         for alert in asked.map_err(|outranked| self.refuse_outranked(child_sa, &outranked))? {
             tracing::warn!(latch = alert.latch.0, reason = alert.reason, "latch broken");
         }
-        self.end_outranked(class, &pair);
         let spi_in = pair.spi_in;
         let installed = InstalledChild {
             spi_in: pair.spi_in,

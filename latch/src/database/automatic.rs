@@ -273,10 +273,15 @@ impl Database {
         }
     }
 
-    /// An application asks for a latch of its own. A BROKEN one stays: who it is has changed.
+    /// The flow's latch, if an application can have one of its own instead. A BROKEN one stays: who it is has changed.
+    pub(super) fn yields(&self, control: &Control, flow: &Flow) -> Option<LatchId> {
+        let id = control.by_flow.get(flow).copied().filter(|id| control.automatic.contains(*id))?;
+        control.latches.get(&id).filter(|latch| latch.condition == Condition::Established).map(|_| id)
+    }
+
+    /// An application asks for a latch of its own.
     pub(super) fn give_way(&self, control: &mut Control, flow: &Flow) {
-        let Some(id) = control.by_flow.get(flow).copied().filter(|id| control.automatic.contains(*id)) else { return };
-        if control.latches.get(&id).is_some_and(|latch| latch.condition == Condition::Established) {
+        if let Some(id) = self.yields(control, flow) {
             self.take_out(control, id);
         }
     }

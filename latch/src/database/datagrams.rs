@@ -46,14 +46,15 @@ impl Database {
         if let Ok((id, class)) = control.child(listener, &flow) {
             return request.admits(&flow, &class).map(|()| (id, class));
         }
-        self.give_way(&mut control, &flow);
-        if control.by_flow.contains_key(&flow) {
+        if self.yields(&control, &flow).is_none() && control.by_flow.contains_key(&flow) {
             return Err(LatchError::Exists(flow.to_string()));
         }
-        let latch = self.prepare(&control, flow, request, holder)?;
-        if !control.listeners.get(&listener).is_some_and(|listening| listening.has_room(latch.number)) {
+        let (number, _) = self.offers(&control, &flow, request)?;
+        if !control.listeners.get(&listener).is_some_and(|listening| listening.has_room(number)) {
             return Err(LatchError::Full(flow.to_string()));
         }
+        self.give_way(&mut control, &flow);
+        let latch = self.prepare(&control, flow, request, holder)?;
         let class = Arc::clone(&latch.class);
         let (id, told) = self.insert(&mut control, Latch { listener: Some(listener), ..latch })?;
         self.count_child(&mut control, listener, id);

@@ -174,6 +174,14 @@ fn an_application_gets_its_own() {
     let (database, classes) = automatic();
     install(&database, 1, classes[0]);
     assert!(passes(&database, &nth(1), classes[0]) && passes(&database, &nth(2), classes[0]));
+    // What it cannot have does not set the flow free.
+    let stranger = Request::peer(IdentityPattern::exact(identity(1)));
+    assert!(matches!(database.create(nth(1), &stranger, ignore()), Err(LatchError::WrongPeer { .. })));
+    database.removed(1);
+    assert!(matches!(database.create(nth(1), &any(), ignore()), Err(LatchError::NoSa(_))));
+    assert_eq!(standing(&database), 2);
+    assert_eq!(database.check(Direction::Inbound, &nth(1), Some(classes[1])), Verdict::Drop);
+    install(&database, 1, classes[0]);
     let (id, _) = database.create(nth(1), &any(), ignore()).unwrap();
     assert_eq!((standing(&database), database.list().len()), (1, 1));
     silence(&database, 200);
