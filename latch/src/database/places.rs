@@ -19,6 +19,11 @@ pub(super) struct Places {
 }
 
 impl Places {
+    #[cfg(test)]
+    pub(super) fn is_empty(&self) -> bool {
+        self.latches.is_empty() && self.at.is_empty() && self.classes.is_empty()
+    }
+
     pub(super) fn insert(&mut self, class: ClassId, remote: IpAddr, latch: LatchId) {
         if self.latches.insert((class, remote, latch)) {
             *self.at.entry((remote, class)).or_default() += 1;

@@ -749,6 +749,10 @@ enum Step {
     Dead {
         sa: u64,
     },
+    /// INITIAL_CONTACT: the peer has restarted.
+    PeerRestart {
+        class: usize,
+    },
     /// The policy forbids flows under a class; 3 forbids none.
     Policy {
         flow: usize,
@@ -763,10 +767,23 @@ enum Step {
         wanted: usize,
         on_break: OnBreak,
     },
-    /// An inbound packet of an unlatched flow to the listener's port.
-    Arrive {
+    /// The first packet of an unlatched flow, or any other.
+    Packet {
+        direction: Direction,
         flow: usize,
         class: usize,
+    },
+    /// A LARVAL latch, until it is established or given up.
+    Reserve {
+        flow: usize,
+    },
+    Establish {
+        nth: usize,
+        wanted: usize,
+        on_break: OnBreak,
+    },
+    GiveUp {
+        nth: usize,
     },
     Accept {
         flow: usize,
@@ -794,7 +811,10 @@ enum Step {
 struct Model {
     sas: BTreeMap<u64, (usize, usize)>,
     latches: Vec<ModelLatch>,
+    larval: Vec<(LatchId, usize)>,
     listener: Option<(LatchId, usize, OnBreak)>,
+    /// Flows are latched of themselves.
+    automatic: Option<OnBreak>,
     forbidden: Option<(usize, usize)>,
     expected: Vec<(LatchId, LatchState)>,
 }
@@ -806,6 +826,8 @@ struct ModelLatch {
     class: usize,
     on_break: OnBreak,
     waiting: bool,
+    /// Nobody's: nobody is told.
+    automatic: bool,
     condition: Condition,
 }
 
@@ -821,7 +843,7 @@ impl ModelLatch {
     fn worsen(&mut self, condition: Condition, expected: &mut Vec<(LatchId, LatchState)>) {
         let before = self.state();
         self.condition = self.condition.max(condition);
-        if self.state() != before {
+        if self.state() != before && !self.automatic {
             expected.push((self.id, self.state()));
         }
     }
@@ -834,6 +856,46 @@ impl Model {
         class == NOBODY
             && (self.latches.iter().any(|latch| latch.class != NOBODY && in_scope(scope, latch.flow))
                 || self.sas.values().any(|(class, other)| *class != NOBODY && meet(*other)))
+    }
+
+    /// RFC 7619 §3.3: SAs of nobody that are in the way of somebody's.
+    fn outranked(&self, class: usize, scope: usize) -> BTreeSet<u64> {
+        let meet = |other: usize| scope == other || scope == ALL_FLOWS || other == ALL_FLOWS;
+        let nobodys = self.sas.iter().filter(|(_, (other, at))| class != NOBODY && *other == NOBODY && meet(*at));
+        nobodys.map(|(sa, _)| *sa).collect()
+    }
+
+    /// In the order of their numbers, in which holders are told.
+    fn add(&mut self, latch: ModelLatch) {
+        self.latches.push(latch);
+        self.latches.sort_by_key(|latch| latch.id);
+    }
+
+    fn latch(&self, flow: usize) -> Option<&ModelLatch> {
+        self.latches.iter().find(|latch| latch.flow == flow)
+    }
+
+    fn is_larval(&self, flow: usize) -> bool {
+        self.larval.iter().any(|(_, larval)| *larval == flow)
+    }
+
+    fn is_automatic(&self, latch: LatchId) -> bool {
+        self.latches.iter().any(|other| other.id == latch && other.automatic)
+    }
+
+    /// Of a new latch: on whose break what happens. `None`: the packet makes none.
+    fn made_by(&self, direction: Direction, flow: usize, class: usize) -> Option<(OnBreak, bool)> {
+        let is_new = self.latch(flow).is_none() && !self.is_larval(flow);
+        if !is_new || self.covering(flow) != BTreeSet::from([class]) {
+            return None;
+        }
+        match self.listener.filter(|_| flow >= FLOWS) {
+            Some((_, wanted, on_break)) => {
+                let admitted = direction == Direction::Inbound && (wanted == 3 || wanted == class);
+                admitted.then_some((on_break, false))
+            }
+            None => Some((self.automatic?, true)),
+        }
     }
 
     fn reserved(&self, class: usize, scope: usize) -> BTreeSet<Flow> {
@@ -863,13 +925,18 @@ impl Model {
             let clear = self.covering(latch.flow).iter().all(|class| *class == latch.class);
             if latch.condition == Condition::Conflict && latch.on_break != OnBreak::Reset && clear {
                 self.latches[n].condition = Condition::Established;
-                self.expected.push((self.latches[n].id, LatchState::Established));
+                if !self.latches[n].automatic {
+                    self.expected.push((self.latches[n].id, LatchState::Established));
+                }
             }
         }
     }
 
-    /// What a packet of a flow meets; `None` is no opinion.
+    /// What a packet of a flow meets.
     fn verdict(&self, flow: usize, class: Option<usize>) -> Verdict {
+        if self.is_larval(flow) {
+            return Verdict::Drop;
+        }
         let Some(latch) = self.latches.iter().find(|l| l.flow == flow) else {
             return if self.listener.is_some() && flow >= FLOWS { Verdict::Drop } else { Verdict::Pass };
         };
@@ -882,26 +949,46 @@ impl Model {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(1024))]
+    #![proptest_config(cases(1024))]
 
     // RFC 5660 §2, §2.2, §2.3: in any order of SA, SPD, DPD, application and restart events, no packet passes under an
     // SA that is not congruent, and whoever holds a latch hears of a conflict before the SA is in.
     #[test]
-    fn the_database_agrees_with_a_simple_model(steps in prop::collection::vec(step(), 1..60)) {
-        let (mut database, classes) = database();
+    fn the_database_agrees_with_a_simple_model(
+        steps in prop::collection::vec(step(), 1..60),
+        automatic in prop::sample::select(vec![None, None, Some(OnBreak::Wait), Some(OnBreak::Unreachable)])
+    ) {
         let barrier: Arc<FakeBarrier> = Arc::default();
-        database.set_barrier(Arc::clone(&barrier) as _);
+        let started = || {
+            let (database, classes) = database();
+            database.set_barrier(Arc::clone(&barrier) as _);
+            if let Some(on_break) = automatic {
+                database.latch_flows(on_break);
+            }
+            (Arc::new(database), classes)
+        };
+        let (mut database, classes) = started();
         let told: Arc<Mutex<Vec<Alert>>> = Arc::default();
-        let holder = || -> Box<dyn Fn(Alert) + Send + Sync> {
-            let (told, barrier) = (Arc::clone(&told), Arc::clone(&barrier));
+        // The SA that is going in.
+        let coming: Arc<Mutex<Option<u64>>> = Arc::default();
+        let holder = |database: &Arc<Database>| -> Box<dyn Fn(Alert) + Send + Sync> {
+            let (told, barrier, coming) = (Arc::clone(&told), Arc::clone(&barrier), Arc::clone(&coming));
+            let (database, classes) = (Arc::downgrade(database), classes.clone());
             Box::new(move |alert| {
                 let open = matches!(barrier.passage(&alert.flow), Some(Passage::Class(_)));
                 assert_eq!(open, alert.state == LatchState::Established, "told before the system does as it says");
+                let database = database.upgrade().unwrap();
+                let passes = |class: &ClassId| {
+                    database.check(Direction::Outbound, &alert.flow, Some(*class)) == Verdict::Pass
+                };
+                assert_eq!(classes.iter().any(passes), open, "told before packets do as it says");
+                let coming = *coming.lock().unwrap();
+                assert!(!coming.is_some_and(|sa| database.sas_of(&alert.flow).contains(&sa)), "the SA was first");
                 told.lock().unwrap().push(alert);
             })
         };
         let pattern = |wanted: usize| if wanted == 3 { IdentityPattern::any() } else { IdentityPattern::exact(identity(wanted)) };
-        let mut model = Model::default();
+        let mut model = Model { automatic, ..Model::default() };
         for step in steps {
             model.expected.clear();
             match step {
@@ -912,17 +999,29 @@ proptest! {
                         prop_assert!(database.installed(sa, classes[class], everything(), scope_ts(scope)).is_err());
                         continue;
                     }
+                    *coming.lock().unwrap() = (!model.sas.contains_key(&sa)).then_some(sa);
                     if ask_first {
-                        let alerts = database.before_install(classes[class], &everything(), &scope_ts(scope)).unwrap();
-                        prop_assert_eq!(&*told.lock().unwrap(), &alerts, "told inside, not later");
+                        // As the daemon does.
+                        let outranked = database.outranked(classes[class], &everything(), &scope_ts(scope));
+                        prop_assert_eq!(&outranked, &model.outranked(class, scope));
+                        for sa in outranked {
+                            model.sas.remove(&sa);
+                            model.restore();
+                            database.removed(sa);
+                        }
+                        let before = told.lock().unwrap().len();
+                        let mut alerts = database.before_install(classes[class], &everything(), &scope_ts(scope)).unwrap();
+                        alerts.retain(|alert| !model.is_automatic(alert.latch));
+                        prop_assert_eq!(&told.lock().unwrap()[before..], &alerts, "told inside, not later");
                         model.conflict(class, scope);
-                        let now: Vec<_> = alerts.iter().map(|alert| (alert.latch, alert.state)).collect();
+                        let now: Vec<_> = told.lock().unwrap().iter().map(|alert| (alert.latch, alert.state)).collect();
                         prop_assert_eq!(now, model.expected.clone(), "before the SA is in");
                     } else {
                         model.conflict(class, scope);
                     }
                     model.sas.insert(sa, (class, scope));
                     database.installed(sa, classes[class], everything(), scope_ts(scope)).unwrap();
+                    *coming.lock().unwrap() = None;
                 }
                 Step::Fail { sa, class, scope } => {
                     let asked = database.before_install(classes[class], &everything(), &scope_ts(scope));
@@ -951,6 +1050,12 @@ proptest! {
                         database.peer_is_dead(classes[class]);
                     }
                 }
+                Step::PeerRestart { class } => {
+                    for latch in model.latches.iter_mut().filter(|l| l.class == class) {
+                        latch.worsen(Condition::Dead, &mut model.expected);
+                    }
+                    database.peer_restarted(classes[class]);
+                }
                 Step::Policy { flow: n, class } => {
                     model.forbidden = (class < 3).then_some((n, class));
                     for latch in &mut model.latches {
@@ -971,8 +1076,9 @@ proptest! {
                 Step::Create { flow: n, wanted, on_break } => {
                     let covering = model.covering(n);
                     let request = Request { on_break, ..Request::peer(pattern(wanted)) };
-                    let result = database.create(flow(n), &request, holder());
-                    let exists = model.latches.iter().any(|l| l.flow == n);
+                    let result = database.create(flow(n), &request, holder(&database));
+                    let exists = model.is_larval(n)
+                        || model.latch(n).is_some_and(|l| !l.automatic || l.condition != Condition::Established);
                     match (exists, covering.len(), covering.first()) {
                         (true, _, _) => prop_assert!(matches!(result, Err(LatchError::Exists(_)))),
                         (_, 0, _) => prop_assert!(matches!(result, Err(LatchError::NoSa(_)))),
@@ -980,8 +1086,12 @@ proptest! {
                             let (id, found) = result.unwrap();
                             prop_assert_eq!(&found.peer.id, &identity(class));
                             prop_assert!(model.latches.iter().all(|l| l.id < id), "numbers grow");
+                            // An automatic one gives way.
+                            prop_assert!(model.latch(n).is_none_or(|automatic| automatic.class == class));
+                            model.latches.retain(|l| l.flow != n);
                             let condition = Condition::Established;
-                            model.latches.push(ModelLatch { id, flow: n, class, on_break, waiting: false, condition });
+                            let (waiting, automatic) = (false, false);
+                            model.add(ModelLatch { id, flow: n, class, on_break, waiting, automatic, condition });
                         }
                         (_, 1, _) => {
                             let wrong_peer = matches!(result, Err(LatchError::WrongPeer { .. }));
@@ -992,31 +1102,64 @@ proptest! {
                 }
                 Step::Listen { wanted, on_break } => {
                     let request = Request { on_break, ..Request::peer(pattern(wanted)) };
-                    let result = database.create_listener(listener(), request, holder());
+                    let result = database.create_listener(listener(), request, holder(&database));
                     match model.listener {
                         Some(_) => prop_assert!(matches!(result, Err(LatchError::Exists(_)))),
                         None => model.listener = Some((result.unwrap(), wanted, on_break)),
                     }
                 }
-                Step::Arrive { flow: n, class } => {
-                    let verdict = database.check(Direction::Inbound, &flow(n), Some(classes[class]));
-                    let spawns = model.listener.filter(|(_, wanted, _)| {
-                        model.latches.iter().all(|l| l.flow != n)
-                            && n >= FLOWS
-                            && model.covering(n) == BTreeSet::from([class])
-                            && (*wanted == 3 || *wanted == class)
-                    });
-                    if let Some((_, _, on_break)) = spawns {
+                Step::Packet { direction, flow: n, class } => {
+                    let verdict = database.check(direction, &flow(n), Some(classes[class]));
+                    if let Some((on_break, automatic)) = model.made_by(direction, n, class) {
                         let id = database.find(&flow(n)).unwrap().0;
-                        let condition = Condition::Established;
-                        model.latches.push(ModelLatch { id, flow: n, class, on_break, waiting: true, condition });
-                        model.expected.push((id, LatchState::Established));
+                        let (waiting, condition) = (!automatic, Condition::Established);
+                        model.add(ModelLatch { id, flow: n, class, on_break, waiting, automatic, condition });
+                        if !automatic {
+                            model.expected.push((id, LatchState::Established));
+                        }
                     }
                     prop_assert_eq!(verdict, model.verdict(n, Some(class)));
                 }
+                Step::Reserve { flow: n } => {
+                    let result = database.reserve(flow(n));
+                    let exists = model.is_larval(n)
+                        || model.latch(n).is_some_and(|l| !l.automatic || l.condition != Condition::Established);
+                    if exists {
+                        prop_assert!(matches!(result, Err(LatchError::Exists(_))));
+                    } else {
+                        model.latches.retain(|l| l.flow != n);
+                        model.larval.push((result.unwrap(), n));
+                    }
+                }
+                Step::Establish { nth, wanted, on_break } if !model.larval.is_empty() => {
+                    let nth = nth % model.larval.len();
+                    let (id, n) = model.larval[nth];
+                    let covering = model.covering(n);
+                    let request = Request { on_break, ..Request::peer(pattern(wanted)) };
+                    let result = database.establish(id, &request, holder(&database));
+                    match covering.first() {
+                        Some(&class) if covering.len() == 1 && (wanted == 3 || wanted == class) => {
+                            prop_assert_eq!(&result.unwrap().0.peer.id, &identity(class));
+                            model.larval.remove(nth);
+                            let condition = Condition::Established;
+                            let (waiting, automatic) = (false, false);
+                            model.add(ModelLatch { id, flow: n, class, on_break, waiting, automatic, condition });
+                        }
+                        _ => prop_assert!(result.is_err()),
+                    }
+                }
+                Step::GiveUp { nth } if !model.larval.is_empty() => {
+                    let (id, _) = model.larval.remove(nth % model.larval.len());
+                    database.release(id);
+                }
+                Step::Establish { wanted, .. } => {
+                    let request = Request::peer(pattern(wanted));
+                    prop_assert!(database.establish(LatchId(u64::MAX), &request, holder(&database)).is_err());
+                }
+                Step::GiveUp { .. } => database.release(LatchId(u64::MAX)),
                 Step::Accept { flow: n } => {
                     let Some((parent, _, _)) = model.listener else { continue };
-                    let result = database.accept(parent, &flow(n), None, holder());
+                    let result = database.accept(parent, &flow(n), None, holder(&database));
                     match model.latches.iter_mut().find(|l| l.flow == n && l.waiting) {
                         Some(latch) if latch.state() == LatchState::Established => {
                             prop_assert_eq!(result.unwrap().0, latch.id);
@@ -1065,13 +1208,9 @@ proptest! {
                     }
                 }
                 Step::Restart => {
-                    database = Database::new();
-                    for n in 0..4 {
-                        database.intern(class(n));
-                    }
-                    model = Model::default();
                     barrier.restart();
-                    database.set_barrier(Arc::clone(&barrier) as _);
+                    database = started().0;
+                    model = Model { automatic, ..Model::default() };
                 }
             }
             let alerts: Vec<_> = told.lock().unwrap().drain(..).map(|alert| (alert.latch, alert.state)).collect();
@@ -1080,15 +1219,19 @@ proptest! {
                 let number = class.map(|n: usize| classes[n]);
                 for n in 0..ALL_FLOWS {
                     let verdict = model.verdict(n, class);
-                    prop_assert_eq!(database.check(Direction::Outbound, &flow(n), number), verdict);
-                    prop_assert_eq!(database.check_later(&flow(n), number), verdict);
-                    // Inbound packets of flows without a latch may make one: `Arrive` looks at those.
-                    if n < FLOWS || model.latches.iter().any(|l| l.flow == n) {
+                    // Packets of flows without a latch may make one: `Packet` looks at those.
+                    let makes = |direction| class.is_some_and(|class| model.made_by(direction, n, class).is_some());
+                    if !makes(Direction::Outbound) {
+                        prop_assert_eq!(database.check(Direction::Outbound, &flow(n), number), verdict);
+                        prop_assert_eq!(database.check_later(&flow(n), number), verdict);
+                    }
+                    if !makes(Direction::Inbound) {
                         prop_assert_eq!(database.check(Direction::Inbound, &flow(n), number), verdict);
                     }
                 }
                 let tcp = model.latches.iter().filter(|l| l.flow != UDP_FLOW);
-                let admitted = tcp.into_iter().all(|l| l.state() == LatchState::Established && Some(l.class) == class);
+                let mut admitted = tcp.into_iter().all(|l| l.state() == LatchState::Established && Some(l.class) == class);
+                admitted &= model.larval.iter().all(|(_, flow)| *flow == UDP_FLOW);
                 let fragment = Flow { protocol: 6, local_port: 0, remote_port: 0, ..flow(0) };
                 let none = model.latches.iter().all(|l| l.flow == UDP_FLOW);
                 let admitted = admitted && !(none && model.listener.is_some());
@@ -1098,7 +1241,9 @@ proptest! {
             // RFC 5660 §2 (13, 14): the system lets pass what the latch does, and what was latched once not at all.
             for n in 0..ALL_FLOWS {
                 let passage = barrier.passage(&flow(n));
-                match model.latches.iter().find(|l| l.flow == n) {
+                match model.latch(n) {
+                    None if model.is_larval(n) => prop_assert_eq!(passage, Some(Passage::Larval)),
+                    Some(latch) if latch.automatic => prop_assert!(matches!(passage, None | Some(Passage::None))),
                     Some(latch) if latch.condition == Condition::Established => {
                         prop_assert_eq!(passage, Some(Passage::Class(classes[latch.class])));
                     }
@@ -1107,17 +1252,24 @@ proptest! {
                 }
             }
             let listed: Vec<_> = database.list().into_iter().map(|(id, flow, state, _)| (id, flow, state)).collect();
-            let modelled: Vec<_> = model.latches.iter().map(|l| (l.id, flow(l.flow), l.state())).collect();
+            let asked_for = model.latches.iter().filter(|l| !l.automatic);
+            let modelled: Vec<_> = asked_for.map(|l| (l.id, flow(l.flow), l.state())).collect();
             prop_assert_eq!(listed, modelled);
+            let standing = database.automatic_flows().map(|flows| flows.latches);
+            prop_assert_eq!(standing, automatic.map(|_| model.latches.iter().filter(|l| l.automatic).count()));
         }
-        for (id, ..) in database.list() {
+        let larval = model.larval.iter().map(|(id, _)| *id);
+        for id in model.latches.iter().map(|latch| latch.id).chain(larval) {
             database.release(id);
         }
         if let Some((id, _, _)) = model.listener {
             database.release(id);
         }
         prop_assert!(database.pairs.is_empty() && database.flows.len() == 0 && database.ports.is_empty());
-        prop_assert_eq!(database.latched.load(Ordering::SeqCst), 0);
+        prop_assert_eq!(database.latched.load(Ordering::SeqCst), usize::from(automatic.is_some()));
+        let control = database.control();
+        prop_assert!(control.standing.is_empty() && control.fallen.is_empty() && control.recoverable.is_empty());
+        drop(control);
         database.lift_abandoned(|_| true);
         prop_assert!(barrier.flows.lock().unwrap().is_empty());
     }
@@ -1128,6 +1280,8 @@ proptest! {
 struct FakeBarrier {
     flows: Mutex<BTreeMap<Flow, (Passage, bool)>>,
     ports: Mutex<BTreeMap<Port, Vec<Claim>>>,
+    /// Those of an earlier process.
+    ports_left: Mutex<BTreeSet<Port>>,
     passed_by: Mutex<Vec<Flow>>,
     refuses: AtomicBool,
     alone: bool,
@@ -1140,6 +1294,9 @@ impl FakeBarrier {
 
     fn restart(&self) {
         self.flows.lock().unwrap().values_mut().for_each(|state| *state = (Passage::None, true));
+        let mut ports = self.ports.lock().unwrap();
+        ports.values_mut().for_each(Vec::clear);
+        self.ports_left.lock().unwrap().extend(ports.keys().copied());
     }
 }
 
@@ -1176,15 +1333,17 @@ impl FlowBarrier for FakeBarrier {
             return Err("refused".to_owned());
         }
         self.ports.lock().unwrap().insert(*port, claims.to_vec());
+        self.ports_left.lock().unwrap().remove(port);
         Ok(())
     }
 
     fn lift_port(&self, port: &Port) {
         self.ports.lock().unwrap().remove(port);
+        self.ports_left.lock().unwrap().remove(port);
     }
 
     fn abandoned_ports(&self) -> Vec<Port> {
-        Vec::new()
+        self.ports_left.lock().unwrap().iter().copied().collect()
     }
 
     fn holds_back_errors(&self) -> bool {
@@ -1310,6 +1469,12 @@ fn the_system_s_barrier_stays_until_the_connection_has_ended() {
     assert_eq!(barrier.passage(&flow(1)), None);
 }
 
+/// So many random cases, or as `PROPTEST_CASES` says.
+fn cases(usually: u32) -> ProptestConfig {
+    let wanted = std::env::var("PROPTEST_CASES").ok().and_then(|text| text.parse().ok());
+    ProptestConfig::with_cases(wanted.unwrap_or(usually))
+}
+
 /// Few addresses, so that ranges meet, at both ends of either family.
 fn remote() -> impl Strategy<Value = IpAddr> {
     prop::sample::select(vec![
@@ -1332,7 +1497,7 @@ fn between(start: IpAddr, end: IpAddr) -> TrafficSelector {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(1024))]
+    #![proptest_config(cases(1024))]
 
     // RFC 5660 §2.3: what covers a flow must be found whatever range of addresses it is in.
     #[test]
@@ -1403,6 +1568,7 @@ fn listener() -> Listener {
 
 fn step() -> impl Strategy<Value = Step> {
     let on_break = || prop::sample::select(vec![OnBreak::Reset, OnBreak::Wait, OnBreak::Unreachable]);
+    let direction = || prop::sample::select(vec![Direction::Inbound, Direction::Outbound]);
     let (sa, class, scope, latch) = (|| 0..4_u64, || 0..4_usize, || 0..=ALL_FLOWS, || 0..8_usize);
     prop_oneof![
         4 => (sa(), class(), scope(), prop::bool::ANY).prop_map(|(sa, class, scope, ask_first)| Step::Install {
@@ -1418,7 +1584,15 @@ fn step() -> impl Strategy<Value = Step> {
         4 => (0..ALL_FLOWS, 0..4_usize, on_break())
             .prop_map(|(flow, wanted, on_break)| Step::Create { flow, wanted, on_break }),
         2 => (0..4_usize, on_break()).prop_map(|(wanted, on_break)| Step::Listen { wanted, on_break }),
-        3 => (FLOWS..ALL_FLOWS, class()).prop_map(|(flow, class)| Step::Arrive { flow, class }),
+        1 => class().prop_map(|class| Step::PeerRestart { class }),
+        3 => (direction(), FLOWS..ALL_FLOWS, class())
+            .prop_map(|(direction, flow, class)| Step::Packet { direction, flow, class }),
+        2 => (direction(), 0..FLOWS, class())
+            .prop_map(|(direction, flow, class)| Step::Packet { direction, flow, class }),
+        2 => (0..ALL_FLOWS).prop_map(|flow| Step::Reserve { flow }),
+        2 => (latch(), 0..4_usize, on_break())
+            .prop_map(|(nth, wanted, on_break)| Step::Establish { nth, wanted, on_break }),
+        1 => latch().prop_map(|nth| Step::GiveUp { nth }),
         2 => (FLOWS..ALL_FLOWS).prop_map(|flow| Step::Accept { flow }),
         2 => latch().prop_map(|nth| Step::Release { nth }),
         1 => latch().prop_map(|nth| Step::Break { nth }),
