@@ -154,6 +154,8 @@ pub struct Way {
     pub local: SocketAddr,
     /// The peer's end.
     pub remote: SocketAddr,
+    /// The code point (RFC 2474) of all its packets, the first included; below 64.
+    pub dscp: u8,
     /// In TLS.
     pub tls: Option<TlsClient>,
     /// Through a web proxy, its host and port.
@@ -232,12 +234,12 @@ impl Streams {
     /// port 0 leaves that to the system. A number in use or not below `1 << 63` is a mistake of the caller:
     /// logged, nothing done. Must be called on a tokio runtime. IKE messages may be queued at once.
     pub fn open(&self, stream: u64, local: SocketAddr, remote: SocketAddr) {
-        self.open_along(stream, Way { local, remote, tls: None, proxy: None });
+        self.open_along(stream, Way { local, remote, dscp: 0, tls: None, proxy: None });
     }
 
     /// The same in TLS.
     pub fn open_tls(&self, stream: u64, local: SocketAddr, remote: SocketAddr, tls: TlsClient) {
-        self.open_along(stream, Way { local, remote, tls: Some(tls), proxy: None });
+        self.open_along(stream, Way { local, remote, dscp: 0, tls: Some(tls), proxy: None });
     }
 
     /// The same as the way says.
@@ -249,6 +251,7 @@ impl Streams {
             warn!(stream, "stream number is in use or not the caller's to choose, or streams are shut down");
             return;
         };
+        ends.queue.mark(way.dscp);
         let inner = self.inner.clone();
         tokio::spawn(async move {
             let started = inner.clone().originate(stream, way, ends).await;
@@ -261,6 +264,14 @@ impl Streams {
         let Some(framed) = frame_ike(message) else { return false };
         let table = self.inner.table();
         table.streams.get(&stream).is_some_and(|entry| entry.queue.push_ike(framed, self.inner.limits.queue))
+    }
+
+    /// Gives all packets of a stream this code point from now on (RFC 9329 §6.8): IKE's and ESP's, since a stream has one. Where
+    /// there is no stream of this number nothing happens.
+    pub fn mark(&self, stream: u64, dscp: u8) {
+        if let Some(entry) = self.inner.table().streams.get(&stream) {
+            entry.queue.mark(dscp);
+        }
     }
 
     /// Whether a stream is in TLS; false if there is none of this number.
@@ -617,7 +628,7 @@ impl Inner {
     async fn originate(
         self: Arc<Self>,
         number: u64,
-        Way { local, remote, tls, proxy }: Way,
+        Way { local, remote, dscp, tls, proxy }: Way,
         mut ends: Ends,
     ) -> Result<Running, String> {
         let connect = async {
@@ -625,7 +636,7 @@ impl Inner {
                 None => remote,
                 Some(proxy) => proxy::resolve(proxy, local).await?,
             };
-            let mut socket = socket::connect(local, first, self.prepare.as_ref()).await?;
+            let mut socket = socket::connect(local, first, dscp, self.prepare.as_ref()).await?;
             socket::prepare(&socket, &self.limits)?;
             let local = socket.local_addr()?;
             if proxy.is_some() {
@@ -695,6 +706,7 @@ impl Inner {
             number,
             socket: write_half,
             prefix: accepted.is_none(),
+            marked: 0,
             queue: ends.queue,
             seal: self.seal.get().cloned(),
             phase: ends.phase,

@@ -57,6 +57,8 @@ pub struct Connection {
     pub rand_time: Duration,
     /// `keyingtries`: retransmission sequences of IKE_SA_INIT; 0 is for ever.
     pub keyingtries: u32,
+    /// `dscp`: the code point of IKE messages, and of streams; below 64.
+    pub dscp: u8,
     /// `unique`.
     pub unique: Unique,
     /// `ppk_id`: as initiator the PPK_ID that we name, as responder those that the peer may name (RFC 8784).

@@ -374,12 +374,19 @@ impl Network {
     /// keepalive (one 0xff octet).
     ///
     /// It leaves from the NAT port when `encapsulated`, else from the plain one, whatever port `local` has; an
-    /// unspecified address leaves the choice to the system. Does not wait: when the socket is full, the error is
-    /// `WouldBlock`, and a retransmission will do.
-    pub fn send_ike(&self, local: SocketAddr, remote: SocketAddr, encapsulated: bool, bytes: &[u8]) -> io::Result<()> {
+    /// unspecified address leaves the choice to the system. `dscp` is its code point (RFC 2474), below 64. Does not wait: when
+    /// the socket is full, the error is `WouldBlock`, and a retransmission will do.
+    pub fn send_ike(
+        &self,
+        local: SocketAddr,
+        remote: SocketAddr,
+        encapsulated: bool,
+        dscp: u8,
+        bytes: &[u8],
+    ) -> io::Result<()> {
         let shared = &self.inner.shared;
         let pair = if encapsulated { &shared.nat } else { &shared.plain };
-        let header = Header { local, remote, tos: 0, dont_fragment: false };
+        let header = Header { local, remote, tos: dscp << 2, dont_fragment: false };
         let socket = pair.family(remote.is_ipv4()).ok_or_else(|| {
             io::Error::new(io::ErrorKind::AddrNotAvailable, format!("send to {remote}: this system has no IPv6"))
         })?;

@@ -338,26 +338,26 @@ fn keepalives_and_scraps_are_not_events() {
     for scrap in [&[][..], &[0xff], &[0], &[0, 0, 0], &[1, 2, 3]] {
         sender.send_to(scrap, a.nat()).unwrap();
     }
-    b.network.send_ike(b.nat(), a.nat(), true, &[0xff]).unwrap();
-    b.network.send_ike(b.nat(), a.nat(), true, b"message").unwrap();
+    b.network.send_ike(b.nat(), a.nat(), true, 0, &[0xff]).unwrap();
+    b.network.send_ike(b.nat(), a.nat(), true, 0, b"message").unwrap();
     assert_eq!(a.ike(), (a.nat(), b.nat(), true, b"message".to_vec()));
 }
 
 #[test]
 fn ike_passes_with_and_without_marker() {
     let (mut a, mut b) = pair();
-    a.network.send_ike(a.plain(), b.plain(), false, b"plain").unwrap();
+    a.network.send_ike(a.plain(), b.plain(), false, 0, b"plain").unwrap();
     assert_eq!(b.ike(), (b.plain(), a.plain(), false, b"plain".to_vec()));
-    b.network.send_ike(b.nat(), a.nat(), true, b"marked").unwrap();
+    b.network.send_ike(b.nat(), a.nat(), true, 0, b"marked").unwrap();
     assert_eq!(a.ike(), (a.nat(), b.nat(), true, b"marked".to_vec()));
     // RFC 3948 §2.2: the marker is on the wire.
     let raw = b.socket(b.outer());
-    a.network.send_ike(a.nat(), raw.local_addr().unwrap(), true, b"marked").unwrap();
+    a.network.send_ike(a.nat(), raw.local_addr().unwrap(), true, 0, b"marked").unwrap();
     let mut room = [0; 32];
     let (length, from) = raw.recv_from(&mut room).unwrap();
     assert_eq!((&room[..length], from), (&b"\0\0\0\0marked"[..], a.nat()));
     // RFC 3948 §2.3: and not before a keepalive.
-    a.network.send_ike(a.nat(), raw.local_addr().unwrap(), true, &[0xff]).unwrap();
+    a.network.send_ike(a.nat(), raw.local_addr().unwrap(), true, 0, &[0xff]).unwrap();
     assert_eq!(raw.recv(&mut room).unwrap(), 1);
 }
 
@@ -366,7 +366,7 @@ fn ike_passes_over_ipv6() {
     let (a, mut b) = pair();
     let local = SocketAddr::new(a.outer6(), a.network.port());
     let remote = SocketAddr::new(b.outer6(), b.network.port());
-    a.network.send_ike(local, remote, false, b"plain").unwrap();
+    a.network.send_ike(local, remote, false, 0, b"plain").unwrap();
     assert_eq!(b.ike(), (remote, local, false, b"plain".to_vec()));
 }
 
@@ -374,11 +374,11 @@ fn ike_passes_over_ipv6() {
 fn ike_longer_than_the_mtu_is_fragmented() {
     let (a, mut b) = pair();
     let long = vec![7; 6000];
-    a.network.send_ike(a.plain(), b.plain(), false, &long).unwrap();
+    a.network.send_ike(a.plain(), b.plain(), false, 0, &long).unwrap();
     assert_eq!(b.ike().3, long);
     let local = SocketAddr::new(a.outer6(), a.network.port());
     let remote = SocketAddr::new(b.outer6(), b.network.port());
-    a.network.send_ike(local, remote, false, &long).unwrap();
+    a.network.send_ike(local, remote, false, 0, &long).unwrap();
     assert_eq!(b.ike().3, long);
 }
 
@@ -387,10 +387,10 @@ fn answers_leave_from_the_address_that_was_asked() {
     let (mut a, mut b) = pair();
     b.namespace.add_address("eth0", "10.8.0.22".parse().unwrap(), 24).unwrap();
     let asked = SocketAddr::new("10.8.0.22".parse().unwrap(), b.network.port());
-    a.network.send_ike(a.plain(), asked, false, b"request").unwrap();
+    a.network.send_ike(a.plain(), asked, false, 0, b"request").unwrap();
     let (local, remote, ..) = b.ike();
     assert_eq!(local, asked);
-    b.network.send_ike(local, remote, false, b"response").unwrap();
+    b.network.send_ike(local, remote, false, 0, b"response").unwrap();
     assert_eq!(a.ike().1, asked);
 }
 
@@ -399,7 +399,7 @@ fn an_unreachable_peer_is_reported() {
     let (a, b) = namespaces();
     let mut a = host(1, a);
     let nobody: SocketAddr = "10.8.0.2:500".parse().unwrap();
-    a.network.send_ike("0.0.0.0:0".parse().unwrap(), nobody, false, b"request").unwrap();
+    a.network.send_ike("0.0.0.0:0".parse().unwrap(), nobody, false, 0, b"request").unwrap();
     let remote = a.event(|event| match event {
         NetworkEvent::Unreachable { remote } => Some(*remote),
         _ => None,

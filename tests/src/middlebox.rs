@@ -40,7 +40,7 @@ pub struct Road {
     /// The router's device on the initiator's side.
     inside: String,
     /// The responder's device.
-    device_b: String,
+    pub device_b: String,
 }
 
 impl Road {

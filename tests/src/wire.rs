@@ -45,7 +45,7 @@ impl Wire {
 
     /// Sends what an engine wants sent.
     pub fn send(&self, messages: Vec<Transmit>) {
-        for Transmit { path, bytes } in messages {
+        for Transmit { path, bytes, .. } in messages {
             let marked =
                 if path.transport == Transport::UdpEncap { [&MARKER, bytes.as_slice()].concat() } else { bytes };
             self.sockets[&path.local.port()].send_to(&marked, path.remote).unwrap();

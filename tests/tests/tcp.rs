@@ -5,6 +5,7 @@
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use latchkey_tests::capture::Capture;
 use latchkey_tests::daemon::Kind::{Latchkey, Strongswan};
 use latchkey_tests::daemon::{Daemon, program};
 use latchkey_tests::host::{Host, link, wait_for};
@@ -79,6 +80,53 @@ fn with_udp_rejected_it_is_up_sooner() {
 fn where_only_port_4500_is_dropped_tcp_is_used() {
     let enough = Duration::from_millis(2500);
     assert!(set_up_time("udp dport 4500 drop; udp sport 4500 drop;", enough) < enough);
+}
+
+/// A road whose ends have code points of their own, 46 and 10, and what leaves each of them.
+fn marked(connection: &'static str) -> (Road, [Capture; 2]) {
+    let mut configurations = configurations(&Suite { connection, ..Suite::DEFAULT });
+    for ((text, _), dscp) in configurations.iter_mut().zip(["101110", "001010"]) {
+        *text = text.replace("version = 2\n", &format!("version = 2\ndscp = {dscp}\n"));
+    }
+    let road = Road::between(Latchkey, B, "", configurations);
+    let captures = [Capture::start(&road.host_a, &road.device_a), Capture::start(&road.host_b, &road.device_b)];
+    road.a.initiate("net");
+    (road, captures)
+}
+
+const WITH_46: &str = "ip[1] & 0xfc = 0xb8";
+const WITH_10: &str = "ip[1] & 0xfc = 0x28";
+
+// RFC 2474, swanctl.conf(5): IKE has the connection's code point, from the first message on; ESP in the
+// same sockets has the inner packet's.
+#[test]
+fn ike_has_the_connections_code_point_and_esp_the_packets() {
+    let (road, captures) = marked("encap = yes\n");
+    let class = |host: &Host, from, to| host.check("ping", &["-c", "2", "-i", "0.2", "-Q", "0x20", "-I", from, to]);
+    class(&road.host_a, INNER_A, INNER_B);
+    class(&road.host_b, INNER_B, INNER_A);
+    road.a.control(&["--rekey", "--ike", "site"]);
+    wait_for("a new IKE SA", seconds(20), || road.a.log().contains("rekeyed, successor is"));
+    let of_ike = "udp and (port 500 or (port 4500 and udp[8:4] = 0))";
+    let of_esp = "udp port 4500 and udp[4:2] > 40 and udp[8:4] != 0";
+    for (capture, of_connection) in captures.iter().zip([WITH_46, WITH_10]) {
+        wait_for("all packets", seconds(10), || capture.count(of_ike) >= 4 && capture.count(of_esp) >= 4);
+        assert_eq!(capture.list(&format!("{of_ike} and not {of_connection}")), "");
+        assert_eq!(capture.list(&format!("{of_esp} and not ip[1] & 0xfc = 0x20")), "");
+    }
+}
+
+// RFC 9329 §6.8, §9.3: a stream has one code point, from the SYN on; the responder's side has it once the connection is known.
+#[test]
+fn a_stream_has_the_connections_code_point() {
+    let (road, [of_a, of_b]) = marked("tcp = yes\n");
+    road.passes();
+    assert!(of_a.count(&format!("tcp port 4500 and {WITH_46}")) > 5);
+    assert_eq!(of_a.list(&format!("tcp port 4500 and not {WITH_46}")), "");
+    let unmarked = of_b.count(&format!("tcp port 4500 and not {WITH_10}"));
+    road.passes();
+    assert_eq!(of_b.count(&format!("tcp port 4500 and not {WITH_10}")), unmarked);
+    assert!(of_b.count(&format!("tcp port 4500 and {WITH_10}")) > 5);
 }
 
 // RFC 9329 §7.1: UDP goes and comes back; one TCP connection in the tunnel sees nothing but a pause.

@@ -184,6 +184,8 @@ fn read_connection(
     let redirect_phase = options.choice("redirect_phase", RedirectPhase::Auth, phases);
     let session_resumption = options.boolean("session_resumption", false);
 
+    let dscp = options.parsed("dscp", code_point, "up to six binary digits such as 101110").unwrap_or(0);
+
     let vips = virtual_addresses(&mut options);
     let pools = options.texts("pools");
     let split_dns = split_dns(&mut options);
@@ -201,7 +203,6 @@ fn read_connection(
     options.refuse_unless("mediation_peer", &[], "mediation is not served");
     options.warn_unless("aggressive", NO);
     options.warn_unless("pull", YES);
-    options.warn_unless("dscp", &["000000"]);
     options.warn_unless("dpd_timeout", &["0", "0s"]);
     options.warn_unless("ocsp", &["reply", "never"]);
 
@@ -269,6 +270,7 @@ fn read_connection(
         over_time: times.over,
         rand_time: times.rand,
         keyingtries,
+        dscp,
         unique,
         ppk_id,
         ppk_required,
@@ -298,8 +300,12 @@ fn read_connection(
     })
 }
 
-/// The name that a TLS server must prove, where none is configured: the host name that we go to, what IKE expects it to be,
-/// or its address.
+/// A code point (RFC 2474) as charon reads it: binary, six digits at most.
+fn code_point(text: &str) -> Option<u8> {
+    let digits = (1..=6).contains(&text.len()) && text.bytes().all(|octet| matches!(octet, b'0' | b'1'));
+    digits.then(|| u8::from_str_radix(text, 2).ok()).flatten()
+}
+
 fn proxy(text: &str) -> Option<String> {
     let (host, port) = text.rsplit_once(':')?;
     let plain = |host: &str| host.bytes().all(|octet| octet.is_ascii_alphanumeric() || b".-_".contains(&octet));
@@ -307,6 +313,8 @@ fn proxy(text: &str) -> Option<String> {
     (is_host && port.parse::<u16>().is_ok_and(|port| port != 0)).then(|| text.to_owned())
 }
 
+/// The name that a TLS server must prove, where none is configured: the host name that we go to, what IKE expects it to be,
+/// or its address.
 fn tls_server_name(remote_addrs: &[String], remote: &PadEntry) -> String {
     let named =
         |text: &&String| text.parse::<IpAddr>().is_err() && !text.starts_with('%') && !text.contains(['/', '-']);
@@ -1172,6 +1180,9 @@ mod tests {
             "dpd_delay = -3",
             "encap = maybe",
             "unique = once",
+            "dscp = 46",
+            "dscp = 1011100",
+            "dscp = \"\"",
             "version = 3",
             "local_port = 0",
             "remote_port = 65536",
@@ -1647,7 +1658,7 @@ mod tests {
         let outcome = read(
             "local_addrs = 192.0.2.1\n remote_addrs = gw.example.com, 198.51.100.0/24
              proposals = aes256gcm16-prfsha384-ecp384, aes128-sha256-x25519
-             tcp = yes\n tcp_delay = 700ms\n tcp_probe_udp = 5m\n tcp_reauth_udp = yes\n tcp_proxy = proxy.example:3128\n tcp_remote_port = 443\n fragmentation = force\n unique = replace\n keyingtries = 0
+             tcp = yes\n tcp_delay = 700ms\n tcp_probe_udp = 5m\n tcp_reauth_udp = yes\n tcp_proxy = proxy.example:3128\n tcp_remote_port = 443\n fragmentation = force\n unique = replace\n keyingtries = 0\n dscp = 101110
              local { auth = psk\n id = a.example }
              remote { auth = psk\n id = *.example }
              children { net { local_ts = 10.1.0.0/16[tcp/80], dynamic[udp]\n remote_ts = 10.2.0.1-10.2.0.9
@@ -1670,6 +1681,7 @@ mod tests {
             ("gw", "*.example")
         );
         assert_eq!((connection.tcp, connection.tcp_remote_port, connection.keyingtries), (TcpPolicy::Yes, 443, 0));
+        assert_eq!(connection.dscp, 46);
         let times = (connection.tcp_delay, connection.tcp_probe_udp);
         assert_eq!(times, (Duration::from_millis(700), Duration::from_secs(300)));
         assert!(connection.tcp_reauth_udp);

@@ -296,10 +296,10 @@ impl Core {
                 self.shards.answer(shard, job, JobOutcome::SeenTraffic(idle));
             }
             Wanted::Event(event) => self.handle_event(event),
-            Wanted::OpenStream { stream, local, remote, tls, proxy } => {
+            Wanted::OpenStream { stream, local, remote, dscp, tls, proxy } => {
                 let client = tls.map(|peer| self.tls.client(&peer, &self.credentials)).transpose();
                 match client {
-                    Ok(tls) => self.streams.open_along(stream.0, Way { local, remote, tls, proxy }),
+                    Ok(tls) => self.streams.open_along(stream.0, Way { local, remote, dscp, tls, proxy }),
                     Err(error) => self.shards.stream_failed(shard, stream, &error.to_string()),
                 }
             }

@@ -74,6 +74,7 @@ pub(super) enum Wanted {
         stream: StreamId,
         local: SocketAddr,
         remote: SocketAddr,
+        dscp: u8,
         tls: Option<TlsPeer>,
         /// A web proxy, host and port.
         proxy: Option<String>,
@@ -481,8 +482,8 @@ impl Shards {
                 Output::Job(job, Job::InstallChild(ready)) => self.want(shard, Wanted::Install(job, ready)),
                 Output::Job(job, Job::SeenTraffic(spis)) => self.want(shard, Wanted::SeenTraffic(job, spis)),
                 Output::Event(event) => self.want(shard, Wanted::Event(event)),
-                Output::OpenStream { stream, local, remote, tls, proxy } => {
-                    self.want(shard, Wanted::OpenStream { stream, local, remote, tls, proxy });
+                Output::OpenStream { stream, local, remote, dscp, tls, proxy } => {
+                    self.want(shard, Wanted::OpenStream { stream, local, remote, dscp, tls, proxy });
                 }
                 Output::CloseStream(stream) => self.want(shard, Wanted::CloseStream(stream)),
                 Output::Judgement(stream, judgement) => self.world.judge(stream, judgement),
@@ -657,11 +658,12 @@ impl Inner {
 }
 
 impl World {
-    pub(super) fn transmit(&self, Transmit { path, bytes }: &Transmit) {
+    pub(super) fn transmit(&self, Transmit { path, dscp, bytes }: &Transmit) {
         let sent = match path.transport {
-            Transport::Udp => self.network.send_ike(path.local, path.remote, false, bytes),
-            Transport::UdpEncap => self.network.send_ike(path.local, path.remote, true, bytes),
+            Transport::Udp => self.network.send_ike(path.local, path.remote, false, *dscp, bytes),
+            Transport::UdpEncap => self.network.send_ike(path.local, path.remote, true, *dscp, bytes),
             Transport::Stream(stream) => {
+                self.streams.mark(stream.0, *dscp);
                 if !self.streams.send_ike(stream.0, bytes) {
                     tracing::debug!(stream = stream.0, "a message for a stream that is closed or full was dropped");
                 }

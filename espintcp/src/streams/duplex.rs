@@ -5,13 +5,13 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 
-use socket2::SockRef;
+use socket2::{SockRef, Socket};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsStream;
 
 use super::handed::{self, Gate, HandedReader, HandedWriter};
-use super::lock;
+use super::{lock, socket};
 
 /// What both are.
 pub(super) trait Octets: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -81,9 +81,18 @@ pub(super) enum WriteHalf {
 impl WriteHalf {
     /// Octets that TCP holds unsent before a write waits.
     pub(super) fn limit_unsent(&self, octets: u32) -> io::Result<()> {
+        self.set(|socket| socket.set_tcp_notsent_lowat(octets))
+    }
+
+    /// The code point of all packets from now on.
+    pub(super) fn mark(&self, dscp: u8) -> io::Result<()> {
+        self.set(|socket| socket::mark(socket, dscp))
+    }
+
+    fn set(&self, set: impl FnOnce(&Socket) -> io::Result<()>) -> io::Result<()> {
         match self {
-            Self::Plain(socket) => SockRef::from(socket.socket()).set_tcp_notsent_lowat(octets),
-            Self::Tls(shared) => SockRef::from(lock(shared).get_ref().0).set_tcp_notsent_lowat(octets),
+            Self::Plain(socket) => set(&SockRef::from(socket.socket())),
+            Self::Tls(shared) => set(&SockRef::from(lock(shared).get_ref().0)),
         }
     }
 

@@ -9,6 +9,7 @@
 
 use std::collections::VecDeque;
 use std::fmt;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -63,6 +64,8 @@ impl EspSender {
 pub(super) struct Queue {
     waiting: Mutex<Waiting>,
     filled: Notify,
+    /// The code point for the stream's packets.
+    dscp: AtomicU8,
 }
 
 #[derive(Default)]
@@ -139,6 +142,16 @@ impl Queue {
             self.filled.notify_one();
         }
         fits
+    }
+
+    /// Wants this code point for all packets from now on.
+    pub(super) fn mark(&self, dscp: u8) {
+        self.dscp.store(dscp, Ordering::Relaxed);
+    }
+
+    /// The code point that is wanted.
+    pub(super) fn marking(&self) -> u8 {
+        self.dscp.load(Ordering::Relaxed)
     }
 
     /// The next IKE message.

@@ -24,6 +24,8 @@ pub(super) struct Writer {
     pub(super) number: u64,
     pub(super) socket: WriteHalf,
     pub(super) prefix: bool,
+    /// The code point that the socket has.
+    pub(super) marked: u8,
     pub(super) queue: Arc<Queue>,
     /// Makes ESP packets of what is in the queue, unless they are that.
     pub(super) seal: Option<Seal>,
@@ -102,6 +104,11 @@ impl Writer {
     /// Writes it all; gives whether there is more already.
     async fn write(&mut self, batch: &mut Batch, pace: &mut Pace) -> Result<bool, String> {
         let octets = batch.octets;
+        let dscp = self.queue.marking();
+        if dscp != self.marked {
+            self.socket.mark(dscp).map_err(|error| format!("mark with DSCP {dscp}: {error}"))?;
+            self.marked = dscp;
+        }
         while !batch.is_empty() {
             let written = {
                 let pieces: Vec<IoSlice> = batch.pieces.iter().take(PIECES).map(|piece| IoSlice::new(piece)).collect();

@@ -121,6 +121,9 @@ pub(crate) struct Context {
     last_stream: u64,
 }
 
+/// The code point of what no connection speaks for.
+pub(crate) const UNMARKED: u8 = 0;
+
 impl Context {
     pub(crate) fn new(config: EngineConfig, rng: Box<dyn Rng>, shared: Arc<Shared>, numbering: Numbering) -> Self {
         Self {
@@ -190,9 +193,10 @@ impl Context {
         self.event(Event::Log { group, level, ike_sa, message });
     }
 
-    pub(crate) fn transmit(&mut self, path: Path, datagrams: impl IntoIterator<Item = Vec<u8>>) {
+    /// Sends messages along a path, with this code point: that of a connection, or [`UNMARKED`].
+    pub(crate) fn transmit(&mut self, path: Path, dscp: u8, datagrams: impl IntoIterator<Item = Vec<u8>>) {
         for bytes in datagrams {
-            self.outputs.push_back(Output::Transmit(Transmit { path, bytes }));
+            self.outputs.push_back(Output::Transmit(Transmit { path, dscp, bytes }));
         }
     }
 
@@ -225,7 +229,8 @@ impl Context {
         let stream = StreamId(self.numbering.number(self.last_stream));
         let tls = connection.tls.clone().map(|name| TlsPeer { name, cacerts: connection.remote.cacerts.clone() });
         let (local, proxy) = (SocketAddr::new(local, 0), connection.tcp_proxy.clone());
-        self.outputs.push_back(Output::OpenStream { stream, local, remote, tls, proxy });
+        let dscp = connection.dscp;
+        self.outputs.push_back(Output::OpenStream { stream, local, remote, dscp, tls, proxy });
         stream
     }
 
@@ -321,11 +326,17 @@ impl Context {
     }
 
     /// Keeps the last answer of an IKE SA that ends now (RFC 7296 §2.1: the peer may repeat its request).
-    pub(crate) fn bury(&mut self, now: Instant, local_spi: u64, last_words: Option<([u8; 32], Vec<Vec<u8>>)>) {
+    pub(crate) fn bury(
+        &mut self,
+        now: Instant,
+        local_spi: u64,
+        dscp: u8,
+        last_words: Option<([u8; 32], Vec<Vec<u8>>)>,
+    ) {
         match last_words {
             Some((request, answer)) => {
                 let until = after(now, self.config.half_open_timeout);
-                self.tombstones.insert(now, local_spi, Tombstone { request, answer, until });
+                self.tombstones.insert(now, local_spi, Tombstone { request, answer, dscp, until });
             }
             None => self.tombstones.expire(now),
         }

@@ -58,7 +58,7 @@ pub use crate::sa::redirect::Gateway;
 use crate::sa::{Established, IkeSa, Initiating, Want, resuming, retry};
 use crate::wire::{self, ExchangeType, Incoming, Message, NotifyType, Payload, Protected, WireError};
 use connections::Connections;
-use context::{Context, PeerKey};
+use context::{Context, PeerKey, UNMARKED};
 use cookie::Cookies;
 use defence::Defence;
 use members::{Member, Members};
@@ -218,6 +218,8 @@ pub enum Output {
         local: SocketAddr,
         /// The peer's address and port.
         remote: SocketAddr,
+        /// The code point of all its packets (RFC 9329 §6.8).
+        dscp: u8,
         /// In TLS, and how its server proves itself.
         tls: Option<TlsPeer>,
         /// Through a web proxy, host and port.
@@ -282,6 +284,8 @@ pub enum Judgement {
 pub struct Transmit {
     /// Where.
     pub path: Path,
+    /// The code point (RFC 2474) of the packet, or of the stream from now on; below 64.
+    pub dscp: u8,
     /// What. A single 0xff octet is a NAT keepalive (sent without a marker).
     pub bytes: Vec<u8>,
 }
@@ -1005,8 +1009,8 @@ impl Engine {
         } else if let Some(tombstone) = self.ctx.tombstones.get(now, ours) {
             // The same octets as an authenticated request had, so the same answer.
             if tombstone.request == <[u8; 32]>::from(Sha256::digest(bytes)) {
-                let answer = tombstone.answer.clone();
-                self.ctx.transmit(path, answer);
+                let (dscp, answer) = (tombstone.dscp, tombstone.answer.clone());
+                self.ctx.transmit(path, dscp, answer);
             }
         } else {
             self.ctx.shared.counters.count(Counter::InvalidSpi);
@@ -1019,7 +1023,7 @@ impl Engine {
             if let Some(message) = self.ctx.tokens.lost(now, &header, &self.ctx.shared.tokens_shown) {
                 let line = format!("{} uses an IKE_SA that we do not have, showing its token", path.remote.ip());
                 self.ctx.log("IKE", 1, None, line);
-                self.ctx.transmit(path, [wire::encode(&message)]);
+                self.ctx.transmit(path, UNMARKED, [wire::encode(&message)]);
             }
         }
     }

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use ipsec::transform::{Prf, TransformType};
 
+use super::context::UNMARKED;
 use super::cookie::{Binding, Demanded};
 use super::defence::{Budget, Limits, MAX_HALF_OPEN};
 use super::responder::answer_header;
@@ -179,7 +180,7 @@ impl Engine {
             payloads.push(notify(NotifyType::PUZZLE, vec![high, low, demanded.difficulty]));
         }
         let header = answer_header(header, 0);
-        self.ctx.transmit(path, [wire::encode(&Message { header, payloads })]);
+        self.ctx.transmit(path, UNMARKED, [wire::encode(&Message { header, payloads })]);
         false
     }
 

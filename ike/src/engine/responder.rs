@@ -8,7 +8,7 @@ use std::time::Instant;
 use ipsec::transform::{Ke, Proposal};
 
 use super::connections::Admitting;
-use super::context::Context;
+use super::context::{Context, UNMARKED};
 use super::{Engine, Path, Transport};
 use crate::config::{Connection, Fragmentation};
 use crate::crypto::{self, IkeChoice, names};
@@ -39,11 +39,13 @@ impl Engine {
         }
         self.ctx.shared.counters.unnamed().message(ExchangeType::IKE_SA_INIT, true, false);
         let fitting = self.ctx.connections.admitting(&path);
-        if let Some(redirect) = fitting.first().and_then(|first| init_redirect(&first.connection, &parts)) {
+        if let Some(Admitting { connection, .. }) = fitting.first()
+            && let Some(redirect) = init_redirect(connection, &parts)
+        {
             // RFC 5685 §3: without state, and so without keys.
             self.ctx.log("IKE", 1, None, format!("redirecting {} in IKE_SA_INIT", path.remote.ip()));
             let header = answer_header(&header, 0);
-            self.ctx.transmit(path, [wire::encode(&Message { header, payloads: vec![redirect] })]);
+            self.ctx.transmit(path, connection.dscp, [wire::encode(&Message { header, payloads: vec![redirect] })]);
             return;
         }
         if !self.begin_serving(now, path.remote.ip()) {
@@ -74,17 +76,17 @@ impl Engine {
         let key = (header.initiator_spi, path.remote);
         if let Some(id) = self.inits.get(&key) {
             // §2.1: a repetition gets the same answer, as long as IKE_AUTH has not come.
-            let exchange = match self.sas.get(id).map(|slot| &slot.sa) {
-                Some(IkeSa::ResponderIntermediate(sa)) => sa.init_exchange(),
-                Some(IkeSa::ResponderAuth(sa)) => Some(sa.init_exchange()),
-                _ => None,
+            let (dscp, exchange) = match self.sas.get(id).map(|slot| &slot.sa) {
+                Some(IkeSa::ResponderIntermediate(sa)) => (sa.core.dscp, sa.init_exchange()),
+                Some(IkeSa::ResponderAuth(sa)) => (sa.core.dscp, Some(sa.init_exchange())),
+                _ => (UNMARKED, None),
             };
             // With many CERTREQs the answer is the longer one; who repeats in another's name gets few of them.
             if let Some((_, answer)) = exchange.filter(|(request, _)| *request == bytes)
                 && self.ctx.shared.defence.lock().may_answer(now, path.remote.ip())
             {
                 let answer = answer.to_vec();
-                self.ctx.transmit(path, [answer]);
+                self.ctx.transmit(path, dscp, [answer]);
             }
             return None;
         }
@@ -121,7 +123,7 @@ impl Engine {
         self.ctx.log("ENC", 1, None, line);
         let header = Header { response: true, from_initiator: !header.from_initiator, ..header };
         let payloads = vec![notify(NotifyType::INVALID_MAJOR_VERSION, Vec::new())];
-        self.ctx.transmit(path, [wire::encode(&Message { header, payloads })]);
+        self.ctx.transmit(path, UNMARKED, [wire::encode(&Message { header, payloads })]);
     }
 
     fn accept_init(
@@ -200,8 +202,8 @@ impl Engine {
         let nat = Nat::detect(&parts, spis.initiator, 0, &path, fake);
         let redirects = Redirects::of_responder(&parts);
         let (name, stream_originator) = (ctx.connections.name(&first.name), false);
-        let (sequence, assigned, falls_back) = (0, None, false);
-        let core = Core { id, name, path, nat, stream_originator, redirects, sequence, assigned, falls_back };
+        let (sequence, assigned, falls_back, dscp) = (0, None, false, first.dscp);
+        let core = Core { id, name, path, nat, stream_originator, redirects, sequence, assigned, falls_back, dscp };
         ctx.log("IKE", 0, core.tag(), format!("{} is initiating an IKE_SA", path.remote.ip()));
         let with_intermediate = !suite.additional.is_none();
         let answer = answer(ctx, header, &core, spis, proposal, &nr, fragmentation, with_intermediate, &candidates);
@@ -235,7 +237,7 @@ impl Engine {
         self.log_stranger(now, "IKE", format!("{name} from {} refused: {fault}", path.remote.ip()));
         let header = answer_header(header, 0);
         self.ctx.shared.counters.unnamed().message(ExchangeType::IKE_SA_INIT, false, true);
-        self.ctx.transmit(path, [wire::encode(&Message { header, payloads: vec![fault.payload()] })]);
+        self.ctx.transmit(path, UNMARKED, [wire::encode(&Message { header, payloads: vec![fault.payload()] })]);
     }
 }
 

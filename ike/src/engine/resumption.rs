@@ -3,6 +3,7 @@
 
 use std::time::Instant;
 
+use super::context::UNMARKED;
 use super::responder::answer_header;
 use super::tickets::Presented;
 use super::{Engine, Path};
@@ -99,6 +100,7 @@ impl Engine {
             sequence: 0,
             assigned: None,
             falls_back: false,
+            dscp: connection.dscp,
         };
         ctx.log("IKE", 0, core.tag(), format!("{} is resuming an IKE_SA", path.remote.ip()));
         let mut payloads = vec![Payload::Nonce(nr.clone())];
@@ -108,7 +110,7 @@ impl Engine {
         }
         payloads.extend(childless::announcement(std::iter::once(&*connection)));
         let answer = wire::encode(&Message { header: answer_header(header, spis.responder), payloads });
-        ctx.transmit(path, [answer.clone()]);
+        core.send(ctx, [answer.clone()]);
         let material = InitMaterial {
             ours: answer,
             theirs: bytes.to_vec(),
@@ -133,6 +135,6 @@ impl Engine {
         let line = format!("IKE_SESSION_RESUME from {} refused: {reason}", path.remote.ip());
         self.log_stranger(now, "IKE", line);
         let payloads = vec![notify(NotifyType::TICKET_NACK, Vec::new())];
-        self.ctx.transmit(path, [wire::encode(&Message { header: answer_header(header, 0), payloads })]);
+        self.ctx.transmit(path, UNMARKED, [wire::encode(&Message { header: answer_header(header, 0), payloads })]);
     }
 }

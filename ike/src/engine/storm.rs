@@ -171,6 +171,7 @@ fn connection(side: usize, options: u8) -> Connection {
         over_time: lifetime / 10,
         rand_time: Duration::ZERO,
         keyingtries: 1,
+        dscp: 0,
         unique: if options & 64 == 0 { Unique::No } else { Unique::Replace },
         ppk_id: None,
         ppk_required: false,
@@ -435,7 +436,7 @@ impl Storm {
     fn drain(&mut self, side: usize) {
         while let Some(output) = self.sides[side].engine.poll_output() {
             match output {
-                Output::Transmit(Transmit { path, bytes }) => {
+                Output::Transmit(Transmit { path, bytes, .. }) => {
                     let to = usize::from(path.remote.ip() == address(1));
                     let path = Path { local: path.remote, remote: path.local, transport: path.transport };
                     if to == side || bytes == [0xff] || self.under_way.len() >= MAX_MESSAGES {

@@ -12,6 +12,8 @@ pub(crate) struct Tombstone {
     pub(crate) request: [u8; 32],
     /// Its answer.
     pub(crate) answer: Vec<Vec<u8>>,
+    /// The code point of its messages.
+    pub(crate) dscp: u8,
     /// When it is forgotten.
     pub(crate) until: Instant,
 }
@@ -74,7 +76,7 @@ mod tests {
     use super::*;
 
     fn tombstone(until: Instant) -> Tombstone {
-        Tombstone { request: [1; 32], answer: vec![vec![2]], until }
+        Tombstone { request: [1; 32], answer: vec![vec![2]], dscp: 0, until }
     }
 
     #[test]

@@ -267,7 +267,7 @@ impl InitiatorAuth {
         let retry = Retry::start(now, &ctx.config.retransmission, true, ctx.rng.as_mut());
         let payloads = [Payload::Delete { protocol: Protocol::IKE, spis: Vec::new() }];
         let datagrams = self.channel.request(ExchangeType::INFORMATIONAL, &payloads, None, retry, ctx.rng.as_mut());
-        ctx.transmit(self.core.path, datagrams.unwrap_or_default());
+        self.core.send(ctx, datagrams.unwrap_or_default());
         match result {
             Ok((local, remote)) => {
                 let (connection, wants) = (Arc::clone(&self.connection), std::mem::take(&mut self.wants));
@@ -326,7 +326,7 @@ impl InitiatorAuth {
                 self.give_up(ctx, "the peer does not answer");
                 return None;
             };
-            ctx.transmit(self.core.path, datagrams);
+            self.core.send(ctx, datagrams);
         }
         if let Some(reopening) = self.reopening.as_mut().filter(|reopening| reopening.at.is_some_and(|at| at <= now)) {
             reopening.at = None;
@@ -390,7 +390,7 @@ impl InitiatorAuth {
         let retry = Retry::start(now, &ctx.config.retransmission, true, ctx.rng.as_mut());
         self.channel.restart_retry(retry);
         let datagrams = self.channel.outstanding();
-        ctx.transmit(self.core.path, datagrams);
+        self.core.send(ctx, datagrams);
     }
 
     pub(crate) fn handle_stream_closed(
@@ -509,7 +509,7 @@ impl InitiatorAuth {
         let retry = Retry::start(now, &policy, over_stream, ctx.rng.as_mut());
         let max_length = ctx.max_length(&self.core.path, self.channel.fragmentation, self.connection.fragmentation);
         let datagrams = self.channel.request(ExchangeType::IKE_AUTH, &payloads, max_length, retry, ctx.rng.as_mut());
-        ctx.transmit(self.core.path, datagrams.unwrap_or_default());
+        self.core.send(ctx, datagrams.unwrap_or_default());
         self.phase = Phase::Waiting;
         IkeSa::InitiatorAuth(self)
     }
@@ -615,7 +615,7 @@ impl InitiatorAuth {
         let retry = Retry::start(now, &ctx.config.retransmission, true, ctx.rng.as_mut());
         let payloads = [Fault::AuthenticationFailed.payload()];
         let datagrams = self.channel.request(ExchangeType::INFORMATIONAL, &payloads, None, retry, ctx.rng.as_mut());
-        ctx.transmit(self.core.path, datagrams.unwrap_or_default());
+        self.core.send(ctx, datagrams.unwrap_or_default());
     }
 
     fn authenticated(

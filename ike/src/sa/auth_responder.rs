@@ -145,7 +145,7 @@ impl ResponderAuth {
         // RFC 9242 §3.2: IKE_INTERMEDIATE is over; the last one may be repeated.
         if protected.header.exchange == ExchangeType::IKE_INTERMEDIATE {
             if let Received::Repeated(datagrams) = self.channel.repeated(protected) {
-                ctx.transmit(path, datagrams);
+                self.core.send_along(ctx, path, datagrams);
             }
             return Some(IkeSa::ResponderAuth(self));
         }
@@ -378,7 +378,7 @@ impl ResponderAuth {
         if let Err((fault, reason)) = self.may_come_up(ctx, &connection, &peer, &claim.parts, None) {
             return self.refuse(ctx, now, &fault, reason);
         }
-        self.core.name = ctx.connections.name(&connection.name);
+        (self.core.name, self.core.dscp) = (ctx.connections.name(&connection.name), connection.dscp);
         self.channel.tally = Some(ctx.shared.counters.of(&connection.name));
         ctx.log("IKE", 1, self.core.tag(), format!("authentication of '{}' successful", peer.id));
         if connection.ppk_id.is_some() && !self.uses_ppk {
@@ -452,7 +452,7 @@ impl ResponderAuth {
         if !may_enter(ctx, &connection, &grant.peer, &parts, self.core.id, Some(grant.ike_sa)) {
             return self.refuse(ctx, now, &failed, KEPT_OUT);
         }
-        self.core.name = ctx.connections.name(&connection.name);
+        (self.core.name, self.core.dscp) = (ctx.connections.name(&connection.name), connection.dscp);
         ctx.log("IKE", 1, self.core.tag(), resumption::line(now, &grant.peer, &grant.basis));
         // §4.3.4: the old one goes without a Delete.
         ctx.outlived.push(grant.ike_sa);
@@ -527,8 +527,8 @@ impl ResponderAuth {
     fn refuse(mut self: Box<Self>, ctx: &mut Context, now: Instant, fault: &Fault, reason: &str) -> Option<IkeSa> {
         ctx.log("IKE", 1, self.core.tag(), format!("authentication of the peer failed: {reason}"));
         let answer = self.channel.respond(&[fault.payload()], None, ctx.rng.as_mut());
-        ctx.transmit(self.core.path, answer.unwrap_or_default());
-        ctx.bury(now, self.channel.local_spi(), self.channel.last_words());
+        self.core.send(ctx, answer.unwrap_or_default());
+        ctx.bury(now, self.channel.local_spi(), self.core.dscp, self.channel.last_words());
         self.abandon(ctx, CloseReason::Failed);
         None
     }

@@ -555,7 +555,7 @@ impl Established {
             }
             Received::Repeated(datagrams) => {
                 // Perhaps a replay: it gets its answer back and changes nothing here.
-                ctx.transmit(path, datagrams);
+                self.core.send_along(ctx, path, datagrams);
                 return Ok(());
             }
             Received::Request(opened) => {
@@ -659,7 +659,7 @@ impl Established {
         if due(self.keepalive_at(ctx)) {
             // RFC 3948 §2.3.
             self.last_outbound = now;
-            ctx.transmit(self.core.path, [vec![0xff]]);
+            self.core.send(ctx, [vec![0xff]]);
         }
         self.pump(ctx, now)
     }
@@ -1235,7 +1235,7 @@ impl Established {
         match self.channel.request(exchange, payloads, max_length, retry, ctx.rng.as_mut()) {
             Some(datagrams) => {
                 self.last_outbound = now;
-                ctx.transmit(self.core.path, datagrams);
+                self.core.send(ctx, datagrams);
                 self.expect_answer_over_udp(ctx, now);
                 Ok(message_id)
             }
@@ -1248,7 +1248,7 @@ impl Established {
         let max_length = ctx.max_length(&self.reply_path, self.channel.fragmentation, self.connection.fragmentation);
         let datagrams = self.channel.respond(payloads, max_length, ctx.rng.as_mut());
         self.last_outbound = now;
-        ctx.transmit(self.reply_path, datagrams.unwrap_or_default());
+        self.core.send_along(ctx, self.reply_path, datagrams.unwrap_or_default());
     }
 
     /// Sends what is outstanding again over the current path; false where nothing is.
@@ -1260,7 +1260,7 @@ impl Established {
         let over_stream = matches!(self.core.path.transport, Transport::Stream(_));
         let retry = Retry::start(now, &ctx.config.retransmission, over_stream, ctx.rng.as_mut());
         self.channel.restart_retry(retry);
-        ctx.transmit(self.core.path, datagrams);
+        self.core.send(ctx, datagrams);
         true
     }
 
@@ -1275,7 +1275,7 @@ impl Established {
             self.last_outbound = now;
             self.consider_other_paths(ctx, now, overdue.count);
             for path in self.request_paths() {
-                ctx.transmit(path, datagrams.clone());
+                self.core.send_along(ctx, path, datagrams.clone());
             }
         }
         Ok(())
@@ -1447,7 +1447,7 @@ impl Established {
             let payloads = [Payload::Delete { protocol: Protocol::IKE, spis: Vec::new() }];
             let exchange = ExchangeType::INFORMATIONAL;
             let datagrams = self.channel.request(exchange, &payloads, None, retry, ctx.rng.as_mut());
-            ctx.transmit(self.core.path, datagrams.unwrap_or_default());
+            self.core.send(ctx, datagrams.unwrap_or_default());
         }
         self.close(ctx, now, reason)
     }
@@ -1472,7 +1472,7 @@ impl Established {
         }
         self.drop_tasks(ctx, "the IKE_SA closed");
         self.drop_peers_successor(ctx, now, false);
-        ctx.bury(now, self.channel.local_spi(), self.channel.last_words());
+        ctx.bury(now, self.channel.local_spi(), self.core.dscp, self.channel.last_words());
         ctx.shared.pools.lock().release(self.core.id);
         ctx.event(Event::IkeDown(Box::new(status), reason));
         Closed

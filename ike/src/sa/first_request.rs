@@ -260,7 +260,7 @@ impl FirstRequest {
         let line = format!("sending {name} request to {}", self.path.remote);
         ctx.log("NET", 2, Some((self.id, &connection.name)), line);
         ctx.shared.counters.of(&connection.name).message(exchange, false, false);
-        ctx.transmit(self.path, [octets.clone()]);
+        ctx.transmit(self.path, connection.dscp, [octets.clone()]);
         self.stage = Stage::Sent { octets, retry };
     }
 
@@ -269,7 +269,7 @@ impl FirstRequest {
         if let Stage::Sent { octets, retry } = &self.stage {
             let line = format!("retransmit {} of request with message ID 0", retry.done);
             ctx.log("IKE", 1, Some((self.id, &connection.name)), line);
-            ctx.transmit(self.path, [octets.clone()]);
+            ctx.transmit(self.path, connection.dscp, [octets.clone()]);
         }
     }
 

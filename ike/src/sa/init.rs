@@ -709,7 +709,8 @@ pub(super) fn initiators_core(
         path.remote.set_port(ctx.config.nat_port);
     }
     let falls_back = floats && may_fall_back;
-    Core { id, name, path, nat, stream_originator: true, redirects, sequence, assigned: None, falls_back }
+    let dscp = connection.dscp;
+    Core { id, name, path, nat, stream_originator: true, redirects, sequence, assigned: None, falls_back, dscp }
 }
 
 /// CHILDLESS_IKEV2_SUPPORTED (RFC 6023 §3).

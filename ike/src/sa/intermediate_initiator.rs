@@ -204,7 +204,7 @@ impl InitiatorIntermediate {
                 self.abandon(ctx, "the peer does not answer", CloseReason::Timeout);
                 return None;
             };
-            ctx.transmit(self.core.path, datagrams);
+            self.core.send(ctx, datagrams);
         }
         Some(IkeSa::InitiatorIntermediate(self))
     }
@@ -285,7 +285,7 @@ impl InitiatorIntermediate {
         let (Ok(()), Some(datagrams)) = (noted, datagrams) else {
             return self.fail(ctx, "the IKE_INTERMEDIATE request cannot be made");
         };
-        ctx.transmit(self.core.path, datagrams);
+        self.core.send(ctx, datagrams);
         self.phase = Phase::Waiting(ke);
         Some(IkeSa::InitiatorIntermediate(self))
     }

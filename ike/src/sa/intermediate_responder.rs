@@ -207,7 +207,7 @@ impl ResponderIntermediate {
                 self.request(ctx, now, &opened)
             }
             Received::Repeated(datagrams) => {
-                ctx.transmit(path, datagrams);
+                self.core.send_along(ctx, path, datagrams);
                 Some(IkeSa::ResponderIntermediate(self))
             }
             Received::Forged => {
@@ -255,7 +255,7 @@ impl ResponderIntermediate {
                 let fault = Fault::from(error);
                 let header = wire::Header { responder_spi: 0, ..answer.header };
                 let refusal = Message { header, payloads: vec![fault.payload()] };
-                ctx.transmit(self.core.path, [wire::encode(&refusal)]);
+                self.core.send(ctx, [wire::encode(&refusal)]);
                 return self.fail(ctx, &format!("IKE_SA_INIT refused: {fault}"));
             }
         };
@@ -263,7 +263,7 @@ impl ResponderIntermediate {
         answer.payloads.insert(1.min(answer.payloads.len()), Payload::Ke { group: self.suite.ke, data: public });
         self.material.ours = wire::encode(&answer);
         ctx.shared.counters.unnamed().message(ExchangeType::IKE_SA_INIT, false, true);
-        ctx.transmit(self.core.path, [self.material.ours.clone()]);
+        self.core.send(ctx, [self.material.ours.clone()]);
         self.phase = Phase::Answered(pending);
         Some(IkeSa::ResponderIntermediate(self))
     }
@@ -385,7 +385,7 @@ impl ResponderIntermediate {
         let max_length = ctx.max_length(&self.core.path, self.fragmentation, fragmentation);
         match self.close_exchange(ctx, &payloads, max_length, &secret) {
             Some(answer) => {
-                ctx.transmit(self.core.path, answer);
+                self.core.send(ctx, answer);
                 self.go_on(ctx)
             }
             None => self.fail(ctx, "the IKE_INTERMEDIATE response cannot be made"),
@@ -418,8 +418,8 @@ impl ResponderIntermediate {
     fn refuse(mut self: Box<Self>, ctx: &mut Context, now: Instant, fault: &Fault) -> Option<IkeSa> {
         if let Some(channel) = &mut self.channel {
             let answer = channel.respond(&[fault.payload()], None, ctx.rng.as_mut());
-            ctx.transmit(self.core.path, answer.unwrap_or_default());
-            ctx.bury(now, channel.local_spi(), channel.last_words());
+            self.core.send(ctx, answer.unwrap_or_default());
+            ctx.bury(now, channel.local_spi(), self.core.dscp, channel.last_words());
         }
         self.fail(ctx, &fault.to_string())
     }

@@ -118,7 +118,7 @@ impl Established {
             && last.expected == expected
         {
             // Our answer was lost, and nothing has come since: the same answer, and nothing changes.
-            ctx.transmit(path, last.answer.clone());
+            self.core.send_along(ctx, path, last.answer.clone());
             return Ok(None);
         }
         // §5.1: silently, whatever the cluster has said or used before.
@@ -135,7 +135,7 @@ impl Established {
         ctx.log("IKE", 1, self.core.tag(), line);
         let datagrams = self.channel.synchronize(send, request.send, &answer.encode(), ctx.rng.as_mut());
         self.message_id_sync.last = Some(Last { request, expected: request.send, answer: datagrams.clone() });
-        ctx.transmit(path, datagrams);
+        self.core.send_along(ctx, path, datagrams);
         // §9: no answer will come to what was asked before.
         let over_stream = matches!(self.core.path.transport, Transport::Stream(_));
         let retry = Retry::start(now, &ctx.config.retransmission, over_stream, ctx.rng.as_mut());
@@ -145,7 +145,7 @@ impl Established {
                     for exchange in self.exchanges.iter_mut().filter(|exchange| exchange.message_id == Some(old)) {
                         exchange.message_id = Some(new);
                     }
-                    ctx.transmit(self.core.path, datagrams);
+                    self.core.send(ctx, datagrams);
                 }
             }
             Err(_) => return Err(self.close(ctx, now, crate::engine::CloseReason::Expired)),

@@ -342,7 +342,7 @@ impl Established {
             let known = self.core.path;
             let datagrams = self.channel.outstanding();
             for path in self.mobility.paths.iter().filter(|path| **path != known) {
-                ctx.transmit(*path, datagrams.clone());
+                self.core.send_along(ctx, *path, datagrams.clone());
             }
         }
         if std::mem::take(&mut self.mobility.stranded) {
@@ -521,7 +521,7 @@ impl Established {
         let policy = self.mobility.retransmission(&ctx.config.retransmission);
         let over_stream = matches!(self.core.path.transport, Transport::Stream(_));
         self.channel.restart_retry(Retry::start(now, &policy, over_stream, ctx.rng.as_mut()));
-        ctx.transmit(self.core.path, datagrams);
+        self.core.send(ctx, datagrams);
         true
     }
 

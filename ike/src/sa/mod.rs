@@ -107,9 +107,21 @@ pub(crate) struct Core {
     pub(crate) assigned: Option<Arc<Assigned>>,
     /// Nothing has come over the port for encapsulation yet, which a network may drop by itself; TCP is untried.
     pub(crate) falls_back: bool,
+    /// `dscp` of its connection: of the messages that are sent.
+    pub(crate) dscp: u8,
 }
 
 impl Core {
+    /// Sends messages to where the peer is.
+    pub(crate) fn send(&self, ctx: &mut Context, datagrams: impl IntoIterator<Item = Vec<u8>>) {
+        self.send_along(ctx, self.path, datagrams);
+    }
+
+    /// Sends messages along another path.
+    pub(crate) fn send_along(&self, ctx: &mut Context, path: Path, datagrams: impl IntoIterator<Item = Vec<u8>>) {
+        ctx.transmit(path, self.dscp, datagrams);
+    }
+
     /// How requests are repeated before the peer is authenticated: as in IKE_SA_INIT once within `tcp_delay`, where TCP
     /// would be next.
     pub(crate) fn retransmission(&self, ctx: &Context, connection: &Connection) -> Retransmission {

@@ -88,7 +88,7 @@ impl Established {
             let retry = Retry::start(now, &ctx.config.retransmission, true, ctx.rng.as_mut());
             let payloads = [Payload::Delete { protocol: Protocol::IKE, spis: Vec::new() }];
             let datagrams = channel.request(ExchangeType::INFORMATIONAL, &payloads, None, retry, ctx.rng.as_mut());
-            ctx.transmit(self.core.path, datagrams.unwrap_or_default());
+            self.core.send(ctx, datagrams.unwrap_or_default());
         }
     }
 

@@ -176,7 +176,7 @@ impl Established {
         };
         self.asked(Active::ProbeUdp, message_id);
         self.transports.probe = Some(Box::new(probe));
-        ctx.transmit(probe, datagrams);
+        self.core.send_along(ctx, probe, datagrams);
         Ok(())
     }
 
@@ -186,7 +186,7 @@ impl Established {
         let policy = probing(self.connection.tcp_delay);
         match self.channel.poll_retry(now, &policy, ctx.rng.as_mut()).map(|overdue| overdue.resend) {
             None => {}
-            Some(Some(datagrams)) => ctx.transmit(probe, datagrams),
+            Some(Some(datagrams)) => self.core.send_along(ctx, probe, datagrams),
             Some(None) => {
                 self.transports.probe = None;
                 self.resend(ctx, now);
@@ -275,7 +275,7 @@ impl Established {
     /// §7.1: no new exchange, but the same message.
     fn go_along(&mut self, ctx: &mut Context, path: Path) {
         let datagrams = self.channel.outstanding();
-        ctx.transmit(path, datagrams);
+        self.core.send_along(ctx, path, datagrams);
         self.went_along(path);
     }
 

@@ -141,7 +141,7 @@ fn our_own_messages_sent_back_to_us_give_no_sa() {
         pair.run(Duration::from_millis(1));
         pair.deliveries.retain(|_, delivery| !matches!(delivery, Delivery::Message { .. }));
         let sent = pair.sides[A].sent.clone();
-        for Transmit { path, bytes } in sent.iter().skip(seen) {
+        for Transmit { path, bytes, .. } in sent.iter().skip(seen) {
             let now = pair.now;
             pair.sides[A].engine.handle_message(now, *path, bytes);
             pair.drain(A);

@@ -24,6 +24,7 @@ mod ike_rekey;
 mod informational;
 mod init;
 mod intermediate;
+mod marking;
 mod minimal;
 mod mobility;
 mod network;
@@ -291,6 +292,7 @@ pub(super) fn connection(side: usize) -> Connection {
         over_time: Duration::ZERO,
         rand_time: Duration::ZERO,
         keyingtries: 1,
+        dscp: 0,
         unique: Unique::No,
         ppk_id: None,
         ppk_required: false,
@@ -456,7 +458,7 @@ impl Pair {
         match delivery {
             Delivery::Message { to, path, bytes } if self.minimal[to] && minimal::is_refused(&bytes) => {
                 for bytes in minimal::refuse(&mut self.sides[to], &bytes) {
-                    self.transmit(to, Transmit { path, bytes });
+                    self.transmit(to, Transmit { path, dscp: 0, bytes });
                 }
             }
             Delivery::Message { to, path, bytes } => {
@@ -591,7 +593,7 @@ impl Pair {
         if self.cut {
             return;
         }
-        let Transmit { path, bytes } = transmit;
+        let Transmit { path, bytes, .. } = transmit;
         if let Transport::Stream(stream) = path.transport {
             let Some(other) = self.sides[from].streams.get(&stream).copied() else { return };
             let wait = self.up_to(self.delay.0);

@@ -169,7 +169,7 @@ impl Net {
         if from == GATEWAY {
             self.sent.push(transmit.clone());
         }
-        let Transmit { path, bytes } = transmit;
+        let Transmit { path, bytes, .. } = transmit;
         let to = self.hosts.iter().position(|host| host.address == path.remote.ip());
         let Some(host) = to.filter(|_| !self.cut && bytes != [0xff]) else { return };
         let mut remote = path.local;
