@@ -241,6 +241,15 @@ impl Roster {
         Ok(Step::Again)
     }
 
+    /// As [`Self::receive`], without taking anything: what is next in our own hands.
+    pub(crate) fn look(&self) -> Step {
+        match &self.held {
+            Some(held) if self.peers.contains_key(&held.from) => Step::Again,
+            Some(held) => Step::Ask(Question { number: held.number, from: held.from }),
+            None => Step::Wait(self.ended.values().map(|ended| ended.settled).min()),
+        }
+    }
+
     /// The daemon's answer to a question: who it is, or that nobody is there, and the datagram is nobody's.
     pub(crate) fn answered(&mut self, question: Question, peer: Option<UdpPeer>) {
         // The answer may be late: another one was first, the datagram went its way, and the latch perhaps, too.

@@ -444,6 +444,7 @@ async fn serve_connection(socket: SeqPacket, shared: Arc<Shared>) {
         latches: HashMap::new(),
         larval: JoinSet::new(),
         requests: HashMap::new(),
+        asked: JoinSet::new(),
         welcomed: false,
         who,
         watched: None,
@@ -467,6 +468,8 @@ struct Connection {
     larval: JoinSet<(LatchId, Result<(), Refusal>)>,
     /// What is asked of them.
     requests: HashMap<LatchId, Request>,
+    /// What makes SAs for children of UDP listeners.
+    asked: JoinSet<Asked>,
     welcomed: bool,
     /// Whose connection this is.
     who: Credentials,
@@ -474,6 +477,15 @@ struct Connection {
     watched: Option<broadcast::Receiver<(Option<u32>, LatchEvent)>>,
     /// Events that were lost, and which no event has told of.
     missed: u64,
+}
+
+/// A child of a UDP listener for which an SA was made, or none came up.
+struct Asked {
+    id: u64,
+    listener: LatchId,
+    flow: Flow,
+    request: Request,
+    made: Result<(), Refusal>,
 }
 
 /// What stands for a latch here.
@@ -497,6 +509,7 @@ impl Connection {
                     }
                     None => continue,
                 },
+                Some(Ok(asked)) = self.asked.join_next() => self.answer_asked(asked),
                 Some(alert) = alerts.recv() => {
                     if is_over(&alert) {
                         self.let_go(alert.latch);
@@ -515,7 +528,11 @@ impl Connection {
                     None => return Ok(()),
                 },
             };
-            send(socket, &octets.map_err(io::Error::other)?).await?;
+            let octets = octets.map_err(io::Error::other)?;
+            // Nothing is an answer that comes later.
+            if !octets.is_empty() {
+                send(socket, &octets).await?;
+            }
             // After the reason: whoever sees the socket's error can ask for it.
             if let Some(latch) = failed {
                 self.let_go(latch);
@@ -588,9 +605,7 @@ impl Connection {
         }
         match call {
             Call::Hello(hello) => reply(id, &self.hello(&hello)?),
-            Call::Create(wanted) if wanted.listener.is_some() => {
-                reply(id, &self.create_child(&wanted, descriptor).await?)
-            }
+            Call::Create(wanted) if wanted.listener.is_some() => self.create_child(id, &wanted, descriptor),
             Call::Create(wanted) => {
                 let creating = self.create(&wanted, descriptor).await?;
                 let latch = match &creating {
@@ -824,12 +839,12 @@ impl Connection {
     }
 
     /// A latch of a listener's socket to an end that has not come.
-    async fn create_child(&self, wanted: &Wanted, descriptor: Option<OwnedFd>) -> Result<Created, Refusal> {
+    fn create_child(&mut self, id: u64, wanted: &Wanted, descriptor: Option<OwnedFd>) -> Result<Vec<u8>, Refusal> {
         self.may(Right::Latch)?;
         self.enforced()?;
-        if descriptor.is_some() || wanted.quiet || wanted.larval || wanted.late || wanted.on_break.is_some() {
-            let message =
-                "with listener there is no descriptor, no quiet, larval or late, and on_break is the listener's";
+        let is_odd = wanted.quiet || wanted.larval || wanted.late || wanted.progress;
+        if descriptor.is_some() || is_odd || wanted.on_break.is_some() {
+            let message = "with listener there is no descriptor, no quiet, larval, late or progress, and on_break is the listener's";
             return Err(Refusal::new(Code::Malformed, message));
         }
         let listener = LatchId(wanted.listener.unwrap_or_default());
@@ -839,12 +854,28 @@ impl Connection {
         let (flow, on_break) = self.child_flow(listener, remote)?;
         let request = self.request(wanted, on_break)?;
         let narrow = wanted.initiate == Initiate::Narrow;
-        if narrow || self.lacks_sa(&flow, wanted.initiate) {
-            self.may(Right::Initiate)?;
-            self.initiate(flow, narrow).await?;
+        if !narrow && !self.lacks_sa(&flow, wanted.initiate) {
+            return self.latch_child(id, listener, flow, &request);
         }
-        let (latch, class) = self.shared.database.create_child(listener, flow, &request)?;
-        Ok(self.created(latch, &flow, &class))
+        self.may(Right::Initiate)?;
+        if self.asked.len() >= self.shared.limits.latches_per_connection {
+            return Err(Refusal::new(Code::Limit, "this connection waits for too many SAs"));
+        }
+        let initiating = self.initiate(flow, narrow);
+        self.asked.spawn(async move { Asked { id, listener, flow, request, made: initiating.await } });
+        // Who talks with many asks about others meanwhile.
+        Ok(Vec::new())
+    }
+
+    fn answer_asked(&self, asked: Asked) -> Result<Vec<u8>, Refusal> {
+        let Asked { id, listener, flow, request, made } = asked;
+        made.and_then(|()| self.latch_child(id, listener, flow, &request))
+            .or_else(|refusal| encode(&ServerMessage::Refusal { id: Some(id), refusal }))
+    }
+
+    fn latch_child(&self, id: u64, listener: LatchId, flow: Flow, request: &Request) -> Result<Vec<u8>, Refusal> {
+        let (latch, class) = self.shared.database.create_child(listener, flow, request)?;
+        reply(id, &self.created(latch, &flow, &class))
     }
 
     /// By whom datagrams of a remote end come.

@@ -97,6 +97,9 @@ pub(crate) struct Registry {
 /// The children of a UDP listener that have changed.
 #[derive(Debug, Default)]
 struct Endpoint {
+    /// The answer to the request that made it has come.
+    is_answered: bool,
+    children: HashSet<u64>,
     news: Vec<(u64, Change)>,
     wake: watch::Sender<()>,
 }
@@ -148,13 +151,38 @@ impl Registry {
 
     /// Nobody looks at news of a listener's children: they are those of connections, which are accepted.
     pub(crate) fn ignore_children(&mut self, listener: u64) {
-        self.endpoints.remove(&listener);
+        for child in self.endpoints.remove(&listener).unwrap_or_default().children {
+            self.latches.remove(&child);
+        }
+    }
+
+    /// A child that an endpoint has asked about.
+    pub(crate) fn watch_child(&mut self, listener: u64, latch: u64) -> watch::Receiver<Option<Change>> {
+        self.endpoints.entry(listener).or_default().children.insert(latch);
+        self.watch(latch)
+    }
+
+    /// A child's end is acknowledged.
+    pub(crate) fn forget_child(&mut self, listener: u64, latch: u64) {
+        self.latches.remove(&latch);
+        if let Some(endpoint) = self.endpoints.get_mut(&listener) {
+            endpoint.children.remove(&latch);
+        }
     }
 
     /// A latch is ours no more.
     pub(crate) fn forget(&mut self, latch: u64) {
         self.latches.remove(&latch);
-        self.endpoints.remove(&latch);
+        self.ignore_children(latch);
+    }
+
+    /// Of listeners that were none of those whose answer was waited for.
+    fn forget_others(&mut self) {
+        if self.listens.is_empty() {
+            let others: Vec<u64> =
+                self.endpoints.iter().filter(|(_, endpoint)| !endpoint.is_answered).map(|(id, _)| *id).collect();
+            others.into_iter().for_each(|other| self.ignore_children(other));
+        }
     }
 
     pub(crate) fn watch(&mut self, latch: u64) -> watch::Receiver<Option<Change>> {
@@ -179,8 +207,9 @@ impl Registry {
                 if self.listens.remove(&id)
                     && let Some(listener) = result.get("latch").and_then(Value::as_u64)
                 {
-                    self.endpoints.entry(listener).or_default();
+                    self.endpoints.entry(listener).or_default().is_answered = true;
                 }
+                self.forget_others();
                 let unheard = match self.pending.remove(&id) {
                     Some(caller) => caller.send(Ok(result)).err().and_then(Result::ok),
                     None => Some(result),
@@ -192,6 +221,7 @@ impl Registry {
             }
             ServerMessage::Refusal { id: Some(id), refusal } => {
                 self.listens.remove(&id);
+                self.forget_others();
                 if let Some(caller) = self.pending.remove(&id) {
                     let _ = caller.send(Err(refusal.into()));
                 }
@@ -206,10 +236,15 @@ impl Registry {
             // are never taken.
             ServerMessage::Alert { latch, state, reason, listener: Some(listener), code: _ } => {
                 let change = Change { state, reason };
+                // Its number may not have been answered yet.
+                if !self.listens.is_empty() {
+                    self.endpoints.entry(listener).or_default();
+                }
                 if self.endpoints.contains_key(&listener) {
                     self.latch(latch).send_replace(Some(change.clone()));
                 }
                 if let Some(endpoint) = self.endpoints.get_mut(&listener) {
+                    endpoint.children.insert(latch);
                     endpoint.news.push((latch, change));
                     endpoint.wake.send_replace(());
                     return Some(Heard::Changed(latch));
@@ -386,4 +421,43 @@ pub(crate) const EVENT_QUEUE: usize = 1024;
 
 pub(crate) fn system(action: String, source: io::Error) -> ClientError {
     ClientError::System { action, source }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
+    use serde_json::json;
+
+    use super::*;
+    use crate::protocol::Wanted;
+
+    fn alert(listener: u64, latch: u64, state: &str) -> Vec<u8> {
+        json!({"type": "alert", "latch": latch, "state": state, "reason": "", "listener": listener}).to_string().into()
+    }
+
+    // The daemon tells of a listener's children while it makes the listener.
+    #[test]
+    fn what_is_told_before_the_answer_is_kept_for_the_endpoint() {
+        let mut registry = Registry::default();
+        registry.hear(&alert(1, 2, "established"));
+        assert!(registry.endpoints.is_empty() && registry.latches.is_empty());
+        let _answer = registry.expect(7, &Call::Listen(Wanted::from("%any"))).unwrap();
+        registry.hear(&alert(3, 4, "closed"));
+        registry.hear(&alert(5, 6, "established"));
+        registry.hear(
+            json!({"type": "reply", "id": 7, "result": {"latch": 3, "local": "127.0.0.1:1"}}).to_string().as_bytes(),
+        );
+        let news = registry.news(3).unwrap();
+        assert!(news.len() == 1 && news.iter().all(|(latch, change)| (*latch, change.state) == (4, State::Closed)));
+        assert!(registry.endpoints.len() == 1 && registry.latches.len() == 1, "of the other one nobody wants to know");
+        // All that is known of its children goes with it.
+        let _watched = registry.watch_child(3, 8);
+        registry.forget_child(3, 4);
+        assert_eq!(registry.latches.len(), 1);
+        registry.forget(3);
+        assert!(registry.endpoints.is_empty() && registry.latches.is_empty());
+        registry.hear(&alert(3, 9, "closed"));
+        assert!(registry.endpoints.is_empty() && registry.latches.is_empty());
+    }
 }

@@ -214,7 +214,7 @@ impl UdpEndpoint {
         })?;
         let link = self.link();
         while let Some(latch) = roster.acknowledged() {
-            if !link.acknowledge(latch) {
+            if !link.acknowledge(self.latch.latch, latch) {
                 roster.postpone(latch);
                 break;
             }
@@ -260,7 +260,7 @@ impl UdpEndpoint {
     }
 
     fn peer_of(&self, created: Created) -> UdpPeer {
-        let changes = self.link().state().registry.watch(created.latch);
+        let changes = self.link().state().registry.watch_child(self.latch.latch, created.latch);
         UdpPeer::new(created, self.roster().on_break(), changes)
     }
 

@@ -167,11 +167,14 @@ impl Link {
     }
 
     /// Gives back the latch of a peer whose end is known; false if that could not be told now.
-    pub(super) fn acknowledge(&self, latch: u64) -> bool {
+    pub(super) fn acknowledge(&self, listener: u64, latch: u64) -> bool {
         let Some(octets) = session::release(self.next_id(), latch) else { return true };
         let told = send_now(self.socket.as_fd(), &octets, None);
         if told.is_ok() {
-            self.forget(latch);
+            let mut state = self.state();
+            state.registry.forget_child(listener, latch);
+            state.changed.remove(&latch);
+            self.note(&state);
         }
         told.is_ok()
     }

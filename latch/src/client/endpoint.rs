@@ -75,19 +75,7 @@ impl UdpEndpoint {
                 Step::Datagram(length, peer) => return Ok((length, peer)),
                 Step::Ask(question) => self.ask(question).await?,
                 Step::Again => tokio::task::yield_now().await,
-                Step::Wait(until) => {
-                    let alarm = async {
-                        match until {
-                            Some(until) => sleep_until(until.into()).await,
-                            None => std::future::pending().await,
-                        }
-                    };
-                    tokio::select! {
-                        ready = self.socket.readable() => ready?,
-                        _ = wake.changed() => {}
-                        () = alarm => {}
-                    }
-                }
+                Step::Wait(until) => self.wait(&mut wake, until).await?,
             }
         }
     }
@@ -196,9 +184,19 @@ impl UdpEndpoint {
         self.latch.latch
     }
 
-    /// Waits until there is something to receive. It may be nothing for the reader.
+    /// Waits until [`Self::try_recv_from`] may have something; it may be nothing for the reader.
     pub async fn readable(&self) -> io::Result<()> {
-        self.socket.readable().await
+        let mut wake = self.wake.clone();
+        loop {
+            wake.mark_unchanged();
+            // By itself, so that the lock is not held meanwhile.
+            let step = self.roster().look();
+            match step {
+                Step::Ask(question) => self.ask(question).await?,
+                Step::Wait(until) => return self.wait(&mut wake, until).await,
+                Step::Again | Step::Datagram(..) => return Ok(()),
+            }
+        }
     }
 
     /// Waits until there is room to send.
@@ -219,6 +217,21 @@ impl UdpEndpoint {
     /// The error that waits at the socket, if there is one; takes it away.
     pub fn take_error(&self) -> io::Result<Option<io::Error>> {
         self.socket.take_error()
+    }
+
+    /// Until there is something to look at.
+    async fn wait(&self, wake: &mut watch::Receiver<()>, until: Option<Instant>) -> io::Result<()> {
+        let alarm = async {
+            match until {
+                Some(until) => sleep_until(until.into()).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            ready = self.socket.readable() => ready,
+            _ = wake.changed() => Ok(()),
+            () = alarm => Ok(()),
+        }
     }
 
     fn step(&self, buffer: &mut [u8]) -> io::Result<Step> {
@@ -249,7 +262,7 @@ impl UdpEndpoint {
                 roster.postpone(latch);
                 return false;
             }
-            shared.registry().forget(latch);
+            shared.registry().forget_child(self.latch.latch, latch);
         }
         true
     }
@@ -270,7 +283,7 @@ impl UdpEndpoint {
     }
 
     fn peer_of(&self, created: Created) -> UdpPeer {
-        let changes = self.shared().registry().watch(created.latch);
+        let changes = self.shared().registry().watch_child(self.latch.latch, created.latch);
         UdpPeer::new(created, self.roster().on_break(), changes)
     }
 

@@ -319,3 +319,90 @@ async fn an_endpoint_that_blocks_does_the_same() {
     drop(endpoint);
     house.no_latches().await;
 }
+
+// An SA that is being made for one of many does not keep the others from being told apart.
+#[tokio::test]
+async fn who_waits_for_an_sa_keeps_nobody_waiting() {
+    let directory = TempDir::new().unwrap();
+    let path = directory.path().join("latch.sock");
+    let database = Arc::new(Database::new());
+    let (begin, mut begun) = mpsc::unbounded_channel();
+    let (finish, finished) = watch::channel(false);
+    let initiator = Initiator::new(move |flow, narrow| {
+        let (begin, mut finished) = (begin.clone(), finished.clone());
+        Box::pin(async move {
+            begin.send((flow, narrow)).unwrap();
+            finished.wait_for(|finished| *finished).await.map(drop).map_err(|error| error.to_string())
+        })
+    });
+    let config = ServerConfig { initiator: Some(initiator), ..config(&path) };
+    let limits = Limits { latches_per_connection: 2, ..LIMITS };
+    let server = serve_within(config, Arc::clone(&database), limits).await.unwrap();
+    let house = House { server, database, path, directory };
+    house.install(1, house.class("peer.example"));
+    let client = Client::connect(&house.path).await.unwrap();
+    let endpoint = Arc::new(bind(&client, "%any").await);
+    let (local, far, waited_for) = (endpoint.local_addr(), far(), self::far());
+    let narrow = Wanted { initiate: Initiate::Narrow, ..Wanted::from("peer.example") };
+    let latching = [9, waited_for.local_addr().unwrap().port()].map(|port| {
+        let (endpoint, narrow) = (Arc::clone(&endpoint), narrow.clone());
+        tokio::spawn(async move { endpoint.latch(SocketAddr::new(local.ip(), port), narrow).await })
+    });
+    for _ in 0..2 {
+        assert!(timeout(PATIENCE, begun.recv()).await.unwrap().unwrap().1);
+    }
+    assert_eq!(refusal(endpoint.latch("127.0.0.1:8".parse().unwrap(), narrow).await), Code::Limit);
+    assert!(house.comes(local, &far, "peer.example", b"meanwhile"));
+    assert_eq!(receives(&endpoint).await.0, b"meanwhile");
+    // One of them comes by itself before its SA is there, and stays who it is.
+    assert!(house.comes(local, &waited_for, "peer.example", b"by itself"));
+    let (_, came) = receives(&endpoint).await;
+    finish.send(true).unwrap();
+    let [first, second] = latching;
+    assert_eq!(timeout(PATIENCE, first).await.unwrap().unwrap().unwrap().addr().port(), 9);
+    assert_eq!(timeout(PATIENCE, second).await.unwrap().unwrap().unwrap(), came);
+    // Those who still wait when the endpoint goes get nothing.
+    drop(endpoint);
+    house.no_latches().await;
+}
+
+#[tokio::test]
+async fn an_endpoint_of_ipv6_speaks_ipv4_and_is_waited_for_as_others_are() {
+    let house = House::with_sa().await;
+    let client = Client::connect(&house.path).await.unwrap();
+    let endpoint = client.bind_udp("[::ffff:127.0.0.1]:0".parse().unwrap(), "%any").await.unwrap();
+    let (local, far) = (endpoint.local_addr(), far());
+    assert!(local.is_ipv4() && timeout(SETTLING, endpoint.readable()).await.is_err());
+    assert!(house.comes(local, &far, "peer.example", b"first"));
+    let mut buffer = [0; 64];
+    let received = async {
+        loop {
+            endpoint.readable().await.unwrap();
+            match endpoint.try_recv_from(&mut buffer) {
+                Err(error) => assert_eq!(error.kind(), io::ErrorKind::WouldBlock),
+                Ok(received) => break received,
+            }
+        }
+    };
+    let (length, peer) = timeout(PATIENCE, received).await.unwrap();
+    assert_eq!((length, peer.addr()), (5, far.local_addr().unwrap()));
+    endpoint.writable().await.unwrap();
+    endpoint.send_to(b"answer", &peer).await.unwrap();
+    assert_eq!(far.recv(&mut buffer).unwrap(), 6);
+    let other = self::far();
+    let other_peer = endpoint.latch(other.local_addr().unwrap(), "%any").await.unwrap();
+    endpoint.send_to(b"hello", &other_peer).await.unwrap();
+    assert_eq!(other.recv(&mut buffer).unwrap(), 5);
+    endpoint.set_ttl(7).unwrap();
+    assert!(endpoint.take_error().unwrap().is_none() && endpoint.ttl().unwrap() == 7);
+    // What ended is acknowledged by who waits in this way, too.
+    endpoint.end(&peer).await.unwrap();
+    let free = async {
+        while !house.comes(local, &far, "peer.example", b"again") {
+            let _ = timeout(SETTLING / 5, endpoint.readable()).await;
+            let _ = endpoint.try_recv_from(&mut buffer);
+        }
+    };
+    timeout(PATIENCE, free).await.expect("the address is free");
+    endpoint.end(&peer).await.unwrap();
+}
