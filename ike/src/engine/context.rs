@@ -18,6 +18,7 @@ use crate::config::{Connection, Fragmentation};
 use crate::crypto::KeyWork;
 use crate::engine::Transport;
 use crate::engine::connections::Connections;
+use crate::engine::farewells::Farewells;
 use crate::engine::reauthentication::Reauthentications;
 use crate::engine::shards::Numbering;
 use crate::engine::shared::Shared;
@@ -114,6 +115,7 @@ pub(crate) struct Context {
     /// What did not get through IKE_AUTH and is tried again.
     pub(crate) again: Vec<Again>,
     pub(crate) tombstones: Tombstones,
+    pub(crate) farewells: Farewells,
     pub(crate) triggers: Triggers,
     last_job: u64,
     last_ike: u64,
@@ -150,6 +152,7 @@ impl Context {
             reauthentications: Reauthentications::default(),
             tokens: TokenMaker::default(),
             tombstones: Tombstones::default(),
+            farewells: Farewells::default(),
             triggers: Triggers::default(),
             last_job: 0,
             last_ike: 0,
@@ -284,7 +287,8 @@ impl Context {
             let mut octets = [0; 8];
             self.rng.fill(&mut octets);
             let spi = self.numbering.spi(u64::from_be_bytes(octets));
-            if spi != 0 && !self.shared.spis.contains(spi) && !self.tombstones.contains(spi) {
+            let is_left = self.tombstones.contains(spi) || self.farewells.contains(spi);
+            if spi != 0 && !self.shared.spis.contains(spi) && !is_left {
                 self.shared.spis.set(spi, owner);
                 return spi;
             }

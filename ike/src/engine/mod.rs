@@ -10,6 +10,7 @@ pub(crate) mod connections;
 pub(crate) mod context;
 mod cookie;
 mod defence;
+pub(crate) mod farewells;
 pub(crate) mod members;
 pub(crate) mod networks;
 pub(crate) mod places;
@@ -787,6 +788,7 @@ impl Engine {
         for (_, id) in due {
             self.with(id, |sa, ctx| sa.handle_timeout(ctx, now));
         }
+        self.ctx.repeat_farewells(now);
         self.drop_old_fragments(now);
         while let Some((at, stream)) = self.lingering_until.first().copied().filter(|(at, _)| *at <= now) {
             self.lingering_until.remove(&(at, stream));
@@ -801,7 +803,8 @@ impl Engine {
     pub fn next_timeout(&self) -> Option<Instant> {
         let sa = self.timers.first().map(|(at, _)| *at);
         let stream = self.lingering_until.first().map(|(at, _)| *at);
-        sa.into_iter().chain(self.upkeep.next_timeout()).chain(stream).min()
+        let upkeep = self.upkeep.next_timeout().into_iter().chain(self.ctx.farewells.next_timeout());
+        sa.into_iter().chain(upkeep).chain(stream).min()
     }
 
     /// Next output, in order; `None` when drained.
@@ -1005,8 +1008,12 @@ impl Engine {
         let header = protected.header;
         let ours = if header.from_initiator { header.responder_spi } else { header.initiator_spi };
         if let Some(id) = self.ctx.shared.spis.get(ours) {
-            self.with(id, |sa, ctx| sa.handle_protected(ctx, now, path, protected, bytes));
-        } else if let Some(tombstone) = self.ctx.tombstones.get(now, ours) {
+            return self.with(id, |sa, ctx| sa.handle_protected(ctx, now, path, protected, bytes));
+        }
+        if self.ctx.hear_farewell(now, path, ours, protected, bytes) {
+            return;
+        }
+        if let Some(tombstone) = self.ctx.tombstones.get(now, ours) {
             // The same octets as an authenticated request had, so the same answer.
             if tombstone.request == <[u8; 32]>::from(Sha256::digest(bytes)) {
                 let (dscp, answer) = (tombstone.dscp, tombstone.answer.clone());
@@ -1015,7 +1022,8 @@ impl Engine {
         } else {
             self.ctx.shared.counters.count(Counter::InvalidSpi);
             // RFC 6290 §9.2: whichever of the two SPIs is ours, an IKE SA with it lives.
-            let known = |spi| self.ctx.shared.spis.contains(spi) || self.ctx.tombstones.get(now, spi).is_some();
+            let is_left = |spi| self.ctx.farewells.contains(spi) || self.ctx.tombstones.get(now, spi).is_some();
+            let known = |spi| self.ctx.shared.spis.contains(spi) || is_left(spi);
             if known(header.initiator_spi) || known(header.responder_spi) {
                 return;
             }

@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 use pad::{Admission, AuthMethod, Identity, PeerIdentity, Ppk, SignError, SignedAuth};
 
 use ipsec::plane::StreamId;
-use ipsec::transform::Protocol;
 
 use super::auth::{InitMaterial, auth_announcement, cert_requests, identification, is_where_it_says};
 use super::basis::Basis;
@@ -264,10 +263,7 @@ impl InitiatorAuth {
         redirects: Redirects,
         result: Result<(IpAddr, IpAddr), String>,
     ) {
-        let retry = Retry::start(now, &ctx.config.retransmission, true, ctx.rng.as_mut());
-        let payloads = [Payload::Delete { protocol: Protocol::IKE, spis: Vec::new() }];
-        let datagrams = self.channel.request(ExchangeType::INFORMATIONAL, &payloads, None, retry, ctx.rng.as_mut());
-        self.core.send(ctx, datagrams.unwrap_or_default());
+        ctx.say_farewell(now, self.channel.take(), &self.core, CloseReason::Replaced);
         match result {
             Ok((local, remote)) => {
                 let (connection, wants) = (Arc::clone(&self.connection), std::mem::take(&mut self.wants));

@@ -163,6 +163,31 @@ impl Channel {
         })
     }
 
+    /// Gives away what it is made of, for the last request of all: what is outstanding is forgotten, and nothing is sealed or
+    /// opened with what is left here.
+    pub(crate) fn take(&mut self) -> Self {
+        let none = || Secret::new(Vec::new());
+        let no_keys = || EspKeys { encr: none(), integ: none() };
+        Self {
+            suite: self.suite,
+            d: none(),
+            pi: none(),
+            pr: none(),
+            fragmentation: self.fragmentation,
+            spis: self.spis,
+            initiator: self.initiator,
+            outbound: std::mem::replace(&mut self.outbound, no_keys()),
+            inbound: std::mem::replace(&mut self.inbound, no_keys()),
+            earlier: self.earlier.take(),
+            next_request: self.next_request,
+            outstanding: Vec::new(),
+            window: self.window,
+            inbound_window: std::mem::replace(&mut self.inbound_window, Inbound::new(0)),
+            requests: Vec::new(),
+            tally: self.tally.clone(),
+        }
+    }
+
     /// Its messages count here from now on.
     pub(crate) fn counted(mut self, tally: Option<Tally>) -> Self {
         self.tally = tally;

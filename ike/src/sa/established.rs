@@ -1439,17 +1439,15 @@ impl Established {
         }
     }
 
-    /// Says Delete without waiting for the answer, and closes.
+    /// Says Delete, and closes without waiting for the answer.
     pub(super) fn farewell(&mut self, ctx: &mut Context, now: Instant, reason: CloseReason) -> Closed {
         self.drop_peers_successor(ctx, now, true);
-        if self.channel.has_room() {
-            let retry = Retry::start(now, &ctx.config.retransmission, true, ctx.rng.as_mut());
-            let payloads = [Payload::Delete { protocol: Protocol::IKE, spis: Vec::new() }];
-            let exchange = ExchangeType::INFORMATIONAL;
-            let datagrams = self.channel.request(exchange, &payloads, None, retry, ctx.rng.as_mut());
-            self.core.send(ctx, datagrams.unwrap_or_default());
+        let has_room = self.channel.has_room();
+        let closed = self.close(ctx, now, reason);
+        if has_room {
+            ctx.say_farewell(now, self.channel.take(), &self.core, reason);
         }
-        self.close(ctx, now, reason)
+        closed
     }
 
     /// Closes: everything that it held is released and reported.

@@ -8,17 +8,14 @@
 
 use std::time::Instant;
 
-use ipsec::transform::Protocol;
-
 use super::Core;
 use super::Established;
 use super::channel::Channel;
 use super::established::{Active, Task, done};
 use super::exchanges::Exchange;
-use super::retry::{Retry, after, total};
+use super::retry::{after, total};
 use crate::engine::context::Context;
 use crate::engine::{CloseReason, IkeSaId, IkeState};
-use crate::wire::{ExchangeType, Payload};
 
 /// A finished successor of an IKE SA. Its SPI is reserved for `id`.
 pub(crate) struct Successor {
@@ -82,13 +79,10 @@ impl Established {
     /// Nobody will have the peer's successor: the IKE SA ends while both sides rekey it.
     pub(super) fn drop_peers_successor(&mut self, ctx: &mut Context, now: Instant, tell: bool) {
         let Some(theirs) = self.peers_successor.take() else { return };
-        let mut channel = theirs.channel;
-        ctx.release_ike_spi(channel.local_spi());
+        ctx.release_ike_spi(theirs.channel.local_spi());
         if tell {
-            let retry = Retry::start(now, &ctx.config.retransmission, true, ctx.rng.as_mut());
-            let payloads = [Payload::Delete { protocol: Protocol::IKE, spis: Vec::new() }];
-            let datagrams = channel.request(ExchangeType::INFORMATIONAL, &payloads, None, retry, ctx.rng.as_mut());
-            self.core.send(ctx, datagrams.unwrap_or_default());
+            let core = Core { id: theirs.id, ..self.core.clone() };
+            ctx.say_farewell(now, theirs.channel, &core, CloseReason::Rekeyed);
         }
     }
 

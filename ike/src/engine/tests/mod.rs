@@ -16,6 +16,7 @@ mod collisions;
 mod configuration;
 mod counters;
 mod defence;
+mod farewells;
 mod faults;
 mod followup;
 mod fragments;
