@@ -28,6 +28,9 @@ pub struct DaemonArguments {
     /// End when standard input does.
     #[arg(long, hide = true)]
     until_stdin_closes: bool,
+    /// Only disconnect latched sockets, which come by standard input, when that ends.
+    #[arg(long, hide = true)]
+    survive: bool,
 }
 
 /// Arguments of `check`.
@@ -66,6 +69,9 @@ pub fn report(program: &str, outcome: anyhow::Result<()>) -> ExitCode {
 /// Runs the daemon. `RUST_LOG` sets what it logs.
 pub fn daemon(arguments: DaemonArguments) -> anyhow::Result<()> {
     log_to_stderr("info");
+    if arguments.survive {
+        return daemon::survive();
+    }
     runtime()?.block_on(daemon::run(DaemonOptions {
         swanctl_dir: arguments.swanctl_dir,
         strongswan_conf: arguments.strongswan_conf,

@@ -20,3 +20,4 @@ mod roster;
 mod seqpacket;
 pub mod server;
 mod session;
+pub mod survivor;

@@ -18,7 +18,8 @@
 //!   took go when the system has no connection for them any more ([`SWEEP`]);
 //! * latches that a listener of UDP made are the listener's: they go with it, or when its holder has acknowledged their end
 //!   (`database/datagrams.rs`);
-//! * when the server is dropped, latches stay in the database and nobody can release them: fail closed.
+//! * when the server is dropped, latches stay in the database and nobody can release them: fail closed;
+//! * when the process ends, another one disconnects what it has held ([`crate::survivor`]).
 //!
 //! # Limits of the device binding
 //!
@@ -65,6 +66,7 @@ use crate::protocol::{
     encode,
 };
 use crate::seqpacket::{self, Datagram, SeqPacket};
+use crate::survivor::{Survivor, Watched};
 
 /// How to serve.
 #[derive(Clone, Debug)]
@@ -79,6 +81,8 @@ pub struct ServerConfig {
     pub surveyor: Option<Surveyor>,
     /// Sends a packet of ours into the tunnel that had to wait for its latch.
     pub forwarder: Option<Forwarder>,
+    /// Disconnects what is latched when this process is gone.
+    pub survivor: Option<Arc<Survivor>>,
     /// Tells whether data has ever come in on a TCP socket.
     pub has_received: fn(BorrowedFd<'_>) -> io::Result<bool>,
     /// Why no latch can be had, if so: nobody would enforce it.
@@ -264,6 +268,7 @@ struct Shared {
     initiator: Option<Initiator>,
     surveyor: Option<Surveyor>,
     forwarder: Option<Forwarder>,
+    survivor: Option<Arc<Survivor>>,
     has_received: fn(BorrowedFd<'_>) -> io::Result<bool>,
     unenforced: Option<String>,
     access: watch::Receiver<Access>,
@@ -283,14 +288,25 @@ async fn serve_within(config: ServerConfig, database: Arc<Database>, limits: Lim
         // Nobody watches, mostly.
         let _ = observed.send((alert.owner, event(alert)));
     }));
-    let ServerConfig { path, device, initiator, surveyor, forwarder, has_received, unenforced, access, identifier } =
-        config;
+    let ServerConfig {
+        path,
+        device,
+        initiator,
+        surveyor,
+        forwarder,
+        survivor,
+        has_received,
+        unenforced,
+        access,
+        identifier,
+    } = config;
     let shared = Arc::new(Shared {
         database,
         device,
         initiator,
         surveyor,
         forwarder,
+        survivor,
         has_received,
         unenforced,
         access,
@@ -493,6 +509,7 @@ struct Held {
     socket: Arc<Socket>,
     permit: OwnedSemaphorePermit,
     protocol: u8,
+    watched: Option<Watched>,
 }
 
 impl Connection {
@@ -710,7 +727,7 @@ impl Connection {
                 let latch = self.shared.database.reserve(flow)?;
                 self.begin(latch, &socket, flow, must_be_new)?;
                 tracing::debug!(latch = latch.0, %local, %remote, "latch LARVAL");
-                self.latches.insert(latch, Held { socket, permit, protocol });
+                self.hold(latch, socket, permit, protocol);
                 self.requests.insert(latch, request);
                 self.larval.spawn(async move { (latch, initiating.await) });
                 return Ok(Creating::Larval(Larval { latch: latch.0, local, remote }));
@@ -720,7 +737,7 @@ impl Connection {
         let (latch, class) = self.shared.database.create(flow, &request, holder)?;
         self.begin(latch, &socket, flow, must_be_new)?;
         tracing::debug!(latch = latch.0, %local, %remote, "latch ESTABLISHED");
-        self.latches.insert(latch, Held { socket, permit, protocol });
+        self.hold(latch, socket, permit, protocol);
         Ok(Creating::Established(Box::new(self.created(latch, &flow, &class))))
     }
 
@@ -764,6 +781,11 @@ impl Connection {
         Some(ServerMessage::Alert { latch: latch.0, state, reason, listener: None, code })
     }
 
+    fn hold(&mut self, latch: LatchId, socket: Arc<Socket>, permit: OwnedSemaphorePermit, protocol: u8) {
+        let watched = self.shared.survivor.as_ref().and_then(|survivor| survivor.watch(latch, socket.as_fd()));
+        self.latches.insert(latch, Held { socket, permit, protocol, watched });
+    }
+
     fn lacks_sa(&self, flow: &Flow, initiate: Initiate) -> bool {
         initiate != Initiate::No && self.shared.database.is_uncovered(flow)
     }
@@ -803,7 +825,7 @@ impl Connection {
         let latch = self.shared.database.create_listener(listener, request, holder)?;
         tracing::debug!(latch = latch.0, %local, "latch LISTENER");
         let socket = Arc::new(socket);
-        self.latches.insert(latch, Held { socket: Arc::clone(&socket), permit, protocol });
+        self.hold(latch, Arc::clone(&socket), permit, protocol);
         if protocol == UDP {
             // Nothing is left that came under no latch, nor on its way (RFC 5660 §2).
             sleep(SETTLING).await;
@@ -938,7 +960,7 @@ impl Connection {
             reset(&socket);
         }
         let (latch, class) = accepted?;
-        self.latches.insert(latch, Held { socket, permit, protocol });
+        self.hold(latch, socket, permit, protocol);
         Ok(self.created(latch, &flow, &class))
     }
 
@@ -1118,7 +1140,7 @@ impl Connection {
         // A socket that is not connected says so; it is reset below.
         let _ = held.socket.shutdown(std::net::Shutdown::Both);
         tokio::spawn(async move {
-            let Held { socket, permit, protocol } = held;
+            let Held { socket, permit, protocol, watched } = held;
             let deadline = Instant::now() + LINGER;
             let mut pause = Duration::from_millis(5);
             // The kernel forgets the peer's address when the connection has come to its end.
@@ -1137,7 +1159,7 @@ impl Connection {
             }
             shared.database.release(latch);
             tracing::debug!(latch = latch.0, "latch released");
-            drop(permit);
+            drop((permit, watched));
         });
     }
 }

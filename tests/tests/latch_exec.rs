@@ -160,18 +160,31 @@ print("all went well", flush=True)
 /// Reads, or writes and reads, until something fails; says the error.
 const WAITS_FOR_WORD: &str = r#"
 import errno, socket, sys
-s = socket.create_connection(("10.2.0.1", 4000))
+if sys.argv[1].startswith("datagrams"):
+    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    s.connect(("10.2.0.1", 4002))
+else:
+    s = socket.create_connection(("10.2.0.1", 4000))
 s.sendall(b"hello")
 assert s.recv(100) == b"hello"
 print("connected", flush=True)
-if sys.argv[1] == "writer":
-    sys.stdin.readline()
-    s.sendall(b"what will never arrive")
 try:
+    if sys.argv[1].endswith("writer"):
+        sys.stdin.readline()
+        while True:
+            s.sendall(b"what will never arrive")
+            s.recv(100)
     octets = s.recv(100)
     print("it got", octets, flush=True)
 except OSError as error:
     print("it is", errno.errorcode[error.errno], flush=True)
+    if "datagrams" in sys.argv[1]:
+        for again in (lambda: s.send(b"again"), lambda: s.recvfrom(100), lambda: s.recvmsg(100)):
+            try:
+                again()
+                print("it was done")
+            except OSError:
+                pass
 "#;
 
 // RFC 5660 §2, §2.3: it waits for the latch, and not for its sender to send it again.
@@ -283,28 +296,66 @@ fn nobody_waits_for_a_daemon_that_is_stopped() {
     });
 }
 
+fn waiting(scene: &Scene, name: &str, after: &str) -> Talker {
+    let program = ["/usr/bin/python3", "-c", WAITS_FOR_WORD, name];
+    let rules = ["tcp:4000=b.example", "udp:4002=b.example", &format!("--dead-after={after}")];
+    let client = Talker::start(command(&scene.a, &scene.host_a, &rules, &program), scene.a.path(name));
+    client.prints("connected");
+    client
+}
+
+fn is_gone(scene: &Scene) {
+    latchkey_tests::host::wait_for("the end of the daemon", std::time::Duration::from_secs(20), || {
+        !scene.host_a.run("ip", &["link", "show", "latchkey0"]).status.success()
+    });
+}
+
 // RFC 5660 §2 (13): broken and disconnected when the key manager dies; never in clear.
+#[test]
+fn the_death_of_the_daemon_ends_connections_and_datagrams_at_once() {
+    let scene = Scene::works(Latchkey, Latchkey, &Suite::default());
+    count_in_clear(&scene.host_a);
+    let _server = echo_server(&scene.host_b, 4000);
+    let _datagrams = scene.host_b.spawn("socat", &["UDP4-LISTEN:4002,bind=10.2.0.1,fork", "EXEC:cat"]);
+    let names = ["reader", "writer", "datagrams", "datagrams-writer"];
+    let mut clients = names.map(|name| waiting(&scene, name, "120"));
+    scene.a.signal("KILL");
+    is_gone(&scene);
+    for (client, errors) in clients.iter_mut().zip([
+        // EPIPE is what Linux gives who waits in the call, from 6.7 on.
+        &["ECONNRESET", "EPIPE"][..],
+        &["ECONNRESET", "EPIPE", "ENOTCONN"],
+        &["ECONNRESET"],
+        // The tunnel's device is gone, too.
+        &["EPIPE", "ENODEV"],
+    ]) {
+        client.types("\n");
+        client.prints("it is ");
+        assert!(client.ends().success());
+        let said = client.output();
+        assert!(errors.iter().any(|error| said.contains(&format!("it is {error}"))), "{said}");
+        assert!(!said.contains("it was done"), "{said}");
+    }
+    assert_eq!(counted(&scene.host_a), 0);
+}
+
+// The same when nobody is left to disconnect them.
 #[test]
 fn the_death_of_the_daemon_ends_connections_in_finite_time() {
     let scene = Scene::works(Latchkey, Latchkey, &Suite::default());
-    let (a, host_a) = (&scene.a, &scene.host_a);
-    count_in_clear(host_a);
+    count_in_clear(&scene.host_a);
     let _server = echo_server(&scene.host_b, 4000);
-    let start = |name: &str| {
-        let program = ["/usr/bin/python3", "-c", WAITS_FOR_WORD, name];
-        Talker::start(command(a, host_a, &["tcp:4000=b.example", "--dead-after=4"], &program), a.path(name))
-    };
-    let (mut reader, mut writer) = (start("reader"), start("writer"));
-    for client in [&reader, &writer] {
-        client.prints("connected");
-    }
-    a.signal("KILL");
+    let mut clients = ["reader", "writer"].map(|name| waiting(&scene, name, "4"));
+    let survivor = scene.host_a.check("pgrep", &["-P", &scene.a.pid().to_string()]);
+    // It ends with the daemon only, and not with what ends the daemon.
+    scene.host_a.check("kill", &["-TERM", survivor.trim()]);
+    scene.host_a.check("kill", &["-0", survivor.trim()]);
+    scene.host_a.check("kill", &["-KILL", survivor.trim()]);
+    scene.a.signal("KILL");
     // What is written after it, too.
-    latchkey_tests::host::wait_for("the end of the daemon", std::time::Duration::from_secs(20), || {
-        !host_a.run("ip", &["link", "show", "latchkey0"]).status.success()
-    });
-    writer.types("\n");
-    for client in [&mut reader, &mut writer] {
+    is_gone(&scene);
+    clients[1].types("\n");
+    for client in &mut clients {
         client.prints("it is ");
         assert!(client.ends().success());
         let said = client.output();
@@ -312,7 +363,7 @@ fn the_death_of_the_daemon_ends_connections_in_finite_time() {
         let errors = ["ETIMEDOUT", "EHOSTUNREACH", "ENODEV", "ENETUNREACH"];
         assert!(errors.iter().any(|error| said.contains(&format!("it is {error}"))), "{said}");
     }
-    assert_eq!(counted(host_a), 0);
+    assert_eq!(counted(&scene.host_a), 0);
 }
 
 // RFC 5660 §2: the right peer works, and nothing is sent to the wrong one.

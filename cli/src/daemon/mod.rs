@@ -24,4 +24,4 @@ mod traps;
 mod updown;
 mod virtual_addresses;
 
-pub use run::{DaemonOptions, run};
+pub use run::{DaemonOptions, run, survive};

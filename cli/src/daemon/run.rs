@@ -1,5 +1,6 @@
 //! Starting, stopping and reloading the daemon.
 
+use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -12,6 +13,7 @@ use ike::engine::{ChildSaId, Engine};
 use ipsec::plane::StreamId;
 use kernel::network::{Network, NetworkConfig};
 use latch::database::Database;
+use latch::survivor::Survivor;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
@@ -60,6 +62,28 @@ impl ike::Rng for SystemRng {
             std::process::abort();
         }
     }
+}
+
+/// Starts what [`survive`] is, as this process was started.
+fn survivor() -> std::io::Result<Survivor> {
+    // Also when the file has been replaced since.
+    let mut command = std::process::Command::new("/proc/self/exe");
+    command.args(std::env::args_os().skip(1)).arg("--survive");
+    Survivor::start(command)
+}
+
+/// The process that disconnects what the daemon has latched, once the daemon is gone.
+pub fn survive() -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        // Who stops the daemon may signal all of its processes; this one ends with it.
+        let _ignored = [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()].map(signal);
+        let sockets = latch::survivor::run(std::io::stdin().as_fd().try_clone_to_owned()?).await?;
+        if sockets > 0 {
+            tracing::info!(sockets, "the daemon is gone, and what it had latched is disconnected");
+        }
+        Ok(())
+    })
 }
 
 /// Runs the daemon until a signal, or the end of standard input if so told, stops it.
@@ -188,6 +212,12 @@ pub async fn run(options: DaemonOptions) -> anyhow::Result<()> {
                 let network = network.clone();
                 move |packet| network.send_inner(packet)
             })),
+            survivor: survivor()
+                .inspect_err(
+                    |error| tracing::warn!(%error, "should this process die, nobody will disconnect what is latched"),
+                )
+                .ok()
+                .map(Arc::new),
             has_received: kernel::tcp::has_received,
             unenforced: unenforced.then(|| UNENFORCED.to_owned()),
             access,

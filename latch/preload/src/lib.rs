@@ -206,6 +206,66 @@ pub unsafe extern "C" fn sendmmsg(socket: c_int, headers: *mut mmsghdr, count: c
     unsafe { real::sendmmsg()(socket, headers, count, flags) }
 }
 
+/// What receiving gives: an empty datagram is an error when the socket's latch has ended, so that nobody reads them for ever.
+fn received(socket: c_int, outcome: ssize_t) -> ssize_t {
+    if outcome != 0 || !policy::is_shut(socket) {
+        return outcome;
+    }
+    set_errno(libc::ECONNRESET);
+    -1
+}
+
+/// read(2).
+///
+/// # Safety
+///
+/// As the C library's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn read(descriptor: c_int, octets: *mut c_void, count: size_t) -> ssize_t {
+    // SAFETY: the caller's promise; the function is the C library's.
+    received(descriptor, unsafe { real::read()(descriptor, octets, count) })
+}
+
+/// recv(2).
+///
+/// # Safety
+///
+/// As the C library's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn recv(socket: c_int, octets: *mut c_void, count: size_t, flags: c_int) -> ssize_t {
+    // SAFETY: the caller's promise; the function is the C library's.
+    received(socket, unsafe { real::recv()(socket, octets, count, flags) })
+}
+
+/// recvfrom(2).
+///
+/// # Safety
+///
+/// As the C library's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn recvfrom(
+    socket: c_int,
+    octets: *mut c_void,
+    count: size_t,
+    flags: c_int,
+    address: *mut sockaddr,
+    length: *mut socklen_t,
+) -> ssize_t {
+    // SAFETY: the caller's promise; the function is the C library's.
+    received(socket, unsafe { real::recvfrom()(socket, octets, count, flags, address, length) })
+}
+
+/// recvmsg(2).
+///
+/// # Safety
+///
+/// As the C library's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn recvmsg(socket: c_int, header: *mut msghdr, flags: c_int) -> ssize_t {
+    // SAFETY: the caller's promise; the function is the C library's.
+    received(socket, unsafe { real::recvmsg()(socket, header, flags) })
+}
+
 /// getsockopt(2): a program that does not block asks by SO_ERROR what has become of its connection.
 ///
 /// # Safety

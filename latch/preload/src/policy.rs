@@ -11,6 +11,7 @@ use std::time::Duration;
 use latch::blocking::{ClientError, hold};
 use latch::exec::{Action, ENVIRONMENT_DEAD_AFTER, ENVIRONMENT_RULES, ENVIRONMENT_SOCKET, Kind, Rules};
 use latch::protocol::{Accept, Call, Code, Created, Creating, Disposition, Listening, Wanted};
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::OFlags;
 use rustix::net::sockopt;
 use rustix::net::{SocketType, ipproto};
@@ -182,6 +183,20 @@ pub(crate) fn sending(socket: c_int, to: Destination, flags: c_int) -> Result<()
             Err(Refusal { errno: libc::EOPNOTSUPP, message })
         }
     }
+}
+
+/// A latched UDP socket has been shut down, which the daemon does, or what lives on after it, when the latch has ended.
+pub(crate) fn is_shut(socket: c_int) -> bool {
+    if table::detail(socket).is_none() || !matches!(kind(socket), Some((Kind::Udp, _))) {
+        return false;
+    }
+    let socket = borrowed(socket);
+    let mut descriptors = [PollFd::new(&socket, PollFlags::RDHUP)];
+    let [descriptor] = match rustix::event::poll(&mut descriptors, Some(&Timespec::default())) {
+        Ok(_) => &descriptors,
+        Err(_) => return false,
+    };
+    descriptor.revents().contains(PollFlags::RDHUP)
 }
 
 /// Before a socket listens.

@@ -972,6 +972,7 @@ fn config(path: &Path) -> ServerConfig {
         initiator: None,
         surveyor: None,
         forwarder: None,
+        survivor: None,
         has_received: nothing,
         unenforced: None,
         access: watch::channel(Access::default()).1,
