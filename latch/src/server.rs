@@ -28,7 +28,7 @@
 //! the binding of its own socket. A refused `create` leaves the binding in place. A socket of another network
 //! namespace is not recognised: its owner would deceive himself only.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fmt;
 use std::fs;
 use std::future::Future;
@@ -51,7 +51,7 @@ use tokio::net::UnixListener;
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
-use tokio::time::{Instant, interval, interval_at, sleep, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval, interval_at, sleep, timeout};
 
 use crate::access::{Access, Credentials, Right};
 use crate::connections::{self, Progress};
@@ -461,6 +461,7 @@ async fn serve_connection(socket: SeqPacket, shared: Arc<Shared>) {
         larval: JoinSet::new(),
         requests: HashMap::new(),
         asked: JoinSet::new(),
+        working: BTreeSet::new(),
         welcomed: false,
         who,
         watched: None,
@@ -486,6 +487,8 @@ struct Connection {
     requests: HashMap<LatchId, Request>,
     /// What makes SAs for children of UDP listeners.
     asked: JoinSet<Asked>,
+    /// Requests among these whose client wants to hear that there is progress.
+    working: BTreeSet<u64>,
     welcomed: bool,
     /// Whose connection this is.
     who: Credentials,
@@ -514,6 +517,8 @@ struct Held {
 
 impl Connection {
     async fn run(&mut self, socket: &SeqPacket, mut alerts: mpsc::UnboundedReceiver<Alert>) -> io::Result<()> {
+        let mut turns = interval(PROGRESS);
+        turns.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let mut failed = None;
             let octets = tokio::select! {
@@ -532,6 +537,12 @@ impl Connection {
                         self.let_go(alert.latch);
                     }
                     encode(&told(alert))
+                }
+                _ = turns.tick(), if !self.working.is_empty() => {
+                    for id in &self.working {
+                        send(socket, &encode(&ServerMessage::Working { id: *id }).map_err(io::Error::other)?).await?;
+                    }
+                    continue;
                 }
                 (owner, event) = next_event(&mut self.watched) => {
                     self.missed += event.missed;
@@ -864,9 +875,9 @@ impl Connection {
     fn create_child(&mut self, id: u64, wanted: &Wanted, descriptor: Option<OwnedFd>) -> Result<Vec<u8>, Refusal> {
         self.may(Right::Latch)?;
         self.enforced()?;
-        let is_odd = wanted.quiet || wanted.larval || wanted.late || wanted.progress;
-        if descriptor.is_some() || is_odd || wanted.on_break.is_some() {
-            let message = "with listener there is no descriptor, no quiet, larval, late or progress, and on_break is the listener's";
+        if descriptor.is_some() || wanted.quiet || wanted.larval || wanted.late || wanted.on_break.is_some() {
+            let message =
+                "with listener there is no descriptor, no quiet, larval or late, and on_break is the listener's";
             return Err(Refusal::new(Code::Malformed, message));
         }
         let listener = LatchId(wanted.listener.unwrap_or_default());
@@ -884,13 +895,17 @@ impl Connection {
             return Err(Refusal::new(Code::Limit, "this connection waits for too many SAs"));
         }
         let initiating = self.initiate(flow, narrow);
+        if wanted.progress {
+            self.working.insert(id);
+        }
         self.asked.spawn(async move { Asked { id, listener, flow, request, made: initiating.await } });
         // Who talks with many asks about others meanwhile.
         Ok(Vec::new())
     }
 
-    fn answer_asked(&self, asked: Asked) -> Result<Vec<u8>, Refusal> {
+    fn answer_asked(&mut self, asked: Asked) -> Result<Vec<u8>, Refusal> {
         let Asked { id, listener, flow, request, made } = asked;
+        self.working.remove(&id);
         made.and_then(|()| self.latch_child(id, listener, flow, &request))
             .or_else(|refusal| encode(&ServerMessage::Refusal { id: Some(id), refusal }))
     }

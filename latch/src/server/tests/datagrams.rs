@@ -357,6 +357,8 @@ async fn who_waits_for_an_sa_keeps_nobody_waiting() {
     // One of them comes by itself before its SA is there, and stays who it is.
     assert!(house.comes(local, &waited_for, "peer.example", b"by itself"));
     let (_, came) = receives(&endpoint).await;
+    // The daemon goes on saying that it works on it.
+    sleep(crate::session::SILENCE + PROGRESS).await;
     finish.send(true).unwrap();
     let [first, second] = latching;
     assert_eq!(timeout(PATIENCE, first).await.unwrap().unwrap().unwrap().addr().port(), 9);
