@@ -36,6 +36,11 @@ impl Capture {
         Self { process, file, _directory: directory }
     }
 
+    /// Where it has written them, as libpcap does.
+    pub fn file(&self) -> &str {
+        self.file.to_str().unwrap()
+    }
+
     /// How many packets so far fit an expression of `tcpdump`'s.
     pub fn count(&self, expression: &str) -> usize {
         self.list(expression).lines().count()

@@ -26,25 +26,42 @@ fn a_latched_connection_stays_with_its_peer_and_never_leaves_in_clear() {
         let tcp = Talker::start(&three.a, &three.host_a, &tcp);
         tcp.says("guard system");
         let udp = Talk { udp: true, on_break: "wait", local: "10.1.0.1:40008", ..Talk::default() };
+        // Where nobody listens: an echo is a process each.
+        let ended = Talk { on_break: "reset", local: "10.1.0.1:40009", remote: "10.2.0.1:9", ..udp };
         let udp = Talker::start(&three.a, &three.host_a, &udp);
+        let ended = Talker::start(&three.a, &three.host_a, &ended);
+        let delivered = |address| latched::loot(LatchkeyKernel, &three.host_a, address);
+        let (from_b, from_c) = (delivered("192.0.2.1"), delivered("198.51.100.1"));
         tcp.talks();
         udp.talks();
+        ended.says("connected");
         three.a.control(&["--rekey", "--child", "net-b"]);
         tcp.talks();
         assert!(!tcp.report().contains("alert"), "{}", tcp.report());
 
         three.c.initiate("net-a");
-        tcp.says("alert broken an SA of c.example claims");
-        udp.says("alert broken an SA of c.example claims");
-        let _ = three
-            .host_c
-            .run("sh", &["-c", "echo FORGED | socat -u - UDP4-DATAGRAM:10.1.0.1:40008,bind=10.2.0.1:7,reuseaddr"]);
-        tcp.is_silenced();
-        udp.is_silenced();
+        for talker in [&tcp, &udp, &ended] {
+            talker.says("alert broken an SA of c.example claims");
+        }
+        // C continues the connection where B was, and sends to the other sockets; the kernel has it decrypted.
+        three.host_c.check("python3", &["-c", CONTINUES, from_b.file()]);
+        forge_datagram(&three.host_c, "10.2.0.1:7", "40008");
+        forge_datagram(&three.host_c, "10.2.0.1:9", "40009");
+        wait_for("what C forged, at A", PATIENCE, || {
+            ["40007", "40008", "40009"].iter().all(|port| from_c.count(&format!("dst port {port}")) > 0)
+        });
+        // A UDP socket that has been disconnected would hear anybody.
+        forge_datagram(&three.host_b, "192.0.2.2:9", "40009");
+        for talker in [&tcp, &udp, &ended] {
+            talker.is_silenced();
+        }
         three.c.control(&["--terminate", "--ike", "to-a"]);
         tcp.says("alert established");
         tcp.talks();
-        assert!(!udp.report().contains("foreign"), "{}", udp.report());
+        udp.talks();
+        for talker in [&tcp, &udp, &ended] {
+            assert!(!talker.report().contains("foreign"), "{}", talker.report());
+        }
 
         // The kernel would go on under the same SAs: what is left of the daemon ends the connections, and the flows stay in
         // when the SAs go.
@@ -59,12 +76,58 @@ fn a_latched_connection_stays_with_its_peer_and_never_leaves_in_clear() {
         tcp.is_silenced();
         got_nothing();
         wires.saw_nothing();
+
+        // RFC 5660 §2.3: that the holder hears of the break is the last that the daemon does. Its peer has an IPv4 address on an
+        // IPv6 socket.
+        let (local, remote) = ("[::ffff:10.1.0.1]:40010", "[::ffff:10.2.0.1]:7");
+        let killing = Talk { kill_at: "alert broken", on_break: "wait", local, remote, ..Talk::default() };
+        let killing = Talker::start(&three.a, &three.host_a, &killing);
+        killing.talks();
+        // Whether C's SA comes up is a matter of moments.
+        let _ = three.c.swanctl(&["--initiate", "--child", "net-a", "--timeout", "2"]);
+        killing.says("alert broken");
+        wait_for("A's end", PATIENCE, || !three.a.is_running());
+        killing.is_silenced();
+        three.a.restart(&three.host_a);
+        killing.is_silenced();
+        got_nothing();
+        wires.saw_nothing();
         // The witnesses are awake.
-        three.a.control(&["--terminate", "--ike", "to-b"]);
         let _ = three.host_a.run("socat", &["-u", "/dev/null", "TCP4:10.2.0.1:7,bind=10.1.0.1,connect-timeout=1"]);
         wires.saw("tcp port 7");
     });
 }
+
+/// A datagram from this address and port to this port of A's.
+fn forge_datagram(host: &Host, from: &str, port: &str) {
+    let to = format!("UDP4-DATAGRAM:10.1.0.1:{port},bind={from},reuseaddr");
+    host.check("sh", &["-c", &format!("echo FORGED | socat -u - {to}")]);
+}
+
+/// Sends the segment that would be next in a connection of 10.1.0.1, port 40007, of which a capture is told.
+const CONTINUES: &str = r#"
+import socket, struct, sys
+captured = open(sys.argv[1], "rb").read()
+at, following = 24, None
+while at + 16 <= len(captured):
+    length = struct.unpack("=I", captured[at + 8:at + 12])[0]
+    packet = captured[at + 30:at + 16 + length]
+    at += 16 + length
+    if len(packet) >= 40 and packet[0] == 0x45 and packet[9] == 6 and packet[20:24] == struct.pack("!HH", 7, 40007):
+        sequence, acknowledged = struct.unpack("!II", packet[24:32])
+        data = struct.unpack("!H", packet[2:4])[0] - 20 - (packet[32] >> 4) * 4
+        following = (sequence + data) & 0xffffffff, acknowledged
+sequence, acknowledged = following
+ends = [socket.inet_aton(address) for address in ("10.2.0.1", "10.1.0.1")]
+segment = struct.pack("!HHIIBBHHH", 7, 40007, sequence, acknowledged, 0x50, 0x18, 500, 0, 0) + b"FORGED\n\0"
+pseudo = b"".join(ends) + struct.pack("!BBH", 0, 6, len(segment)) + segment
+total = sum(struct.unpack("!%dH" % (len(pseudo) // 2), pseudo))
+while total > 0xffff:
+    total = (total & 0xffff) + (total >> 16)
+raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_TCP)
+raw.bind(("10.2.0.1", 0))
+raw.sendto(segment[:16] + struct.pack("!H", ~total & 0xffff) + segment[18:], ("10.1.0.1", 0))
+"#;
 
 /// Sends a line from this port to B's server, and gives what comes back.
 fn call(host: &Host, port: u16, line: &str) -> String {
@@ -144,8 +207,15 @@ fn a_latched_listener_takes_the_right_peer_only_and_answers_nobody_else() {
         wires.saw_nothing_of("src port 7", latchkey_tests::witness::MARK);
         // The port stays closed until what came to it has ended, or it is latched anew.
         drop((server, talker, waiting));
-        let server = Server::start(&three.b, &three.host_b, "0.0.0.0:7", "a.example");
+        // Of both families: who has an IPv4 address comes to an IPv6 socket.
+        let server = Server::start(&three.b, &three.host_b, "[::]:7", "a.example");
         three.a.control(&["--terminate", "--ike", "to-b"]);
+        assert_eq!(call(&three.host_a, 5010, "clear"), "");
+        three.c.initiate("net-b");
+        assert_eq!(call(&three.host_c, 5011, "impostor"), "");
+        three.c.control(&["--terminate", "--ike", "to-b"]);
+        assert_eq!(loot.list("tcp and src port 7"), "", "C got an answer");
+        no_answer();
         three.a.initiate("net-b");
         assert_eq!(call(&three.host_a, 5008, "again"), "again\n");
         server.says("accepted a.example", 1);
