@@ -39,7 +39,7 @@ use ipsec::guard::{self, Claim, ClassId, FlowBarrier, Passage};
 use ipsec::plane::{Encapsulation, Mark, Mode, RESERVED_REQID, SaPair};
 use ipsec::selector::Flow;
 
-use super::arrivals::{self, Arrivals};
+use super::arrivals::{self, Arrivals, Networks};
 use super::codec::{Action, Direction, Ends, Policy, PolicyId, PolicyReport, Port, Selector, Template};
 use super::icmp_errors::ErrorFilter;
 use super::ports::{self, Policies};
@@ -79,6 +79,8 @@ struct State {
     abandoned_ports: BTreeSet<guard::Port>,
     /// The kernel's SAs by inbound SPI.
     paths: BTreeMap<u32, Path>,
+    /// The same by the networks of their other ends.
+    networks: Networks,
     last_path: u64,
 }
 
@@ -163,6 +165,7 @@ impl Latches {
             ports: BTreeMap::new(),
             abandoned_ports: ports_left,
             paths: BTreeMap::new(),
+            networks: Networks::default(),
             last_path: 0,
         };
         for flow in state.abandoned.clone() {
@@ -199,6 +202,7 @@ impl Latches {
             special: pair.special,
         };
         state.paths.insert(pair.spi_in, path);
+        state.networks.insert(pair.spi_in, &pair.selectors);
         state.follow(pair.spi_in);
         state.follow_ports(pair.class);
     }
@@ -237,6 +241,7 @@ impl Latches {
     pub(super) fn removed(&self, spi_in: u32) {
         let mut state = self.state();
         let Some(gone) = state.paths.remove(&spi_in) else { return };
+        state.networks.remove(spi_in, &gone.selectors);
         state.follow_class(gone.class, &gone.selectors);
         state.follow_ports(gone.class);
     }
@@ -244,6 +249,7 @@ impl Latches {
     /// All go.
     pub(super) fn all_removed(&self) {
         let mut state = self.state();
+        state.networks = Networks::default();
         for gone in std::mem::take(&mut state.paths).into_values() {
             state.follow_class(gone.class, &gone.selectors);
             state.follow_ports(gone.class);
@@ -429,13 +435,11 @@ impl State {
     }
 
     fn follow_class(&mut self, class: ClassId, selectors: &[Selector]) {
-        let of_class = |barrier: &Barrier| barrier.passage == Passage::Class(class);
-        let concerned: Vec<(Flow, Barrier)> = self
-            .flows
-            .iter()
-            .filter(|(flow, barrier)| of_class(barrier) && selectors.iter().any(|selector| includes(selector, flow)))
-            .map(|(flow, barrier)| (*flow, *barrier))
-            .collect();
+        let of_class = |flow: &Flow| {
+            let barrier = self.flows.get(flow).filter(|barrier| barrier.passage == Passage::Class(class))?;
+            selectors.iter().any(|selector| includes(selector, flow)).then_some((*flow, *barrier))
+        };
+        let concerned: Vec<(Flow, Barrier)> = self.covered(selectors).iter().filter_map(of_class).collect();
         for (flow, barrier) in concerned {
             let actions = self.actions(&flow, barrier.passage).unwrap_or(CLOSED.actions);
             if actions == barrier.actions {
@@ -667,7 +671,8 @@ impl State {
             let of_flow = path.selectors.iter().filter(|selector| includes(selector, flow));
             of_flow.map(|selector| priority::of(selector, Purpose::Sa)).min()
         };
-        let of_class = self.paths.values().filter(|path| path.class == class);
+        let around = self.networks.around(flow.remote).filter_map(|spi_in| self.paths.get(&spi_in));
+        let of_class = around.filter(|path| path.class == class);
         // As the kernel chooses among the policies of SAs.
         let best = of_class
             .filter_map(|path| Some((fits(path)?, std::cmp::Reverse(path.order), path)))
