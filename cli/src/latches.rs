@@ -45,6 +45,13 @@ pub struct LatchesArguments {
     json: bool,
 }
 
+/// Arguments of `lift`.
+#[derive(Args)]
+pub struct LiftArguments {
+    #[command(flatten)]
+    daemon: LatchSocket,
+}
+
 /// Arguments of `latch`.
 #[derive(Args)]
 pub struct LatchArguments {
@@ -133,6 +140,17 @@ enum OnBreak {
     Reset,
     Wait,
     Unreachable,
+}
+
+/// Opens what a daemon that has stopped left shut, as far as no socket is there that it could be about.
+pub async fn lift(arguments: &LiftArguments) -> anyhow::Result<()> {
+    if Client::connect(&arguments.daemon.socket).await.is_ok() {
+        bail!("the daemon runs, and lifts by itself what nothing uses");
+    }
+    let barrier = kernel::network::left_barrier().context("reading the kernel's policies")?;
+    let left = latch::left::lift(&*barrier).context("reading the system's sockets")?;
+    println!("lifted: {}, in use: {}", left.lifted, left.in_use);
+    Ok(())
 }
 
 /// Lists latches.

@@ -243,6 +243,11 @@ thread_local! {
         RefCell::new(FromStreams { inner: Vec::new(), writer: TunWriter::new() });
 }
 
+/// The system's barrier around what an earlier daemon latched in the calling thread's network namespace, where none runs.
+pub fn left_barrier() -> io::Result<Arc<dyn FlowBarrier>> {
+    Ok(Arc::new(xfrm::left_barrier()?))
+}
+
 impl Network {
     /// Opens sockets and the TUN device and starts the threads. Errors say what could not be had and which
     /// right or setting would give it. The channel is bounded; when it is full, IKE messages are dropped.

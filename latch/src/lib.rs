@@ -5,6 +5,7 @@
 //! * [`protocol`], [`server`]: how applications ask, over a Unix socket.
 //! * [`access`]: who may ask for what.
 //! * [`exec`]: the rules by which connections of unmodified programs are latched.
+//! * [`left`]: what a daemon that is no more left of the system's barriers.
 //! * [`client`]: the library that applications use, on tokio; [`blocking`]: the same for programs without a runtime.
 
 #![forbid(unsafe_code)]
@@ -15,6 +16,7 @@ pub mod client;
 mod connections;
 pub mod database;
 pub mod exec;
+pub mod left;
 pub mod protocol;
 mod roster;
 mod seqpacket;

@@ -3,12 +3,14 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 use std::process::{Command, Output};
+use std::time::Duration;
 
 use latchkey_tests::daemon::Kind::Latchkey;
 use latchkey_tests::daemon::{Daemon, program};
-use latchkey_tests::host::Host;
+use latchkey_tests::host::{Host, wait_for};
 use latchkey_tests::scene::{Scene, Suite};
 use latchkey_tests::talker::Talker;
+use latchkey_tests::witness::{self, Talk};
 
 fn command(daemon: &Daemon, host: &Host, args: &[&str]) -> Command {
     let socket = daemon.latch_socket();
@@ -139,4 +141,26 @@ fn each_command_explains_itself() {
             }
         }
     }
+}
+
+// RFC 5660 §2: a policy that was made for a latch goes with the connection, without a daemon too, when somebody says so; not
+// while a socket is there that would go on in clear.
+#[test]
+fn what_a_stopped_daemon_left_shut_is_lifted_when_nothing_uses_it() {
+    let mut scene = Scene::works(Latchkey, Latchkey, &Suite::default());
+    let lift = |scene: &Scene| run(&scene.a, &scene.host_a, &["lift"]);
+    // A program whose socket outlives the daemon. It is gone with the program, as a TCP connection may not be for minutes.
+    let talk = Talk { udp: true, ..Talk::default() };
+    let program = witness::Talker::start(&scene.a, &scene.host_a, &talk);
+    program.says("connected");
+    assert!(lift(&scene).unwrap_err().contains("the daemon runs"));
+    assert!(scene.a.stop());
+    let policies = |scene: &Scene| scene.host_a.check("ip", &["xfrm", "policy"]);
+    assert!(policies(&scene).contains("sport 40007"), "{}", policies(&scene));
+    assert_eq!(lift(&scene).unwrap(), "lifted: 0, in use: 1\n");
+    assert!(policies(&scene).contains("sport 40007"));
+    drop(program);
+    wait_for("the socket's end", Duration::from_secs(20), || lift(&scene).unwrap() == "lifted: 1, in use: 0\n");
+    assert_eq!(policies(&scene), "");
+    assert_eq!(lift(&scene).unwrap(), "lifted: 0, in use: 0\n");
 }

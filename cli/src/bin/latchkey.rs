@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use latchkey::commands::{self, CheckArguments, DaemonArguments};
 use latchkey::exec::{self, ExecArguments};
-use latchkey::latches::{self, LatchArguments, LatchesArguments, NetcatArguments, WhoisArguments};
+use latchkey::latches::{self, LatchArguments, LatchesArguments, LiftArguments, NetcatArguments, WhoisArguments};
 
 /// Latchkey: IKEv2 over UDP and TCP, and connections that are pinned to the IPsec peer.
 ///
@@ -32,6 +32,10 @@ enum Command {
     Latches(LatchesArguments),
     /// Show, break or close one latch.
     Latch(LatchArguments),
+    /// After the daemon's end: remove the kernel's policies of latched flows and ports that no socket is for any more.
+    ///
+    /// They outlive the daemon, so that nothing latched goes on in clear. The next daemon does the same by itself.
+    Lift(LiftArguments),
     /// Move standard input and output over a TCP connection that is latched to an IPsec peer.
     Nc(NetcatArguments),
     /// Run a program with its connections latched as rules say, though it knows nothing of latches.
@@ -51,6 +55,7 @@ fn main() -> ExitCode {
         Command::Check(arguments) => commands::check(&arguments),
         Command::Latches(arguments) => commands::talk(latches::latches(&arguments)),
         Command::Latch(arguments) => commands::talk(latches::latch(&arguments)),
+        Command::Lift(arguments) => commands::talk(latches::lift(&arguments)),
         Command::Nc(arguments) => commands::talk(latches::netcat(&arguments)),
         Command::Exec(arguments) => exec::exec(&arguments),
         Command::Whois(arguments) => commands::talk(latches::whois(&arguments)),

@@ -49,6 +49,14 @@ use crate::network::lock;
 /// Name of this plane in errors, logs and status.
 pub(crate) const NAME: &str = "kernel";
 
+/// The barrier that a daemon of this network namespace left, all of it closed. While one runs, that is its own, and puts back
+/// what it still needs.
+pub(crate) fn left_barrier() -> io::Result<Latches> {
+    /// No device has it: nothing leads into a tunnel.
+    const NO_DEVICE: u32 = 0x7fff_ffff;
+    Latches::open(NO_DEVICE, true)
+}
+
 /// The kernel's databases, as far as they are ours.
 pub(crate) struct Xfrm {
     tables: Mutex<Tables>,
