@@ -427,6 +427,9 @@ pub(crate) fn described(peer: &Peer) -> String {
         ProofInfo::SharedKey => "shared key",
         ProofInfo::Certificate { .. } => "certificate",
         ProofInfo::RawKey { .. } => "raw public key",
+        ProofInfo::Eap { method } => {
+            return format!("{} by EAP ({method}), to us as {}", peer.id.text, peer.local_id.text);
+        }
     };
     format!("{} by {proof}, to us as {}", peer.id.text, peer.local_id.text)
 }

@@ -66,7 +66,7 @@ use ipsec::plane::{EspSuite, Mode};
 use ipsec::selector::{Flow, TrafficSelector};
 use ipsec::transform::{Encr, Integ};
 use kept::Kept;
-use pad::{Identity, IdentityPattern, PeerIdentity, Proof};
+use pad::{EapMethod, Identity, IdentityPattern, PeerIdentity, Proof};
 use places::Places;
 use sas::{CoveringSa, Sas, covers};
 
@@ -1318,7 +1318,7 @@ impl Class {
     fn ends(&self) -> (&Identity, &Identity, Option<&[u8; 32]>) {
         let lineage = match &self.peer.proof {
             Proof::Unauthenticated { lineage } => Some(lineage),
-            Proof::PreSharedKey | Proof::Certificate { .. } | Proof::RawKey { .. } => None,
+            Proof::PreSharedKey | Proof::Certificate { .. } | Proof::RawKey { .. } | Proof::Eap { .. } => None,
         };
         (&self.peer.id, &self.peer.local_id, lineage)
     }
@@ -1336,6 +1336,8 @@ impl Class {
                 Credential::Certificate { end_entity, trust_anchor }
             }
             Proof::RawKey { key, method: _ } => Credential::RawKey { key },
+            // What it said beside the identity that it proved is no part of it.
+            Proof::Eap { method, ike_id: _ } => Credential::Eap(*method),
         };
         (&self.peer.id, &self.peer.local_id, credential, self.mode, self.suite, self.replay_protection)
     }
@@ -1460,6 +1462,7 @@ const IPV6_FRAGMENT: u8 = 44;
 enum Credential<'a> {
     None { lineage: &'a [u8; 32] },
     SharedKey,
+    Eap(EapMethod),
     Certificate { end_entity: &'a [u8], trust_anchor: &'a [u8] },
     RawKey { key: &'a [u8] },
 }
@@ -1758,7 +1761,7 @@ fn read<T>(lock: &RwLock<T>) -> std::sync::RwLockReadGuard<'_, T> {
 
 fn is_proof(proof: &Proof) -> bool {
     match proof {
-        Proof::PreSharedKey | Proof::Certificate { .. } | Proof::RawKey { .. } => true,
+        Proof::PreSharedKey | Proof::Certificate { .. } | Proof::RawKey { .. } | Proof::Eap { .. } => true,
         Proof::Unauthenticated { .. } => false,
     }
 }

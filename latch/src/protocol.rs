@@ -22,7 +22,7 @@ use crate::database::{Algorithms, Class, LatchError, LatchState, OnBreak, Protec
 pub const VERSION: u32 = 1;
 
 /// What this crate knows beyond the first form of [`VERSION`]: `docs/latch-protocol.md` says what came with which.
-pub const REVISION: u32 = 11;
+pub const REVISION: u32 = 12;
 
 /// The first [`REVISION`] that has [`Wanted::larval`].
 pub const LARVAL_REVISION: u32 = 5;
@@ -723,6 +723,11 @@ pub enum ProofInfo {
         #[serde(with = "base64")]
         key: Vec<u8>,
     },
+    /// By EAP (RFC 7296 §2.16): [`Peer::id`] is the EAP identity.
+    Eap {
+        /// The method, as `swanctl.conf` writes it after `eap-`.
+        method: String,
+    },
 }
 
 /// How packets are protected: ESP with these algorithms.
@@ -789,6 +794,7 @@ impl From<&Class> for Peer {
                 ProofInfo::Certificate { end_entity: end_entity.clone(), trust_anchor: trust_anchor.clone() }
             }
             Proof::RawKey { key, method: _ } => ProofInfo::RawKey { key: key.clone() },
+            Proof::Eap { method, ike_id: _ } => ProofInfo::Eap { method: method.name().to_owned() },
         };
         Self { id: (&class.peer.id).into(), local_id: (&class.peer.local_id).into(), proof }
     }

@@ -63,6 +63,8 @@ impl AuthAnnouncement {
             let accepted = match entry.class {
                 AuthClass::PublicKey => signatures(&entry.constraints, settings),
                 AuthClass::Null => vec![Self { method: AuthMethod::NULL, cert_link: 0, algorithm: Vec::new() }],
+                // RFC 9593 is about AUTH in the first request, where EAP has none.
+                AuthClass::Eap(_) => Vec::new(),
                 AuthClass::SharedKey => {
                     vec![Self { method: AuthMethod::SHARED_KEY, cert_link: 0, algorithm: Vec::new() }]
                 }
@@ -122,6 +124,7 @@ mod tests {
             public_keys: Vec::new(),
             constraints: SignatureConstraints::parse(constraints).unwrap(),
             revocation: Default::default(),
+            eap_id: None,
         }
     }
 

@@ -9,6 +9,7 @@ use ipsec::secret::Secret;
 use crate::announcement::AuthAnnouncement;
 use crate::certificate::Certificate;
 use crate::constraints::{SignatureConstraints, SignatureSettings};
+use crate::eap::EapMethod;
 use crate::identity::{Identity, IdentityPattern};
 use crate::peer::PeerIdentity;
 use crate::public_key::PublicKey;
@@ -49,6 +50,8 @@ pub enum AuthClass {
     PublicKey,
     /// `auth = null` (RFC 7619): nobody proves anything.
     Null,
+    /// `auth = eap-…`: the initiator's, by this method (RFC 7296 §2.16).
+    Eap(EapMethod),
 }
 
 /// Computes the shared-key MIC `prf(prf(secret, "Key Pad for IKEv2"), octets)` (RFC 7296 §2.15) for
@@ -72,6 +75,8 @@ pub struct LocalAuth {
     pub public_keys: Vec<PublicKey>,
     /// What our key and our signature have to be.
     pub constraints: SignatureConstraints,
+    /// Who we are in EAP; `None` says the IKE identity there.
+    pub eap_id: Option<Box<Identity>>,
 }
 
 /// One entry of the PAD: which peer is admitted, proved how (RFC 4301 §4.4.3.1).
@@ -94,9 +99,25 @@ pub struct PadEntry {
     pub constraints: SignatureConstraints,
     /// What has to be known about whether certificates of the chain are revoked.
     pub revocation: Revocation,
+    /// With EAP: the peer is asked who it is there, these may come, and what it says in IKE names nobody. `None` takes the IKE
+    /// identity to be the one that is proved.
+    pub eap_id: Option<IdentityPattern>,
 }
 
 impl PadEntry {
+    /// Of what a peer says it is, that which it proves.
+    pub fn proved_id(&self) -> &IdentityPattern {
+        match (self.class, &self.eap_id) {
+            (AuthClass::Eap(_), Some(eap_id)) => eap_id,
+            _ => &self.remote_id,
+        }
+    }
+
+    /// True when that is what it says in IKE, and not in EAP.
+    pub fn proves_ike_id(&self) -> bool {
+        !matches!(self.class, AuthClass::Eap(_)) || self.eap_id.is_none()
+    }
+
     /// SHA-1 hashes of the SubjectPublicKeyInfo of its own CAs, for CERTREQ (RFC 7296 §3.7).
     pub fn authority_hashes(&self) -> Vec<[u8; 20]> {
         let parsed = self.cacerts.iter().filter_map(|der| Certificate::parse(der).ok());

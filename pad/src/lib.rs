@@ -10,6 +10,7 @@ pub mod certificate;
 mod constraints;
 pub mod credentials;
 mod distinguished_name;
+pub mod eap;
 pub mod identity;
 pub mod peer;
 mod public_key;
@@ -23,6 +24,7 @@ pub use credentials::{
     Admission, AuthClass, AuthError, AuthMethod, AuthenticateRequest, CredentialError, Credentials, LocalAuth,
     PadEntry, Ppk, SharedKeyMac, SignError, SignRequest, SignedAuth, StoredCertificate,
 };
+pub use eap::{EapMethod, EapPeer, EapPeerStep, EapServer, EapServerStep};
 pub use identity::{Identity, IdentityPattern, Specificity};
 pub use peer::{PeerIdentity, Proof};
 pub use public_key::{PublicKey, PublicKeyError};

@@ -72,7 +72,8 @@ impl Daemon {
             Kind::Latchkey | Kind::LatchkeyKernel => "",
             Kind::Strongswan => {
                 "random nonce openssl pem pkcs1 pkcs8 x509 pubkey constraints revocation curve25519 aes sha1 sha2 hmac \
-                 gcm chapoly kdf mgf1 gmp ccm ctr cmac kernel-libipsec kernel-netlink socket-default vici updown"
+                 gcm chapoly kdf mgf1 gmp ccm ctr cmac eap-identity eap-mschapv2 \
+                 kernel-libipsec kernel-netlink socket-default vici updown"
             }
             // Shared keys only: in the guest each page of a library costs time.
             Kind::StrongswanKernel => {

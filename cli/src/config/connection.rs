@@ -18,7 +18,10 @@ use ike::crypto::{has_short_keys, parse_proposals};
 use ike::engine::Gateway;
 use ipsec::plane::{CopyDscp, KernelOptions, Lifetime, Mode, Offload, RESERVED_REQID, ShuntAction, TfcPadding};
 use ipsec::transform::{Proposal, Protocol};
-use pad::{AuthClass, Identity, IdentityPattern, LocalAuth, PadEntry, PublicKey, Revocation, SignatureConstraints};
+use pad::identity::IdentityError;
+use pad::{
+    AuthClass, EapMethod, Identity, IdentityPattern, LocalAuth, PadEntry, PublicKey, Revocation, SignatureConstraints,
+};
 
 use crate::config::certificate::{certificate_der, is_authority, read_certificate, subject};
 use crate::config::shunt::Shunt;
@@ -241,6 +244,10 @@ fn read_connection(
     if (of_nobody || as_nobody) && (ppk_id.is_some() || ppk_required) {
         options.invalid("ppk_id", "not with auth = null (RFC 8784 §4)");
     }
+    let eap = [local.as_ref().map(|(_, auth)| auth.class), remote.as_ref().map(|entry| entry.class)];
+    if let [Some(local), Some(remote)] = eap {
+        options.check_eap(local, remote, ppk_id.is_some() || ppk_required, session_resumption);
+    }
     let traps = children.iter().map(|(child, traps)| (child.name.clone(), *traps)).collect();
     let children = children.into_iter().map(|(child, _)| child).collect();
     options.finish(&["local", "remote"]);
@@ -408,14 +415,15 @@ fn local_auth(
     let Some(mut auth) = auth_section(options, "local") else {
         let constraints = SignatureConstraints::default();
         let class = AuthClass::PublicKey;
-        let auth = LocalAuth { class, certificates: Vec::new(), public_keys: Vec::new(), constraints };
+        let auth = LocalAuth { class, certificates: Vec::new(), public_keys: Vec::new(), constraints, eap_id: None };
         return Some((None, auth));
     };
     auth.known("round");
-    for option in ["eap_id", "aaa_id", "xauth_id"] {
+    for option in ["aaa_id", "xauth_id"] {
         auth.warn_unless(option, &[]);
     }
     let class = auth.auth_class();
+    let eap_id = auth.eap_id(class.as_ref().map(|(class, _)| *class), Identity::parse);
     let certs = auth.certificates("certs", "cert", CertificateKind::EndEntity, certificates);
     let public_keys = auth.public_keys(certificates);
     let id = match auth.text("id") {
@@ -442,7 +450,8 @@ fn local_auth(
     } else {
         id
     };
-    Some((id, LocalAuth { class, certificates: certs, public_keys, constraints }))
+    let eap_id = eap_id.filter(|eap_id| Some(eap_id) != id.as_ref()).map(Box::new);
+    Some((id, LocalAuth { class, certificates: certs, public_keys, constraints, eap_id }))
 }
 
 fn remote_auth(
@@ -460,6 +469,7 @@ fn remote_auth(
         public_keys: Vec::new(),
         constraints: SignatureConstraints::default(),
         revocation: Default::default(),
+        eap_id: None,
     };
     let Some(mut auth) = auth_section(options, "remote") else {
         if admits_nobody {
@@ -482,10 +492,9 @@ fn remote_auth(
         Revocation::Relaxed,
         &[(&["relaxed"], Revocation::Relaxed), (&["ifuri"], Revocation::IfUri), (&["strict"], Revocation::Strict)],
     );
-    for option in ["eap_id", "xauth_id"] {
-        auth.warn_unless(option, &["%any"]);
-    }
+    auth.warn_unless("xauth_id", &["%any"]);
     let class = auth.auth_class();
+    entry.eap_id = auth.eap_id(class.as_ref().map(|(class, _)| *class), IdentityPattern::parse);
     entry.certs = auth.certificates("certs", "cert", CertificateKind::EndEntity, certificates);
     entry.cacerts = auth.certificates("cacerts", "cacert", CertificateKind::Authority, certificates);
     entry.public_keys = auth.public_keys(certificates);
@@ -973,8 +982,15 @@ impl<'s, 'r> Options<'s, 'r> {
             None => Some((AuthClass::PublicKey, SignatureConstraints::default())),
             Some("psk") => Some((AuthClass::SharedKey, SignatureConstraints::default())),
             Some("null") => Some((AuthClass::Null, SignatureConstraints::default())),
-            Some(text) if text.starts_with("eap") || text.starts_with("xauth") => {
-                self.invalid("auth", "EAP and XAuth are not served yet; write pubkey or psk");
+            Some("eap" | "eap-mschapv2" | "eap-dynamic") => {
+                Some((AuthClass::Eap(EapMethod::MsChapV2), SignatureConstraints::default()))
+            }
+            Some(text) if text.starts_with("eap") => {
+                self.invalid("auth", "of EAP only eap-mschapv2 is served");
+                None
+            }
+            Some(text) if text.starts_with("xauth") => {
+                self.invalid("auth", "XAuth is of IKEv1, which is not served");
                 None
             }
             Some(text) => match SignatureConstraints::parse(text) {
@@ -984,6 +1000,38 @@ impl<'s, 'r> Options<'s, 'r> {
                     None
                 }
             },
+        }
+    }
+
+    /// `eap_id`, which says nothing without EAP.
+    fn eap_id<T>(&mut self, class: Option<AuthClass>, parse: fn(&str) -> Result<T, IdentityError>) -> Option<T> {
+        if !matches!(class, Some(AuthClass::Eap(_))) {
+            self.warn_unless("eap_id", &["%any"]);
+            return None;
+        }
+        match parse(self.text("eap_id")?) {
+            Ok(id) => Some(id),
+            Err(error) => {
+                self.invalid("eap_id", &error.to_string());
+                None
+            }
+        }
+    }
+
+    /// What goes together with EAP.
+    fn check_eap(&mut self, local: AuthClass, remote: AuthClass, has_ppk: bool, resumes: bool) {
+        let by_eap = |class| matches!(class, AuthClass::Eap(_));
+        if by_eap(local) && remote != AuthClass::PublicKey {
+            self.invalid("remote", "EAP is for a gateway that proves itself by a certificate (RFC 7296 §2.16)");
+        }
+        if by_eap(remote) && local != AuthClass::PublicKey {
+            self.invalid("local", "EAP is for peers to whom we prove ourselves by a certificate (RFC 7296 §2.16)");
+        }
+        if (by_eap(local) || by_eap(remote)) && has_ppk {
+            self.invalid("ppk_id", "a PPK together with EAP is not served");
+        }
+        if by_eap(remote) && resumes {
+            self.invalid("session_resumption", "what EAP proved is not resumed");
         }
     }
 
@@ -1296,6 +1344,7 @@ mod tests {
             "local { auth = eap-md5 }",
             "local { pubkeys = x }",
             "local { cert1 { handle = 12 } }",
+            "local { auth = eap-gtc }",
             "local-2 { auth = psk }\n local-3 { auth = eap }",
         ] {
             let message = refusal(&format!("remote {{ }}\n{option}"));
@@ -1489,6 +1538,45 @@ mod tests {
         let connection = read_good("remote { }\n redirect_to = gw2.example\n redirect_phase = init");
         assert_eq!(connection.redirect_to, Some((name(), RedirectPhase::Init)));
         assert_eq!(read_good("remote { }").redirect_to, None);
+    }
+
+    // RFC 7296 §2.16.
+    #[test]
+    fn eap_is_read_and_goes_with_a_certificate_of_the_gateway() {
+        let eap = AuthClass::Eap(EapMethod::MsChapV2);
+        let server = read_good("remote { auth = eap-mschapv2\n eap_id = %any }");
+        assert_eq!((server.local_auth.class, server.remote.class), (AuthClass::PublicKey, eap));
+        assert_eq!(server.remote.eap_id, Some(IdentityPattern::any()));
+        assert_eq!(*server.remote.proved_id(), IdentityPattern::any());
+        let server = read_good("remote { auth = eap-dynamic\n id = carol }");
+        assert_eq!((server.remote.class, &server.remote.eap_id), (eap, &None));
+        assert!(server.remote.proves_ike_id() && server.remote.proved_id().matches(&Identity::parse("carol").unwrap()));
+        for auth in ["eap", "eap-mschapv2"] {
+            let client =
+                read_good(&format!("local {{ auth = {auth}\n id = a\n eap_id = carol }}\n remote {{ id = b }}"));
+            assert_eq!((client.local_auth.class, client.remote.class), (eap, AuthClass::PublicKey));
+            assert_eq!(client.local_auth.eap_id.as_deref(), Some(&Identity::parse("carol").unwrap()));
+        }
+        // The same name in both says nothing more.
+        let client = read_good("local { auth = eap\n id = carol\n eap_id = carol }\n remote { }");
+        assert_eq!(client.local_auth.eap_id, None);
+        // Without EAP it means nothing.
+        assert_eq!(read_good("remote { auth = psk\n eap_id = %any }").remote.eap_id, None);
+        for bad in [
+            "local { auth = psk }\n remote { auth = eap-mschapv2 }",
+            "local { auth = null }\n remote { auth = eap-mschapv2 }",
+            "local { auth = eap }\n remote { auth = psk }",
+            "local { auth = eap }\n remote { auth = null }",
+            "local { auth = eap }\n remote { auth = eap }",
+            "remote { auth = eap-mschapv2\n eap_id = \"^regular$\" }",
+            "local { auth = eap\n eap_id = *.example.org }\n remote { }",
+            "remote { auth = eap-mschapv2 }\n session_resumption = yes",
+            "remote { auth = eap-mschapv2 }\n ppk_id = moon",
+            "local { auth = eap }\n remote { }\n ppk_id = moon",
+        ] {
+            let message = refusal(bad);
+            assert!(message.contains("config discarded"), "{bad}: {message}");
+        }
     }
 
     // RFC 7619 §2.2, §2.4.

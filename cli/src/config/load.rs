@@ -221,9 +221,9 @@ impl Loader<'_> {
                 continue;
             };
             // PKCS#8 and PKCS#12 passphrases, and `private`, begin with other words than `ike`.
-            if name.starts_with("ike") || name.starts_with("ppk") {
+            if ["ike", "ppk", "eap"].iter().any(|kind| name.starts_with(kind)) {
                 self.shared_key(name, &subject, section);
-            } else if ["eap", "xauth", "ntlm", "token", "pkcs12"].iter().any(|kind| name.starts_with(kind)) {
+            } else if ["xauth", "ntlm", "token", "pkcs12"].iter().any(|kind| name.starts_with(kind)) {
                 let message = "secrets of this kind are not served yet, ignored".to_owned();
                 self.report(Severity::Warning, Some(&section.origin), subject, message);
             } else if !KEY_FOLDERS.iter().any(|kind| name.starts_with(kind)) {
@@ -258,6 +258,8 @@ impl Loader<'_> {
             let credentials = &mut self.configured.credentials;
             let added = if name.starts_with("ppk") {
                 credentials.add_ppk(Some(name.to_owned()), owners, secret)
+            } else if name.starts_with("eap") {
+                credentials.add_eap_secret(Some(name.to_owned()), owners, secret)
             } else {
                 credentials.add_shared_secret(Some(name.to_owned()), owners, secret)
             };
@@ -427,7 +429,7 @@ mod tests {
     #[test]
     fn a_folder_is_loaded_as_swanctl_would_load_it() {
         let fixture = Fixture::new(
-            "secrets { ike-1 { id-a = a.example\n id-b = b.example\n secret = 0x0102 }\n eap-1 { secret = x } }
+            "secrets { ike-1 { id-a = a.example\n id-b = b.example\n secret = 0x0102 }\n xauth-1 { secret = x }\n eap-1 { id = carol\n secret = x } }
              authorities { au { cacert = ca.pem\n crl_uris = http://x/y } }
              pools { p { addrs = 10.0.0.0/24 } }
              connections { gw { local { certs = me.pem }\n remote { cacerts = ca.pem } } }
@@ -439,12 +441,12 @@ mod tests {
         let loaded = fixture.load();
         assert!(!loaded.has_errors(), "{:?}", loaded.reports);
         let warnings: Vec<String> = loaded.reports.iter().map(Report::to_string).collect();
-        for part in ["README", "x.p12: PKCS#12", "secrets.eap-1", "crl_uris is known"] {
+        for part in ["README", "x.p12: PKCS#12", "secrets.xauth-1", "crl_uris is known"] {
             assert!(warnings.iter().any(|warning| warning.contains(part)), "{part}: {warnings:?}");
         }
         assert_eq!(warnings.len(), 4, "{warnings:?}");
         let configured = loaded.configured;
-        assert_eq!(configured.credentials.shared_secret_names(), ["ike-1"]);
+        assert_eq!(configured.credentials.shared_secret_names(), ["ike-1", "eap-1"]);
         assert_eq!(configured.credentials.private_key_ids().len(), 1);
         assert_eq!(configured.all_credentials().authority_hashes().len(), 1);
         assert_eq!(configured.authorities[0].name, "au");

@@ -13,7 +13,7 @@ pub(super) fn means(filter: &RedirectFilter, sa: &IkeSaStatus) -> bool {
         && filter.ike.as_ref().is_none_or(|name| *name == sa.connection)
         && filter.ike_id.is_none_or(|id| id == sa.id)
         && filter.peer_ip.is_none_or(|range| range.contains(sa.path.remote.ip()))
-        && filter.peer_id.as_ref().is_none_or(|id| sa.remote_id.as_ref().is_some_and(|remote| id.matches(remote)))
+        && filter.peer_id.as_ref().is_none_or(|id| sa.peer.as_ref().is_some_and(|peer| id.matches(&peer.id)))
 }
 
 /// Our address and the gateway's.

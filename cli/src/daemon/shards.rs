@@ -462,6 +462,14 @@ impl Shards {
                         JobOutcome::Authenticate(credentials.authenticate(&request, unix_time()))
                     });
                 }
+                Output::Job(job, Job::EapServer(server, packet)) => {
+                    let credentials = Arc::clone(&inner.credentials);
+                    shard.spawn_job(job, move || JobOutcome::EapServer(credentials.eap_server(*server, &packet)));
+                }
+                Output::Job(job, Job::EapPeer(peer, packet)) => {
+                    let credentials = Arc::clone(&inner.credentials);
+                    shard.spawn_job(job, move || JobOutcome::EapPeer(credentials.eap_peer(*peer, &packet)));
+                }
                 Output::Job(job, Job::KeyExchange(work)) => {
                     self.compute(shard, job, move || JobOutcome::KeyExchange(work.run(&mut SystemRng)));
                 }

@@ -21,6 +21,8 @@ pub(super) fn tell(
         Proof::Unauthenticated { .. } => AuthMethod::NULL,
         Proof::PreSharedKey => AuthMethod::SHARED_KEY,
         Proof::Certificate { method, .. } | Proof::RawKey { method, .. } => *method,
+        // By the key of its method.
+        Proof::Eap { .. } => AuthMethod::SHARED_KEY,
     };
     let transport = match status.path.transport {
         Transport::Udp => "udp",

@@ -61,6 +61,9 @@ fn common(ready: &ChildReady, reqid: u32, device: &str) -> Vec<(String, String)>
         ("PLUTO_PEER", encapsulation.remote().to_string()),
         ("PLUTO_PEER_ID", ready.peer.id.to_string()),
     ];
+    if ready.peer.id != *ready.peer.ike_id() {
+        common.push(("PLUTO_XAUTH_ID", ready.peer.id.to_string()));
+    }
     let Tags { mark_in, mark_out, if_id_in, if_id_out } = ready.pair.options.tags();
     for (name, mark) in [("PLUTO_MARK_IN", mark_in), ("PLUTO_MARK_OUT", mark_out)] {
         if mark.value != 0 {

@@ -708,8 +708,8 @@ async fn unload_key(shared: &Shared, message: &Section) -> Section {
 
 async fn load_shared(shared: &Shared, message: &Section) -> Section {
     let Some(kind) = owned(message, "type") else { return failure("shared key type missing") };
-    let is_ppk = kind.eq_ignore_ascii_case("ppk");
-    if !is_ppk && !kind.eq_ignore_ascii_case("ike") {
+    let [is_ppk, is_eap, is_ike] = ["ppk", "eap", "ike"].map(|known| kind.eq_ignore_ascii_case(known));
+    if !(is_ppk || is_eap || is_ike) {
         return failure(format!("shared keys of type '{kind}' are not served yet"));
     }
     let Some(data) = message.value("data") else { return failure("shared key data missing") };
@@ -732,6 +732,8 @@ async fn load_shared(shared: &Shared, message: &Section) -> Section {
         let credentials = &mut configured.credentials;
         if is_ppk {
             credentials.add_ppk(name, owners, secret)
+        } else if is_eap {
+            credentials.add_eap_secret(name, owners, secret)
         } else {
             credentials.add_shared_secret(name, owners, secret)
         }

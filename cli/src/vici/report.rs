@@ -12,7 +12,7 @@ use ipsec::plane::{Carrier, Encapsulation, Mark, Mode, ShuntAction, Tags, Usage}
 use ipsec::selector::TrafficSelector;
 use ipsec::transform::{Encr, Integ, Ke, Prf};
 use latch::database::AutomaticFlows;
-use pad::{AuthClass, Identity, PublicKey};
+use pad::{AuthClass, Identity, IdentityPattern, PublicKey};
 
 use crate::config::certificate::{is_authority, subject};
 use crate::config::shunt::Shunt;
@@ -79,6 +79,9 @@ pub fn ike_sa_without_children(status: &IkeSaStatus) -> Section {
     section.push_value("remote-host", status.path.remote.ip().to_string());
     section.push_value("remote-port", status.path.remote.port().to_string());
     section.push_value("remote-id", identity(&status.remote_id));
+    if let Some(peer) = status.peer.as_ref().filter(|peer| peer.id != *peer.ike_id()) {
+        section.push_value("remote-eap-id", peer.id.to_string());
+    }
     if status.initiator {
         section.push_value("initiator", "yes");
     }
@@ -356,11 +359,14 @@ pub fn connection(definition: &ConnectionDefinition) -> Section {
     }
     let local = &connection.local_auth;
     let local_id = connection.local_id.as_ref().map(Identity::to_string);
-    section.push_section("local-1", auth(local_id, local.class, (&local.certificates, &local.public_keys), &[]));
+    let eap_id = local.eap_id.as_deref().map(Identity::to_string);
+    let certs = (local.certificates.as_slice(), local.public_keys.as_slice());
+    section.push_section("local-1", auth(local_id, (local.class, eap_id), certs, &[]));
     let remote = &connection.remote;
     let remote_id = Some(remote.remote_id.to_string()).filter(|id| id != "%any");
-    section
-        .push_section("remote-1", auth(remote_id, remote.class, (&remote.certs, &remote.public_keys), &remote.cacerts));
+    let eap_id = remote.eap_id.as_ref().map(IdentityPattern::to_string);
+    let certs = (remote.certs.as_slice(), remote.public_keys.as_slice());
+    section.push_section("remote-1", auth(remote_id, (remote.class, eap_id), certs, &remote.cacerts));
     let mut children = message();
     for child in &connection.children {
         let section = configured_child(child, mode(child.mode), definition.traps(&child.name));
@@ -376,7 +382,7 @@ pub fn connection(definition: &ConnectionDefinition) -> Section {
 
 fn auth(
     id: Option<String>,
-    class: AuthClass,
+    (class, eap_id): (AuthClass, Option<String>),
     (certs, public_keys): (&[Vec<u8>], &[PublicKey]),
     cacerts: &[Vec<u8>],
 ) -> Section {
@@ -384,12 +390,19 @@ fn auth(
     if let Some(id) = &id {
         section.push_value("id", id.as_str());
     }
-    let class = match class {
-        AuthClass::Null => "null",
-        AuthClass::SharedKey => "pre-shared key",
-        AuthClass::PublicKey => "public key",
+    let (class, method) = match class {
+        AuthClass::Null => ("null", None),
+        AuthClass::SharedKey => ("pre-shared key", None),
+        AuthClass::PublicKey => ("public key", None),
+        AuthClass::Eap(method) => ("EAP", Some(method)),
     };
     section.push_value("class", class);
+    if let Some(method) = method {
+        section.push_value("eap-type", method.name().to_ascii_uppercase());
+    }
+    if let Some(eap_id) = eap_id {
+        section.push_value("eap_id", eap_id);
+    }
     section.push_list::<String>("groups", []);
     section.push_list::<String>("cert_policy", []);
     // As in charon, a raw key is a certificate whose subject is the identity that it proves.

@@ -27,9 +27,9 @@ pub(crate) struct Connections {
     by_local: Ranges,
     /// Those that name none.
     anywhere: Vec<usize>,
-    /// Peers' identities that some connection names exactly.
+    /// Identities that some connection has a peer prove, and names exactly.
     exact: HashSet<Identity>,
-    /// All other patterns of peers' identities, each once.
+    /// All other patterns of what peers prove to be, each once.
     patterns: Vec<IdentityPattern>,
     /// Addresses that are for peers who prove who they are: ranges in order, none of which meets another.
     claimed: Vec<(IpAddr, IpAddr)>,
@@ -59,7 +59,7 @@ impl Connections {
                 ([], local) => by_local.extend(ranges(local)),
                 (remote, _) => by_remote.extend(ranges(remote)),
             }
-            let pattern = &connection.remote.remote_id;
+            let pattern = connection.remote.proved_id();
             match pattern.as_exact() {
                 Some(identity) => {
                     exact.insert(identity.clone());
@@ -107,7 +107,7 @@ impl Connections {
         places.into_iter().filter_map(admitting).collect()
     }
 
-    /// How narrowly an identity is named by the connection that names it most narrowly.
+    /// How narrowly an identity is named by the connection that names it most narrowly, as one that its peer proves.
     pub(crate) fn narrowest(&self, identity: &Identity) -> Option<Specificity> {
         // Asked of the pattern, as there are identities that no pattern admits.
         let exact = self.exact.get(identity).map(|exact| IdentityPattern::exact(exact.clone()));

@@ -51,7 +51,7 @@ impl PeerKey {
     pub(crate) fn of(peer: &PeerIdentity) -> Self {
         let lineage: &[u8] = match &peer.proof {
             Proof::Unauthenticated { lineage } => lineage,
-            Proof::PreSharedKey | Proof::Certificate { .. } | Proof::RawKey { .. } => &[],
+            Proof::PreSharedKey | Proof::Certificate { .. } | Proof::RawKey { .. } | Proof::Eap { .. } => &[],
         };
         Self([&Self::identities(&peer.local_id, &peer.id), peer.entry.as_bytes(), lineage].concat().into())
     }

@@ -41,8 +41,8 @@ use ipsec::secret::Secret;
 use ipsec::selector::{Flow, TrafficSelector};
 use ipsec::transform::Ke;
 use pad::{
-    Admission, AuthError, AuthenticateRequest, Identity, PeerIdentity, Ppk, SignError, SignRequest, SignatureSettings,
-    SignedAuth,
+    Admission, AuthError, AuthenticateRequest, EapPeer, EapPeerStep, EapServer, EapServerStep, Identity, PeerIdentity,
+    Ppk, SignError, SignRequest, SignatureSettings, SignedAuth,
 };
 
 pub use self::assigned::{Assigned, Domain};
@@ -297,6 +297,10 @@ pub enum Job {
     Sign(SignRequest),
     /// Authenticate the peer: [`pad::Credentials::authenticate`].
     Authenticate(AuthenticateRequest),
+    /// Answer the peer, which proves itself by EAP: [`pad::Credentials::eap_server`].
+    EapServer(Box<EapServer>, Vec<u8>),
+    /// Answer the gateway, to which we prove ourselves by EAP: [`pad::Credentials::eap_peer`].
+    EapPeer(Box<EapPeer>, Vec<u8>),
     /// A step of a key exchange: [`KeyWork::run`].
     KeyExchange(KeyWork),
     /// Solve a responder's puzzle: [`Puzzle::solve`].
@@ -318,6 +322,8 @@ impl std::fmt::Debug for Job {
         f.write_str(match self {
             Self::Sign(_) => "Sign",
             Self::Authenticate(_) => "Authenticate",
+            Self::EapServer(..) => "EapServer",
+            Self::EapPeer(..) => "EapPeer",
             Self::KeyExchange(_) => "KeyExchange",
             Self::SolvePuzzle(_) => "SolvePuzzle",
             Self::InstallChild(_) => "InstallChild",
@@ -385,6 +391,10 @@ pub enum JobOutcome {
     Sign(Result<SignedAuth, SignError>),
     /// To `Authenticate`.
     Authenticate(Result<Admission, AuthError>),
+    /// To `EapServer`.
+    EapServer(EapServerStep),
+    /// To `EapPeer`.
+    EapPeer(EapPeerStep),
     /// To `KeyExchange`.
     KeyExchange(Result<KeyDone, KeyError>),
     /// To `SolvePuzzle`: the solution, or `None` when none was found in time.

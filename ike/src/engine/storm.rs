@@ -148,6 +148,7 @@ fn connection(side: usize, options: u8) -> Connection {
             certificates: Vec::new(),
             public_keys: Vec::new(),
             constraints: SignatureConstraints::default(),
+            eap_id: None,
         },
         remote: PadEntry {
             name: "site".to_owned(),
@@ -158,6 +159,7 @@ fn connection(side: usize, options: u8) -> Connection {
             public_keys: Vec::new(),
             constraints: SignatureConstraints::default(),
             revocation: Default::default(),
+            eap_id: None,
         },
         children: vec![Arc::new(child)],
         fragmentation: Fragmentation::Yes,
@@ -338,6 +340,8 @@ impl Storm {
                 JobOutcome::Authenticate(result)
             }
             Job::Authenticate(_) => JobOutcome::Authenticate(Err(AuthError::BadAuth(String::new()))),
+            Job::EapServer(server, packet) => JobOutcome::EapServer(self.credentials.eap_server(*server, &packet)),
+            Job::EapPeer(peer, packet) => JobOutcome::EapPeer(self.credentials.eap_peer(*peer, &packet)),
             Job::KeyExchange(work) if well => JobOutcome::KeyExchange(work.run(&mut here.rng)),
             Job::KeyExchange(_) => JobOutcome::KeyExchange(Err(KeyError::PublicValue)),
             Job::SolvePuzzle(puzzle) => JobOutcome::SolvePuzzle(puzzle.solve().filter(|_| well)),

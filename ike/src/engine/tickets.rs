@@ -412,6 +412,8 @@ pub(crate) fn method(peer: &PeerIdentity) -> AuthMethod {
         Proof::Unauthenticated { .. } => AuthMethod::NULL,
         Proof::PreSharedKey => AuthMethod::SHARED_KEY,
         Proof::Certificate { method, .. } | Proof::RawKey { method, .. } => method,
+        // What comes after it.
+        Proof::Eap { .. } => AuthMethod::SHARED_KEY,
     }
 }
 

@@ -112,7 +112,7 @@ impl InitMaterial {
             return None;
         }
         let ours = self.our_octets(channel, &identification(&peer.local_id)).ok()?;
-        let theirs = self.their_octets(channel, &identification(&peer.id)).ok()?;
+        let theirs = self.their_octets(channel, &identification(peer.ike_id())).ok()?;
         let (initiator, responder) = if channel.initiator { (&ours, &theirs) } else { (&theirs, &ours) };
         crypto::channel_binding(channel.suite.prf, &channel.d, initiator, responder).ok()
     }
@@ -132,7 +132,7 @@ impl InitMaterial {
         let theirs = match &peer.proof {
             Proof::Certificate { end_entity, .. } => Certificate::parse(end_entity).ok()?.public_key_info_sha256(),
             Proof::RawKey { key, .. } => PublicKey::from_der(key).ok()?.sha256(),
-            Proof::PreSharedKey | Proof::Unauthenticated { .. } => return None,
+            Proof::PreSharedKey | Proof::Unauthenticated { .. } | Proof::Eap { .. } => return None,
         };
         Some([self.own_key?, theirs])
     }
@@ -209,6 +209,26 @@ impl InitMaterial {
         payloads.extend(raw_key.map(|key| Payload::Cert { encoding: RAW_PUBLIC_KEY, data: key.der().to_vec() }));
         payloads.push(Payload::Auth { method: signed.method.0, data: signed.auth });
         payloads
+    }
+
+    /// Our AUTH by a key that EAP gave both ends (RFC 7296 §2.16).
+    pub(crate) fn proof_by_key(&self, channel: &Channel, id: &Identity, msk: &Secret) -> Result<Payload, KeyError> {
+        let octets = self.our_octets(channel, &identification(id))?;
+        let data = Mac::new(channel, channel.initiator, octets).mac(msk);
+        Ok(Payload::Auth { method: AuthMethod::SHARED_KEY.0, data })
+    }
+
+    /// The peer's, which has to be by the same key. `id` is its Identification payload as received.
+    pub(crate) fn is_proved_by_key(
+        &self,
+        channel: &Channel,
+        id: &Identification,
+        (method, auth): &(u8, Vec<u8>),
+        msk: &Secret,
+    ) -> bool {
+        let Ok(octets) = self.their_octets(channel, id) else { return false };
+        let expected = Secret::new(Mac::new(channel, !channel.initiator, octets).mac(msk));
+        *method == AuthMethod::SHARED_KEY.0 && !expected.expose().is_empty() && expected.matches(auth)
     }
 }
 

@@ -1,10 +1,12 @@
 //! IKE_AUTH as initiator (RFC 7296 §1.2, §2.15, §2.21.2).
 
+mod eap;
+
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pad::{Admission, AuthMethod, Identity, PeerIdentity, Ppk, SignError, SignedAuth};
+use pad::{Admission, AuthError, AuthMethod, Identity, PeerIdentity, Ppk, SignError, SignedAuth};
 
 use ipsec::plane::StreamId;
 
@@ -32,7 +34,7 @@ use crate::engine::tickets::{Grant, method};
 use crate::engine::{
     CloseReason, Event, IkeSaStatus, IkeState, Job, JobId, JobOutcome, Judgement, Party, Path, Transport,
 };
-use crate::wire::{ExchangeType, NotifyType, Opened, Payload, Protected};
+use crate::wire::{ExchangeType, Identification, NotifyType, Opened, Payload, Protected};
 
 /// An IKE SA that we initiated, with keys, and a peer that has not proved anything.
 pub(crate) struct InitiatorAuth {
@@ -80,6 +82,8 @@ enum Phase {
     Redirecting { job: JobId, redirects: Redirects },
     /// The peer's proof is being checked; what else it said waits.
     Verifying { job: JobId, asserted: Identity, basis: Box<Basis>, parts: Box<Parts> },
+    /// We prove ourselves by EAP (§2.16).
+    Eap(eap::State),
 }
 
 impl InitiatorAuth {
@@ -95,6 +99,9 @@ impl InitiatorAuth {
         childless: bool,
     ) -> Option<IkeSa> {
         let local_id = local_identity(&connection, &core.path);
+        if let pad::AuthClass::Eap(_) = connection.local_auth.class {
+            return Self::begin_eap(ctx, now, core, channel, connection, wants, material, childless, local_id);
+        }
         let peer_id = connection.remote.remote_id.as_exact().cloned();
         let ppk = ppk::of_connection(ctx, &connection).filter(|_| material.use_ppk);
         let mut ppk = ppk.map(|(id, ppk)| OurPpk { id, ppk, without: None, unmixed: None });
@@ -230,20 +237,12 @@ impl InitiatorAuth {
             (Phase::Verifying { job: waiting, asserted, basis, parts }, JobOutcome::Authenticate(result))
                 if waiting == job =>
             {
-                match result {
-                    Ok(Admission { peer, good_for, warnings })
-                        if peer.id == asserted && self.connection.remote.remote_id.matches(&peer.id) =>
-                    {
-                        let line = format!("authentication of '{}' successful", peer.id);
-                        ctx.log("IKE", 1, self.core.tag(), line);
-                        warnings.into_iter().for_each(|line| ctx.log("CFG", 1, self.core.tag(), line));
-                        let basis = basis.proved(now, good_for);
-                        self.authenticated(ctx, now, Arc::new(peer), basis, *parts)
-                    }
-                    Ok(_) => self.reject(ctx, now, "the identity is not the one that the connection names"),
-                    Err(error) => self.reject(ctx, now, &error.to_string()),
+                match self.admit(ctx, now, &asserted, *basis, result) {
+                    Ok((peer, basis)) => self.authenticated(ctx, now, peer, basis, *parts),
+                    Err(reason) => self.reject(ctx, now, &reason),
                 }
             }
+            (Phase::Eap(state), outcome) => self.handle_eap_job(ctx, now, state, job, outcome),
             (Phase::Redirecting { job: waiting, redirects }, JobOutcome::Resolve(result)) if waiting == job => {
                 self.redirected(ctx, now, redirects, result);
                 None
@@ -253,6 +252,24 @@ impl InitiatorAuth {
                 Some(IkeSa::InitiatorAuth(self))
             }
         }
+    }
+
+    /// The peer as its proof was found to be, if it is the one that it said and that the connection names.
+    fn admit(
+        &self,
+        ctx: &mut Context,
+        now: Instant,
+        asserted: &Identity,
+        basis: Basis,
+        result: Result<Admission, AuthError>,
+    ) -> Result<(Arc<PeerIdentity>, Arc<Basis>), String> {
+        let Admission { peer, good_for, warnings } = result.map_err(|error| error.to_string())?;
+        if peer.id != *asserted || !self.connection.remote.remote_id.matches(&peer.id) {
+            return Err("the identity is not the one that the connection names".to_owned());
+        }
+        ctx.log("IKE", 1, self.core.tag(), format!("authentication of '{}' successful", peer.id));
+        warnings.into_iter().for_each(|line| ctx.log("CFG", 1, self.core.tag(), line));
+        Ok((Arc::new(peer), basis.proved(now, good_for)))
     }
 
     /// RFC 5685 §6: the IKE SA that was not needed is deleted, and what was asked for is made elsewhere.
@@ -459,6 +476,20 @@ impl InitiatorAuth {
         let mut proof = self.material.proof_payloads(signed, self.connection.send_cert);
         let auth = proof.pop();
         payloads.append(&mut proof);
+        payloads.extend(self.expectations(ctx));
+        payloads.extend(auth);
+        if let Some(ours) = &mut self.ppk {
+            payloads.push(ppk::identity(&ours.id));
+            // The method is that of the AUTH payload.
+            let without = ours.without.take().filter(|without| without.method == method);
+            payloads.extend(without.map(|without| notify(NotifyType::NO_PPK_AUTH, without.auth)));
+        }
+        Some(self.ask(ctx, now, payloads))
+    }
+
+    /// Whom we expect, how it can prove itself, and whether we know of an IKE SA with it.
+    fn expectations(&self, ctx: &Context) -> Vec<Payload> {
+        let mut payloads = Vec::new();
         if is_first_contact(ctx, &self.connection, &self.local_id) {
             payloads.push(notify(NotifyType::INITIAL_CONTACT, Vec::new()));
         }
@@ -470,14 +501,7 @@ impl InitiatorAuth {
         if let Some(remote) = self.connection.remote.remote_id.as_exact() {
             payloads.push(Payload::IdResponder(identification(remote)));
         }
-        payloads.extend(auth);
-        if let Some(ours) = &mut self.ppk {
-            payloads.push(ppk::identity(&ours.id));
-            // The method is that of the AUTH payload.
-            let without = ours.without.take().filter(|without| without.method == method);
-            payloads.extend(without.map(|without| notify(NotifyType::NO_PPK_AUTH, without.auth)));
-        }
-        Some(self.ask(ctx, now, payloads))
+        payloads
     }
 
     /// Sends IKE_AUTH: our proof, and all that does not depend on what it is made with.
@@ -500,14 +524,18 @@ impl InitiatorAuth {
         if self.connection.session_resumption {
             payloads.push(tickets::request());
         }
+        self.send(ctx, now, &payloads);
+        self.phase = Phase::Waiting;
+        IkeSa::InitiatorAuth(self)
+    }
+
+    fn send(&mut self, ctx: &mut Context, now: Instant, payloads: &[Payload]) {
         let over_stream = matches!(self.core.path.transport, Transport::Stream(_));
         let policy = self.core.retransmission(ctx, &self.connection);
         let retry = Retry::start(now, &policy, over_stream, ctx.rng.as_mut());
         let max_length = ctx.max_length(&self.core.path, self.channel.fragmentation, self.connection.fragmentation);
-        let datagrams = self.channel.request(ExchangeType::IKE_AUTH, &payloads, max_length, retry, ctx.rng.as_mut());
+        let datagrams = self.channel.request(ExchangeType::IKE_AUTH, payloads, max_length, retry, ctx.rng.as_mut());
         self.core.send(ctx, datagrams.unwrap_or_default());
-        self.phase = Phase::Waiting;
-        IkeSa::InitiatorAuth(self)
     }
 
     /// The Child SA for IKE_AUTH: the first that was asked for; the connection's first where the peer needs one.
@@ -526,24 +554,11 @@ impl InitiatorAuth {
             Ok(parts) => parts,
             Err(fault) => return self.reject(ctx, now, &fault.to_string()),
         };
+        if let Phase::Eap(state) = std::mem::replace(&mut self.phase, Phase::Waiting) {
+            return self.handle_eap_response(ctx, now, state, parts);
+        }
         let (Some(id), Some(auth)) = (parts.id_responder.clone(), parts.auth.clone()) else {
-            // Without a proof there are only errors; they are protected, but by nobody that we know.
-            let line = match parts.error() {
-                Some(error) => format!("received {} notify error", notify_name(error.kind)),
-                None => "the peer did not authenticate".to_owned(),
-            };
-            if self.resumed.is_some() {
-                self.authenticate_from_start(ctx, &line);
-                return None;
-            }
-            ctx.log("IKE", 1, self.core.tag(), line.clone());
-            let translated = parts.has(NotifyType::UNEXPECTED_NAT_DETECTED);
-            if translated && self.core.sequence <= ctx.config.retransmission.tries {
-                // RFC 4555 §3.9: perhaps one packet was tampered with.
-                let sequence = self.core.sequence.saturating_add(1);
-                self.begin_again(ctx, sequence);
-            }
-            self.abandon(ctx, &line, CloseReason::Failed);
+            self.unproved(ctx, &parts);
             return None;
         };
         if let Some(grant) = self.resumed.take() {
@@ -564,24 +579,58 @@ impl InitiatorAuth {
             }
             ctx.log("IKE", 1, self.core.tag(), ppk::UNUSED.to_owned());
         }
-        if !is_where_it_says(ctx, &self.core.path, &asserted, AuthMethod(auth.0)) {
-            return self.reject(ctx, now, &format!("'{asserted}' is not where its messages come from"));
+        let job = match self.verify(ctx, &id, &asserted, auth, &parts) {
+            Ok(job) => job,
+            Err(reason) => return self.reject(ctx, now, &reason),
+        };
+        let uses_ppk = self.ppk.as_ref().is_some_and(|ours| ours.unmixed.is_some());
+        let basis = Box::new(Basis::new(ctx, now, Vec::new(), uses_ppk));
+        self.phase = Phase::Verifying { job, asserted, basis, parts: Box::new(parts) };
+        Some(IkeSa::InitiatorAuth(self))
+    }
+
+    /// Asks whether the peer is who it says it is.
+    fn verify(
+        &self,
+        ctx: &mut Context,
+        id: &Identification,
+        asserted: &Identity,
+        auth: (u8, Vec<u8>),
+        parts: &Parts,
+    ) -> Result<JobId, String> {
+        if !is_where_it_says(ctx, &self.core.path, asserted, AuthMethod(auth.0)) {
+            return Err(format!("'{asserted}' is not where its messages come from"));
         }
         let request = self.material.authenticate_request(
             &self.channel,
-            &id,
+            id,
             asserted.clone(),
             self.local_id.clone(),
             auth,
             (parts.certificates.clone(), parts.raw_key.clone()),
             vec![self.connection.remote.clone()],
         );
-        let Ok(request) = request else { return self.reject(ctx, now, "the PRF is not supported") };
-        let job = ctx.job(self.core.id, Job::Authenticate(request));
-        let uses_ppk = self.ppk.as_ref().is_some_and(|ours| ours.unmixed.is_some());
-        let basis = Box::new(Basis::new(ctx, now, Vec::new(), uses_ppk));
-        self.phase = Phase::Verifying { job, asserted, basis, parts: Box::new(parts) };
-        Some(IkeSa::InitiatorAuth(self))
+        let request = request.map_err(|_| "the PRF is not supported")?;
+        Ok(ctx.job(self.core.id, Job::Authenticate(request)))
+    }
+
+    /// Without a proof there are only errors; they are protected, but by nobody that we know.
+    fn unproved(mut self: Box<Self>, ctx: &mut Context, parts: &Parts) {
+        let line = match parts.error() {
+            Some(error) => format!("received {} notify error", notify_name(error.kind)),
+            None => "the peer did not authenticate".to_owned(),
+        };
+        if self.resumed.is_some() {
+            return self.authenticate_from_start(ctx, &line);
+        }
+        ctx.log("IKE", 1, self.core.tag(), line.clone());
+        let translated = parts.has(NotifyType::UNEXPECTED_NAT_DETECTED);
+        if translated && self.core.sequence <= ctx.config.retransmission.tries {
+            // RFC 4555 §3.9: perhaps one packet was tampered with.
+            let sequence = self.core.sequence.saturating_add(1);
+            self.begin_again(ctx, sequence);
+        }
+        self.abandon(ctx, &line, CloseReason::Failed);
     }
 
     /// The answer to IKE_AUTH after IKE_SESSION_RESUME: the gateway shows that it has the keys, and is who it was.

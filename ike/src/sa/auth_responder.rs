@@ -1,5 +1,7 @@
 //! IKE_AUTH as responder (RFC 7296 §1.2, §2.15, §2.21.2).
 
+mod eap;
+
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -64,6 +66,8 @@ enum Phase {
     Verifying { job: JobId, claim: Claim, groups: VecDeque<Group> },
     /// The peer has proved who it is; our proof is being made.
     Signing { job: JobId, parts: Box<Parts>, peer: Arc<PeerIdentity>, basis: Arc<Basis>, connection: Arc<Connection> },
+    /// The peer proves itself by EAP (§2.16).
+    Eap(eap::State),
 }
 
 impl ResponderAuth {
@@ -167,9 +171,12 @@ impl ResponderAuth {
                 ctx.judge(&path, Judgement::Forged);
                 Some(IkeSa::ResponderAuth(self))
             }
-            Received::Repeated(_) | Received::Response(_) | Received::Beyond(_) | Received::Ignored => {
+            Received::Repeated(datagrams) => {
+                // Of the exchanges before EAP is through (§2.1).
+                self.core.send_along(ctx, path, datagrams);
                 Some(IkeSa::ResponderAuth(self))
             }
+            Received::Response(_) | Received::Beyond(_) | Received::Ignored => Some(IkeSa::ResponderAuth(self)),
         }
     }
 
@@ -189,6 +196,7 @@ impl ResponderAuth {
             {
                 self.signed(ctx, now, *parts, (peer, basis), connection, result)
             }
+            (Phase::Eap(state), outcome) => self.handle_eap_job(ctx, now, state, job, outcome),
             (phase, _) => {
                 self.phase = phase;
                 Some(IkeSa::ResponderAuth(self))
@@ -217,24 +225,28 @@ impl ResponderAuth {
             Ok(parts) => parts,
             Err(fault) => return self.refuse(ctx, now, &fault, &fault.to_string()),
         };
-        if let Phase::Resuming(presented) = phase {
-            return self.resume(ctx, now, *presented, parts);
+        match phase {
+            Phase::Resuming(presented) => return self.resume(ctx, now, *presented, parts),
+            Phase::Eap(state) => return self.handle_eap_request(ctx, now, state, parts),
+            Phase::Waiting | Phase::Verifying { .. } | Phase::Signing { .. } => {}
         }
         let Some(id) = parts.id_initiator.clone() else {
             return self.refuse(ctx, now, &Fault::InvalidSyntax(String::new()), "IKE_AUTH without IDi");
-        };
-        let Some((method, _)) = parts.auth else {
-            return self.refuse(ctx, now, &Fault::AuthenticationFailed, "the peer wants EAP, which we lack");
         };
         let asserted = match Identity::from_wire(id.kind, &id.data) {
             Ok(asserted) => asserted,
             Err(error) => return self.refuse(ctx, now, &Fault::AuthenticationFailed, &error.to_string()),
         };
-        if !is_where_it_says(ctx, &self.core.path, &asserted, AuthMethod(method)) {
+        // Without a proof it wants EAP, which ends with a shared key.
+        let method = parts.auth.as_ref().map_or(AuthMethod::SHARED_KEY, |(method, _)| AuthMethod(*method));
+        if !is_where_it_says(ctx, &self.core.path, &asserted, method) {
             let reason = format!("'{asserted}' is not where its messages come from");
             return self.refuse(ctx, now, &Fault::AuthenticationFailed, &reason);
         }
         self.material.note_wishes(&parts);
+        if parts.auth.is_none() {
+            return self.begin_eap(ctx, now, id, asserted, parts);
+        }
         let mut parts = parts;
         let groups = match self.choose_ppk(ctx, &asserted, &mut parts) {
             Ok(groups) => groups,
@@ -291,11 +303,15 @@ impl ResponderAuth {
         parts: &Parts,
         takes: impl Fn(&Connection) -> bool,
     ) -> VecDeque<Group> {
-        let specificity = |connection: &Connection| connection.remote.remote_id.match_specificity(asserted);
         let narrowest = ctx.connections.narrowest(asserted);
+        let names = |connection: &Connection| {
+            let specificity = connection.remote.remote_id.match_specificity(asserted);
+            // Where EAP proves another identity than this one, this one only has to fit.
+            specificity.is_some() && (specificity >= narrowest || !connection.remote.proves_ike_id())
+        };
         let asked = parts.id_responder.as_ref().map(|id| Identity::from_wire(id.kind, &id.data));
         let mut groups: VecDeque<Group> = VecDeque::new();
-        for candidate in self.candidates.iter().filter(|candidate| specificity(candidate) >= narrowest) {
+        for candidate in self.candidates.iter().filter(|candidate| names(candidate)) {
             // What was removed or changed since IKE_SA_INIT admits nobody; nor does the peer leave its addresses.
             let Some(connection) = ctx.connections.named(&candidate.name).find(|connection| {
                 connection.authenticates_as(candidate) && connection.admits_addresses(&self.core.path)
@@ -524,9 +540,19 @@ impl ResponderAuth {
     }
 
     /// Says no, protected, and ends. A repetition of the request gets the same answer.
-    fn refuse(mut self: Box<Self>, ctx: &mut Context, now: Instant, fault: &Fault, reason: &str) -> Option<IkeSa> {
+    fn refuse(self: Box<Self>, ctx: &mut Context, now: Instant, fault: &Fault, reason: &str) -> Option<IkeSa> {
+        self.refuse_with(ctx, now, &[fault.payload()], reason)
+    }
+
+    fn refuse_with(
+        mut self: Box<Self>,
+        ctx: &mut Context,
+        now: Instant,
+        payloads: &[Payload],
+        reason: &str,
+    ) -> Option<IkeSa> {
         ctx.log("IKE", 1, self.core.tag(), format!("authentication of the peer failed: {reason}"));
-        let answer = self.channel.respond(&[fault.payload()], None, ctx.rng.as_mut());
+        let answer = self.channel.respond(payloads, None, ctx.rng.as_mut());
         self.core.send(ctx, answer.unwrap_or_default());
         ctx.bury(now, self.channel.local_spi(), self.core.dscp, self.channel.last_words());
         self.abandon(ctx, CloseReason::Failed);

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pad::{Identity, PeerIdentity};
+use pad::{Identity, PeerIdentity, Proof};
 
 use super::local_identity;
 use super::retry::after;
@@ -58,7 +58,7 @@ impl Basis {
 /// those that name the peer most narrowly say how it is proved (RFC 4301 §4.4.3).
 pub(crate) fn rivals(ctx: &Context, path: &Path, peer: &Identity) -> Vec<Arc<Connection>> {
     let narrowest = ctx.connections.narrowest(peer);
-    let names = |connection: &Arc<Connection>| connection.remote.remote_id.match_specificity(peer);
+    let names = |connection: &Arc<Connection>| connection.remote.proved_id().match_specificity(peer);
     let admitting = ctx.connections.admitting(path).into_iter().map(|admitting| admitting.connection);
     admitting.filter(|connection| narrowest.is_some() && names(connection) == narrowest).collect()
 }
@@ -73,6 +73,10 @@ pub(crate) fn readmits(
     peer: &PeerIdentity,
     basis: &Basis,
 ) -> Result<Arc<Connection>, &'static str> {
+    // Which connections there were to choose from, by the identity that EAP proved, is not kept.
+    if matches!(peer.proof, Proof::Eap { .. }) {
+        return Err("EAP has to be done anew");
+    }
     if basis.epoch != ctx.shared.tickets.lock().epoch() {
         return Err("credentials have changed");
     }

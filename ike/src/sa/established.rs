@@ -244,7 +244,7 @@ impl Established {
             core.path.local.ip(),
             peer.local_id,
             core.path.remote.ip(),
-            peer.id
+            peer.ike_id()
         );
         ctx.log("IKE", 0, core.tag(), line);
         let mut sa = Self::make(ctx, now, core, channel, connection, peer, basis);
@@ -488,7 +488,7 @@ impl Established {
             state: self.state,
             path: self.core.path,
             local_id: Some(self.peer.local_id.clone()),
-            remote_id: Some(self.peer.id.clone()),
+            remote_id: Some(self.peer.ike_id().clone()),
             peer: Some(Arc::clone(&self.peer)),
             initiator: self.channel.initiator,
             initiator_spi: self.channel.spis.initiator,
@@ -591,7 +591,11 @@ impl Established {
                 self.pump(ctx, now)?;
                 return Ok(None);
             }
-            other @ (JobOutcome::Sign(_) | JobOutcome::Authenticate(_) | JobOutcome::SolvePuzzle(_)) => {
+            other @ (JobOutcome::Sign(_)
+            | JobOutcome::Authenticate(_)
+            | JobOutcome::EapServer(_)
+            | JobOutcome::EapPeer(_)
+            | JobOutcome::SolvePuzzle(_)) => {
                 return Ok(Some(other));
             }
         };

@@ -33,6 +33,7 @@ pub(crate) struct Parts {
     pub(crate) cert_requested: bool,
     pub(crate) raw_key_requested: bool,
     pub(crate) auth: Option<(u8, Vec<u8>)>,
+    pub(crate) eap: Option<Vec<u8>>,
     pub(crate) ts_initiator: Option<Vec<WireSelector>>,
     pub(crate) ts_responder: Option<Vec<WireSelector>>,
     pub(crate) notifies: Vec<Notify>,
@@ -92,7 +93,8 @@ impl Parts {
                 Payload::TsInitiator(selectors) => once(&mut parts.ts_initiator, selectors, "TSi")?,
                 Payload::TsResponder(selectors) => once(&mut parts.ts_responder, selectors, "TSr")?,
                 Payload::Configuration(body) => once(&mut parts.configuration, body, "Configuration")?,
-                Payload::Vendor(_) | Payload::Eap(_) | Payload::Unknown { .. } => {}
+                Payload::Eap(packet) => once(&mut parts.eap, packet, "EAP")?,
+                Payload::Vendor(_) | Payload::Unknown { .. } => {}
             }
         }
         Ok(parts)

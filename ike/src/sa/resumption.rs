@@ -61,6 +61,7 @@ pub(crate) fn line(now: Instant, peer: &PeerIdentity, basis: &Basis) -> String {
         Proof::PreSharedKey => "a pre-shared key",
         Proof::Certificate { .. } => "a certificate",
         Proof::RawKey { .. } => "a raw public key",
+        Proof::Eap { .. } => "EAP",
     };
     let ago = now.saturating_duration_since(basis.proved_at).as_secs();
     format!("authentication of '{}' by ticket successful, originally with {by} {ago}s ago", peer.id)

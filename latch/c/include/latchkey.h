@@ -181,7 +181,7 @@ enum latchkey_item {
     /* Texts. */
     LATCHKEY_PEER_ID = 1,
     LATCHKEY_LOCAL_ID = 2,
-    /* How the peer proved its identity: "shared-key", "certificate", "raw-key"; "unauthenticated" is not at all, which "%null" alone admits. */
+    /* How the peer proved its identity: "shared-key", "certificate", "raw-key", "eap"; "unauthenticated" is not at all, which "%null" alone admits. */
     LATCHKEY_PROOF = 3,
     /* "tunnel" or "transport". */
     LATCHKEY_MODE = 4,

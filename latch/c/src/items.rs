@@ -89,6 +89,7 @@ pub(crate) fn octets(entry: &Entry, number: c_int) -> Result<(Vec<u8>, bool), Fa
             ProofInfo::SharedKey => "shared-key".to_owned(),
             ProofInfo::Certificate { .. } => "certificate".to_owned(),
             ProofInfo::RawKey { .. } => "raw-key".to_owned(),
+            ProofInfo::Eap { .. } => "eap".to_owned(),
         },
         Item::Mode => protection.mode.clone(),
         Item::Suite => protection.suite.clone(),
@@ -109,7 +110,10 @@ pub(crate) fn octets(entry: &Entry, number: c_int) -> Result<(Vec<u8>, bool), Fa
                     Ok((end_entity.clone(), false))
                 }
                 ProofInfo::Certificate { trust_anchor, .. } => Ok((trust_anchor.clone(), false)),
-                ProofInfo::SharedKey | ProofInfo::RawKey { .. } | ProofInfo::Unauthenticated => Err(absent()),
+                ProofInfo::SharedKey
+                | ProofInfo::RawKey { .. }
+                | ProofInfo::Eap { .. }
+                | ProofInfo::Unauthenticated => Err(absent()),
             };
         }
         Item::RawKey => {

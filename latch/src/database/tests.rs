@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use ipsec::guard::{Claim, Port};
 use ipsec::transform::{Encr, Integ};
-use pad::AuthMethod;
+use pad::{AuthMethod, EapMethod};
 use proptest::prelude::*;
 
 use super::*;
@@ -380,6 +380,25 @@ fn a_class_is_what_rfc_5660_pins_and_nothing_else() {
     let signed = |method| database.intern(with_peer(&original, |peer| peer.proof = raw_key(b"leaf", method)));
     assert_eq!(signed(AuthMethod::RSA), signed(AuthMethod::DIGITAL_SIGNATURE));
     assert!(database.class(NO_CLASS).is_none() && database.class(ClassId(u32::MAX)).is_none());
+}
+
+// RFC 7296 §2.16: who is latched is whom EAP proved, by its method; what was said in IKE beside it is nobody's.
+#[test]
+fn a_class_pins_the_eap_identity_and_not_what_was_said_in_ike() {
+    let database = Database::new();
+    let of = |number, ike_id| {
+        with_peer(&certified(), |peer| {
+            peer.id = identity(number);
+            peer.proof = Proof::Eap { method: EapMethod::MsChapV2, ike_id: identity(ike_id) };
+        })
+    };
+    let number = database.intern(of(1, 2));
+    assert_eq!(database.intern(of(1, 3)), number);
+    assert_ne!(database.intern(of(2, 2)), number);
+    let shared = with_peer(&of(1, 2), |peer| peer.proof = Proof::PreSharedKey);
+    assert_ne!(database.intern(shared), number);
+    assert!(of(1, 2).is_authenticated() && of(1, 2).is_between_the_ends_of(&of(1, 3)));
+    assert!(!of(1, 2).is_between_the_ends_of(&of(2, 2)));
 }
 
 #[test]

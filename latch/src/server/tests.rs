@@ -9,7 +9,7 @@ use ipsec::guard::{ClassId, Direction, FlowGuard, Verdict};
 use ipsec::plane::{EspSuite, Mode};
 use ipsec::selector::TrafficSelector;
 use ipsec::transform::{Encr, Integ};
-use pad::{AuthMethod, Identity, PeerIdentity, Proof};
+use pad::{AuthMethod, EapMethod, Identity, PeerIdentity, Proof};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -156,6 +156,23 @@ async fn no_connection_is_made_without_a_latch() {
     assert_eq!(refusal(client.latch_tcp(remote, None, "%any").await), Code::Conflict);
     assert_eq!(far.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock, "nobody connected");
     assert!(house.database.list().is_empty());
+}
+
+// RFC 5660 §2, RFC 7296 §2.16: applications see the user, and how it proved itself.
+#[tokio::test]
+async fn the_user_of_eap_is_the_peer_and_its_method_is_pinned() {
+    let house = House::new().await;
+    let proof = Proof::Eap { method: EapMethod::MsChapV2, ike_id: Identity::Fqdn("root.example".into()) };
+    house.install(1, house.database.intern(class("carol", proof)));
+    let (client, far) = (Client::connect(&house.path).await.unwrap(), Far::listen());
+    let remote = far.0.local_addr().unwrap();
+    assert_eq!(refusal(client.latch_tcp(remote, None, "root.example").await), Code::WrongPeer);
+    let stream = client.latch_tcp(remote, None, "carol").await.unwrap();
+    let peer = stream.peer_identity();
+    assert_eq!((peer.id.text.as_str(), &peer.proof), ("carol", &ProofInfo::Eap { method: "mschapv2".to_owned() }));
+    let told = serde_json::to_value(peer).unwrap();
+    assert_eq!(told["proof"], serde_json::json!({"by": "eap", "method": "mschapv2"}));
+    assert!(!told.to_string().contains("root.example"));
 }
 
 #[tokio::test]

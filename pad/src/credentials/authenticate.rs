@@ -68,6 +68,8 @@ impl Credentials {
                 Ok(admitted(request, first, Proof::PreSharedKey, None, Vec::new()))
             }
             AuthClass::PublicKey => self.check_signature(request, &entries, now, &id),
+            // No method of AUTH is of this class: what follows EAP is not asked here.
+            AuthClass::Eap(_) => Err(AuthError::NoEntry(id)),
             AuthClass::Null => {
                 check_mac(request, &request.shared_key_mac.mac_of_nobody(), &id)?;
                 // Both nonces are in the octets.

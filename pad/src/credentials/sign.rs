@@ -48,6 +48,10 @@ impl Credentials {
                 let auth = request.shared_key_mac.mac_of_nobody();
                 Ok(SignedAuth { method: AuthMethod::NULL, auth, certificates: Vec::new(), public_key: None })
             }
+            AuthClass::Eap(_) => {
+                let reason = "EAP comes before the proof".to_owned();
+                Err(SignError::Failed { id, reason })
+            }
             AuthClass::PublicKey => {
                 let signer = self.signer(request).ok_or_else(|| SignError::NoKey(id.clone()))?;
                 let failed = |reason: &str| SignError::Failed { id: id.clone(), reason: reason.to_owned() };

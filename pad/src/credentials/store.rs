@@ -48,6 +48,8 @@ enum SharedKind {
     Ike,
     /// It is mixed into the keys.
     Ppk,
+    /// It authenticates by EAP: a password.
+    Eap,
 }
 
 /// A post-quantum preshared key (RFC 8784): mixed into keys, proves nothing by itself.
@@ -214,6 +216,16 @@ impl Credentials {
         self.add_shared(SharedKind::Ppk, name, ids, secret)
     }
 
+    /// Adds a password for EAP with the identities that it belongs to. It replaces a shared secret of the same name.
+    pub fn add_eap_secret(
+        &mut self,
+        name: Option<String>,
+        owners: Vec<IdentityPattern>,
+        secret: Secret,
+    ) -> Result<(), CredentialError> {
+        self.add_shared(SharedKind::Eap, name, owners, secret)
+    }
+
     fn add_shared(
         &mut self,
         kind: SharedKind,
@@ -340,11 +352,37 @@ impl Credentials {
 
     /// The secret that fits the pair best: the peer's identity counts more than ours, a narrow owner more than
     /// a wide one; of equals the one loaded first.
-    pub(super) fn shared_secret(&self, local: &Identity, remote: Option<&Identity>) -> Option<&Secret> {
+    pub(crate) fn shared_secret(&self, local: &Identity, remote: Option<&Identity>) -> Option<&Secret> {
         let mut best: Option<(Fit, &Secret)> = None;
         for shared in self.inner.shared_secrets.iter().filter(|shared| shared.kind == SharedKind::Ike) {
             if let Some(fit) = shared.fit(local, remote)
                 && best.is_none_or(|(known, _)| known < fit)
+            {
+                best = Some((fit, &shared.secret));
+            }
+        }
+        best.map(|(_, secret)| secret)
+    }
+
+    /// A peer's password for EAP: that of the narrowest owner, of equals the one loaded first. One without owners is nobody's,
+    /// and we are no peer of ours, even where both ends are named as owners.
+    pub(crate) fn eap_secret_of(&self, peer: &Identity, ours: &Identity) -> Option<&Secret> {
+        if peer == ours { None } else { self.eap_secret(|shared| shared.owned_by(peer)) }
+    }
+
+    /// Our password for EAP towards a gateway, which may be an owner too. One without owners is good everywhere.
+    pub(crate) fn eap_secret_for(&self, ours: &Identity, gateway: &Identity) -> Option<&Secret> {
+        self.eap_secret(|shared| match shared.owned_by(ours) {
+            Some(specificity) => Some((Some(specificity), shared.owned_by(gateway))),
+            None => shared.owners.is_empty().then_some((None, None)),
+        })
+    }
+
+    fn eap_secret<Fit: Ord>(&self, fit: impl Fn(&SharedSecret) -> Option<Fit>) -> Option<&Secret> {
+        let mut best: Option<(Fit, &Secret)> = None;
+        for shared in self.inner.shared_secrets.iter().filter(|shared| shared.kind == SharedKind::Eap) {
+            if let Some(fit) = fit(shared)
+                && best.as_ref().is_none_or(|(known, _)| *known < fit)
             {
                 best = Some((fit, &shared.secret));
             }
@@ -357,6 +395,10 @@ impl Credentials {
 type Fit = (Option<Specificity>, Option<Specificity>);
 
 impl SharedSecret {
+    fn owned_by(&self, identity: &Identity) -> Option<Specificity> {
+        self.owners.iter().filter_map(|owner| owner.match_specificity(identity)).max()
+    }
+
     fn is_same_as(&self, other: &Self) -> bool {
         self.kind == other.kind
             && self.name == other.name
@@ -368,8 +410,7 @@ impl SharedSecret {
     /// of them are just us, it is our secret towards everybody. It is never enough that one owner is us, nor
     /// that a pattern admits us: then the other owners could pretend to be anybody.
     fn fit(&self, local: &Identity, remote: Option<&Identity>) -> Option<Fit> {
-        let specificity =
-            |identity: &Identity| self.owners.iter().filter_map(|owner| owner.match_specificity(identity)).max();
+        let specificity = |identity: &Identity| self.owned_by(identity);
         let ours = specificity(local);
         if self.owners.iter().all(|owner| owner.match_specificity(local) == Some(Specificity::Exact)) {
             return Some((remote.and_then(specificity), ours));

@@ -120,6 +120,7 @@ fn entry(name: &str, pattern: &str, class: AuthClass) -> PadEntry {
         public_keys: Vec::new(),
         constraints: SignatureConstraints::default(),
         revocation: Default::default(),
+        eap_id: None,
     }
 }
 
@@ -136,6 +137,7 @@ fn sign_request(local: &str) -> SignRequest {
             certificates: Vec::new(),
             public_keys: Vec::new(),
             constraints: SignatureConstraints::default(),
+            eap_id: None,
         },
         octets: OCTETS.to_vec(),
         shared_key_mac: Arc::new(TestMac),

@@ -331,10 +331,9 @@ impl Script {
         answer.error().map_or(Ok(()), |error| Err(error.kind))
     }
 
-    /// The same with more payloads, and what came back.
-    pub(super) fn authenticate_and_say(&mut self, pair: &mut Pair, more: Vec<Payload>) -> Parts {
+    /// AUTH by a shared key (RFC 7296 §2.15).
+    pub(super) fn proof(&self, id: &Identification, key: &[u8]) -> Payload {
         let channel = self.channel.as_ref().unwrap();
-        let id = Identification { kind: 2, data: b"a".to_vec() };
         let maced = prf(channel.pi.expose(), &[&id.body()]);
         let int = match self.exchanges {
             _ if self.forgets_intermediate => Vec::new(),
@@ -342,8 +341,14 @@ impl Script {
             n => [self.int_i.clone(), self.int_r.clone(), (n + 1).to_be_bytes().to_vec()].concat(),
         };
         let octets = [self.request.clone(), self.nr.clone(), maced, int].concat();
-        let data = prf(&prf(b"correct horse", &[b"Key Pad for IKEv2"]), &[&octets]);
-        let payloads = [vec![Payload::IdInitiator(id), Payload::Auth { method: 2, data }], more].concat();
+        Payload::Auth { method: 2, data: prf(&prf(key, &[b"Key Pad for IKEv2"]), &[&octets]) }
+    }
+
+    /// The same with more payloads, and what came back.
+    pub(super) fn authenticate_and_say(&mut self, pair: &mut Pair, more: Vec<Payload>) -> Parts {
+        let id = Identification { kind: 2, data: b"a".to_vec() };
+        let auth = self.proof(&id, b"correct horse");
+        let payloads = [vec![Payload::IdInitiator(id), auth], more].concat();
         self.ask(pair, ExchangeType::IKE_AUTH, &payloads).expect("an answer")
     }
 }

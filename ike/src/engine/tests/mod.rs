@@ -16,6 +16,7 @@ mod collisions;
 mod configuration;
 mod counters;
 mod defence;
+mod eap;
 mod farewells;
 mod faults;
 mod followup;
@@ -270,6 +271,7 @@ pub(super) fn connection(side: usize) -> Connection {
             certificates: Vec::new(),
             public_keys: Vec::new(),
             constraints: SignatureConstraints::default(),
+            eap_id: None,
         },
         remote: PadEntry {
             name: "site".to_owned(),
@@ -280,6 +282,7 @@ pub(super) fn connection(side: usize) -> Connection {
             public_keys: Vec::new(),
             constraints: SignatureConstraints::default(),
             revocation: Default::default(),
+            eap_id: None,
         },
         children: vec![Arc::new(child("net", local_net, remote_net))],
         fragmentation: Fragmentation::Yes,
@@ -693,6 +696,8 @@ impl Side {
                 self.shown.push((request.certificates.len(), request.raw_key.clone()));
                 JobOutcome::Authenticate(self.credentials.authenticate(&request, UNIX_TIME))
             }
+            Job::EapServer(server, packet) => JobOutcome::EapServer(self.credentials.eap_server(*server, &packet)),
+            Job::EapPeer(peer, packet) => JobOutcome::EapPeer(self.credentials.eap_peer(*peer, &packet)),
             Job::KeyExchange(work) => JobOutcome::KeyExchange(work.run(&mut self.key_rng)),
             Job::FindRoutes(_) | Job::SeenTraffic(_) => unreachable!("answered at once"),
             Job::Resolve(gateway) => JobOutcome::Resolve(match gateway {

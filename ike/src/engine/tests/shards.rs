@@ -248,6 +248,8 @@ impl Net {
         match job {
             Job::Sign(request) => JobOutcome::Sign(self.credentials.sign(&request)),
             Job::Authenticate(request) => JobOutcome::Authenticate(self.credentials.authenticate(&request, UNIX_TIME)),
+            Job::EapServer(server, packet) => JobOutcome::EapServer(self.credentials.eap_server(*server, &packet)),
+            Job::EapPeer(peer, packet) => JobOutcome::EapPeer(self.credentials.eap_peer(*peer, &packet)),
             Job::KeyExchange(work) => JobOutcome::KeyExchange(work.run(&mut self.hosts[host].key_rng)),
             Job::SolvePuzzle(puzzle) => JobOutcome::SolvePuzzle(puzzle.solve()),
             Job::SeenTraffic(_) => JobOutcome::SeenTraffic(None),

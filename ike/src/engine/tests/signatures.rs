@@ -14,14 +14,14 @@ fn params(name: &str) -> CertificateParams {
     params
 }
 
-fn authority() -> CertifiedIssuer<'static, KeyPair> {
+pub(super) fn authority() -> CertifiedIssuer<'static, KeyPair> {
     let mut params = params("ca");
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap()
 }
 
 /// Credentials with a certificate of `name` for each kind of key, in this order.
-fn holder(
+pub(super) fn holder(
     name: &str,
     issuer: &CertifiedIssuer<'static, KeyPair>,
     kinds: &[&'static rcgen::SignatureAlgorithm],
