@@ -365,7 +365,7 @@ impl Database {
         }
         let mut control = self.control();
         let latches: Vec<LatchId> = passing.iter().filter_map(|flow| control.by_flow.get(flow).copied()).collect();
-        let reason = "a policy of the system that is not ours goes before those of the latch";
+        let reason = "something of the system that is not ours has packets pass by the policies of the latch";
         let broken =
             latches.into_iter().filter_map(|id| self.mark(&mut control, id, Condition::Dead, reason.to_owned()));
         let broken: Vec<_> = broken.collect();

@@ -31,9 +31,9 @@
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::{Mutex, MutexGuard};
+use std::{fs, io};
 
 use ipsec::guard::{self, Claim, ClassId, FlowBarrier, Passage};
 use ipsec::plane::{Encapsulation, Mark, Mode, RESERVED_REQID, SaPair};
@@ -380,7 +380,11 @@ impl FlowBarrier for Latches {
             }
         };
         let before: Vec<Selector> = there.iter().filter_map(goes_before).collect();
-        let passes = |flow: &&Flow| before.iter().any(|selector| includes(selector, flow));
+        let unlooked = state.kernel_does_esp.then(|| Unlooked::read(state.tun));
+        let passes = |flow: &&Flow| {
+            unlooked.as_ref().is_some_and(|unlooked| unlooked.takes(flow))
+                || before.iter().any(|selector| includes(selector, flow))
+        };
         let passing = state.flows.keys().filter(passes).copied().collect();
         drop(state);
         // Nobody else's have this mark.
@@ -797,6 +801,44 @@ fn goes_before(report: &PolicyReport) -> Option<Selector> {
         .then_some(outbound)
 }
 
+/// What the kernel delivers without a look at inbound policies (`disable_policy`): of IPv4 what comes by a device, of IPv6 what
+/// comes to an address of one. The tunnel's device and the loopback device are so for IPv4, by our will and the kernel's.
+struct Unlooked {
+    /// By a device.
+    ipv4: bool,
+    ipv6: BTreeSet<IpAddr>,
+}
+
+impl Unlooked {
+    fn read(tun: u32) -> Self {
+        let is_off = |family: &str, device: &str| {
+            let switch = format!("/proc/sys/net/{family}/conf/{device}/disable_policy");
+            fs::read_to_string(switch).is_ok_and(|set| set.trim() != "0")
+        };
+        let devices = fs::read_dir("/proc/sys/net/ipv4/conf").into_iter().flatten();
+        let mut names = devices.filter_map(|device| device.ok()?.file_name().into_string().ok());
+        // What later devices begin with is no device's own.
+        let is_of_others = |name: &String| {
+            !matches!(name.as_str(), "default" | "lo")
+                && !nix::net::if_::if_nametoindex(name.as_str()).is_ok_and(|index| index == tun)
+        };
+        let ipv4 = names.any(|name| is_of_others(&name) && is_off("ipv4", &name));
+        // A line is an address in 32 digits, four numbers, and the name of a device.
+        let addresses = fs::read_to_string("/proc/thread-self/net/if_inet6").unwrap_or_default();
+        let ipv6 = addresses.lines().filter_map(|line| {
+            let (address, rest) = line.split_once(' ')?;
+            let address = u128::from_str_radix(address, 16).ok()?;
+            let device = rest.split_ascii_whitespace().next_back()?;
+            (is_off("ipv6", device) || is_off("ipv6", "all")).then(|| IpAddr::V6(address.into()))
+        });
+        Self { ipv4, ipv6: ipv6.collect() }
+    }
+
+    fn takes(&self, flow: &Flow) -> bool {
+        if flow.local.is_ipv4() { self.ipv4 } else { self.ipv6.contains(&flow.local) }
+    }
+}
+
 /// True when an outbound selector is about a flow's packets.
 fn includes(selector: &Selector, flow: &Flow) -> bool {
     let port = |wanted: Port, port: u16| port & wanted.mask == wanted.port & wanted.mask;
@@ -1032,6 +1074,37 @@ mod tests {
         let text = ip("xfrm policy");
         let policies = text.split("src ").filter(|policy| policy.trim_end().ends_with(&format!("if_id {if_id}")));
         policies.inspect(|policy| assert!(policy.contains("dir in action block"), "{policy}")).count()
+    }
+
+    // A device by which packets pass all policies by.
+    #[test]
+    fn flows_that_no_inbound_policy_is_asked_about_are_told() {
+        host()
+            .run(|| {
+                let latches = Latches::open(TUN, true).unwrap();
+                ip("addr add fd01::1/64 dev eth0 nodad");
+                let remote = "fd02::1".parse().unwrap();
+                let ipv6 = Flow { local: "fd01::1".parse().unwrap(), remote, ..udp_flow(7000) };
+                let elsewhere = Flow { local: "fd03::1".parse().unwrap(), ..ipv6 };
+                for flow in [udp_flow(7000), ipv6, elsewhere] {
+                    latches.set(&flow, Passage::None).unwrap();
+                }
+                assert_eq!(latches.verify(), []);
+                let switch = |family: &str, device: &str, value: &str| {
+                    std::fs::write(format!("/proc/sys/net/{family}/conf/{device}/disable_policy"), value).unwrap();
+                };
+                switch("ipv4", "default", "1");
+                assert_eq!(latches.verify(), []);
+                for (family, flow) in [("ipv4", udp_flow(7000)), ("ipv6", ipv6)] {
+                    for device in ["eth0", "all"] {
+                        switch(family, device, "1");
+                        assert_eq!(latches.verify(), [flow], "{family} {device}");
+                        switch(family, device, "0");
+                        assert_eq!(latches.verify(), []);
+                    }
+                }
+            })
+            .unwrap();
     }
 
     // RFC 5660 §2.3: what comes by an SA of the wrong peer is not received, whatever policies the kernel has it meet.
