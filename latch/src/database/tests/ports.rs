@@ -383,6 +383,8 @@ impl Kernel {
                 }
             }
             Event::Find => database.find_connections(),
+            // Of a connection that is to be made: that a released one has ended is the server's to see to.
+            Event::Create { flow: n } | Event::Reserve { flow: n } if self.came_by.contains_key(&n) => {}
             Event::Create { flow: n } => drop(database.create(flow(n), &waiting(), ignore())),
             Event::Reserve { flow: n } => self.larval.extend(database.reserve(flow(n))),
             Event::Release { nth: n } => {
