@@ -432,7 +432,10 @@ impl Database {
         let newcomer = CoveringSa { class, local_ts: local_ts.to_vec(), remote_ts: remote_ts.to_vec() };
         self.rank(&control, &newcomer)?;
         let found = self.before_newcomer(&mut control, newcomer.clone());
-        let (_control, broken) = self.break_conflicting(control, &newcomer, found);
+        let (mut control, broken) = self.break_conflicting(control, &newcomer, found);
+        if !broken.is_empty() {
+            control.stale.push(newcomer.remote_ts);
+        }
         Ok(broken)
     }
 
@@ -547,21 +550,27 @@ impl Database {
         let found = self.before_newcomer(&mut control, newcomer.clone());
         let (mut control, _) = self.break_conflicting(control, &newcomer, found);
         control.newcomer = None;
+        control.stale.retain(|remote_ts| *remote_ts != newcomer.remote_ts);
+        let replaced = control.sas.get(sa).map(|sa| sa.remote_ts.clone());
+        control.stale.extend(replaced);
         control.sas.insert(sa, newcomer);
         self.forget_refusals();
         Ok(())
     }
 
     /// The SA is gone, or was not installed after all. Latches stay: their packets are lost until a congruent SA comes
-    /// (RFC 5660 §2). Those that wait for this SA to go are ESTABLISHED again.
+    /// (RFC 5660 §2). Those that wait for this SA to go are ESTABLISHED again; latches to other addresses are not looked at.
     pub fn removed(&self, sa: u64) {
         let mut control = self.control();
         let found = self.before_removal(&mut control, sa);
+        let mut stale = std::mem::take(&mut control.stale);
+        stale.extend(control.sas.get(sa).map(|sa| sa.remote_ts.clone()));
         control.sas.remove(sa);
         self.forget_refusals();
         control.bindings.remove(&sa);
         self.open_ports(&control);
-        let restored = self.restore(&mut control);
+        let waiting = control.fallen.within(&stale.concat(), |_| true);
+        let restored = self.restore(&mut control, waiting);
         drop(control);
         self.tell(found);
         self.tell(restored);
@@ -627,7 +636,8 @@ impl Database {
                 _ => {}
             }
         }
-        changed.extend(self.restore(&mut control));
+        let waiting = control.recoverable.iter().copied().collect();
+        changed.extend(self.restore(&mut control, waiting));
         drop(control);
         self.tell(found);
         self.tell(changed);
@@ -1029,28 +1039,24 @@ impl Database {
         (state != before).then(|| (Arc::clone(&latch.holder), latch.alert(id, state, reason)))
     }
 
-    /// Restores the latches that no SA conflicts with any more, except those that the policy broke.
-    fn restore(&self, control: &mut Control) -> Vec<(Holder, Alert)> {
+    /// Of these latches, restores those that no SA conflicts with any more, except those that the policy broke.
+    fn restore(&self, control: &mut Control, waiting: Vec<LatchId>) -> Vec<(Holder, Alert)> {
         let mut restored = Vec::new();
-        for id in std::mem::take(&mut control.recoverable) {
-            let Some(latch) = control.latches.get(&id) else { continue };
+        for id in waiting {
+            let Some(latch) = control.latches.get(&id).filter(|_| control.recoverable.contains(&id)) else { continue };
             let clear = match control.coverage(&latch.flow) {
                 Coverage::None => true,
                 Coverage::One(number) => number == latch.number,
                 Coverage::Several => false,
             };
             let allowed = latch.condition == Condition::Conflict;
-            match control.latches.get_mut(&id) {
-                Some(latch) if clear && allowed => {
-                    self.set(latch, Condition::Established);
-                    control.fallen.remove(latch.number, latch.flow.remote, id);
-                    control.standing.insert(latch.number, latch.flow.remote, id);
-                    let reason = "nothing conflicts with it any more".to_owned();
-                    restored.push((Arc::clone(&latch.holder), latch.alert(id, LatchState::Established, reason)));
-                }
-                _ => {
-                    control.recoverable.insert(id);
-                }
+            if let Some(latch) = control.latches.get_mut(&id).filter(|_| clear && allowed) {
+                self.set(latch, Condition::Established);
+                control.recoverable.remove(&id);
+                control.fallen.remove(latch.number, latch.flow.remote, id);
+                control.standing.insert(latch.number, latch.flow.remote, id);
+                let reason = "nothing conflicts with it any more".to_owned();
+                restored.push((Arc::clone(&latch.holder), latch.alert(id, LatchState::Established, reason)));
             }
         }
         restored
@@ -1490,6 +1496,9 @@ struct Control {
     sas: Sas,
     /// Asked for and not yet installed.
     newcomer: Option<CoveringSa>,
+    /// Remote selectors of SAs that broke latches and did not go in, or that another took the number of: what waits for their going
+    /// is looked at with the next one that goes.
+    stale: Vec<Vec<TrafficSelector>>,
     bindings: HashMap<u64, Bindings>,
     latches: BTreeMap<LatchId, Latch>,
     /// LARVAL latches, which are in `by_flow` too.
