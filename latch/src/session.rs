@@ -395,6 +395,16 @@ pub(crate) fn datagram_socket(local: SocketAddr) -> io::Result<Socket> {
     Ok(socket)
 }
 
+/// A UDP socket of many peers was shut down, which can be seen before the daemon's word or its death.
+pub(crate) fn shut_down() -> io::Error {
+    Change { state: State::Closed, reason: "the socket was shut down".to_owned() }.failure()
+}
+
+/// What sending by such a socket fails with.
+pub(crate) fn unsent(error: io::Error) -> io::Error {
+    if error.kind() == io::ErrorKind::BrokenPipe { shut_down() } else { error }
+}
+
 /// Where a socket has to send to: one of IPv6 that speaks IPv4 takes mapped addresses.
 pub(crate) fn mapped(to: SocketAddr, domain: Domain) -> SocketAddr {
     match to {

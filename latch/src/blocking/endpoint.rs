@@ -100,7 +100,9 @@ impl UdpEndpoint {
                 self.listen_to_the_daemon(&mut roster)?;
                 roster.send(peer, |to| {
                     let to = session::mapped(to, self.domain);
-                    Ok(rustix::net::sendto(&self.socket, datagram, SendFlags::DONTWAIT, &to)?)
+                    let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+                    let sent = rustix::net::sendto(&self.socket, datagram, flags, &to);
+                    sent.map_err(|error| session::unsent(error.into()))
                 })
             };
             match sent {
@@ -209,8 +211,7 @@ impl UdpEndpoint {
         let step = roster.receive(Instant::now(), buffer, |buffer| {
             let (length, _, from) = rustix::net::recvfrom(&self.socket, buffer, RecvFlags::DONTWAIT)?;
             let from = from.and_then(|from| SocketAddr::try_from(from).ok());
-            // Without an address the socket was shut down: the daemon has released it.
-            from.map(|from| (length, from)).ok_or_else(|| io::ErrorKind::NotConnected.into())
+            from.map(|from| (length, from)).ok_or_else(session::shut_down)
         })?;
         let link = self.link();
         while let Some(latch) = roster.acknowledged() {
@@ -239,9 +240,13 @@ impl UdpEndpoint {
         }
         let times = [alarm, end].into_iter().flatten().map(|time| time.saturating_duration_since(now));
         let left = times.fold(LOOK, Duration::min);
+        let flags = PollFlags::IN | PollFlags::RDHUP;
         let mut descriptors =
-            [PollFd::new(&self.socket, PollFlags::IN), PollFd::from_borrowed_fd(self.link().socket(), PollFlags::IN)];
-        poll(&mut descriptors, Some(left)).map(drop)
+            [PollFd::new(&self.socket, flags), PollFd::from_borrowed_fd(self.link().socket(), PollFlags::IN)];
+        poll(&mut descriptors, Some(left))?;
+        // To receive from it would look like waiting for ever.
+        let [socket, _] = &descriptors;
+        if socket.revents().contains(PollFlags::RDHUP) { Err(session::shut_down()) } else { Ok(()) }
     }
 
     fn ask(&self, question: Question) -> io::Result<()> {

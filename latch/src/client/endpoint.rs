@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use socket2::{Domain, SockRef};
+use tokio::io::Interest;
 use tokio::sync::watch;
 use tokio::time::sleep_until;
 
@@ -103,7 +104,9 @@ impl UdpEndpoint {
     pub fn try_send_to(&self, datagram: &[u8], peer: &UdpPeer) -> io::Result<usize> {
         let mut roster = self.roster();
         self.listen_to_the_daemon(&mut roster)?;
-        roster.send(peer, |to| self.socket.try_send_to(datagram, session::mapped(to, self.domain)))
+        roster.send(peer, |to| {
+            self.socket.try_send_to(datagram, session::mapped(to, self.domain)).map_err(session::unsent)
+        })
     }
 
     /// Latches the flow to a remote end that has not sent anything, to talk to it first: the peer must be as wanted, whoever
@@ -228,7 +231,11 @@ impl UdpEndpoint {
             }
         };
         tokio::select! {
-            ready = self.socket.readable() => ready,
+            // To receive from it would look like waiting for ever.
+            ready = self.socket.ready(Interest::READABLE) => match ready?.is_read_closed() {
+                true => Err(session::shut_down()),
+                false => Ok(()),
+            },
             _ = wake.changed() => Ok(()),
             () = alarm => Ok(()),
         }

@@ -168,6 +168,27 @@ async fn what_waits_when_the_endpoint_is_made_is_not_received() {
     assert_eq!(receives(&endpoint).await.0, b"after");
 }
 
+// What survives the daemon shuts the socket down, which can be seen before its connection's end.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_socket_that_is_shut_down_has_ended() {
+    let house = House::with_sa().await;
+    let (client, one) = (Client::connect(&house.path).await.unwrap(), blocking::Client::connect(&house.path).unwrap());
+    let (endpoint, blocking) =
+        (bind(&client, "%any").await, one.bind_udp("127.0.0.1:0".parse().unwrap(), "%any").unwrap());
+    let (far, mut buffer) = (far(), [0; 8]);
+    let remote = far.local_addr().unwrap();
+    let peers = (endpoint.latch(remote, "%any").await.unwrap(), blocking.latch(remote, "%any").unwrap());
+    let shut =
+        |socket: BorrowedFd<'_>| crate::survivor::disconnect(&Socket::from(socket.try_clone_to_owned().unwrap()));
+    shut(endpoint.as_fd());
+    shut(blocking.as_fd());
+    let received = timeout(PATIENCE, endpoint.recv_from(&mut buffer)).await.unwrap();
+    assert_eq!(received.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+    assert_eq!(endpoint.send_to(b"x", &peers.0).await.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+    assert_eq!(blocking.recv_from(&mut buffer).unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+    assert_eq!(blocking.send_to(b"x", &peers.1).unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+}
+
 #[tokio::test]
 async fn the_end_of_the_daemon_ends_an_endpoint() {
     let house = House::with_sa().await;
