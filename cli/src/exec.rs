@@ -45,7 +45,7 @@ pub struct ExecArguments {
     #[arg(long)]
     unconfined: bool,
     /// Seconds without a sign of life from the other end after which a latched TCP connection fails, unless the program
-    /// sets times of its own (SO_KEEPALIVE); 0 leaves it to the system. Nothing else tells when the daemon has died.
+    /// sets times of its own (SO_KEEPALIVE); 0 leaves it to the system. For when the daemon has died and its second process, which would reset the connection, with it.
     #[arg(long, value_name = "SECONDS", default_value_t = 120)]
     dead_after: u64,
     /// The program and its arguments.

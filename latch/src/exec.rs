@@ -114,6 +114,7 @@ impl FromStr for Rule {
 
     fn from_str(text: &str) -> Result<Self, RuleError> {
         let parsed = match text.split_once('=') {
+            Some((_, peer)) if peer.trim().is_empty() => Err("no peer stands after the =".to_owned()),
             Some((selector, peer)) => selector.trim().parse().and_then(|selector| {
                 IdentityPattern::parse(peer.trim()).map_err(|error| error.to_string())?;
                 Ok(Self { selector, action: Action::Latch(peer.trim().to_owned()) })
@@ -212,7 +213,7 @@ mod tests {
             ("tcp:10.0.0.0/33:80=db.example", "is not an address"),
             ("tcp:10.0.0.0/:80=db.example", "is not an address"),
             ("tcp:2001:db8::1:80=db.example", "in brackets"),
-            ("tcp:80=", ""),
+            ("tcp:80=", "no peer"),
         ] {
             let error = Rules::parse(text).unwrap_err();
             assert!(error.to_string().starts_with(&format!("{text:?}: ")) && error.reason.contains(reason), "{error}");

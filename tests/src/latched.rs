@@ -8,7 +8,7 @@ use crate::daemon::{Daemon, Kind};
 use crate::host::{Host, link, wait_for};
 use crate::pki::Authority;
 use crate::scene::{Scene, Suite};
-use crate::witness::{BREAKS, Echo, Talk, Talker, Three, Wires, certified};
+use crate::witness::{BREAKS, Echo, MARK, Talk, Talker, Three, Wires, certified};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -22,6 +22,40 @@ pub fn loot(kind: Kind, host: &Host, address: &str) -> Capture {
     }
     let link = host.check("ip", &["-o", "addr", "show", "to", address]);
     Capture::delivered(host, link.split_whitespace().nth(1).unwrap())
+}
+
+/// RFC 5660 §2.3: what another peer asks for is narrowed around latched connections, also when it rekeys; it gets the rest.
+pub fn an_impostor_gets_all_but_the_latched_connections(kind: Kind) {
+    let three = Three::with(kind, "", |text| text);
+    let Three { a, c, host_a, host_b, host_c, .. } = &three;
+    let (wires, loot) = (three.wires(), loot(kind, host_c, "198.51.100.3"));
+    let _echo = Echo::start(host_b, "10.2.0.1");
+    let tcp = Talker::start(a, host_a, &Talk::default());
+    let udp = Talk { udp: true, local: "10.1.0.1:40008", ..Talk::default() };
+    let udp = Talker::start(a, host_a, &udp);
+    tcp.talks();
+    udp.talks();
+    c.initiate("net-a");
+    for _ in 0..5 {
+        let _ = host_c
+            .run("sh", &["-c", "echo FORGED | socat -u - UDP4-DATAGRAM:10.1.0.1:40008,bind=10.2.0.1:7,reuseaddr"]);
+    }
+    tcp.talks();
+    udp.talks();
+    let before = c.child_spis("INSTALLED");
+    c.control(&["--rekey", "--child", "net-a"]);
+    wait_for("the successor", PATIENCE, || c.child_spis("INSTALLED").iter().any(|spi| !before.contains(spi)));
+    tcp.talks();
+    udp.talks();
+    assert!(!tcp.report().contains("alert"), "{}", tcp.report());
+    assert!(!udp.report().contains("alert") && !udp.report().contains("foreign"), "{}", udp.report());
+    assert!(c.sas().contains("10.1.0.1/32[tcp/0-40006]"), "{}", c.sas());
+    assert_eq!(loot.list(OF_A), "", "C has got something of the latched connections");
+    let _ = host_a.run("ping", &["-c", "2", "-i", "0.2", "-W", "1", "-I", "10.1.0.1", "10.2.0.1"]);
+    wait_for("what is not latched, at C", PATIENCE, || loot.count("icmp and host 10.1.0.1") > 0);
+    // A kernel sends in clear what no policy is for: C's own forgeries, which A did not take.
+    let connections = if kind == Kind::LatchkeyKernel { "port 7 and not udp dst port 40008" } else { "port 7" };
+    wires.saw_nothing_of(connections, MARK);
 }
 
 /// RFC 5660 §2 (13), fail closed: the daemon is killed at each step of a latch's life, and afterwards started again. The host

@@ -402,6 +402,16 @@ impl Three {
 
     /// The same with these settings in A's `charon` section and no others.
     pub fn with(kind: Kind, settings_a: &str, change_a: impl FnOnce(String) -> String) -> Self {
+        Self::with_stranger(kind, kind, settings_a, change_a)
+    }
+
+    /// The same with another daemon for C.
+    pub fn with_stranger(
+        kind: Kind,
+        of_c_kind: Kind,
+        settings_a: &str,
+        change_a: impl FnOnce(String) -> String,
+    ) -> Self {
         let (host_a, host_b) = hosts();
         let host_c = Host::new();
         link(&host_a, "198.51.100.1/24", &host_c, "198.51.100.3/24");
@@ -420,7 +430,7 @@ impl Three {
         let (as_a, _) = certified(&authority, ("c", "203.0.113.3"), "10.1.0.1/32", &to_b);
         let of_c = as_b.trim_end().trim_end_matches('}').to_owned() + as_a.trim_start_matches("connections {\n");
         let b = Daemon::start_with(kind, &host_b, BREAKS, &of_b.0, &of_b.1);
-        let c = Daemon::start(kind, &host_c, &of_c, &files_c);
+        let c = Daemon::start(of_c_kind, &host_c, &of_c, &files_c);
         let a = Daemon::start_empty(kind, &host_a, settings_a);
         a.write(&of_a.0, &of_a.1);
         a.control(&["--load-all"]);
