@@ -11,13 +11,14 @@ use ike::crypto::parse_proposals;
 use ipsec::plane::Mode;
 use ipsec::selector::Flow;
 use ipsec::transform::{Encr, Integ, Protocol, TransformType};
-use latch::client::{Client, TcpStream};
+use latch::client::{Changes, Client};
 use latch::protocol::{
     AddressBinding, Disposition, ENDPOINT_BINDING, Initiate, Inquire, Inquired, ListedLatch, Peer, ProofInfo,
     Protection, SaInfo, State, UNIQUE_BINDING, Wanted, WantedSuite,
 };
 use pad::Identity;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use tokio::net::TcpSocket;
 
 use crate::config::ConnectionDefinition;
 use crate::config::daemon::DEFAULT_LATCH_SOCKET;
@@ -118,6 +119,10 @@ pub struct NetcatArguments {
     /// Ask for an SA for this connection alone.
     #[arg(long, conflicts_with = "listen")]
     narrow: bool,
+    /// Have the connection go in clear although the policy protects it, and none of it otherwise. For root, and whom
+    /// latch_access names.
+    #[arg(long, conflicts_with_all = ["listen", "peer", "suite", "narrow", "on_break"])]
+    bypass: bool,
     /// What becomes of the connection when its latch breaks.
     #[arg(long, default_value = "reset")]
     on_break: OnBreak,
@@ -217,6 +222,9 @@ pub async fn preview(socket: PathBuf, connections: &[ConnectionDefinition]) -> a
 /// Moves standard input and output over a latched connection.
 pub async fn netcat(arguments: &NetcatArguments) -> anyhow::Result<()> {
     let client = connect(&arguments.daemon).await?;
+    if arguments.bypass {
+        return netcat_in_clear(&client, arguments).await;
+    }
     let wanted = Wanted {
         suites: arguments.suite.as_deref().map_or_else(|| Ok(Vec::new()), suites)?,
         on_break: Some(match arguments.on_break {
@@ -236,11 +244,7 @@ pub async fn netcat(arguments: &NetcatArguments) -> anyhow::Result<()> {
         eprintln!("listening on {} for {}", listener.local_addr(), arguments.peer);
         listener.accept().await?.0
     } else {
-        let [host, port] = arguments.destination.as_slice() else { bail!("HOST and PORT are needed") };
-        let port = port.parse().with_context(|| format!("{port} is not a port"))?;
-        let mut found = tokio::net::lookup_host((host.as_str(), port)).await.with_context(|| host.clone())?;
-        let remote = found.next().with_context(|| format!("{host} has no address"))?;
-        let local = arguments.source.as_deref().map(source).transpose()?;
+        let (local, remote) = ends(arguments).await?;
         if arguments.udp {
             return datagrams::talk(client.latch_udp(remote, local, wanted).await?).await;
         }
@@ -260,7 +264,35 @@ pub async fn netcat(arguments: &NetcatArguments) -> anyhow::Result<()> {
             Err(error) => eprintln!("no channel binding {kind}: {error}"),
         }
     }
-    let mut changes = stream.changes();
+    let changes = stream.changes();
+    move_and_tell(stream, changes).await
+}
+
+async fn netcat_in_clear(client: &Client, arguments: &NetcatArguments) -> anyhow::Result<()> {
+    let (local, remote) = ends(arguments).await?;
+    let socket = if remote.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    if let Some(local) = local {
+        socket.bind(local).with_context(|| format!("binding to {local}"))?;
+    }
+    let bypass = client.bypass_socket(&socket, remote).await?;
+    let stream = socket.connect(remote).await.with_context(|| format!("connecting to {remote}"))?;
+    eprintln!("latch {}: {} to {}, IN CLEAR", bypass.latch(), bypass.local_addr(), bypass.peer_addr());
+    move_and_tell(stream, bypass.changes()).await
+}
+
+/// Both ends of the connection to be made; ours as far as it matters.
+async fn ends(arguments: &NetcatArguments) -> anyhow::Result<(Option<SocketAddr>, SocketAddr)> {
+    let [host, port] = arguments.destination.as_slice() else { bail!("HOST and PORT are needed") };
+    let port = port.parse().with_context(|| format!("{port} is not a port"))?;
+    let mut found = tokio::net::lookup_host((host.as_str(), port)).await.with_context(|| host.clone())?;
+    let remote = found.next().with_context(|| format!("{host} has no address"))?;
+    Ok((arguments.source.as_deref().map(source).transpose()?, remote))
+}
+
+async fn move_and_tell(
+    stream: impl AsyncRead + AsyncWrite + Send + 'static,
+    mut changes: Changes,
+) -> anyhow::Result<()> {
     let told = async {
         loop {
             let change = changes.next().await;
@@ -284,7 +316,7 @@ pub async fn netcat(arguments: &NetcatArguments) -> anyhow::Result<()> {
     moved
 }
 
-async fn copy(stream: TcpStream) -> anyhow::Result<()> {
+async fn copy(stream: impl AsyncRead + AsyncWrite + Send + 'static) -> anyhow::Result<()> {
     let (mut reader, mut writer) = tokio::io::split(stream);
     let mut lines = datagrams::typed();
     let sending = tokio::spawn(async move {
@@ -323,9 +355,11 @@ fn broken_by(connections: &[ConnectionDefinition], shown: &Inquired) -> anyhow::
         remote: remote.ip(),
         remote_port: remote.port(),
     };
+    // A bypass: no connection protects it, whatever is loaded.
+    let (Some(peer), Some(protection)) = (&shown.peer, &shown.protection) else { return Ok(None) };
     let identity = |info: &latch::protocol::IdentityInfo| Identity::from_wire(info.kind, &info.data);
-    let (peer, own) = (identity(&shown.peer.id)?, identity(&shown.peer.local_id)?);
-    let Protection { encr, key_bits, integ, ref mode, .. } = shown.protection;
+    let (peer, own) = (identity(&peer.id)?, identity(&peer.local_id)?);
+    let Protection { encr, key_bits, integ, ref mode, .. } = *protection;
     let mode = if mode == "transport" { Mode::Transport } else { Mode::Tunnel };
     let suite = (Encr(encr), key_bits, Integ(integ));
     Ok(conflict(connections, &Pinned { flow: &flow, peer: &peer, local: &own, mode, suite }))
@@ -361,7 +395,7 @@ fn source(text: &str) -> anyhow::Result<SocketAddr> {
 }
 
 fn line(latch: &ListedLatch) -> String {
-    let ListedLatch { latch, state, protocol, local, remote, peer, automatic, listener } = latch;
+    let ListedLatch { latch, state, protocol, local, remote, peer, bypass, automatic, listener } = latch;
     let protocol = match protocol {
         6 => "tcp".to_owned(),
         17 => "udp".to_owned(),
@@ -370,6 +404,7 @@ fn line(latch: &ListedLatch) -> String {
     let remote = remote.map_or_else(|| "*".to_owned(), |remote| remote.to_string());
     let automatic = if *automatic { "  automatic" } else { "" };
     let listener = listener.map_or_else(String::new, |listener| format!("  of {listener}"));
+    let peer = if *bypass { "bypass" } else { peer };
     format!("{latch:>6}  {state:<11}  {protocol}  {local} - {remote}  {peer}{automatic}{listener}")
 }
 
@@ -378,8 +413,10 @@ fn tell(shown: &Inquired, json: bool) -> anyhow::Result<()> {
         println!("{}", serde_json::to_string_pretty(shown)?);
         return Ok(());
     }
-    println!("{} to {}: {}", shown.local, shown.remote, described(&shown.peer));
-    println!("protection: {}", protected(&shown.protection));
+    let peer = shown.peer.as_ref().map_or_else(|| "nobody knows who".to_owned(), described);
+    println!("{} to {}: {peer}", shown.local, shown.remote);
+    let bypass = || "bypass: in clear, and not under any SA".to_owned();
+    println!("protection: {}", shown.protection.as_ref().map_or_else(bypass, protected));
     for sa in &shown.sas {
         println!("{}", told(sa));
     }

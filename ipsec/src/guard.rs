@@ -64,6 +64,28 @@ pub enum Passage {
     Larval,
     /// What SAs of this class carry.
     Class(ClassId),
+    /// What no SA carries (RFC 5660 §3.1).
+    Clear,
+}
+
+/// What a logical entry of the SPD does with the flow that it is for (RFC 4301 §4.4.1).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum LogicalEntry {
+    /// BYPASS: its packets go past the tunnel, whatever SAs and traps say.
+    Bypass,
+    /// PROTECT: they go into the tunnel, whatever shunts say that let pass.
+    Protect,
+}
+
+/// Logical entries at the head of the SPD, each for one flow (RFC 5660 §2.3, §3.1). They are the routing's part: what the
+/// packet check and the system's barrier do with a packet is theirs. They end with the process, or with its successor's start.
+///
+/// Calls return when the system has done what they ask. They are short, and may come from any thread.
+pub trait LogicalSpd: Send + Sync {
+    /// From now on the flow has this entry and no other. When it fails, it has none.
+    fn put(&self, flow: &Flow, entry: LogicalEntry) -> Result<(), String>;
+    /// It has none any more.
+    fn remove(&self, flow: &Flow);
 }
 
 /// A port of ours, with one address or all of one family, whose connections are latched.

@@ -22,7 +22,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use ipsec::datapath::{DataPath, DropReason, Inbound, Outbound};
-use ipsec::guard::{FlowBarrier, FlowGuard};
+use ipsec::guard::{FlowBarrier, FlowGuard, LogicalSpd};
 use ipsec::plane::{DataPlane, Encapsulation, PlaneEvent, StreamId};
 use tokio::sync::mpsc;
 
@@ -31,7 +31,7 @@ use crate::interfaces::{self, AddressPair, InterfaceFilter};
 use crate::netlink::{Netlink, context};
 use crate::planes::Planes;
 use crate::routes::{Routes, host_prefix};
-use crate::shunt_rules::ShuntRules;
+use crate::shunt_rules::{FlowRules, ShuntRules};
 use crate::socket::{Header, OuterSocket, keep_flow_label, leave_stream_to_the_kernel, pass_by_policies};
 use crate::threads;
 use crate::tun::{Tun, TunWriter};
@@ -182,7 +182,7 @@ const GONE: &str = "the stream is gone";
 pub(crate) struct Inner {
     pub(crate) shared: Arc<Shared>,
     pub(crate) routes: Mutex<Routes>,
-    pub(crate) shunts: Mutex<ShuntRules>,
+    pub(crate) shunts: Arc<Mutex<ShuntRules>>,
     /// Policies around the tunnel of user space; `None` where the kernel has none.
     pub(crate) inbound: Option<InboundPolicies>,
     /// Where the kernel does ESP.
@@ -323,7 +323,7 @@ impl Network {
         let inner = Arc::new(Inner {
             shared: Arc::clone(&shared),
             routes: Mutex::new(routes),
-            shunts: Mutex::new(shunts),
+            shunts: Arc::new(Mutex::new(shunts)),
             inbound,
             xfrm_interfaces,
             netlink: Mutex::new(netlink),
@@ -363,6 +363,11 @@ impl Network {
     /// The kernel's barrier around latched flows; `None` where it has no policies.
     pub fn barrier(&self) -> Option<Arc<dyn FlowBarrier>> {
         self.inner.latches.as_ref().map(|latches| Arc::clone(latches) as _)
+    }
+
+    /// Rules by which single flows go past the tunnel, or into it in spite of a shunt.
+    pub fn logical_spd(&self) -> Arc<dyn LogicalSpd> {
+        Arc::new(FlowRules { rules: Arc::clone(&self.inner.shunts), tunnelled: self.inner.xfrm.is_none() })
     }
 
     /// Port of plain IKE, as bound.

@@ -1,20 +1,58 @@
 //! Shunts where ESP is done in user space (RFC 4301 §4.4.1: BYPASS and DISCARD): rules of policy routing around the one that
 //! leads packets into the tunnel's device. What passes jumps over that rule. What is dropped behind it, the system refuses:
-//! with ICMP "administratively prohibited" where it forwards (§5.1), with an error to programs of this host.
+//! with ICMP "administratively prohibited" where it forwards (§5.1), with an error to programs of this host. Single flows may have
+//! the same for themselves ([`FlowRules`]): they pass as by a shunt, or jump over the shunts that pass.
 //!
 //! Such rules are asked about each packet that is routed, sent here or forwarded, in either direction. What comes for this
 //! host itself is not routed by them: for that there are policies of the kernel, where it has any ([`crate::xfrm`]).
 
 use std::collections::BTreeMap;
 use std::io;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex};
 
+use ipsec::guard::{LogicalEntry, LogicalSpd};
 use ipsec::plane::{PlaneError, Shunt, ShuntAction};
-use ipsec::selector::TrafficSelector;
+use ipsec::selector::{Flow, TrafficSelector};
 
 use crate::netlink::{FlowSelector, Netlink, Rule, RuleAction, RuleSelector};
+use crate::network::lock;
 
 /// Rules of one shunt, at most.
 const MOST_RULES: usize = 256;
+
+/// Rules of flows, at most two for each: the system looks at one after the other.
+const MOST_FLOWS: usize = 1024;
+
+/// Whose rules they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Owner {
+    Shunt(u32),
+    Flow(Flow),
+}
+
+/// Rules for single flows, of a network's [`ShuntRules`].
+pub(crate) struct FlowRules {
+    pub(crate) rules: Arc<Mutex<ShuntRules>>,
+    /// Packets get into the tunnel by routes.
+    pub(crate) tunnelled: bool,
+}
+
+impl LogicalSpd for FlowRules {
+    fn put(&self, flow: &Flow, entry: LogicalEntry) -> Result<(), String> {
+        // Where the kernel does ESP, its policies alone say what is protected.
+        if entry == LogicalEntry::Protect && !self.tunnelled {
+            return Ok(());
+        }
+        lock(&self.rules).add_flow(flow, entry).map_err(|e| format!("install the rules of {flow}: {e}"))
+    }
+
+    fn remove(&self, flow: &Flow) {
+        if let Err(error) = lock(&self.rules).remove_of(Owner::Flow(*flow)) {
+            tracing::error!(%flow, %error, "removing the rules of a flow");
+        }
+    }
+}
 
 /// The shunts' rules.
 pub(crate) struct ShuntRules {
@@ -25,7 +63,7 @@ pub(crate) struct ShuntRules {
     device: String,
     /// Of our own packets.
     mark: u32,
-    by_number: BTreeMap<u32, Vec<Rule>>,
+    by_owner: BTreeMap<Owner, Vec<Rule>>,
     /// What all of them need.
     common: Vec<Rule>,
 }
@@ -34,12 +72,12 @@ impl ShuntRules {
     /// Removes what a daemon has left that died.
     pub(crate) fn new(mut netlink: Netlink, (priority, mark): (u32, u32), device: String) -> io::Result<Self> {
         netlink.delete_own_rules()?;
-        Ok(Self { netlink, priority, device, mark, by_number: BTreeMap::new(), common: Vec::new() })
+        Ok(Self { netlink, priority, device, mark, by_owner: BTreeMap::new(), common: Vec::new() })
     }
 
     /// True for one that is installed.
     pub(crate) fn contains(&self, number: u32) -> bool {
-        self.by_number.contains_key(&number)
+        self.by_owner.contains_key(&Owner::Shunt(number))
     }
 
     /// Installs a shunt's rules: all of them, or on error none.
@@ -48,7 +86,19 @@ impl ShuntRules {
             |source| PlaneError::System { action: format!("install the rules of shunt {}", shunt.number), source };
         let rules = rules(shunt, self.priority).map_err(in_rules)?;
         self.add_rules(&rules).map_err(in_rules)?;
-        self.by_number.insert(shunt.number, rules);
+        self.by_owner.insert(Owner::Shunt(shunt.number), rules);
+        Ok(())
+    }
+
+    fn add_flow(&mut self, flow: &Flow, entry: LogicalEntry) -> io::Result<()> {
+        self.remove_of(Owner::Flow(*flow))?;
+        let flows = self.by_owner.keys().filter(|owner| matches!(owner, Owner::Flow(_))).count();
+        if flows >= MOST_FLOWS {
+            return Err(io::Error::other(format!("there are rules for {MOST_FLOWS} flows, and no more are taken")));
+        }
+        let rules = rules_of_flow(flow, entry, self.priority)?;
+        self.add_rules(&rules)?;
+        self.by_owner.insert(Owner::Flow(*flow), rules);
         Ok(())
     }
 
@@ -66,9 +116,13 @@ impl ShuntRules {
 
     /// Removes a shunt's rules. Does all that it can, and gives the first error.
     pub(crate) fn remove(&mut self, number: u32) -> io::Result<()> {
-        let rules = self.by_number.remove(&number).unwrap_or_default();
+        self.remove_of(Owner::Shunt(number))
+    }
+
+    fn remove_of(&mut self, owner: Owner) -> io::Result<()> {
+        let rules = self.by_owner.remove(&owner).unwrap_or_default();
         let mut outcome = rules.iter().map(|rule| self.netlink.delete_rule(rule)).fold(Ok(()), io::Result::and);
-        if self.by_number.is_empty() {
+        if self.by_owner.is_empty() {
             let common = std::mem::take(&mut self.common);
             outcome = common.iter().map(|rule| self.netlink.delete_rule(rule)).fold(outcome, io::Result::and);
         }
@@ -77,8 +131,8 @@ impl ShuntRules {
 
     /// Removes all.
     pub(crate) fn clear(&mut self) -> io::Result<()> {
-        let numbers: Vec<u32> = self.by_number.keys().copied().collect();
-        numbers.into_iter().map(|number| self.remove(number)).fold(Ok(()), io::Result::and)
+        let owners: Vec<Owner> = self.by_owner.keys().copied().collect();
+        owners.into_iter().map(|owner| self.remove_of(owner)).fold(Ok(()), io::Result::and)
     }
 
     /// As whom the system's news name the changes of rules.
@@ -92,7 +146,7 @@ impl ShuntRules {
         for rule in &self.common {
             restored |= self.netlink.ensure_rule(rule)?;
         }
-        for rule in self.by_number.values().flatten() {
+        for rule in self.by_owner.values().flatten() {
             // Of equal priority, those that skip have to come first, and the last one set comes last.
             if restored && rule.action == RuleAction::Prohibit {
                 self.netlink.delete_rule(rule)?;
@@ -182,6 +236,33 @@ fn rules(shunt: &Shunt, priority: u32) -> io::Result<Vec<Rule>> {
     Ok(rules)
 }
 
+/// The rules that select one flow, in both directions. What it has of its own goes before all shunts.
+fn rules_of_flow(flow: &Flow, entry: LogicalEntry, priority: u32) -> io::Result<Vec<Rule>> {
+    if priority < 3 {
+        let reason = format!("routing_table_prio = {priority} leaves no room for rules before it");
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
+    }
+    let action = match entry {
+        LogicalEntry::Bypass => RuleAction::GoTo(after_all(priority)),
+        LogicalEntry::Protect => RuleAction::GoTo(priority),
+    };
+    let (local, remote) = TrafficSelector::of_flow(flow);
+    let (ours, theirs) = (ports(&local, flow.protocol)?, ports(&remote, flow.protocol)?);
+    let ends = [(flow.local, ours, flow.remote, theirs), (flow.remote, theirs, flow.local, ours)];
+    let rule = |(source, source_ports, destination, destination_ports): (IpAddr, _, IpAddr, _)| {
+        let prefix = if source.is_ipv4() { 32 } else { 128 };
+        let selector = RuleSelector::Flow(FlowSelector {
+            from: (source, prefix),
+            to: (destination, prefix),
+            protocol: flow.protocol,
+            source_ports,
+            destination_ports,
+        });
+        Rule { ipv6: source.is_ipv6(), priority: priority.saturating_sub(2), action, selector }
+    };
+    Ok(ends.map(rule).into())
+}
+
 /// The protocol of packets that both select, 0 for any; `None` where there are none.
 fn common_protocol(local: &TrafficSelector, remote: &TrafficSelector) -> Option<u8> {
     match (local.protocol, remote.protocol) {
@@ -259,5 +340,27 @@ mod tests {
         assert!(rules(&shunt(ShuntAction::Pass, any, any), 1).unwrap_err().to_string().contains("routing_table_prio"));
         let (tcp, udp) = (selector("10.1.0.0/24", 6, ANY), selector("10.2.0.0/24", 17, ANY));
         assert!(rules(&shunt(ShuntAction::Pass, tcp, udp), 220).unwrap().is_empty());
+    }
+
+    fn flow(port: u16) -> Flow {
+        let (local, remote) = ("10.1.0.1".parse().unwrap(), "10.2.0.1".parse().unwrap());
+        Flow { protocol: 6, local, local_port: port, remote, remote_port: 443 }
+    }
+
+    // RFC 5660 §3.1: "protecting or bypassing the exact 5-tuple".
+    #[test]
+    fn a_flow_of_its_own_goes_before_all_shunts_and_is_exact() {
+        let [out, back] = &rules_of_flow(&flow(40_000), LogicalEntry::Bypass, 220).unwrap()[..] else { panic!() };
+        assert_eq!((out.priority, &out.action, out.ipv6), (218, &RuleAction::GoTo(222), false));
+        let (RuleSelector::Flow(to), RuleSelector::Flow(fro)) = (&out.selector, &back.selector) else { panic!() };
+        assert_eq!((to.from, to.to, to.protocol), ((flow(0).local, 32), (flow(0).remote, 32), 6));
+        assert_eq!((to.source_ports, to.destination_ports), (Some((40_000, 40_000)), Some((443, 443))));
+        assert_eq!((fro.from, fro.to, fro.source_ports), (to.to, to.from, to.destination_ports));
+        let protect = rules_of_flow(&flow(40_000), LogicalEntry::Protect, 220).unwrap();
+        assert!(protect.iter().all(|rule| (rule.priority, &rule.action) == (218, &RuleAction::GoTo(220))));
+        for (port, priority, why) in [(u16::MAX, 220, "65534"), (40_000, 2, "no room")] {
+            let error = rules_of_flow(&flow(port), LogicalEntry::Bypass, priority).unwrap_err();
+            assert!(error.to_string().contains(why), "{error}");
+        }
     }
 }

@@ -19,6 +19,8 @@ pub enum Right {
     See,
     /// Break and close latches of others.
     Manage,
+    /// Have connections whose sockets one has go in clear although they would be protected (RFC 5660 §3.1).
+    Bypass,
 }
 
 /// Whom a right is given to.
@@ -45,6 +47,8 @@ pub struct Access {
     pub see: Grant,
     /// [`Right::Manage`].
     pub manage: Grant,
+    /// [`Right::Bypass`].
+    pub bypass: Grant,
 }
 
 /// Who has connected.
@@ -66,10 +70,10 @@ impl Grant {
 }
 
 impl Default for Access {
-    /// Who may write to the daemon's socket may latch what is his; nobody sees or manages what is another's.
+    /// Who may write to the daemon's socket may latch what is his; nobody sees or manages what is another's, or goes around the policy.
     fn default() -> Self {
-        let (everybody, nobody) = (Grant::everybody, Grant::default);
-        Self { latch: everybody(), listen: everybody(), initiate: everybody(), see: nobody(), manage: nobody() }
+        let everybody = Grant::everybody;
+        Self { latch: everybody(), listen: everybody(), initiate: everybody(), ..Self::none() }
     }
 }
 
@@ -77,7 +81,14 @@ impl Access {
     /// Root and the daemon's user alone.
     pub fn none() -> Self {
         let nobody = Grant::default;
-        Self { latch: nobody(), listen: nobody(), initiate: nobody(), see: nobody(), manage: nobody() }
+        Self {
+            latch: nobody(),
+            listen: nobody(),
+            initiate: nobody(),
+            see: nobody(),
+            manage: nobody(),
+            bypass: nobody(),
+        }
     }
 
     /// The grant of a right.
@@ -88,6 +99,7 @@ impl Access {
             Right::Initiate => &self.initiate,
             Right::See => &self.see,
             Right::Manage => &self.manage,
+            Right::Bypass => &self.bypass,
         }
     }
 
@@ -99,6 +111,7 @@ impl Access {
             Right::Initiate => &mut self.initiate,
             Right::See => &mut self.see,
             Right::Manage => &mut self.manage,
+            Right::Bypass => &mut self.bypass,
         }
     }
 
@@ -114,7 +127,7 @@ impl Access {
 
 impl Right {
     /// All that there are.
-    pub const ALL: [Self; 5] = [Self::Latch, Self::Listen, Self::Initiate, Self::See, Self::Manage];
+    pub const ALL: [Self; 6] = [Self::Latch, Self::Listen, Self::Initiate, Self::See, Self::Manage, Self::Bypass];
 }
 
 impl fmt::Display for Right {
@@ -126,6 +139,7 @@ impl fmt::Display for Right {
             Self::Initiate => "initiate",
             Self::See => "see",
             Self::Manage => "manage",
+            Self::Bypass => "bypass",
         })
     }
 }
@@ -150,7 +164,7 @@ mod tests {
         assert!(access.allows(&who(Some(8), &[80, 70]), Right::Manage));
         let mine = [Right::Latch, Right::Listen, Right::Initiate];
         assert!(mine.iter().all(|right| access.allows(&who(None, &[]), *right)));
-        assert!(!access.allows(&stranger, Right::See));
+        assert!(!access.allows(&stranger, Right::See) && !access.allows(&who(Some(7), &[70]), Right::Bypass));
         let privileged = Credentials { privileged: true, ..stranger.clone() };
         assert!(Right::ALL.iter().all(|right| Access::none().allows(&privileged, *right)));
         assert!(!Right::ALL.iter().any(|right| Access::none().allows(&stranger, *right)));

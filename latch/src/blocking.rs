@@ -35,8 +35,8 @@ pub use hold::{hold, settled};
 pub use sockets::{Incoming, TcpListener, TcpStream, UdpSocket};
 
 use crate::protocol::{
-    Accept, Bind, Call, ChannelBinding, Created, Disposition, Guard, Inquire, Inquired, LatchEvent, List, ListedLatch,
-    Listening, Named, Peer, Protection, State, UNIQUE_BINDING, Wanted, Watch,
+    Accept, Bind, Bypassed, Bypassing, Call, ChannelBinding, Created, Disposition, Guard, Inquire, Inquired,
+    LatchEvent, List, ListedLatch, Listening, Named, Peer, Protection, State, UNIQUE_BINDING, Wanted, Watch,
 };
 pub use crate::roster::UdpPeer;
 use crate::session::{self, EVENT_QUEUE, system};
@@ -59,6 +59,15 @@ pub struct Latch {
     created: Created,
     protocol: u8,
     on_break: Disposition,
+    holding: Holding,
+}
+
+/// A connection that is to be clear; released when it is dropped, which ends the connection.
+#[derive(Debug)]
+pub struct Bypass {
+    changes: watch::Receiver<Option<Change>>,
+    bypassed: Bypassed,
+    protocol: u8,
     holding: Holding,
 }
 
@@ -112,6 +121,18 @@ impl Client {
         let on_break = *wanted.on_break.get_or_insert(default);
         let created: Created = self.link.call(Call::Create(wanted), Some(socket.as_fd()))?;
         Ok(Latch::new(&self.link, created, protocol, on_break))
+    }
+
+    /// As [`crate::client::Client::bypass_socket`].
+    pub fn bypass_socket(&self, socket: impl AsFd, remote: SocketAddr) -> Result<Bypass, ClientError> {
+        let reference = SockRef::from(&socket);
+        session::bind_for(&reference, remote)?;
+        let call = Call::Bypass(Bypassing { remote: Some(remote) });
+        let bypassed: Bypassed = self.link.call(call, Some(socket.as_fd()))?;
+        let changes = self.link.state().registry.watch(bypassed.latch);
+        let holding = Holding { link: Arc::clone(&self.link), latch: bypassed.latch };
+        let protocol = if matches!(reference.r#type(), Ok(socket2::Type::DGRAM)) { UDP } else { TCP };
+        Ok(Bypass { changes, bypassed, protocol, holding })
     }
 
     /// Latches a bound TCP socket that will listen: call `listen` on it only afterwards. For UDP there is
@@ -252,8 +273,7 @@ impl Latch {
 
     /// Its state by what the daemon has said until now.
     pub fn state(&self) -> State {
-        self.holding.link.drain();
-        self.changes.borrow().as_ref().map_or(State::Established, |change| change.state)
+        state(&self.holding.link, &self.changes)
     }
 
     /// Waits until the latch is not ESTABLISHED; `None` when time is up.
@@ -263,20 +283,63 @@ impl Latch {
 
     /// Changes of its state from now on; of several at once the last.
     pub fn changes(&self) -> Changes {
-        let mut changes = self.changes.clone();
-        changes.mark_unchanged();
-        Changes { changes, link: Arc::clone(&self.holding.link) }
+        from_now_on(&self.holding.link, &self.changes)
     }
 
     fn wait(&self, timeout: Option<Duration>, is: impl Fn(&Change) -> bool) -> Option<Change> {
-        let seen = || self.changes.borrow().clone().filter(|change| is(change));
-        // The end of the connection to the daemon is a change, too.
-        self.holding.link.wait(deadline(timeout), |_| seen()).or_else(seen)
+        wait(&self.holding.link, &self.changes, timeout, is)
     }
 
     /// What ended the connection.
     fn end(&self) -> Option<Change> {
         self.changes.borrow().clone().filter(|change| change.is_end(self.on_break))
+    }
+}
+
+impl Bypass {
+    /// Number of the latch in the daemon.
+    pub fn number(&self) -> u64 {
+        self.bypassed.latch
+    }
+
+    /// Our end of the connection.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.bypassed.local
+    }
+
+    /// The other end of the connection.
+    pub fn peer_addr(&self) -> SocketAddr {
+        self.bypassed.remote
+    }
+
+    /// Upper-layer protocol of the connection: 6 for TCP, 17 for UDP.
+    pub fn protocol(&self) -> u8 {
+        self.protocol
+    }
+
+    /// What keeps its packets from being protected.
+    pub fn guard(&self) -> Option<Guard> {
+        self.bypassed.guard
+    }
+
+    /// Asks the daemon for all that it knows of it at this moment (INQUIRE_LATCH).
+    pub fn inquire(&self) -> Result<Inquired, ClientError> {
+        self.holding.link.call(Call::Show(Named { latch: self.number() }), None)
+    }
+
+    /// Its state by what the daemon has said until now.
+    pub fn state(&self) -> State {
+        state(&self.holding.link, &self.changes)
+    }
+
+    /// Waits until it is not ESTABLISHED, and the connection has ended; `None` when time is up.
+    pub fn broken(&self, timeout: Option<Duration>) -> Option<Change> {
+        wait(&self.holding.link, &self.changes, timeout, |change| change.state != State::Established)
+    }
+
+    /// Changes of its state from now on; of several at once the last.
+    pub fn changes(&self) -> Changes {
+        from_now_on(&self.holding.link, &self.changes)
     }
 }
 
@@ -331,6 +394,28 @@ impl Iterator for Events {
     fn next(&mut self) -> Option<LatchEvent> {
         Self::next(self, None).ok().flatten()
     }
+}
+
+fn state(link: &Link, changes: &watch::Receiver<Option<Change>>) -> State {
+    link.drain();
+    changes.borrow().as_ref().map_or(State::Established, |change| change.state)
+}
+
+fn from_now_on(link: &Arc<Link>, changes: &watch::Receiver<Option<Change>>) -> Changes {
+    let mut changes = changes.clone();
+    changes.mark_unchanged();
+    Changes { changes, link: Arc::clone(link) }
+}
+
+fn wait(
+    link: &Link,
+    changes: &watch::Receiver<Option<Change>>,
+    timeout: Option<Duration>,
+    is: impl Fn(&Change) -> bool,
+) -> Option<Change> {
+    let seen = || changes.borrow().clone().filter(|change| is(change));
+    // The end of the connection to the daemon is a change, too.
+    link.wait(deadline(timeout), |_| seen()).or_else(seen)
 }
 
 const TCP: u8 = 6;

@@ -25,15 +25,15 @@ use std::time::Instant;
 
 use serde::de::DeserializeOwned;
 use serde_json::Value;
-use socket2::{Protocol, Socket, Type};
+use socket2::{Protocol, SockRef, Socket, Type};
 use tokio::net::TcpSocket;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout_at;
 
 use crate::protocol::{
-    Call, Created, Disposition, Hello, Inquire, Inquired, LatchEvent, List, ListedLatch, Listening, Named, VERSION,
-    Wanted, Watch, Welcome,
+    Bypassed, Bypassing, Call, Created, Disposition, Guard, Hello, Inquire, Inquired, LatchEvent, List, ListedLatch,
+    Listening, Named, VERSION, Wanted, Watch, Welcome,
 };
 pub use crate::roster::UdpPeer;
 use crate::seqpacket::SeqPacket;
@@ -177,6 +177,18 @@ impl Client {
         self.shared.call::<Value>(Call::Close(Named { latch }), None).await.map(drop)
     }
 
+    /// Has the connection of a TCP or UDP socket to `remote` go in clear although the policy protects it (RFC 5660 §3.1), and none of
+    /// it otherwise; for whom may. Connect the socket afterwards. One that is not bound is bound to the kernel's choice of
+    /// address for `remote`; what waits in the queue of a UDP socket is dropped.
+    pub async fn bypass_socket(&self, socket: impl AsFd, remote: SocketAddr) -> Result<Bypass, ClientError> {
+        session::bind_for(&SockRef::from(&socket), remote)?;
+        let call = Call::Bypass(Bypassing { remote: Some(remote) });
+        let bypassed: Bypassed = self.shared.call(call, Some(socket.as_fd())).await?;
+        let changes = self.shared.registry().watch(bypassed.latch);
+        let holding = Holding { shared: Arc::clone(&self.shared), latch: bypassed.latch };
+        Ok(Bypass { changes, bypassed, _holding: holding })
+    }
+
     async fn create(
         &self,
         socket: &Socket,
@@ -215,6 +227,43 @@ impl Client {
                 return Ok(latches);
             }
         }
+    }
+}
+
+/// A connection that is to be clear; released when it is dropped, which ends the connection.
+#[derive(Debug)]
+pub struct Bypass {
+    changes: watch::Receiver<Option<Change>>,
+    bypassed: Bypassed,
+    _holding: Holding,
+}
+
+impl Bypass {
+    /// Number of the latch in the daemon.
+    pub fn latch(&self) -> u64 {
+        self.bypassed.latch
+    }
+
+    /// Our end of the connection.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.bypassed.local
+    }
+
+    /// The other end of the connection.
+    pub fn peer_addr(&self) -> SocketAddr {
+        self.bypassed.remote
+    }
+
+    /// What keeps its packets from being protected.
+    pub fn guard(&self) -> Option<Guard> {
+        self.bypassed.guard
+    }
+
+    /// Changes of its state from now on. One that is not ESTABLISHED any more has ended the connection.
+    pub fn changes(&self) -> Changes {
+        let mut changes = self.changes.clone();
+        changes.mark_unchanged();
+        Changes { changes }
     }
 }
 

@@ -44,6 +44,7 @@ mod automatic;
 mod datagrams;
 mod flow_table;
 mod kept;
+mod optional;
 mod places;
 mod ports;
 mod sas;
@@ -61,11 +62,13 @@ use automatic::{Automatic, Standing};
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry;
 use flow_table::FlowTable;
-use ipsec::guard::{ClassId, Direction, FlowBarrier, FlowGuard, Passage, Verdict};
+use ipsec::guard::{ClassId, Direction, FlowBarrier, FlowGuard, LogicalSpd, Passage, Verdict};
 use ipsec::plane::{EspSuite, Mode};
 use ipsec::selector::{Flow, TrafficSelector};
 use ipsec::transform::{Encr, Integ};
 use kept::Kept;
+pub use optional::ShuntedTraffic;
+use optional::{Bypass, Shunts};
 use pad::{EapMethod, Identity, IdentityPattern, PeerIdentity, Proof};
 use places::Places;
 use sas::{CoveringSa, Sas, covers};
@@ -197,6 +200,8 @@ pub enum Subject {
     Connection(Flow, Arc<Class>),
     /// All flows to a port whose peers match.
     Listener(Listener, IdentityPattern),
+    /// One flow, which is to be clear.
+    Bypass(Flow),
 }
 
 /// What an SA that is about to be negotiated would be to a latch.
@@ -296,6 +301,14 @@ pub enum LatchError {
         /// What is missing.
         reason: String,
     },
+    /// The policy is against it.
+    #[error("the policy is against it: of {flow}, {what}")]
+    Policy {
+        /// The flow.
+        flow: String,
+        /// What it says.
+        what: String,
+    },
     /// The flow is not one connection: an address is unspecified or multicast, a port is 0, or the families differ.
     #[error("{0} is not one connection")]
     NotAConnection(String),
@@ -323,6 +336,7 @@ pub struct Database {
     /// What non-first fragments, which have no ports, are checked against.
     pairs: DashMap<Pair, PairPins>,
     barrier: OnceLock<Arc<dyn FlowBarrier>>,
+    spd: OnceLock<Arc<dyn LogicalSpd>>,
     connections: Connections,
     /// What LARVAL flows would have sent.
     kept: Kept,
@@ -380,7 +394,9 @@ impl Database {
 
     /// What enforces a connection latch; `None` if there is none of this number.
     pub fn protector(&self, latch: LatchId) -> Option<Protector> {
-        self.control().latches.get(&latch).map(|latch| latch.protector)
+        let control = self.control();
+        let of_bypass = || control.bypasses.get(&latch).map(|bypass| bypass.protector);
+        control.latches.get(&latch).map(|latch| latch.protector).or_else(of_bypass)
     }
 
     /// The number of a class; equal classes have equal numbers, numbers are never reused.
@@ -663,7 +679,7 @@ impl Database {
 
     fn end(&self, latch: LatchId, condition: Condition, reason: &str) -> bool {
         let mut control = self.control();
-        let exists = control.latches.contains_key(&latch);
+        let exists = control.latches.contains_key(&latch) || control.bypasses.contains_key(&latch);
         let ended = self.mark(&mut control, latch, condition, reason.to_owned());
         drop(control);
         self.tell(ended.into_iter().collect());
@@ -869,6 +885,11 @@ impl Database {
             self.unpin(&flow, Pin::Broken);
             return;
         }
+        if let Some(told) = self.release_bypass(&mut control, latch) {
+            drop(control);
+            self.observe(&told);
+            return;
+        }
         let Some(gone) = self.take_out(&mut control, latch) else { return };
         drop(control);
         self.observe(&gone.alert(latch, LatchState::Closed, "released".to_owned()));
@@ -932,11 +953,23 @@ impl Database {
         self.list_after(LatchId(latch.0.checked_sub(1)?), 1).pop().filter(|listed| listed.latch == latch)
     }
 
-    /// All connection latches by number, but for automatic ones.
+    /// The latch of a flow that is to be clear.
+    pub fn find_bypass(&self, flow: &Flow) -> Option<(LatchId, LatchState)> {
+        let control = self.control();
+        let id = *control.by_flow.get(flow)?;
+        Some((id, control.bypasses.get(&id)?.state()))
+    }
+
+    /// All connection latches by number, but for automatic ones and bypasses.
     pub fn list(&self) -> Vec<(LatchId, Flow, LatchState, Arc<Class>)> {
         let control = self.control();
         let latches = control.latches.iter().filter(|(id, _)| !control.automatic.contains(**id));
         latches.map(|(id, latch)| (*id, latch.flow, latch.state(), Arc::clone(&latch.class))).collect()
+    }
+
+    /// All bypass latches by number.
+    pub fn bypasses(&self) -> Vec<(LatchId, Flow)> {
+        self.control().bypasses.iter().map(|(id, bypass)| (*id, bypass.flow)).collect()
     }
 
     /// At most `limit` latches, listener latches included, with numbers above `after`, by number.
@@ -959,7 +992,15 @@ impl Database {
             owner: listening.request.owner,
             listener: None,
         });
-        let mut listed: Vec<Listed> = connections.chain(listeners).collect();
+        let bypasses = control.bypasses.range(above).take(limit).map(|(id, bypass)| Listed {
+            latch: *id,
+            state: bypass.state(),
+            subject: Subject::Bypass(bypass.flow),
+            listener: None,
+            automatic: false,
+            owner: bypass.owner,
+        });
+        let mut listed: Vec<Listed> = connections.chain(listeners).chain(bypasses).collect();
         drop(control);
         listed.sort_by_key(|listed| listed.latch);
         listed.truncate(limit);
@@ -1022,6 +1063,9 @@ impl Database {
         condition: Condition,
         reason: String,
     ) -> Option<(Holder, Alert)> {
+        if let Some(bypass) = control.bypasses.get_mut(&id) {
+            return self.mark_bypass(bypass, id, condition, reason);
+        }
         let latch = control.latches.get_mut(&id)?;
         if latch.condition >= condition {
             return None;
@@ -1503,6 +1547,9 @@ struct Control {
     latches: BTreeMap<LatchId, Latch>,
     /// LARVAL latches, which are in `by_flow` too.
     larval: BTreeMap<LatchId, Flow>,
+    /// Bypass latches, which are in `by_flow` too.
+    bypasses: BTreeMap<LatchId, Bypass>,
+    shunts: Shunts,
     automatic: Standing,
     /// Latches that UDP listeners made, and for how long their flows have been silent.
     datagrams: BTreeMap<LatchId, Duration>,
@@ -1676,6 +1723,8 @@ enum Pin {
     Broken,
     /// As `Broken`; senders are told.
     Unreachable,
+    /// What no SA carries passes.
+    Clear,
 }
 
 impl Pin {
@@ -1683,6 +1732,7 @@ impl Pin {
         match self {
             Self::Broken => 0,
             Self::Unreachable => 1,
+            Self::Clear => 2,
             Self::Class(ClassId(class)) => u64::from(class) << 1 | 1 << 63,
         }
     }
@@ -1691,6 +1741,7 @@ impl Pin {
         match number & !flow_table::MARKS {
             0 => Self::Broken,
             1 => Self::Unreachable,
+            2 => Self::Clear,
             // There are no others than ours; if there were, nothing would pass.
             class => u32::try_from((class & !(1 << 63)) >> 1).map_or(Self::Broken, |class| Self::Class(ClassId(class))),
         }
@@ -1699,7 +1750,8 @@ impl Pin {
     fn verdict(self, class: Option<ClassId>) -> Verdict {
         match self {
             Self::Class(pinned) if class == Some(pinned) => Verdict::Pass,
-            Self::Class(_) | Self::Broken => Verdict::Drop,
+            Self::Clear if class.is_none() => Verdict::Pass,
+            Self::Class(_) | Self::Broken | Self::Clear => Verdict::Drop,
             Self::Unreachable => Verdict::Unreachable,
         }
     }
@@ -1746,6 +1798,8 @@ impl PairPins {
         match pin {
             Pin::Class(class) => *self.classes.entry(class).or_default() += 1,
             Pin::Broken | Pin::Unreachable => self.broken += 1,
+            // A later fragment that came under an SA has no first one that passes: it ends nowhere.
+            Pin::Clear => {}
         }
     }
 
@@ -1760,6 +1814,7 @@ impl PairPins {
                 }
             }
             Pin::Broken | Pin::Unreachable => self.broken = self.broken.saturating_sub(1),
+            Pin::Clear => {}
         }
     }
 }

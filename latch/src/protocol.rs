@@ -22,7 +22,7 @@ use crate::database::{Algorithms, Class, LatchError, LatchState, OnBreak, Protec
 pub const VERSION: u32 = 1;
 
 /// What this crate knows beyond the first form of [`VERSION`]: `docs/latch-protocol.md` says what came with which.
-pub const REVISION: u32 = 12;
+pub const REVISION: u32 = 13;
 
 /// The first [`REVISION`] that has [`Wanted::larval`].
 pub const LARVAL_REVISION: u32 = 5;
@@ -63,6 +63,8 @@ pub enum Call {
     Listen(Wanted),
     /// `accept`; a socket comes with it.
     Accept(Accept),
+    /// `bypass`; a socket comes with it.
+    Bypass(Bypassing),
     /// `inquire`; a socket may come with it.
     Inquire(Inquire),
     /// `release`.
@@ -199,6 +201,15 @@ pub struct Accept {
     /// Number of the listener latch.
     pub listener: u64,
     /// Where a datagram came from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub remote: Option<SocketAddr>,
+}
+
+/// Has the connection of the socket that comes with the message go in clear, whatever policy would protect it (RFC 5660 §3.1).
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Bypassing {
+    /// Where the socket will connect to; left out when it is connected.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub remote: Option<SocketAddr>,
 }
@@ -388,6 +399,8 @@ pub enum Code {
     Limit,
     /// The daemon cannot enforce the latch, as it is configured.
     Unenforced,
+    /// The configuration has it otherwise.
+    Policy,
     /// The system refused something.
     System,
     /// A code that this crate does not know.
@@ -459,6 +472,19 @@ pub enum Creating {
     Larval(Larval),
 }
 
+/// Answer to `bypass`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Bypassed {
+    /// Number of the latch.
+    pub latch: u64,
+    /// Our end.
+    pub local: SocketAddr,
+    /// The other end.
+    pub remote: SocketAddr,
+    /// What keeps its packets from being protected.
+    pub guard: Option<Guard>,
+}
+
 /// What keeps a latched connection's packets from going otherwise.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -487,10 +513,13 @@ pub struct Inquired {
     pub protocol: u8,
     /// The flow's latch; without one, the rest is what protects the flow at this moment and may change.
     pub latch: Option<LatchInfo>,
-    /// Who is there.
-    pub peer: Peer,
-    /// How the packets are protected.
-    pub protection: Protection,
+    /// Nothing protects the flow's packets, and nothing may: it has a bypass latch.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub bypass: bool,
+    /// Who is there; nobody knows of a bypass.
+    pub peer: Option<Peer>,
+    /// How the packets are protected; not at all by a bypass.
+    pub protection: Option<Protection>,
     /// What enforces the latch, where there is one; not told by older daemons.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guard: Option<Guard>,
@@ -611,8 +640,11 @@ pub struct ListedLatch {
     pub local: SocketAddr,
     /// The other end; none of a listener.
     pub remote: Option<SocketAddr>,
-    /// The peer's identity, or whom the listener takes, as text, cut after 200 characters.
+    /// The peer's identity, or whom the listener takes, as text, cut after 200 characters; empty of a bypass.
     pub peer: String,
+    /// The connection is in clear, and stays so.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub bypass: bool,
     /// No application asked for it: the daemon latches all flows.
     #[serde(default)]
     pub automatic: bool,
@@ -769,6 +801,7 @@ impl From<LatchError> for Refusal {
             LatchError::Full(_) => Code::Limit,
             LatchError::NotAConnection(_) => Code::Socket,
             LatchError::Unenforced { .. } => Code::Unenforced,
+            LatchError::Policy { .. } => Code::Policy,
         };
         Self::new(code, error.to_string())
     }
@@ -833,6 +866,7 @@ impl Call {
             Self::Create(_) => "create",
             Self::Listen(_) => "listen",
             Self::Accept(_) => "accept",
+            Self::Bypass(_) => "bypass",
             Self::Inquire(_) => "inquire",
             Self::Release(_) => "release",
             Self::List(_) => "list",
@@ -850,6 +884,7 @@ impl Call {
             Self::Hello(arguments) => serde_json::to_value(arguments),
             Self::Create(arguments) | Self::Listen(arguments) => serde_json::to_value(arguments),
             Self::Accept(arguments) => serde_json::to_value(arguments),
+            Self::Bypass(arguments) => serde_json::to_value(arguments),
             Self::Inquire(arguments) => serde_json::to_value(arguments),
             Self::Release(arguments) => serde_json::to_value(arguments),
             Self::List(arguments) => serde_json::to_value(arguments),
@@ -871,6 +906,7 @@ impl Call {
             "create" => arguments(request.arguments).map(Self::Create),
             "listen" => arguments(request.arguments).map(Self::Listen),
             "accept" => arguments(request.arguments).map(Self::Accept),
+            "bypass" => arguments(request.arguments).map(Self::Bypass),
             "inquire" => arguments(request.arguments).map(Self::Inquire),
             "release" => arguments(request.arguments).map(Self::Release),
             "list" => arguments(request.arguments).map(Self::List),

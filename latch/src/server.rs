@@ -18,7 +18,8 @@
 //!   took go when the system has no connection for them any more ([`SWEEP`]);
 //! * latches that a listener of UDP made are the listener's: they go with it, or when its holder has acknowledged their end
 //!   (`database/datagrams.rs`);
-//! * when the server is dropped, latches stay in the database and nobody can release them: fail closed;
+//! * when the server is dropped, latches stay in the database and nobody can release them: fail closed. Those of what goes in
+//!   clear are CLOSED;
 //! * when the process ends, another one disconnects what it has held ([`crate::survivor`]).
 //!
 //! # Limits of the device binding
@@ -60,10 +61,10 @@ use crate::database::{
     Subject,
 };
 use crate::protocol::{
-    Accept, Bind, Call, ChannelBinding, Code, Created, Creating, ENDPOINT_BINDING, Guard, Hello, Initiate, Inquire,
-    Inquired, Larval, LatchEvent, LatchInfo, List, ListedLatch, Listening, Listing, Named, PROGRESS, Peer, Protection,
-    REVISION, Refusal, Release, SETTLING, SaInfo, ServerMessage, State, UNIQUE_BINDING, VERSION, Wanted, Welcome,
-    encode,
+    Accept, Bind, Bypassed, Bypassing, Call, ChannelBinding, Code, Created, Creating, ENDPOINT_BINDING, Guard, Hello,
+    Initiate, Inquire, Inquired, Larval, LatchEvent, LatchInfo, List, ListedLatch, Listening, Listing, Named, PROGRESS,
+    Peer, Protection, REVISION, Refusal, Release, SETTLING, SaInfo, ServerMessage, State, UNIQUE_BINDING, VERSION,
+    Wanted, Welcome, encode,
 };
 use crate::seqpacket::{self, Datagram, SeqPacket};
 use crate::survivor::{Survivor, Watched};
@@ -217,6 +218,7 @@ pub async fn serve(config: ServerConfig, database: Arc<Database>) -> io::Result<
 #[derive(Debug)]
 pub struct Server {
     path: PathBuf,
+    database: Arc<Database>,
     tasks: [JoinHandle<()>; 2],
 }
 
@@ -225,6 +227,7 @@ impl Drop for Server {
         for task in &self.tasks {
             task.abort();
         }
+        self.database.close_bypasses();
         if let Err(error) = fs::remove_file(&self.path) {
             tracing::debug!(path = %self.path.display(), %error, "removing the latch socket");
         }
@@ -315,9 +318,10 @@ async fn serve_within(config: ServerConfig, database: Arc<Database>, limits: Lim
         latches,
         events,
     });
-    let sweep = tokio::spawn(sweep(Arc::clone(&shared.database)));
+    let database = Arc::clone(&shared.database);
+    let sweep = tokio::spawn(sweep(Arc::clone(&database)));
     let tasks = [tokio::spawn(accept(listener, shared)), sweep];
-    Ok(Server { path, tasks })
+    Ok(Server { path, database, tasks })
 }
 
 fn event(alert: &Alert) -> LatchEvent {
@@ -358,7 +362,8 @@ async fn sweep(database: Arc<Database>) {
         if let Err(error) = tokio::task::spawn_blocking(move || of_system.find_connections()).await {
             tracing::error!(%error, "looking for connections of listener latches");
         }
-        let latches = database.list();
+        let listed = database.list().into_iter().map(|(latch, flow, ..)| (latch, flow));
+        let latches: Vec<(LatchId, Flow)> = listed.chain(database.bypasses()).collect();
         if latches.is_empty() && abandoned.is_empty() && ports.is_empty() {
             suspects.clear();
             opened.clear();
@@ -379,11 +384,7 @@ async fn sweep(database: Arc<Database>) {
         };
         let unaccepted = database.unaccepted();
         let waiting: HashSet<LatchId> = unaccepted.iter().map(|(latch, _)| *latch).collect();
-        let held: Vec<(LatchId, Flow)> = latches
-            .iter()
-            .map(|(latch, flow, ..)| (*latch, *flow))
-            .filter(|(latch, _)| !waiting.contains(latch))
-            .collect();
+        let held: Vec<(LatchId, Flow)> = latches.into_iter().filter(|(latch, _)| !waiting.contains(latch)).collect();
         let is_open = |flow: &Flow| connections.get(flow) == Some(&Progress::Open);
         // One that has no connection yet is about to have one.
         let before: HashSet<LatchId> = std::mem::take(&mut opened);
@@ -626,7 +627,8 @@ impl Connection {
         }
         let mut descriptors = descriptors.into_iter();
         let (descriptor, more) = (descriptors.next(), descriptors.next());
-        let takes_one = matches!(call, Call::Create(_) | Call::Listen(_) | Call::Accept(_) | Call::Inquire(_));
+        let takes_one =
+            matches!(call, Call::Create(_) | Call::Listen(_) | Call::Accept(_) | Call::Bypass(_) | Call::Inquire(_));
         if more.is_some() || (descriptor.is_some() && !takes_one) {
             let message = format!("{} takes {} descriptor", call.name(), if takes_one { "one" } else { "no" });
             return Err(Refusal::new(Code::Descriptor, message));
@@ -651,6 +653,7 @@ impl Connection {
                 let latch = LatchId(accepted.latch);
                 reply(id, &accepted).inspect_err(|_| self.let_go(latch))
             }
+            Call::Bypass(bypassing) => reply(id, &self.bypass(&bypassing, descriptor)?),
             Call::Inquire(inquire) => reply(id, &self.inquire(&inquire, descriptor).await?),
             Call::Release(Release { latch }) => {
                 let latch = LatchId(latch);
@@ -713,13 +716,7 @@ impl Connection {
         }
         let (socket, protocol, local, remote) = connection_socket(needed(descriptor)?)?;
         let request = self.request(wanted, if protocol == UDP { OnBreak::Wait } else { OnBreak::Reset })?;
-        let remote = match (remote, wanted.remote.map(canonical)) {
-            (Some(remote), Some(given)) if remote != given => {
-                return Err(Refusal::new(Code::Socket, format!("the socket is connected to {remote}, not {given}")));
-            }
-            (Some(remote), _) | (None, Some(remote)) => remote,
-            (None, None) => return Err(Refusal::new(Code::Socket, "the socket is not connected: remote is needed")),
-        };
+        let remote = other_end(remote, wanted.remote)?;
         let permit = self.permit()?;
         let must_be_new = protocol == TCP && !wanted.late;
         if must_be_new {
@@ -979,6 +976,28 @@ impl Connection {
         Ok(self.created(latch, &flow, &class))
     }
 
+    /// Optional protection (RFC 5660 §3.1), of those who may override the policy.
+    fn bypass(&mut self, bypassing: &Bypassing, descriptor: Option<OwnedFd>) -> Result<Bypassed, Refusal> {
+        self.may(Right::Bypass)?;
+        self.enforced()?;
+        let (socket, protocol, local, remote) = connection_socket(needed(descriptor)?)?;
+        let remote = other_end(remote, bypassing.remote)?;
+        if let Some(device) = &self.shared.device
+            && socket.device().map_err(not_a_socket)?.as_deref() == Some(device.as_bytes())
+        {
+            return Err(refused_socket(&format!("bound to {device}, which leads into the tunnel")));
+        }
+        let permit = self.permit()?;
+        let socket = Arc::new(socket);
+        let holder = self.holder(&socket, protocol, OnBreak::Reset);
+        let flow = flow(protocol, local, remote);
+        let latch = self.shared.database.bypass(flow, self.who.user, holder)?;
+        self.begin(latch, &socket, flow, false)?;
+        tracing::info!(latch = latch.0, %local, %remote, user = self.who.user, "bypass latch ESTABLISHED");
+        self.hold(latch, socket, permit, protocol);
+        Ok(Bypassed { latch: latch.0, local, remote, guard: self.guard(latch) })
+    }
+
     fn request(&self, wanted: &Wanted, default: OnBreak) -> Result<Request, Refusal> {
         Ok(Request { owner: self.who.user, ..request(wanted, default)? })
     }
@@ -1040,10 +1059,15 @@ impl Connection {
         };
         let flow = flow(protocol, local, remote);
         let found = self.shared.database.find(&flow);
+        let bypass = self.shared.database.find_bypass(&flow);
         // Without a socket, nothing shows that the flow is the client's.
-        let owned = found.as_ref().and_then(|(latch, ..)| self.shared.database.inquire(*latch)?.owner);
+        let number = found.as_ref().map(|(latch, ..)| *latch).or(bypass.map(|(latch, _)| latch));
+        let owned = number.and_then(|latch| self.shared.database.inquire(latch)?.owner);
         if !by_socket && !self.may_see(owned) {
             self.may(Right::See)?;
+        }
+        if let Some((latch, state)) = bypass {
+            return Ok(self.bypassed(latch, state, &flow));
         }
         let guard = found.as_ref().and_then(|(latch, ..)| self.guard(*latch));
         let latch = found.as_ref().map(|(latch, state, _)| LatchInfo { number: latch.0, state: (*state).into() });
@@ -1053,7 +1077,8 @@ impl Connection {
         })?;
         let (peer, protection) = describe(&class);
         let (class, sas) = (self.number_of(&class), self.survey(flow).await);
-        Ok(Inquired { local, remote, protocol, latch, peer, protection, guard, class, sas })
+        let (peer, protection) = (Some(peer), Some(protection));
+        Ok(Inquired { local, remote, protocol, latch, bypass: false, peer, protection, guard, class, sas })
     }
 
     async fn show(&self, latch: LatchId) -> Result<Inquired, Refusal> {
@@ -1061,8 +1086,12 @@ impl Connection {
         if !self.may_see(found.as_ref().and_then(|listed| listed.owner)) {
             self.may(Right::See)?;
         }
-        let Some(Listed { state, subject: Subject::Connection(flow, class), .. }) = found else {
-            return Err(Refusal::new(Code::NoSuchLatch, format!("there is no connection latch {}", latch.0)));
+        let (state, flow, class) = match found.map(|listed| (listed.state, listed.subject)) {
+            Some((state, Subject::Connection(flow, class))) => (state, flow, class),
+            Some((state, Subject::Bypass(flow))) => return Ok(self.bypassed(latch, state, &flow)),
+            Some((_, Subject::Listener(..))) | None => {
+                return Err(Refusal::new(Code::NoSuchLatch, format!("there is no connection latch {}", latch.0)));
+            }
         };
         let (peer, protection) = describe(&class);
         Ok(Inquired {
@@ -1070,12 +1099,28 @@ impl Connection {
             remote: SocketAddr::new(flow.remote, flow.remote_port),
             protocol: flow.protocol,
             latch: Some(LatchInfo { number: latch.0, state: state.into() }),
-            peer,
-            protection,
+            bypass: false,
+            peer: Some(peer),
+            protection: Some(protection),
             guard: self.guard(latch),
             class: self.number_of(&class),
             sas: self.survey(flow).await,
         })
+    }
+
+    fn bypassed(&self, latch: LatchId, state: LatchState, flow: &Flow) -> Inquired {
+        Inquired {
+            local: SocketAddr::new(flow.local, flow.local_port),
+            remote: SocketAddr::new(flow.remote, flow.remote_port),
+            protocol: flow.protocol,
+            latch: Some(LatchInfo { number: latch.0, state: state.into() }),
+            bypass: true,
+            peer: None,
+            protection: None,
+            guard: self.guard(latch),
+            class: None,
+            sas: Vec::new(),
+        }
     }
 
     fn number_of(&self, class: &Class) -> Option<u32> {
@@ -1223,7 +1268,12 @@ async fn next_event(watched: &mut Option<broadcast::Receiver<(Option<u32>, Latch
 }
 
 fn listed(Listed { latch, state, subject, automatic, listener, owner: _ }: Listed) -> ListedLatch {
+    let bypass = matches!(subject, Subject::Bypass(_));
     let (protocol, local, remote, peer) = match subject {
+        Subject::Bypass(flow) => {
+            let remote = SocketAddr::new(flow.remote, flow.remote_port);
+            (flow.protocol, SocketAddr::new(flow.local, flow.local_port), Some(remote), String::new())
+        }
         Subject::Connection(flow, class) => {
             let remote = SocketAddr::new(flow.remote, flow.remote_port);
             (flow.protocol, SocketAddr::new(flow.local, flow.local_port), Some(remote), class.peer.id.to_string())
@@ -1241,6 +1291,7 @@ fn listed(Listed { latch, state, subject, automatic, listener, owner: _ }: Liste
         local,
         remote,
         peer: peer.chars().take(200).collect(),
+        bypass,
         automatic,
         listener: listener.map(|listener| listener.0),
     }
@@ -1271,6 +1322,17 @@ fn request(wanted: &Wanted, default: OnBreak) -> Result<Request, Refusal> {
         on_break: wanted.on_break.map_or(default, Into::into),
         owner: None,
     })
+}
+
+/// Where a socket is connected to, or will be.
+fn other_end(connected: Option<SocketAddr>, given: Option<SocketAddr>) -> Result<SocketAddr, Refusal> {
+    match (connected, given.map(canonical)) {
+        (Some(remote), Some(given)) if remote != given => {
+            Err(Refusal::new(Code::Socket, format!("the socket is connected to {remote}, not {given}")))
+        }
+        (Some(remote), _) | (None, Some(remote)) => Ok(remote),
+        (None, None) => Err(Refusal::new(Code::Socket, "the socket is not connected: remote is needed")),
+    }
 }
 
 fn needed(descriptor: Option<OwnedFd>) -> Result<OwnedFd, Refusal> {

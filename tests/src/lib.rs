@@ -17,6 +17,7 @@ pub mod exec;
 pub mod host;
 pub mod latched;
 pub mod middlebox;
+pub mod optional;
 pub mod peer;
 pub mod pki;
 pub mod scene;

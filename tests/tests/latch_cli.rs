@@ -91,6 +91,8 @@ fn the_latch_commands_tell_and_break_and_refuse() {
         (&["nc", "--suite", "rot13", "10.2.0.1", "4000"], "rot13"),
         (&["nc", "--on-break", "shout", "10.2.0.1", "4000"], "invalid value 'shout'"),
         (&["nc", "-l", "--narrow", "4000"], "cannot be used with"),
+        (&["nc", "--bypass", "--peer", "b.example", "10.2.0.1", "4000"], "cannot be used with"),
+        (&["nc", "-l", "--bypass", "4000"], "cannot be used with"),
         (&["nc", "-l", "nowhere", "4000"], "nowhere is not an address"),
         (&["nc", "-l", "192.0.2.77", "4000"], "listening on 192.0.2.77:4000"),
         (&["nc", "no-such-host.invalid", "4000"], "no-such-host.invalid"),
@@ -121,7 +123,7 @@ fn each_command_explains_itself() {
         (&["latch"], &["show", "break", "close", "For root"]),
         (&["latch", "break"], &["<LATCH>", "no packet passes"]),
         (&["whois"], &["--udp", "<LOCAL>", "<REMOTE>"]),
-        (&["nc"], &["--peer", "--suite", "--narrow", "--on-break", "--listen", "--source", "HOST"]),
+        (&["nc"], &["--peer", "--suite", "--narrow", "--bypass", "--on-break", "--listen", "--source", "HOST"]),
         (&["exec"], &["--rule", "--rules-file", "--default", "--library", "--unconfined", "PROGRAM", "docs/exec.md"]),
     ] {
         let text = help(args);

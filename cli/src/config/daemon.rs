@@ -613,6 +613,7 @@ mod tests {
             initiate: Grant::default(),
             see: everybody,
             manage: Grant { everybody: false, users, groups },
+            bypass: Grant::default(),
         };
         assert_eq!(loaded.config.latch_access, access);
         // A right that was misspelt may have been meant to take something away.

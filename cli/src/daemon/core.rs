@@ -17,7 +17,7 @@ use ipsec::plane::{Carrier, DataPlane, Encapsulation, Mode, PlaneError, PlaneEve
 use ipsec::selector::{Flow, TrafficSelector};
 use kernel::network::{Network, NetworkEvent};
 use latch::access::Access;
-use latch::database::{Bindings, Class, Database, Outranked};
+use latch::database::{Bindings, Class, Database, Outranked, ShuntedTraffic};
 use latch::protocol::SaInfo;
 use pad::Credentials;
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
@@ -461,7 +461,11 @@ impl Core {
     fn install_shunt(&mut self, key: Key, policy: ShuntPolicy) -> Result<(), PlaneError> {
         let number = self.shunts.fresh();
         let ShuntPolicy { action, local_ts, remote_ts, options } = policy.clone();
-        self.plane.install_shunt(Shunt { number, action, local_ts, remote_ts, options })?;
+        // Latches first: their holders hear of it before anything is done otherwise (RFC 5660 §2.3).
+        let (name, ours, theirs) = (key.1.clone(), local_ts.clone(), remote_ts.clone());
+        self.database.shunted(number, ShuntedTraffic { name, action, local_ts: ours, remote_ts: theirs });
+        let installed = self.plane.install_shunt(Shunt { number, action, local_ts, remote_ts, options });
+        installed.inspect_err(|_| self.database.unshunted(number))?;
         tracing::info!(connection = key.0, child = key.1, ?action, "shunt installed");
         if let Some(old) = self.shunts.insert(key, number, policy) {
             self.remove_shunt(old);
@@ -474,6 +478,7 @@ impl Core {
             Ok(()) => tracing::info!(number, "shunt removed"),
             Err(error) => tracing::error!(%error, "a shunt could not be removed"),
         }
+        self.database.unshunted(number);
     }
 
     /// The `install` command for a shunt; `None` when none is called so.

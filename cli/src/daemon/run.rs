@@ -111,6 +111,7 @@ pub async fn run(options: DaemonOptions) -> anyhow::Result<()> {
     if let Some(barrier) = barrier {
         database.set_barrier(barrier);
     }
+    database.set_logical_spd(network.logical_spd());
     let (into_plane, into_streams) = (network.clone(), network.clone());
     let (streams, from_streams) = Streams::new(
         StreamLimits::default(),
@@ -189,6 +190,7 @@ pub async fn run(options: DaemonOptions) -> anyhow::Result<()> {
         std::fs::create_dir_all(directory)
             .with_context(|| format!("making {} for the latch socket", directory.display()))?;
     }
+    let bypasses = Arc::clone(&database);
     let latches = latch::server::serve(
         latch::server::ServerConfig {
             path: config.latch_socket.clone(),
@@ -255,6 +257,8 @@ pub async fn run(options: DaemonOptions) -> anyhow::Result<()> {
         Some(ended) => ended,
         None => {
             tracing::info!("stopping");
+            // Before what would protect their flows goes.
+            bypasses.close_bypasses();
             control.shutdown().await;
             core.await
         }

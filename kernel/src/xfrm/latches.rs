@@ -368,9 +368,12 @@ impl FlowBarrier for Latches {
     fn verify(&self) -> Vec<Flow> {
         let mut state = self.state();
         let there = state.socket.policies();
-        let of_flows = state.flows.keys().chain(&state.abandoned);
-        let of_flows: usize =
-            of_flows.map(|flow| if flow.local.is_ipv4() || !state.kernel_does_esp { 2 } else { 3 }).sum();
+        let count = |flow: &Flow, passage| match flow.local {
+            IpAddr::V6(_) if state.kernel_does_esp || passage == Passage::Clear => 3,
+            IpAddr::V4(_) | IpAddr::V6(_) => 2,
+        };
+        let of_latches = state.flows.iter().map(|(flow, barrier)| count(flow, barrier.passage));
+        let of_flows: usize = of_latches.chain(state.abandoned.iter().map(|flow| count(flow, Passage::None))).sum();
         let expected = of_flows + state.barred.len() + state.policies_of_ports();
         let there = match there {
             Ok(there) => there,
@@ -670,6 +673,7 @@ impl State {
             Passage::Class(class) => class,
             Passage::Larval if self.kernel_does_esp => return Ok([Action::Protect(larval(flow)), Action::Drop]),
             Passage::None | Passage::Larval => return Ok(CLOSED.actions),
+            Passage::Clear => return Ok([Action::Pass; 2]),
         };
         let fits = |path: &Path| {
             let of_flow = path.selectors.iter().filter(|selector| includes(selector, flow));
@@ -696,18 +700,22 @@ impl State {
             self.socket.set_policy(&Policy { id, priority: THROUGH_THE_TUNNEL, action: Action::Pass })?;
         }
         for (direction, action) in DIRECTIONS.into_iter().zip(barrier.actions) {
-            if direction == Direction::In && !self.looks_at_inbound(flow) {
+            if direction == Direction::In && action == Action::Drop && !self.looks_at_inbound(flow) {
                 // A predecessor may have had one.
                 self.socket.delete_policy(&id(flow, direction))?;
                 continue;
             }
             self.socket.set_policy(&Policy { id: id(flow, direction), priority: OF_A_LATCH, action })?;
         }
-        let reqid = match barrier.actions {
-            [_, Action::Protect(template)] => Some(template.reqid),
-            _ => None,
-        };
-        if let Some(Err(error)) = self.errors.as_mut().map(|errors| errors.permit(flow, reqid)) {
+        let changed = self.errors.as_mut().map(|errors| match barrier.actions {
+            // In clear, as it is itself.
+            [_, Action::Pass] => errors.leave(flow),
+            [_, Action::Protect(template)] => {
+                errors.enter(flow).and_then(|()| errors.permit(flow, Some(template.reqid)))
+            }
+            [_, Action::Drop] => errors.enter(flow).and_then(|()| errors.permit(flow, None)),
+        });
+        if let Some(Err(error)) = changed {
             tracing::error!(%flow, %error, "which ICMP errors about a latched flow pass could not be changed");
         }
         Ok(())
@@ -973,6 +981,59 @@ mod tests {
                 let latches = Latches::open(TUN, false).unwrap();
                 latches.set(&udp_flow(7002), Passage::Larval).unwrap();
                 assert_eq!(waits(), 0);
+            })
+            .unwrap();
+    }
+
+    // RFC 5660 §3.1: what is bypassed passes before all others' policies, and MUST NOT survive.
+    #[test]
+    fn what_is_to_be_clear_passes_until_the_process_is_gone() {
+        host()
+            .run(|| {
+                for kernel_does_esp in [false, true] {
+                    let latches = Latches::open(TUN, kernel_does_esp).unwrap();
+                    latches.installed(&pair(1, 1, 40, ("10.2.0.0", 24)));
+                    // As those of SAs, shunts, and `drop_cleartext`.
+                    ip("xfrm policy add dir out src 10.1.0.0/24 dst 10.2.0.0/24 action block priority 1000");
+                    assert!(!sends(7000));
+                    latches.set(&udp_flow(7000), Passage::Clear).unwrap();
+                    assert!(sends(7000) && !sends(7002), "no other flow");
+                    assert_eq!(demanded().iter().flatten().count(), 0, "of no SA");
+                    latches.removed(1);
+                    latches.put_right();
+                    assert!(sends(7000) && latches.verify().is_empty());
+                    latches.set(&udp_flow(7000), Passage::None).unwrap();
+                    assert!(!sends(7000));
+                    latches.set(&udp_flow(7000), Passage::Clear).unwrap();
+                    // Killed.
+                    drop(latches);
+                    let successor = Latches::open(TUN, kernel_does_esp).unwrap();
+                    ip("xfrm policy delete dir out src 10.1.0.0/24 dst 10.2.0.0/24");
+                    assert!(!sends(7000) && sends(7002));
+                    assert_eq!(successor.abandoned(), [udp_flow(7000)]);
+                    successor.lift(&udp_flow(7000));
+                    assert!(sends(7000));
+                }
+            })
+            .unwrap();
+    }
+
+    #[test]
+    fn what_is_to_be_clear_of_ipv6_is_let_in_as_well() {
+        host()
+            .run(|| {
+                let latches = Latches::open(TUN, false).unwrap();
+                let (local, remote) = ("fd01::1".parse().unwrap(), "fd02::1".parse().unwrap());
+                let flow = Flow { protocol: 17, local, local_port: 7000, remote, remote_port: 7001 };
+                latches.set(&flow, Passage::Clear).unwrap();
+                let all = || ip("xfrm policy").matches("dir ").count();
+                assert_eq!((all(), counted(), latches.verify().len()), (3, (0, 0), 0));
+                latches.set(&flow, Passage::None).unwrap();
+                // What came by the tunnel could not be told from what did not.
+                assert_eq!((all(), counted()), (2, (1, 0)));
+                latches.abandon(&flow);
+                latches.lift(&flow);
+                assert_eq!(all(), 0);
             })
             .unwrap();
     }

@@ -107,7 +107,8 @@ fn id(direction: Direction, selector: Selector) -> PolicyId {
 fn class(passage: Passage) -> Option<ClassId> {
     match passage {
         Passage::Class(class) => Some(class),
-        Passage::None | Passage::Larval => None,
+        // No SA brings what is to be clear.
+        Passage::None | Passage::Larval | Passage::Clear => None,
     }
 }
 

@@ -97,6 +97,8 @@ enum latchkey_status {
     LATCHKEY_UNENFORCED = 42,
     /* there are too many; */
     LATCHKEY_LIMIT = 43,
+    /* the configuration has it otherwise; */
+    LATCHKEY_POLICY = 44,
     /* something else. */
     LATCHKEY_REFUSED = 63
 };
@@ -232,7 +234,9 @@ enum latchkey_item {
     /* Of latchkey_inquire and latchkey_whois alone: the AUTH method (IANA); whether we, or the peer, are behind a NAT. */
     LATCHKEY_AUTH_METHOD = 73,
     LATCHKEY_NAT_LOCAL = 74,
-    LATCHKEY_NAT_REMOTE = 75
+    LATCHKEY_NAT_REMOTE = 75,
+    /* 0 or 1: the connection is in clear, and has neither peer nor protection (latchkey_bypass_socket). */
+    LATCHKEY_BYPASS = 76
 };
 
 /* Why the last call of this thread failed. Valid until the thread's next call of the library; never null. */
@@ -262,6 +266,16 @@ int latchkey_descriptor(latchkey_client client, int *descriptor);
  */
 int latchkey_latch_socket(latchkey_client client, int socket, const struct sockaddr *remote, socklen_t length,
                           const struct latchkey_wanted *wanted, latchkey_latch *latch);
+
+/*
+ * Has the connection of a TCP or UDP socket to an address go in clear although the policy protects it, and none of it
+ * otherwise (RFC 5660 section 3.1); for root, and whom the administrator lets. Then call connect. Sockets are bound as
+ * by latchkey_latch_socket, and what waits in the queue of a UDP socket is dropped. The latch has the items
+ * LATCHKEY_LOCAL_ADDRESS, LATCHKEY_REMOTE_ADDRESS, LATCHKEY_GUARD, LATCHKEY_JSON, LATCHKEY_NUMBER and LATCHKEY_BYPASS.
+ * When it breaks, the connection is reset, or the UDP socket shut down.
+ */
+int latchkey_bypass_socket(latchkey_client client, int socket, const struct sockaddr *remote, socklen_t length,
+                           latchkey_latch *latch);
 
 /* Latches a bound TCP socket before listen is called on it (latchkey_latch_datagrams is for UDP): each connection to it is then latched or does not get in. */
 int latchkey_latch_listener(latchkey_client client, int socket, const struct latchkey_wanted *wanted,

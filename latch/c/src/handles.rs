@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::process;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use latch::blocking::{Client, Latch, ListenerLatch, UdpEndpoint, UdpPeer};
+use latch::blocking::{Bypass, Client, Latch, ListenerLatch, UdpEndpoint, UdpPeer};
 use latch::protocol::Inquired;
 
 use crate::status::{Failure, Status};
@@ -17,6 +17,7 @@ pub(crate) enum Entry {
     Endpoint(Arc<UdpEndpoint>),
     /// A peer of an endpoint.
     Peer(Arc<UdpEndpoint>, UdpPeer),
+    Bypass(Box<Bypass>),
     /// What `latchkey_whois` found.
     Told(Box<Inquired>),
 }

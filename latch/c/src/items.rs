@@ -68,6 +68,7 @@ items! {
     AuthMethod = 73 "AUTH_METHOD";
     NatLocal = 74 "NAT_LOCAL";
     NatRemote = 75 "NAT_REMOTE";
+    Bypass = 76 "BYPASS";
 }
 
 /// The text or octets of an item, and whether it is a text.
@@ -80,19 +81,20 @@ pub(crate) fn octets(entry: &Entry, number: c_int) -> Result<(Vec<u8>, bool), Fa
         };
     }
     let told = told(entry)?;
-    let (peer, protection) = (&told.peer, &told.protection);
+    let peer = || told.peer.as_ref().ok_or_else(absent);
+    let protection = || told.protection.as_ref().ok_or_else(absent);
     let text = match item {
-        Item::PeerId => peer.id.text.clone(),
-        Item::LocalId => peer.local_id.text.clone(),
-        Item::Proof => match &peer.proof {
+        Item::PeerId => peer()?.id.text.clone(),
+        Item::LocalId => peer()?.local_id.text.clone(),
+        Item::Proof => match &peer()?.proof {
             ProofInfo::Unauthenticated => "unauthenticated".to_owned(),
             ProofInfo::SharedKey => "shared-key".to_owned(),
             ProofInfo::Certificate { .. } => "certificate".to_owned(),
             ProofInfo::RawKey { .. } => "raw-key".to_owned(),
             ProofInfo::Eap { .. } => "eap".to_owned(),
         },
-        Item::Mode => protection.mode.clone(),
-        Item::Suite => protection.suite.clone(),
+        Item::Mode => protection()?.mode.clone(),
+        Item::Suite => protection()?.suite.clone(),
         Item::LocalAddress => told.local.to_string(),
         Item::RemoteAddress => told.remote.to_string(),
         Item::Json => json!(told.as_ref()).to_string(),
@@ -102,10 +104,10 @@ pub(crate) fn octets(entry: &Entry, number: c_int) -> Result<(Vec<u8>, bool), Fa
         Item::OuterRemoteAddress => first(&told)?.outer_remote.to_string(),
         Item::Transport => first(&told)?.transport.clone(),
         Item::AddressBinding => address(first(&told)?.address)?.to_owned(),
-        Item::PeerIdData => return Ok((peer.id.data.clone(), false)),
-        Item::LocalIdData => return Ok((peer.local_id.data.clone(), false)),
+        Item::PeerIdData => return Ok((peer()?.id.data.clone(), false)),
+        Item::LocalIdData => return Ok((peer()?.local_id.data.clone(), false)),
         Item::Certificate | Item::TrustAnchor => {
-            return match &peer.proof {
+            return match &peer()?.proof {
                 ProofInfo::Certificate { end_entity, .. } if item == Item::Certificate => {
                     Ok((end_entity.clone(), false))
                 }
@@ -117,7 +119,7 @@ pub(crate) fn octets(entry: &Entry, number: c_int) -> Result<(Vec<u8>, bool), Fa
             };
         }
         Item::RawKey => {
-            return match &peer.proof {
+            return match &peer()?.proof {
                 ProofInfo::RawKey { key } => Ok((key.clone(), false)),
                 _ => Err(absent()),
             };
@@ -135,16 +137,18 @@ pub(crate) fn number(entry: &Entry, number: c_int) -> Result<u64, Failure> {
         return if item == Item::Number { Ok(number) } else { Err(absent()) };
     }
     let told = told(entry)?;
-    let (peer, protection) = (&told.peer, &told.protection);
+    let peer = || told.peer.as_ref().ok_or_else(absent);
+    let protection = || told.protection.as_ref().ok_or_else(absent);
     match item {
         Item::Number => told.latch.as_ref().map(|latch| latch.number).ok_or_else(absent),
-        Item::PeerIdKind => Ok(peer.id.kind.into()),
-        Item::LocalIdKind => Ok(peer.local_id.kind.into()),
-        Item::Encr => Ok(protection.encr.into()),
-        Item::KeyBits => Ok(protection.key_bits.into()),
-        Item::Integ => Ok(protection.integ.into()),
-        Item::Esn => Ok(protection.esn.into()),
-        Item::ReplayProtection => Ok(protection.replay_protection.into()),
+        Item::PeerIdKind => Ok(peer()?.id.kind.into()),
+        Item::LocalIdKind => Ok(peer()?.local_id.kind.into()),
+        Item::Encr => Ok(protection()?.encr.into()),
+        Item::KeyBits => Ok(protection()?.key_bits.into()),
+        Item::Integ => Ok(protection()?.integ.into()),
+        Item::Esn => Ok(protection()?.esn.into()),
+        Item::ReplayProtection => Ok(protection()?.replay_protection.into()),
+        Item::Bypass => Ok(told.bypass.into()),
         Item::Class => told.class.map(Into::into).ok_or_else(absent),
         Item::AuthMethod => Ok(first(&told)?.method.into()),
         Item::NatLocal => Ok(first(&told)?.nat_local.into()),
@@ -158,7 +162,7 @@ fn listening(entry: &Entry) -> Option<(SocketAddr, u64)> {
     match entry {
         Entry::Listener(listener) => Some((listener.local_addr(), listener.number())),
         Entry::Endpoint(endpoint) => Some((endpoint.local_addr(), endpoint.listener())),
-        Entry::Client(_) | Entry::Latch(_) | Entry::Peer(..) | Entry::Told(_) => None,
+        Entry::Client(_) | Entry::Latch(_) | Entry::Bypass(_) | Entry::Peer(..) | Entry::Told(_) => None,
     }
 }
 
@@ -170,8 +174,9 @@ fn told(entry: &Entry) -> Result<Cow<'_, Inquired>, Failure> {
             remote: latch.peer_addr(),
             protocol: latch.protocol(),
             latch: Some(LatchInfo { number: latch.number(), state: latch.state() }),
-            peer: latch.peer_identity().clone(),
-            protection: latch.protection().clone(),
+            bypass: false,
+            peer: Some(latch.peer_identity().clone()),
+            protection: Some(latch.protection().clone()),
             // No item asks for it.
             guard: latch.guard(),
             class: latch.class(),
@@ -182,10 +187,23 @@ fn told(entry: &Entry) -> Result<Cow<'_, Inquired>, Failure> {
             remote: peer.addr(),
             protocol: 17,
             latch: Some(LatchInfo { number: peer.latch(), state: peer.state() }),
-            peer: peer.identity().clone(),
-            protection: peer.protection().clone(),
+            bypass: false,
+            peer: Some(peer.identity().clone()),
+            protection: Some(peer.protection().clone()),
             guard: peer.guard(),
             class: peer.class(),
+            sas: Vec::new(),
+        })),
+        Entry::Bypass(bypass) => Ok(Cow::Owned(Inquired {
+            local: bypass.local_addr(),
+            remote: bypass.peer_addr(),
+            protocol: bypass.protocol(),
+            latch: Some(LatchInfo { number: bypass.number(), state: bypass.state() }),
+            bypass: true,
+            peer: None,
+            protection: None,
+            guard: bypass.guard(),
+            class: None,
             sas: Vec::new(),
         })),
         Entry::Listener(_) | Entry::Endpoint(_) | Entry::Client(_) => Err(absent()),

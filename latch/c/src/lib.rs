@@ -118,6 +118,30 @@ pub unsafe extern "C" fn latchkey_latch_socket(
 ///
 /// # Safety
 ///
+/// `remote` is null or has `length` octets; `latch` is null or may be written to.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn latchkey_bypass_socket(
+    client: u64,
+    socket: c_int,
+    remote: *const c_void,
+    length: u32,
+    latch: *mut u64,
+) -> c_int {
+    guarded(|| {
+        // SAFETY: the caller's promise.
+        let latch = unsafe { arguments::output(latch, "latch") }?;
+        // SAFETY: the caller's promise.
+        let remote = unsafe { arguments::address(remote, length) }?;
+        let (client, socket) = (handles::client(client)?, arguments::socket(socket)?);
+        *latch = handles::add(Entry::Bypass(Box::new(client.bypass_socket(socket, remote)?)));
+        Ok(())
+    })
+}
+
+/// See `latchkey.h`.
+///
+/// # Safety
+///
 /// `wanted` is null or a `struct latchkey_wanted` as the header describes it; `listener` is null or may be written to.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn latchkey_latch_listener(
@@ -320,6 +344,7 @@ pub unsafe extern "C" fn latchkey_inquire(latch: u64, told: *mut u64) -> c_int {
         let inquired = match handles::latch(latch)?.entry() {
             Entry::Latch(latch) => latch.inquire()?,
             Entry::Peer(endpoint, peer) => endpoint.inquire(peer)?,
+            Entry::Bypass(bypass) => bypass.inquire()?,
             _ => return Err(not_a_connection()),
         };
         *told = handles::add(Entry::Told(Box::new(inquired)));
@@ -351,6 +376,7 @@ pub unsafe extern "C" fn latchkey_state(latch: u64, state: *mut c_int) -> c_int 
             Entry::Latch(latch) => number(latch.state()),
             Entry::Listener(_) | Entry::Endpoint(_) => number(State::Listener),
             Entry::Peer(_, peer) => number(peer.state()),
+            Entry::Bypass(bypass) => number(bypass.state()),
             Entry::Told(told) => match &told.latch {
                 Some(latch) => number(latch.state),
                 None => return Err(Failure::new(Status::Absent, "the connection has no latch")),
@@ -388,11 +414,14 @@ pub unsafe extern "C" fn latchkey_wait(latch: u64, milliseconds: c_int, change: 
     guarded(|| {
         // SAFETY: the caller's promise.
         let result = unsafe { arguments::output(change, "change") }?;
-        let found = handles::latch(latch)?;
-        let Entry::Latch(latch) = found.entry() else { return Err(not_a_connection()) };
-        let broken = latch.broken(arguments::timeout(milliseconds));
+        let timeout = arguments::timeout(milliseconds);
+        let (number, broken) = match handles::latch(latch)?.entry() {
+            Entry::Latch(latch) => (latch.number(), latch.broken(timeout)),
+            Entry::Bypass(bypass) => (bypass.number(), bypass.broken(timeout)),
+            _ => return Err(not_a_connection()),
+        };
         let Some(change) = broken else { return Err(Failure::new(Status::Timeout, "time is up")) };
-        *result = told(latch.number(), &change);
+        *result = told(number, &change);
         Ok(())
     })
 }
@@ -461,6 +490,7 @@ pub unsafe extern "C" fn latchkey_channel_binding(
     })
 }
 
+/// The handle is not that of a connection's latch which we hold.
 fn not_a_connection() -> Failure {
     Failure::new(Status::Handle, "the handle is not a connection's latch")
 }

@@ -61,6 +61,7 @@ statuses! {
     Identity = 41 "identity";
     Unenforced = 42 "unenforced";
     Limit = 43 "limit";
+    Policy = 44 "policy";
     Refused = 63 "refused";
 }
 
@@ -94,6 +95,7 @@ impl From<ClientError> for Failure {
                 Code::Identity => Status::Identity,
                 Code::Unenforced => Status::Unenforced,
                 Code::Limit => Status::Limit,
+                Code::Policy => Status::Policy,
                 _ => Status::Refused,
             },
         };

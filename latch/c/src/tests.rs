@@ -250,6 +250,8 @@ fn null_and_nonsense_are_refused_by_every_function() {
             refused(latchkey_end_peer(wrong, 1), Status::Handle);
             refused(latchkey_latch_socket(wrong, 0, null(), 0, null(), &raw mut handle), Status::Argument);
             refused(latchkey_latch_socket(wrong, 0, null(), 0, null(), null_mut()), Status::Argument);
+            refused(latchkey_bypass_socket(wrong, 0, null(), 0, &raw mut handle), Status::Argument);
+            refused(latchkey_bypass_socket(wrong, 0, null(), 0, null_mut()), Status::Argument);
         }
         let mut change = ChangeResult { number: 7, state: 7, reason: [0; 256] };
         refused(latchkey_next(12345, 0, &raw mut change), Status::Handle);

@@ -155,6 +155,9 @@ int main(int argc, char **argv)
     expect("not bound", latchkey_latch_listener(client, unbound, &wanted, &number), LATCHKEY_SOCKET);
     close(unbound);
     expect("null latch", latchkey_latch_socket(client, fd, remote, length, &wanted, NULL), LATCHKEY_ARGUMENT);
+    expect("in clear, null latch", latchkey_bypass_socket(client, fd, remote, length, NULL), LATCHKEY_ARGUMENT);
+    expect("in clear, no address", latchkey_bypass_socket(client, fd, remote, 3, &latch), LATCHKEY_ARGUMENT);
+    expect("in clear, a closed one", latchkey_bypass_socket(client, 999, remote, length, &latch), LATCHKEY_SOCKET);
     expect("a closed flow", latchkey_whois(client, 999, &number), LATCHKEY_SOCKET);
     expect("null found", latchkey_whois(client, fd, NULL), LATCHKEY_ARGUMENT);
     expect("null descriptor", latchkey_descriptor(client, NULL), LATCHKEY_ARGUMENT);
@@ -201,6 +204,29 @@ int main(int argc, char **argv)
     expect("let it go", latchkey_release(latch), LATCHKEY_OK);
     close(old);
     expect("not connected", latchkey_whois(client, fd, &latch), LATCHKEY_REFUSED);
+
+    /* One that goes in clear has no peer; that of a latch's socket may not. */
+    latchkey_latch bypass;
+    int clear = socket(AF_INET, SOCK_STREAM, 0);
+    if (bind(clear, (struct sockaddr *)&local, sizeof(local)) != 0)
+        perror("bind"), failures++;
+    expect("in clear", latchkey_bypass_socket(client, clear, remote, length, &bypass), LATCHKEY_OK);
+    expect("twice", latchkey_bypass_socket(client, clear, remote, length, &latch), LATCHKEY_EXISTS);
+    expect("latched as well", latchkey_latch_socket(client, clear, remote, length, &wanted, &latch), LATCHKEY_EXISTS);
+    expect("it has no peer", latchkey_get(bypass, LATCHKEY_PEER_ID, large, sizeof(large), &size), LATCHKEY_ABSENT);
+    expect("nor a mode", latchkey_get(bypass, LATCHKEY_MODE, large, sizeof(large), &size), LATCHKEY_ABSENT);
+    expect("nor a binding", latchkey_channel_binding(bypass, NULL, large, sizeof(large), &size), LATCHKEY_HANDLE);
+    expect("it is one", latchkey_get_number(bypass, LATCHKEY_BYPASS, &number), LATCHKEY_OK);
+    expect("its guard", latchkey_get(bypass, LATCHKEY_GUARD, large, sizeof(large), &size), LATCHKEY_OK);
+    expect("its state", latchkey_state(bypass, &descriptor), LATCHKEY_OK);
+    if (number != 1 || descriptor != LATCHKEY_ESTABLISHED)
+        printf("WRONG: %d, %d\n", (int)number, descriptor), failures++;
+    expect("it lasts", latchkey_wait(bypass, 50, &change), LATCHKEY_TIMEOUT);
+    expect("asked for", latchkey_inquire(bypass, &latch), LATCHKEY_OK);
+    expect("told", latchkey_get(latch, LATCHKEY_REMOTE_ADDRESS, large, sizeof(large), &size), LATCHKEY_OK);
+    expect("what was told", latchkey_release(latch), LATCHKEY_OK);
+    expect("its end", latchkey_release(bypass), LATCHKEY_OK);
+    close(clear);
 
     expect("latch", latchkey_latch_socket(client, fd, remote, length, &wanted, &latch), LATCHKEY_OK);
     expect("again", latchkey_latch_socket(client, fd, remote, length, &wanted, &number), LATCHKEY_EXISTS);

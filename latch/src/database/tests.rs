@@ -2,6 +2,7 @@
 
 mod automatic;
 mod datagrams;
+mod optional;
 mod ports;
 
 use std::sync::atomic::{AtomicBool, AtomicU64};

@@ -6,6 +6,7 @@ use latchkey_tests::daemon::Kind::LatchkeyKernel;
 use latchkey_tests::exec;
 use latchkey_tests::host::{Host, wait_for};
 use latchkey_tests::latched::{self, loot};
+use latchkey_tests::optional;
 use latchkey_tests::uml::in_guest;
 use latchkey_tests::witness::{Echo, Server, Talk, Talker, Three, Wires};
 
@@ -287,6 +288,17 @@ fn what_goes_while_news_of_the_kernel_are_lost_is_put_right() {
         assert!(!talker.report().contains("alert"), "{}", talker.report());
         wires.saw_nothing();
     });
+}
+
+// RFC 5660 §3.1: of who may, the exact five-tuple goes in clear, and nothing of it under an SA.
+#[test]
+fn what_may_goes_in_clear_and_nothing_else_does() {
+    in_guest(|| optional::what_may_goes_in_clear_and_nothing_else_does(LatchkeyKernel));
+}
+
+#[test]
+fn a_killed_daemon_s_successor_closes_what_went_in_clear() {
+    in_guest(|| optional::a_killed_daemon_s_successor_closes_what_went_in_clear(LatchkeyKernel));
 }
 
 /// Sends an ICMP error, that a datagram's port is unreachable, from `told[0]` to `told[1]` about datagrams of `told[1]`, port

@@ -7,14 +7,14 @@ use crate::access::{Grant, Right};
 use crate::protocol::Wanted;
 
 /// A house whose clients are who the test says they are.
-struct Guarded {
-    house: House,
+pub(super) struct Guarded {
+    pub(super) house: House,
     access: watch::Sender<Access>,
     next: Arc<Mutex<Credentials>>,
 }
 
 impl Guarded {
-    async fn new() -> Self {
+    pub(super) async fn new() -> Self {
         let directory = TempDir::new().unwrap();
         let path = directory.path().join("latch.sock");
         let (access, granted) = watch::channel(Access::default());
@@ -33,13 +33,13 @@ impl Guarded {
         Self { house, access, next }
     }
 
-    async fn client(&self, user: u32, groups: &[u32]) -> Client {
+    pub(super) async fn client(&self, user: u32, groups: &[u32]) -> Client {
         let groups = groups.iter().copied().collect();
         *self.next.lock().unwrap() = Credentials { user: Some(user), groups, privileged: false };
         Client::connect(&self.house.path).await.unwrap()
     }
 
-    fn grant(&self, right: Right, grant: Grant) {
+    pub(super) fn grant(&self, right: Right, grant: Grant) {
         self.access.send_modify(|access| *access.grant_mut(right) = grant);
     }
 }
@@ -49,7 +49,7 @@ fn to_group(group: u32) -> Grant {
 }
 
 /// The refusal names the setting that would have allowed it.
-fn denied<T>(result: Result<T, ClientError>, right: Right) {
+pub(super) fn denied<T>(result: Result<T, ClientError>, right: Right) {
     match result {
         Err(ClientError::Refused(refusal)) => {
             assert_eq!(refusal.code, Code::Permission, "{refusal}");
@@ -126,13 +126,13 @@ async fn nobody_sees_the_connections_of_others_without_the_right() {
         denied(other.close_latch(latch).await, Right::Manage);
     }
     // The holder of a socket may ask about it, whoever latched it, and another program of the same user sees what is its own.
-    assert_eq!(stranger.whois_socket(far.as_fd()).await.unwrap().peer.id.text, "peer.example");
+    assert_eq!(stranger.whois_socket(far.as_fd()).await.unwrap().peer.unwrap().id.text, "peer.example");
     let again = guarded.client(7, &[]).await;
     assert_eq!(
         again.list().await.unwrap().iter().map(|latch| latch.latch).collect::<Vec<_>>(),
         [latch, listener.latch()]
     );
-    assert_eq!(again.show(latch).await.unwrap().peer.id.text, "peer.example");
+    assert_eq!(again.show(latch).await.unwrap().peer.unwrap().id.text, "peer.example");
     assert_eq!(again.whois(local, remote).await.unwrap().latch.unwrap().number, latch);
     denied(again.whois(local, "127.0.0.1:9".parse().unwrap()).await, Right::See);
     denied(again.break_latch(latch).await, Right::Manage);
@@ -154,8 +154,8 @@ async fn nobody_sees_the_connections_of_others_without_the_right() {
 
     guarded.grant(Right::See, to_group(80));
     assert_eq!(stranger.list().await.unwrap().len(), 3);
-    assert_eq!(stranger.show(latch).await.unwrap().peer.id.text, "peer.example");
-    assert_eq!(stranger.whois(local, remote).await.unwrap().peer.id.text, "peer.example");
+    assert_eq!(stranger.show(latch).await.unwrap().peer.unwrap().id.text, "peer.example");
+    assert_eq!(stranger.whois(local, remote).await.unwrap().peer.unwrap().id.text, "peer.example");
     denied(stranger.close_latch(latch).await, Right::Manage);
     guarded.grant(Right::Manage, to_group(80));
     stranger.close_latch(latch).await.unwrap();
