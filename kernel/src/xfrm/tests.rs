@@ -9,15 +9,15 @@ use std::time::{Duration, Instant};
 
 use ipsec::guard::ClassId;
 use ipsec::plane::{
-    Encapsulation, EspKeys, EspSuite, KernelOptions, Lifetime, Mark, Mode, PlaneError, PlaneEvent, SaPair, TfcPadding,
-    Trap,
+    CopyDscp, Encapsulation, EspKeys, EspSuite, KernelOptions, Lifetime, Mark, Mode, PlaneError, PlaneEvent, SaPair,
+    TfcPadding, Trap,
 };
 use ipsec::secret::Secret;
 use ipsec::selector::TrafficSelector;
 use ipsec::transform::{Encr, Integ};
 
 use super::codec::{self, Action, Direction, Event, Policy, PolicyId, Port, Selector, Template, kind};
-use super::descriptions::Links;
+use super::descriptions::{self, Links};
 use super::selectors;
 use super::socket::{Databases as _, XfrmSocket, subscribe};
 use super::tables::Tables;
@@ -439,6 +439,42 @@ fn pair(spi_in: u32, mode: Mode, local: &[&str], remote: &[&str]) -> SaPair {
         await_peer: false,
         options: KernelOptions::default(),
     }
+}
+
+// RFC 4301 §5.1.2, §8.1, RFC 6040 §4: what is copied between inner and outer header, in the kernel's flags (linux/xfrm.h) as
+// strongSwan sets them.
+#[test]
+fn what_headers_copy_is_said_to_the_kernel() {
+    const NO_ECN: u8 = 1;
+    const DECAP_DSCP: u8 = 2;
+    const NO_PMTU_DISCOVERY: u8 = 4;
+    const ANY_FAMILY: u8 = 32;
+    const DONT_ENCAP_DSCP: u32 = 1;
+    let ends = descriptions::ends(&pair(256, Mode::Tunnel, &[], &[]).encapsulation);
+    for (copy_dscp, to_inside, not_outside) in [
+        (CopyDscp::Out, 0, 0),
+        (CopyDscp::In, DECAP_DSCP, DONT_ENCAP_DSCP),
+        (CopyDscp::Both, DECAP_DSCP, 0),
+        (CopyDscp::No, 0, DONT_ENCAP_DSCP),
+    ] {
+        for (copy_df, copy_ecn, both) in
+            [(true, true, 0), (false, true, NO_PMTU_DISCOVERY), (true, false, NO_ECN), (false, false, 5)]
+        {
+            let options = KernelOptions { copy_dscp, ..KernelOptions::default() };
+            let pair = SaPair { copy_df, copy_ecn, options, ..pair(256, Mode::Tunnel, &[], &[]) };
+            let outbound = descriptions::outbound(&pair, &ends, None, &Links::default(), 0);
+            assert_eq!((outbound.flags, outbound.extra_flags), (ANY_FAMILY | both, not_outside), "{copy_dscp:?}");
+            let inbound = descriptions::inbound(&pair, &ends, None, &Links::default());
+            assert_eq!((inbound.flags, inbound.extra_flags), (ANY_FAMILY | both | to_inside, 0), "{copy_dscp:?}");
+            // Flags of the state, and XFRMA_SA_EXTRA_FLAGS if there are any.
+            let message = codec::put_state(0, &outbound, &[]).finish(1, 2);
+            assert_eq!(message[16 + 216], ANY_FAMILY | both);
+            let extra = [&8_u16.to_ne_bytes()[..], &24_u16.to_ne_bytes(), &1_u32.to_ne_bytes()].concat();
+            let is_said = message[16 + 224..].windows(extra.len()).any(|octets| octets == extra);
+            assert_eq!(is_said, not_outside != 0);
+        }
+    }
+    assert_eq!(KernelOptions::default().copy_dscp, CopyDscp::Out);
 }
 
 /// First lines of the policies that drop, and how many others there are.

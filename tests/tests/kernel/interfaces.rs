@@ -37,6 +37,17 @@ fn an_interface_leads_to_the_tunnel_and_goes_with_the_connection() {
         assert!(context().contains("10.2.0.0/24 dev ipsec0"), "{}", context());
         assert!(scene.host_a.pings(INNER_A, INNER_B), "{}", context());
         scene.host_a.transfers_whole(INNER_A, &scene.host_b, INNER_B, 1 << 20);
+        // RFC 4301 §8.2.1: its MTU stays what it is, and the kernel says what fits the path.
+        for host in [&scene.host_a, &scene.host_b] {
+            let links = host.check("ip", &["-o", "link", "show", "type", "veth"]);
+            let device = links.split_whitespace().nth(1).unwrap().split('@').next().unwrap();
+            host.ip(&["link", "set", device, "mtu", "1280"]);
+        }
+        assert!(interfaces(&scene.host_a).contains("mtu 1500"));
+        scene.host_a.transfers_whole(INNER_A, &scene.host_b, INNER_B, 1 << 20);
+        let too_long = ["-c", "1", "-W", "2", "-M", "do", "-s", "1300", "-I", INNER_A, INNER_B];
+        let told = String::from_utf8(scene.host_a.run("ping", &too_long).stderr).unwrap();
+        assert!(told.contains("mtu"), "{told}");
         let sas = scene.a.sas();
         assert_eq!(sas.matches("if-id-in=00000007 if-id-out=00000007").count(), 2, "{sas}");
 

@@ -13,8 +13,15 @@ use latchkey_tests::uml::in_guest;
 
 use crate::{ROLES, start, states, works};
 
-/// Pings in both directions while something happens; each packet and each answer is counted.
+/// Pings in both directions while something happens, each packet and each answer of which arrives.
 fn without_loss(scene: &Scene, what: impl FnOnce()) {
+    let reports = pinged(scene, what);
+    let all_arrived = reports.iter().all(|(_, lost)| *lost == 0);
+    assert!(all_arrived, "{reports:?}\n{}{}", scene.a.output(), scene.b.output());
+}
+
+/// Pings in both directions while something happens: how many were sent, and lost.
+pub(crate) fn pinged(scene: &Scene, what: impl FnOnce()) -> [(u32, u32); 2] {
     let pings = [(&scene.host_a, INNER_A, INNER_B), (&scene.host_b, INNER_B, INNER_A)].map(|(host, from, to)| {
         let mut ping = host.command("ping", &["-q", "-i", "0.01", "-W", "2", "-I", from, to]);
         ping.stdout(Stdio::piped()).spawn().unwrap()
@@ -22,16 +29,19 @@ fn without_loss(scene: &Scene, what: impl FnOnce()) {
     thread::sleep(Duration::from_millis(300));
     what();
     thread::sleep(Duration::from_millis(300));
-    for ping in pings {
+    pings.map(|ping| {
         // It then waits for what is under way, and reports.
         let stopped = scene.host_a.run("kill", &["-INT", &ping.id().to_string()]);
         assert!(stopped.status.success());
         let report = String::from_utf8(ping.wait_with_output().unwrap().stdout).unwrap();
-        let sent = report.split(" packets transmitted, ").next().and_then(|text| text.rsplit('\n').next());
-        assert!(sent.and_then(|sent| sent.parse::<u32>().ok()).is_some_and(|sent| sent > 30), "{report}");
-        let lost = report.split("received, ").nth(1).unwrap_or_default();
-        assert!(lost.starts_with("0% packet loss"), "{report}\n{}{}", scene.a.output(), scene.b.output());
-    }
+        let before = |words: &str| {
+            let number = report.split(words).next().and_then(|text| text.rsplit(['\n', ' ']).next());
+            number.and_then(|number| number.parse::<u32>().ok()).unwrap_or_else(|| panic!("{report}"))
+        };
+        let (sent, received) = (before(" packets transmitted, "), before(" received, "));
+        assert!(sent > 30, "{report}");
+        (sent, sent - received)
+    })
 }
 
 fn has_a_successor(daemon: &Daemon, before: &[String]) {
