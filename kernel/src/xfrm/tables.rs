@@ -275,7 +275,16 @@ impl<D: Databases> Tables<D> {
     fn add_state(&mut self, state: &State, suite: &EspSuite, keys: &EspKeys) -> Result<(), PlaneError> {
         let algorithms = suite::algorithms(suite, keys)?;
         let name = describe(state.id);
-        self.databases.add_state(state, &algorithms).map_err(|e| match errno(&e) {
+        let added = self.databases.add_state(state, &algorithms);
+        if added.as_ref().is_err_and(may_be_done) {
+            // If there is one of this name, it may be somebody else's.
+            match self.databases.state(state.id, state.mark) {
+                Ok(Some(report)) if report.ours => self.remove_state(state.id, state.mark),
+                Ok(_) => {}
+                Err(_) => self.suspect = true,
+            }
+        }
+        added.map_err(|e| match errno(&e) {
             Some(Errno::EXIST) => PlaneError::SpiInUse(state.id.spi),
             Some(Errno::NOSYS | Errno::PROTONOSUPPORT) => PlaneError::Unsupported {
                 plane: super::NAME,
@@ -339,10 +348,17 @@ impl<D: Databases> Tables<D> {
             (Some(before), Some(after)) if before != after => self.databases.set_policy(&after),
             _ => Ok(()),
         };
-        if outcome.is_err() {
+        if let Err(e) = &outcome {
             wishes.pop();
             if wishes.is_empty() {
                 self.policies.remove(&wish.policy.id);
+            }
+            if may_be_done(e) {
+                let undone = match &before {
+                    None => self.databases.delete_policy(&wish.policy.id).map(|_| ()),
+                    Some(before) => self.databases.set_policy(before),
+                };
+                self.suspect |= undone.is_err();
             }
         }
         outcome
@@ -815,6 +831,11 @@ fn put_policy(databases: &mut impl Databases, policy: &Policy) -> io::Result<()>
         Err(e) if errno(&e) == Some(Errno::EXIST) => databases.set_policy(policy),
         outcome => outcome,
     }
+}
+
+/// Whether a change that failed so may have been made all the same: the kernel had no memory for its answer.
+fn may_be_done(error: &io::Error) -> bool {
+    errno(error) == Some(Errno::NOBUFS)
 }
 
 /// What the kernel understood otherwise than it was meant.

@@ -2,7 +2,9 @@
 //! operations: some fail on their own account, some because somebody else's states and policies are in the way.
 
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::FileExt as _;
 use std::process::Command;
 
 use ipsec::guard::{ClassId, NoLatches};
@@ -281,34 +283,36 @@ fn encapsulation(peer: usize) -> Encapsulation {
     }
 }
 
+fn pair(spi: u32, reqid: u32, remote: usize, peer: usize, encr: Encr) -> SaPair {
+    let keys = || EspKeys { encr: Secret::new(vec![7; 20]), integ: Secret::new(Vec::new()) };
+    SaPair {
+        spi_in: SPI + spi,
+        spi_out: SPI_OUT + spi,
+        reqid,
+        class: ClassId(reqid),
+        mode: Mode::Tunnel,
+        suite: EspSuite { encr, key_bits: 128, integ: Integ::NONE, esn: spi.is_multiple_of(2) },
+        keys_in: keys(),
+        keys_out: keys(),
+        encapsulation: encapsulation(peer),
+        local_ts: network(LOCAL_NET),
+        remote_ts: network(REMOTE_NETS[remote]),
+        replay_window: 32 * (1 + spi),
+        lifetime: Lifetime::default(),
+        copy_df: true,
+        copy_ecn: true,
+        await_peer: false,
+        tfc: TfcPadding::None,
+        options: options(0),
+    }
+}
+
 /// Carries the operation out; says whether it succeeded.
 fn perform(plane: &mut dyn DataPlane, operation: &Operation) -> bool {
     match *operation {
         Operation::Install { spi, reqid, network: remote, peer, tag, await_peer, unsupported } => {
-            let keys = || EspKeys { encr: Secret::new(vec![7; 20]), integ: Secret::new(Vec::new()) };
             let encr = if unsupported { Encr(99) } else { Encr::AES_GCM_16 };
-            plane
-                .install(SaPair {
-                    spi_in: SPI + spi,
-                    spi_out: SPI_OUT + spi,
-                    reqid,
-                    class: ClassId(reqid),
-                    mode: Mode::Tunnel,
-                    suite: EspSuite { encr, key_bits: 128, integ: Integ::NONE, esn: spi % 2 == 0 },
-                    keys_in: keys(),
-                    keys_out: keys(),
-                    encapsulation: encapsulation(peer),
-                    local_ts: network(LOCAL_NET),
-                    remote_ts: network(REMOTE_NETS[remote]),
-                    replay_window: 32 * (1 + spi),
-                    lifetime: Lifetime::default(),
-                    copy_df: true,
-                    copy_ecn: true,
-                    await_peer,
-                    tfc: TfcPadding::None,
-                    options: options(tag),
-                })
-                .is_ok()
+            plane.install(SaPair { await_peer, options: options(tag), ..pair(spi, reqid, remote, peer, encr) }).is_ok()
         }
         Operation::Retire(spi) => plane.retire(SPI + spi).is_ok(),
         Operation::Delete(spi) => plane.delete(SPI + spi).is_ok(),
@@ -400,5 +404,84 @@ fn the_kernel_has_what_the_model_has_after_any_operations() {
                 Ok(())
             })
             .unwrap();
+    });
+}
+
+/// Has the kernel refuse this thread memory, once: for the allocation of this number from now on (fault-injection(7) in the
+/// kernel's documentation).
+struct Refusal(File);
+
+impl Refusal {
+    fn new() -> Self {
+        let debug = "/sys/kernel/debug";
+        let mounted = Command::new("mount").args(["-t", "debugfs", "none", debug]).status();
+        assert!(mounted.is_ok_and(|status| status.success()), "this kernel has no fault injection: tests/guest/build");
+        // Allocations that may wait for memory are among those that fail.
+        std::fs::write(format!("{debug}/failslab/ignore-gfp-wait"), "N").unwrap();
+        Self(File::options().read(true).write(true).open("/proc/thread-self/fail-nth").unwrap())
+    }
+
+    fn at(&self, number: u32) {
+        self.0.write_all_at(number.to_string().as_bytes(), 0).unwrap();
+    }
+
+    /// Whether it came; there is none from now on.
+    fn came(&self) -> bool {
+        let mut left = [0; 16];
+        let length = self.0.read_at(&mut left, 0).unwrap();
+        self.at(0);
+        left[..length].trim_ascii() == b"0"
+    }
+}
+
+// RFC 7296 §1.3.1: whichever allocation it is that fails, in sending, in the kernel or for its answer, a pair is there as a whole
+// or not at all, and a failure has the kernel's reason.
+#[test]
+#[ignore = "needs a kernel with fault injection: tests/guest/build, then LATCHKEY_UML=$PWD/target/guest/linux"]
+fn a_kernel_without_memory_keeps_nothing_half_installed() {
+    in_guest(|| {
+        let (host, far) = (Namespace::new().unwrap(), Namespace::new().unwrap());
+        veth(&host, "eth0", &far, "eth0").unwrap();
+        host.add_address("eth0", LOCAL.parse().unwrap(), 24).unwrap();
+        let work = || async {
+            let config = NetworkConfig { plane: PlaneChoice::Kernel, ..NetworkConfig::default() };
+            let (network, _events) = Network::start(config, std::sync::Arc::new(NoLatches)).await.unwrap();
+            let mut plane = network.plane();
+            let refusal = Refusal::new();
+            // Whatever is done with the first one only, in this program or in the kernel, is done.
+            plane.install(pair(0, 1, 0, 0, Encr::AES_GCM_16)).unwrap();
+            plane.delete(SPI).unwrap();
+            let (mut refused, mut borne) = (0, 0);
+            for number in 1.. {
+                let pair = pair(0, 1, 0, 0, Encr::AES_GCM_16);
+                refusal.at(number);
+                let outcome = plane.install(pair);
+                if !refusal.came() {
+                    assert!(outcome.is_ok(), "{outcome:?}");
+                    break;
+                }
+                match outcome {
+                    Err(error) => {
+                        refused += 1;
+                        let reason = error.to_string();
+                        let of_memory = ["Cannot allocate memory", "No buffer space available"];
+                        assert!(of_memory.iter().any(|memory| reason.contains(memory)), "{number}: {reason}");
+                        assert_eq!((states(), policies()), (Dump::new(), Dump::new()), "{number}: {reason}");
+                        assert!(!ip("route show table all").contains("table 220"), "{number}: {reason}");
+                    }
+                    Ok(()) => {
+                        borne += 1;
+                        assert_eq!((states().len(), policies().len()), (2, 3), "{number}");
+                        plane.delete(SPI).unwrap();
+                    }
+                }
+            }
+            eprintln!("{refused} refused, {borne} borne");
+            assert!(refused > 10);
+            plane.shutdown().unwrap();
+            network.shutdown().await.unwrap();
+        };
+        let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        host.run(|| runtime().block_on(work())).unwrap();
     });
 }
