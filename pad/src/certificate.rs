@@ -252,6 +252,10 @@ impl Certificate {
         self.may_sign_crls
     }
 
+    pub(crate) fn issuer_der(&self) -> &[u8] {
+        &self.issuer_der
+    }
+
     pub(crate) fn subject_der(&self) -> &[u8] {
         &self.subject_der
     }
@@ -288,6 +292,8 @@ fn alternative_name(name: &GeneralName<'_>) -> Option<Identity> {
 pub(crate) struct Chain {
     /// What it ends at.
     pub(crate) anchor: Arc<Certificate>,
+    /// Those between, DER, the end entity's issuer first.
+    pub(crate) intermediates: Vec<Vec<u8>>,
     /// When the first of its certificates ends, in seconds since the Unix epoch.
     pub(crate) not_after: i64,
     /// What an operator should know.
@@ -362,11 +368,13 @@ pub(crate) fn validate_chain(
     let anchor = anchors.iter().find(|(anchor, _)| anchor == path.anchor()).map(|(_, certificate)| certificate);
     let anchor = anchor.ok_or_else(|| "the trust anchor is not known".to_owned())?;
     let mut not_after = own_end.min(anchor.not_after);
+    let mut between = Vec::new();
     for issuer in path.intermediate_certificates() {
+        between.push(issuer.der().to_vec());
         // All of them were parsed above.
         not_after = Certificate::parse(&issuer.der()).map_or(i64::MIN, |issuer| issuer.not_after).min(not_after);
     }
-    Ok(Chain { anchor: Arc::clone(anchor), not_after, warnings: warnings.take() })
+    Ok(Chain { anchor: Arc::clone(anchor), intermediates: between, not_after, warnings: warnings.take() })
 }
 
 /// RFC 4945 §5.1.3.12 takes certificates without extendedKeyUsage, with anyExtendedKeyUsage or with

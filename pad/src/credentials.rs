@@ -174,6 +174,8 @@ pub struct Admission {
     pub peer: PeerIdentity,
     /// How long all certificates of its chain are valid yet; `None` where it needed none.
     pub good_for: Option<Duration>,
+    /// Certificates of its chain between the two in its proof, DER, the end entity's issuer first.
+    pub intermediates: Vec<Vec<u8>>,
     /// What an operator should know about its certificates.
     pub warnings: Vec<String>,
 }

@@ -203,6 +203,11 @@ impl Crl {
             .any(|algorithm| key.verify_signature(*algorithm, tbs, &self.signature).is_ok())
     }
 
+    /// Says whether it has this certificate, if it is what it says; nothing is said of who has signed it.
+    pub(crate) fn may_revoke(&self, certificate: &Certificate) -> bool {
+        self.issuer_der == certificate.issuer_der() && self.revoked.contains_key(without_zeros(certificate.serial()))
+    }
+
     /// What the list, whose signature is good, says of a certificate of its issuer.
     fn status_of(&self, certificate: &Certificate, now: i64) -> Status {
         if let Some(revoked) = self.revoked.get(without_zeros(certificate.serial())) {

@@ -7,8 +7,8 @@ use std::time::Duration;
 use latchkey_tests::daemon::Daemon;
 use latchkey_tests::daemon::Kind::{self, Latchkey, Strongswan};
 use latchkey_tests::host::wait_for;
-use latchkey_tests::pki::Authority;
-use latchkey_tests::scene::{Auth, Scene, Suite, configurations, hosts};
+use latchkey_tests::pki::{Authority, Credential};
+use latchkey_tests::scene::{Auth, INNER_A, INNER_B, Scene, Suite, configurations, hosts};
 
 const ROLES: [(Kind, Kind); 2] = [(Latchkey, Strongswan), (Strongswan, Latchkey)];
 
@@ -106,6 +106,46 @@ fn a_revoked_certificate_gets_nobody_in() {
         checks.control(&["--load-creds", "--clear"]);
         assert!(!scene.a.swanctl(&["--initiate", "--child", "net", "--timeout", "20"]).status.success());
         assert!(checks.log().contains("no CRL of"), "{}", checks.log());
+    }
+}
+
+// A list that has the certificate of a peer that is in ends its IKE SA, and nobody else's; strongSwan's peer hears of it.
+#[test]
+fn a_revoked_peer_that_is_in_is_put_out() {
+    for (initiator, responder) in [(Latchkey, Strongswan), (Strongswan, Latchkey), (Latchkey, Latchkey)] {
+        let authority = Authority::new("test CA", &rcgen::PKCS_ECDSA_P256_SHA256);
+        let credentials = ["a.example", "b.example"].map(|name| authority.issue(name, &rcgen::PKCS_ECDSA_P256_SHA256));
+        let mut of = configurations(&Suite { auth: Auth::Certificates(&rcgen::PKCS_ECDSA_P256_SHA256), ..RSA });
+        for ((_, files), Credential { certificate, key }) in of.iter_mut().zip(&credentials) {
+            *files = vec![
+                ("x509/cert.pem".into(), certificate.clone()),
+                ("x509ca/ca.pem".into(), authority.certificate()),
+                ("private/key.pem".into(), key.clone()),
+            ];
+        }
+        let [(of_a, files_a), (of_b, files_b)] = of;
+        let (host_a, host_b) = hosts();
+        let b = Daemon::start(responder, &host_b, &of_b, &files_b);
+        let a = Daemon::start(initiator, &host_a, &of_a, &files_a);
+        let scene = Scene { a, b, host_a, host_b };
+        scene.a.initiate("net");
+        scene.passes();
+        let (checks, own, peer) = match initiator {
+            Latchkey => (&scene.a, &credentials[0], &credentials[1]),
+            _ => (&scene.b, &credentials[1], &credentials[0]),
+        };
+        let other = authority.issue("c.example", &rcgen::PKCS_ECDSA_P256_SHA256);
+        std::fs::write(checks.path("swanctl/x509crl/ca.crl"), authority.revoke(1, &[&other, own])).unwrap();
+        checks.control(&["--load-creds"]);
+        scene.passes();
+        std::fs::write(checks.path("swanctl/x509crl/ca.crl"), authority.revoke(2, &[&other, peer])).unwrap();
+        checks.control(&["--load-creds"]);
+        assert_eq!(checks.established(), 0, "{}", checks.log());
+        wait_for("the peer to hear of it", Duration::from_secs(10), || {
+            (scene.a.established(), scene.b.established()) == (0, 0)
+        });
+        assert!(checks.log().contains("example': 'O=Latchkey tests, CN="), "{}", checks.log());
+        assert!(!scene.host_a.pings(INNER_A, INNER_B));
     }
 }
 

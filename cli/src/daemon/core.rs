@@ -10,7 +10,7 @@ use espintcp::streams::{Streams, Way};
 use ike::config::{Child, ConfiguredSelector, DpdAction, StartAction};
 use ike::engine::{
     ChildReady, ChildSaId, ChildState, CloseReason, Event, IkeSaId, Initiate, InstallError, Installed, JobOutcome,
-    Target, Transport,
+    Judge, Target, Transport,
 };
 use ipsec::guard::ClassId;
 use ipsec::plane::{Carrier, DataPlane, Encapsulation, Mode, PlaneError, PlaneEvent, SaPair, Shunt, Trap, Usage};
@@ -30,7 +30,7 @@ use super::numbers::Numbers;
 use super::redirect;
 use super::reqids::{self, Reqids};
 use super::settings::Settings;
-use super::shards::{FromShard, Shards, ToCore, Wanted};
+use super::shards::{FromShard, Shards, ToCore, Wanted, unix_time};
 use super::shunts::Shunts;
 use super::survey;
 use super::tls::TlsClients;
@@ -882,17 +882,26 @@ impl Core {
             }
             Command::SetCredentials(credentials, reply) => {
                 let are_others = !credentials.is_same_as(&self.credentials);
+                let has_other_lists = credentials.crls() != self.credentials.crls();
                 self.credentials = Arc::new(*credentials);
                 let credentials = &self.credentials;
+                let of_judge = Arc::clone(credentials);
+                let judge: Judge = Arc::new(move |peer, chain| of_judge.revoked(peer, chain, unix_time()));
                 self.shards.change(|engine, _, of_shard| {
                     engine.set_authority_hashes(credentials.authority_hashes());
                     engine.set_ppks(credentials.ppks());
+                    engine.set_judge(Arc::clone(&judge));
                     if are_others {
                         engine.forget_tickets();
                     }
                     *of_shard = Arc::clone(credentials);
                 });
                 self.tls.forget();
+                if has_other_lists {
+                    // One by one: a shard has other things to do in between.
+                    let all = self.shards.ike_sas_after(None, IkeSaId(0), usize::MAX);
+                    all.into_iter().for_each(|id| self.shards.review(id));
+                }
                 let _ = reply.send(());
             }
             Command::ReloadSettings(reply) => {

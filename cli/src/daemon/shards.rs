@@ -348,6 +348,12 @@ impl Shards {
         self.with(shard, |engine| engine.terminate(Instant::now(), target, force, token))
     }
 
+    pub(super) fn review(&self, id: IkeSaId) {
+        if let Some(shard) = self.of_target(Target::Ike(id)) {
+            self.with(shard, |engine| engine.review(Instant::now(), id));
+        }
+    }
+
     pub(super) fn rekey(&self, target: Target, token: u64) -> Result<(), NoSuchSa> {
         let shard = self.of_target(target).ok_or(NoSuchSa)?;
         self.with(shard, |engine| engine.rekey(Instant::now(), target, token))
@@ -809,7 +815,7 @@ async fn read_streams(shards: Shards, mut from_streams: mpsc::Receiver<StreamEve
 }
 
 /// Seconds since the Unix epoch, for certificates' validity.
-fn unix_time() -> u64 {
+pub(super) fn unix_time() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_secs())
 }
 

@@ -10,8 +10,8 @@ use ipsec::plane::StreamId;
 use pad::{Identity, PeerIdentity, Ppk, Proof};
 
 use super::{
-    ChildReady, ChildSaId, ChildSaStatus, CloseReason, EngineConfig, Event, IkeSaId, Initiate, Job, JobId, Judgement,
-    Output, Path, TlsPeer, Transmit,
+    ChildReady, ChildSaId, ChildSaStatus, CloseReason, EngineConfig, Event, IkeSaId, Initiate, Job, JobId, Judge,
+    Judgement, Output, Path, TlsPeer, Transmit,
 };
 use crate::Rng;
 use crate::config::{Connection, Fragmentation};
@@ -88,6 +88,10 @@ pub(crate) struct Context {
     pub(crate) authorities: Vec<[u8; 20]>,
     /// Post-quantum preshared keys.
     pub(crate) ppks: Vec<Ppk>,
+    /// Whether a peer that is in may stay.
+    pub(crate) judge: Option<Judge>,
+    /// IKE SAs that have come up, or by a rekey, with what was proved before the last change of credentials.
+    pub(crate) unreviewed: Vec<IkeSaId>,
     /// Our addresses at which peers may reach us (RFC 4555 §3.4).
     pub(crate) local_addresses: Vec<IpAddr>,
     pub(crate) jobs: BTreeMap<JobId, JobEntry>,
@@ -137,6 +141,8 @@ impl Context {
             connections: Arc::default(),
             authorities: Vec::new(),
             ppks: Vec::new(),
+            judge: None,
+            unreviewed: Vec::new(),
             local_addresses: Vec::new(),
             jobs: BTreeMap::new(),
             child_spis: BTreeMap::new(),

@@ -528,6 +528,10 @@ pub enum CloseReason {
     Restarted,
 }
 
+/// Why a peer that is in may not stay; `None` if it may. Also given are the certificates of its chain between the two in its
+/// proof ([`pad::Admission::intermediates`]).
+pub type Judge = Arc<dyn Fn(&PeerIdentity, &[Vec<u8>]) -> Option<String> + Send + Sync>;
+
 /// What to initiate.
 #[derive(Clone, Debug)]
 pub struct Initiate {
@@ -687,6 +691,19 @@ impl Engine {
     /// Post-quantum preshared keys (RFC 8784); set with the credentials.
     pub fn set_ppks(&mut self, ppks: Vec<Ppk>) {
         self.ctx.ppks = ppks;
+    }
+
+    /// Says who may stay of those that are in, from now on; set with the credentials. Whoever comes up by a proof of before, or
+    /// rekeys, is judged then. Those that are up are when [`Self::review`] says so.
+    pub fn set_judge(&mut self, judge: Judge) {
+        self.ctx.judge = Some(judge);
+    }
+
+    /// Ends an IKE SA whose peer may not stay. Nothing waits for the peer: its Child SAs are taken down at once.
+    pub fn review(&mut self, now: Instant, id: IkeSaId) {
+        self.now = now;
+        self.with_established(id, |sa, ctx| sa.review(ctx, now));
+        self.settle(now);
     }
 
     /// Credentials have changed: no ticket that was given or received before is good any more (RFC 5723 §6.2), and what was
@@ -1359,8 +1376,12 @@ impl Engine {
             let redirected = std::mem::take(&mut self.ctx.redirected);
             let again = std::mem::take(&mut self.ctx.again);
             let replacements = std::mem::take(&mut self.ctx.replacements);
-            let nothing_new =
-                spawned.is_empty() && superseded.is_empty() && outlived.is_empty() && reinitiate.is_empty();
+            let unreviewed = std::mem::take(&mut self.ctx.unreviewed);
+            let nothing_new = spawned.is_empty()
+                && superseded.is_empty()
+                && outlived.is_empty()
+                && reinitiate.is_empty()
+                && unreviewed.is_empty();
             let no_attempts = redirected.is_empty() && again.is_empty() && replacements.is_empty();
             if nothing_new && no_attempts && !self.finish_reauthentications(now) {
                 return;
@@ -1389,6 +1410,9 @@ impl Engine {
                     self.ctx.shared.peers.leave(key, id);
                     self.ctx.release_ike_spi(sa.channel.local_spi());
                 }
+            }
+            for id in unreviewed {
+                self.with_established(id, |sa, ctx| sa.review(ctx, now));
             }
             for id in outlived {
                 self.note(now, Note::Outlived(id));

@@ -263,13 +263,13 @@ impl InitiatorAuth {
         basis: Basis,
         result: Result<Admission, AuthError>,
     ) -> Result<(Arc<PeerIdentity>, Arc<Basis>), String> {
-        let Admission { peer, good_for, warnings } = result.map_err(|error| error.to_string())?;
+        let Admission { peer, good_for, intermediates, warnings } = result.map_err(|error| error.to_string())?;
         if peer.id != *asserted || !self.connection.remote.remote_id.matches(&peer.id) {
             return Err("the identity is not the one that the connection names".to_owned());
         }
         ctx.log("IKE", 1, self.core.tag(), format!("authentication of '{}' successful", peer.id));
         warnings.into_iter().for_each(|line| ctx.log("CFG", 1, self.core.tag(), line));
-        Ok((Arc::new(peer), basis.proved(now, good_for)))
+        Ok((Arc::new(peer), basis.proved(now, good_for, intermediates)))
     }
 
     /// RFC 5685 §6: the IKE SA that was not needed is deleted, and what was asked for is made elsewhere.

@@ -374,7 +374,7 @@ impl ResponderAuth {
         let Some(group) = groups.pop_front() else {
             return self.refuse(ctx, now, &Fault::AuthenticationFailed, "no connection fits");
         };
-        let Admission { peer, good_for, warnings } = match result {
+        let Admission { peer, good_for, intermediates, warnings } = match result {
             Ok(admission) => admission,
             Err(error) if groups.is_empty() => {
                 return self.refuse(ctx, now, &Fault::AuthenticationFailed, &error.to_string());
@@ -407,7 +407,7 @@ impl ResponderAuth {
         };
         let job = ctx.job(self.core.id, Job::Sign(request));
         warnings.into_iter().for_each(|line| ctx.log("CFG", 1, self.core.tag(), line));
-        let basis = claim.basis.proved(now, good_for);
+        let basis = claim.basis.proved(now, good_for, intermediates);
         self.phase = Phase::Signing { job, parts: claim.parts, peer: Arc::new(peer), basis, connection };
         Some(IkeSa::ResponderAuth(self))
     }

@@ -18,6 +18,8 @@ pub(crate) struct Basis {
     pub(crate) proved_at: Instant,
     /// When the first certificate of the peer's chain ends.
     pub(crate) good_until: Option<Instant>,
+    /// Certificates of that chain between the two that the peer's proof has (DER).
+    pub(crate) intermediates: Vec<Vec<u8>>,
     /// The tickets' epoch when the peer's proof was handed out to be checked.
     pub(crate) epoch: u64,
     /// Connections that named the peer most narrowly and fitted the addresses then, in order: the PAD as it decided.
@@ -32,12 +34,13 @@ impl Basis {
     /// Before the peer's proof is checked.
     pub(crate) fn new(ctx: &Context, now: Instant, rivals: Vec<Arc<Connection>>, uses_ppk: bool) -> Self {
         let epoch = ctx.shared.tickets.lock().epoch();
-        Self { proved_at: now, good_until: None, epoch, rivals, uses_ppk, resumed: false }
+        Self { proved_at: now, good_until: None, intermediates: Vec::new(), epoch, rivals, uses_ppk, resumed: false }
     }
 
     /// The proof is good, for so long.
-    pub(crate) fn proved(self, now: Instant, good_for: Option<Duration>) -> Arc<Self> {
-        Arc::new(Self { proved_at: now, good_until: good_for.map(|time| after(now, time)), ..self })
+    pub(crate) fn proved(self, now: Instant, good_for: Option<Duration>, intermediates: Vec<Vec<u8>>) -> Arc<Self> {
+        let good_until = good_for.map(|time| after(now, time));
+        Arc::new(Self { proved_at: now, good_until, intermediates, ..self })
     }
 
     /// Of an IKE SA that this one's ticket brought back.

@@ -340,6 +340,9 @@ impl Established {
         basis: Arc<Basis>,
     ) -> Self {
         channel.forget_proof_keys();
+        if ctx.judge.is_some() && basis.epoch != ctx.shared.tickets.lock().epoch() {
+            ctx.unreviewed.push(core.id);
+        }
         // Neither a ticket nor what follows makes a proof younger.
         let proved_at = if basis.resumed { basis.proved_at } else { now };
         let rekey = rekey_at(now, connection.rekey_time, connection.rand_time, ctx.rng.as_mut());
@@ -941,6 +944,16 @@ impl Established {
     ) -> Result<(), Closed> {
         self.queue.push_back(Task::RekeyChild { id, token: Some(token), group: None, tries: 0 });
         self.pump(ctx, now)
+    }
+
+    /// Ends it where its peer may not stay.
+    pub(crate) fn review(&mut self, ctx: &mut Context, now: Instant) -> Result<(), Closed> {
+        let reason = ctx.judge.as_ref().and_then(|judge| judge(&self.peer, &self.basis.intermediates));
+        let Some(reason) = reason else { return Ok(()) };
+        ctx.log("IKE", 0, self.core.tag(), format!("closing IKE_SA of '{}': {reason}", self.peer.id));
+        // Nobody is to make it again.
+        self.reauthenticating = false;
+        Err(self.farewell(ctx, now, CloseReason::Local))
     }
 
     /// Another one of the same peer takes its place.

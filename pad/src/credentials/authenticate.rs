@@ -159,7 +159,9 @@ impl Credentials {
                             method: request.method,
                         };
                         let left = u64::try_from(chain.not_after).unwrap_or(0).saturating_sub(now);
-                        return Ok(admitted(request, entry, proof, Some(Duration::from_secs(left)), chain.warnings));
+                        let good_for = Some(Duration::from_secs(left));
+                        let Chain { intermediates, warnings, .. } = chain;
+                        return Ok(Admission { intermediates, ..admitted(request, entry, proof, good_for, warnings) });
                     }
                     Err(reason) => {
                         failure.get_or_insert(certificate_error(reason));
@@ -252,7 +254,8 @@ impl Credentials {
             // Configured by its octets, it needs nobody else to vouch for it.
             if entry.cacerts.is_empty() {
                 let warnings = self.check_pinned(entry, signer, now)?;
-                return Ok(Chain { anchor: Arc::clone(signer), not_after: signer.not_after(), warnings });
+                let (anchor, intermediates) = (Arc::clone(signer), Vec::new());
+                return Ok(Chain { anchor, intermediates, not_after: signer.not_after(), warnings });
             }
         }
         let validate = |anchors: &[Arc<Certificate>]| {
@@ -276,6 +279,30 @@ impl Credentials {
         let anchors: Vec<_> =
             entry.cacerts.iter().filter_map(|der| Certificate::parse(der).ok()).map(Arc::new).collect();
         validate(&anchors)
+    }
+
+    /// Why a peer that was admitted would not be now, as far as loaded CRLs go: one of them, signed by who issued it, has
+    /// a certificate of its chain. `intermediates` are those of [`Admission::intermediates`].
+    pub fn revoked(&self, peer: &PeerIdentity, intermediates: &[Vec<u8>], now: u64) -> Option<String> {
+        let Proof::Certificate { end_entity, trust_anchor, .. } = &peer.proof else { return None };
+        // A configured certificate is its own anchor, and whoever issued it is among the loaded ones, or unknown.
+        let anchor = Some(trust_anchor).filter(|anchor| *anchor != end_entity);
+        let ders = std::iter::once(end_entity).chain(intermediates).chain(anchor);
+        let path: Vec<Certificate> = ders.filter_map(|der| Certificate::parse(der).ok()).collect();
+        let loaded: Vec<&Certificate> = self.intermediates().map(Arc::as_ref).collect();
+        path.iter().enumerate().find_map(|(at, certificate)| {
+            // A CRL's signature is looked at only where it matters: this is asked of many peers at a time.
+            if !self.crls().iter().any(|list| list.may_revoke(certificate)) {
+                return None;
+            }
+            let issuers = match path.get(at.saturating_add(1)) {
+                Some(issuer) => vec![issuer],
+                None if anchor.is_none() => loaded.clone(),
+                None => Vec::new(),
+            };
+            let mut issuers = issuers.into_iter().filter(|issuer| certificate.may_be_issued_by(issuer));
+            issuers.find_map(|issuer| Revocation::Relaxed.check(self.crls(), certificate, issuer, now).err())
+        })
     }
 
     /// A configured certificate needs nobody to vouch for it, but whoever issued it may have revoked it.
@@ -322,5 +349,6 @@ fn admitted(
     warnings: Vec<String>,
 ) -> Admission {
     let (id, local_id, entry) = (request.peer_id.clone(), request.local_id.clone(), entry.name.clone());
-    Admission { peer: PeerIdentity { id, local_id, proof, entry }, good_for, warnings }
+    let peer = PeerIdentity { id, local_id, proof, entry };
+    Admission { peer, good_for, intermediates: Vec::new(), warnings }
 }

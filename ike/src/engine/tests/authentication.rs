@@ -39,7 +39,12 @@ fn with_careless_responder(mut pair: Pair) -> Pair {
                 pair.sides[B].engine.handle_job(
                     now,
                     id,
-                    JobOutcome::Authenticate(Ok(pad::Admission { peer, good_for: None, warnings: Vec::new() })),
+                    JobOutcome::Authenticate(Ok(pad::Admission {
+                        peer,
+                        good_for: None,
+                        intermediates: Vec::new(),
+                        warnings: Vec::new(),
+                    })),
                 );
                 pair.drain(B);
             }
@@ -461,6 +466,58 @@ fn the_keys_of_both_ends_are_told_and_outlive_rekeys() {
     // A shared key is nobody's alone.
     let pair = established(Pair::new(38));
     assert!(pair.sides.iter().all(|side| side.endpoint_keys == [None]));
+}
+
+// A peer may be found out while it is in, while its proof is being looked at, and while it rekeys.
+#[test]
+fn who_may_not_stay_goes_at_once_and_nobody_else() {
+    let of_b: Judge = Arc::new(|peer, chain| {
+        assert!(chain.is_empty());
+        (peer.id == id("b")).then(|| "it was revoked".to_owned())
+    });
+    let gone = |pair: &Pair| {
+        assert!(pair.sides[A].logged("closing IKE_SA of 'b': it was revoked"));
+        assert!(pair.sides[A].down(CloseReason::Local) && pair.sides[A].installed.is_empty());
+        pair.assert_same(0, 0);
+    };
+    let judge = |pair: &mut Pair, side: usize, judge: &Judge| {
+        pair.sides[side].engine.set_judge(Arc::clone(judge));
+        pair.sides[side].engine.forget_tickets();
+    };
+    let mut pair = up(39);
+    let (now, id_of_a, id_of_b) = (pair.now, pair.sides[A].only().id, pair.sides[B].only().id);
+    judge(&mut pair, B, &of_b);
+    pair.sides[B].engine.review(now, id_of_b);
+    pair.run(seconds(1));
+    pair.assert_same(1, 1);
+    judge(&mut pair, A, &of_b);
+    // The peer cannot hold it up by silence.
+    pair.cut = true;
+    pair.sides[A].engine.review(now, id_of_a);
+    pair.drain(A);
+    assert!(pair.sides[A].installed.is_empty() && pair.sides[A].engine.ike_sas(now).is_empty());
+    pair.cut = false;
+    pair.run(seconds(10));
+    gone(&pair);
+
+    let mut pair = Pair::new(40);
+    pair.job_delay = Duration::from_millis(300);
+    pair.initiate(A, 1);
+    while !pair.deliveries.values().any(|next| matches!(next, Delivery::Job { side: A, job: Job::Authenticate(_), .. }))
+    {
+        pair.run(Duration::from_millis(1));
+    }
+    judge(&mut pair, A, &of_b);
+    pair.run(seconds(10));
+    gone(&pair);
+
+    // Of those that a page missed because they were rekeyed meanwhile, the successor is judged.
+    let mut pair = up(41);
+    judge(&mut pair, A, &of_b);
+    let (now, ike) = (pair.now, pair.sides[B].only().id);
+    pair.sides[B].engine.rekey(now, Target::Ike(ike), 2).unwrap();
+    pair.run(seconds(10));
+    gone(&pair);
 }
 
 #[test]

@@ -19,8 +19,15 @@ fn peer(name: &str) -> PeerIdentity {
 }
 
 fn grant(now: Instant, name: &str) -> Grant {
-    let basis =
-        Basis { proved_at: now, good_until: None, epoch: 0, rivals: Vec::new(), uses_ppk: false, resumed: false };
+    let basis = Basis {
+        proved_at: now,
+        good_until: None,
+        intermediates: Vec::new(),
+        epoch: 0,
+        rivals: Vec::new(),
+        uses_ppk: false,
+        resumed: false,
+    };
     let (connection, peer, basis) = (Arc::new(connection()), Arc::new(peer(name)), Arc::new(basis));
     Grant { ike_sa: IkeSaId(7), connection, peer, basis }
 }

@@ -282,7 +282,7 @@ impl ResponderAuth {
         (self.core.name, self.core.dscp) = (ctx.connections.name(&connection.name), connection.dscp);
         self.channel.tally = Some(ctx.shared.counters.of(&connection.name));
         ctx.log("IKE", 1, self.core.tag(), format!("authentication of '{}' with EAP successful", peer.id));
-        let basis = basis.proved(now, None);
+        let basis = basis.proved(now, None, Vec::new());
         self.establish(ctx, now, *parts, (peer, basis), connection, vec![proof])
     }
 

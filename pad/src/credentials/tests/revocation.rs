@@ -294,3 +294,47 @@ fn newer_lists_take_the_place_of_older_ones() {
     assert_eq!(credentials.crls().len(), 2);
     assert!(!credentials.is_same_as(&before), "what is revoked is part of the credentials");
 }
+
+// RFC 5280 §6.3: asked again of a peer that is in, when a new list comes.
+#[test]
+fn a_peer_that_is_in_is_found_out_by_a_new_list() {
+    let scene = Scene::new();
+    let end_entity = scene.request.certificates[0].clone();
+    let mut credentials = trusting(&scene.root);
+    let admission = credentials.authenticate(&scene.request, NOW).unwrap();
+    assert_eq!(admission.intermediates, [scene.intermediate.der()]);
+    let revoked = |credentials: &Credentials| credentials.revoked(&admission.peer, &admission.intermediates, NOW);
+    // Of others: somebody else of the same name, another serial number, another issuer.
+    let impostor = scene.root.below("intermediate", |_| ());
+    let other = request_of(&scene.intermediate, "moon.example.org", |_| (), Vec::new()).certificates.swap_remove(0);
+    for list in [
+        list(&impostor, &[&end_entity], |_| ()),
+        list(&scene.intermediate, &[&other], |_| ()),
+        list(&scene.root, &[&end_entity], |_| ()),
+        list(&scene.intermediate, &[], out_of_date),
+    ] {
+        credentials.add_crl(&list).unwrap();
+        assert_eq!(revoked(&credentials), None);
+    }
+    for (authority, certificate) in [(&scene.intermediate, &end_entity), (&scene.root, &scene.intermediate.der())] {
+        let mut credentials = credentials.clone();
+        credentials.add_crl(&list(authority, &[certificate], |params| params.crl_number = 1001_u64.into())).unwrap();
+        assert!(revoked(&credentials).unwrap().contains("was revoked at"));
+        assert!(credentials.authenticate(&scene.request, NOW).is_err());
+    }
+    // A pinned certificate, by whoever issued it; nobody has issued a key.
+    let entries = vec![PadEntry { certs: vec![end_entity.clone()], ..entry("conn", "%any", AuthClass::PublicKey) }];
+    let pinned = credentials.authenticate(&AuthenticateRequest { entries, ..scene.request }, NOW).unwrap();
+    credentials
+        .add_crl(&list(&scene.intermediate, &[&end_entity], |params| params.crl_number = 1001_u64.into()))
+        .unwrap();
+    assert_eq!(credentials.revoked(&pinned.peer, &[], NOW), None);
+    credentials.add_certificate(&scene.intermediate.der()).unwrap();
+    assert!(credentials.revoked(&pinned.peer, &[], NOW).is_some());
+    let key = pad_peer(Proof::PreSharedKey, &admission.peer);
+    assert_eq!(credentials.revoked(&key, &[], NOW), None);
+}
+
+fn pad_peer(proof: Proof, like: &PeerIdentity) -> PeerIdentity {
+    PeerIdentity { proof, ..like.clone() }
+}
