@@ -130,6 +130,12 @@ raw.bind(("10.2.0.1", 0))
 raw.sendto(segment[:16] + struct.pack("!H", ~total & 0xffff) + segment[18:], ("10.1.0.1", 0))
 "#;
 
+// RFC 5660 §2.3: the kernel's policies go around the latched connections.
+#[test]
+fn an_impostor_gets_all_but_the_latched_connections() {
+    in_guest(|| latched::an_impostor_gets_all_but_the_latched_connections(LatchkeyKernel));
+}
+
 /// Sends a line from this port to B's server, and gives what comes back.
 fn call(host: &Host, port: u16, line: &str) -> String {
     let to = format!("TCP4:10.2.0.1:7,bind=10.1.0.1:{port},reuseaddr,connect-timeout=2");
