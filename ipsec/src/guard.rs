@@ -68,22 +68,14 @@ pub enum Passage {
     Clear,
 }
 
-/// What a logical entry of the SPD does with the flow that it is for (RFC 4301 §4.4.1).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum LogicalEntry {
-    /// BYPASS: its packets go past the tunnel, whatever SAs and traps say.
-    Bypass,
-    /// PROTECT: they go into the tunnel, whatever shunts say that let pass.
-    Protect,
-}
-
 /// Logical entries at the head of the SPD, each for one flow (RFC 5660 §2.3, §3.1). They are the routing's part: what the
 /// packet check and the system's barrier do with a packet is theirs. They end with the process, or with its successor's start.
 ///
 /// Calls return when the system has done what they ask. They are short, and may come from any thread.
 pub trait LogicalSpd: Send + Sync {
-    /// From now on the flow has this entry and no other. When it fails, it has none.
-    fn put(&self, flow: &Flow, entry: LogicalEntry) -> Result<(), String>;
+    /// From now on the flow has a BYPASS entry (RFC 4301 §4.4.1): its packets go past the tunnel, whatever SAs and traps say.
+    /// When it fails, it has none.
+    fn bypass(&self, flow: &Flow) -> Result<(), String>;
     /// It has none any more.
     fn remove(&self, flow: &Flow);
 }

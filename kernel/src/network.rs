@@ -365,9 +365,9 @@ impl Network {
         self.inner.latches.as_ref().map(|latches| Arc::clone(latches) as _)
     }
 
-    /// Rules by which single flows go past the tunnel, or into it in spite of a shunt.
+    /// Rules by which single flows go past the tunnel.
     pub fn logical_spd(&self) -> Arc<dyn LogicalSpd> {
-        Arc::new(FlowRules { rules: Arc::clone(&self.inner.shunts), tunnelled: self.inner.xfrm.is_none() })
+        Arc::new(FlowRules(Arc::clone(&self.inner.shunts)))
     }
 
     /// Port of plain IKE, as bound.

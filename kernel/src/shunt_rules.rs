@@ -1,7 +1,7 @@
 //! Shunts where ESP is done in user space (RFC 4301 §4.4.1: BYPASS and DISCARD): rules of policy routing around the one that
 //! leads packets into the tunnel's device. What passes jumps over that rule. What is dropped behind it, the system refuses:
-//! with ICMP "administratively prohibited" where it forwards (§5.1), with an error to programs of this host. Single flows may have
-//! the same for themselves ([`FlowRules`]): they pass as by a shunt, or jump over the shunts that pass.
+//! with ICMP "administratively prohibited" where it forwards (§5.1), with an error to programs of this host. Single flows may pass
+//! as by a shunt of their own ([`FlowRules`]).
 //!
 //! Such rules are asked about each packet that is routed, sent here or forwarded, in either direction. What comes for this
 //! host itself is not routed by them: for that there are policies of the kernel, where it has any ([`crate::xfrm`]).
@@ -11,7 +11,7 @@ use std::io;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex};
 
-use ipsec::guard::{LogicalEntry, LogicalSpd};
+use ipsec::guard::LogicalSpd;
 use ipsec::plane::{PlaneError, Shunt, ShuntAction};
 use ipsec::selector::{Flow, TrafficSelector};
 
@@ -32,23 +32,15 @@ enum Owner {
 }
 
 /// Rules for single flows, of a network's [`ShuntRules`].
-pub(crate) struct FlowRules {
-    pub(crate) rules: Arc<Mutex<ShuntRules>>,
-    /// Packets get into the tunnel by routes.
-    pub(crate) tunnelled: bool,
-}
+pub(crate) struct FlowRules(pub(crate) Arc<Mutex<ShuntRules>>);
 
 impl LogicalSpd for FlowRules {
-    fn put(&self, flow: &Flow, entry: LogicalEntry) -> Result<(), String> {
-        // Where the kernel does ESP, its policies alone say what is protected.
-        if entry == LogicalEntry::Protect && !self.tunnelled {
-            return Ok(());
-        }
-        lock(&self.rules).add_flow(flow, entry).map_err(|e| format!("install the rules of {flow}: {e}"))
+    fn bypass(&self, flow: &Flow) -> Result<(), String> {
+        lock(&self.0).add_flow(flow).map_err(|e| format!("install the rules of {flow}: {e}"))
     }
 
     fn remove(&self, flow: &Flow) {
-        if let Err(error) = lock(&self.rules).remove_of(Owner::Flow(*flow)) {
+        if let Err(error) = lock(&self.0).remove_of(Owner::Flow(*flow)) {
             tracing::error!(%flow, %error, "removing the rules of a flow");
         }
     }
@@ -90,13 +82,13 @@ impl ShuntRules {
         Ok(())
     }
 
-    fn add_flow(&mut self, flow: &Flow, entry: LogicalEntry) -> io::Result<()> {
+    fn add_flow(&mut self, flow: &Flow) -> io::Result<()> {
         self.remove_of(Owner::Flow(*flow))?;
         let flows = self.by_owner.keys().filter(|owner| matches!(owner, Owner::Flow(_))).count();
         if flows >= MOST_FLOWS {
             return Err(io::Error::other(format!("there are rules for {MOST_FLOWS} flows, and no more are taken")));
         }
-        let rules = rules_of_flow(flow, entry, self.priority)?;
+        let rules = rules_of_flow(flow, self.priority)?;
         self.add_rules(&rules)?;
         self.by_owner.insert(Owner::Flow(*flow), rules);
         Ok(())
@@ -237,15 +229,12 @@ fn rules(shunt: &Shunt, priority: u32) -> io::Result<Vec<Rule>> {
 }
 
 /// The rules that select one flow, in both directions. What it has of its own goes before all shunts.
-fn rules_of_flow(flow: &Flow, entry: LogicalEntry, priority: u32) -> io::Result<Vec<Rule>> {
+fn rules_of_flow(flow: &Flow, priority: u32) -> io::Result<Vec<Rule>> {
     if priority < 3 {
         let reason = format!("routing_table_prio = {priority} leaves no room for rules before it");
         return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
     }
-    let action = match entry {
-        LogicalEntry::Bypass => RuleAction::GoTo(after_all(priority)),
-        LogicalEntry::Protect => RuleAction::GoTo(priority),
-    };
+    let action = RuleAction::GoTo(after_all(priority));
     let (local, remote) = TrafficSelector::of_flow(flow);
     let (ours, theirs) = (ports(&local, flow.protocol)?, ports(&remote, flow.protocol)?);
     let ends = [(flow.local, ours, flow.remote, theirs), (flow.remote, theirs, flow.local, ours)];
@@ -350,16 +339,14 @@ mod tests {
     // RFC 5660 §3.1: "protecting or bypassing the exact 5-tuple".
     #[test]
     fn a_flow_of_its_own_goes_before_all_shunts_and_is_exact() {
-        let [out, back] = &rules_of_flow(&flow(40_000), LogicalEntry::Bypass, 220).unwrap()[..] else { panic!() };
+        let [out, back] = &rules_of_flow(&flow(40_000), 220).unwrap()[..] else { panic!() };
         assert_eq!((out.priority, &out.action, out.ipv6), (218, &RuleAction::GoTo(222), false));
         let (RuleSelector::Flow(to), RuleSelector::Flow(fro)) = (&out.selector, &back.selector) else { panic!() };
         assert_eq!((to.from, to.to, to.protocol), ((flow(0).local, 32), (flow(0).remote, 32), 6));
         assert_eq!((to.source_ports, to.destination_ports), (Some((40_000, 40_000)), Some((443, 443))));
         assert_eq!((fro.from, fro.to, fro.source_ports), (to.to, to.from, to.destination_ports));
-        let protect = rules_of_flow(&flow(40_000), LogicalEntry::Protect, 220).unwrap();
-        assert!(protect.iter().all(|rule| (rule.priority, &rule.action) == (218, &RuleAction::GoTo(220))));
         for (port, priority, why) in [(u16::MAX, 220, "65534"), (40_000, 2, "no room")] {
-            let error = rules_of_flow(&flow(port), LogicalEntry::Bypass, priority).unwrap_err();
+            let error = rules_of_flow(&flow(port), priority).unwrap_err();
             assert!(error.to_string().contains(why), "{error}");
         }
     }

@@ -91,7 +91,7 @@ static void datagrams(const struct sockaddr *remote, socklen_t length, struct la
     expect("end it", latchkey_end_peer(endpoint, peer), LATCHKEY_OK);
     do {
         expect("told", latchkey_next(client, 5000, &change), LATCHKEY_OK);
-    } while (change.number != peer || (change.state != LATCHKEY_CLOSED && failures == 0));
+    } while (failures == 0 && (change.number != peer || change.state != LATCHKEY_CLOSED));
     expect("its state", latchkey_state(told, &state), LATCHKEY_OK);
     if (state != LATCHKEY_CLOSED)
         printf("WRONG: state %d\n", state), failures++;

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use ipsec::guard::{LogicalEntry, LogicalSpd, Passage};
+use ipsec::guard::{LogicalSpd, Passage};
 use ipsec::plane::ShuntAction;
 use ipsec::selector::{Flow, TrafficSelector};
 
@@ -58,7 +58,7 @@ impl Bypass {
 }
 
 impl Database {
-    /// Sets what leads flows past the tunnel, or into it; once, before the first latch.
+    /// Sets what leads flows past the tunnel; once, before the first latch.
     pub fn set_logical_spd(&self, spd: Arc<dyn LogicalSpd>) {
         // A second one would be a second network of one database.
         let _ = self.spd.set(spd);
@@ -88,7 +88,7 @@ impl Database {
         if latched || control.listeners.values().any(|listening| listening.listener.takes(&flow)) {
             return Err(LatchError::Exists(flow.to_string()));
         }
-        if let Some(shunt) = control.shunt_for(&flow, ShuntAction::Drop) {
+        if let Some(shunt) = control.dropping_shunt(&flow) {
             return Err(LatchError::Policy {
                 flow: flow.to_string(),
                 what: format!("the shunt {} drops it", shunt.name),
@@ -100,7 +100,7 @@ impl Database {
             self.leave_bypass(&flow);
             return Err(LatchError::Exists(flow.to_string()));
         }
-        if let Some(Err(reason)) = self.spd.get().map(|spd| spd.put(&flow, LogicalEntry::Bypass)) {
+        if let Some(Err(reason)) = self.spd.get().map(|spd| spd.bypass(&flow)) {
             self.flows.remove(&flow);
             self.leave_bypass(&flow);
             return Err(LatchError::Unenforced { flow: flow.to_string(), reason });
@@ -202,8 +202,8 @@ impl ShuntedTraffic {
 }
 
 impl Control {
-    /// A shunt of this kind that selects a flow.
-    pub(super) fn shunt_for(&self, flow: &Flow, action: ShuntAction) -> Option<&ShuntedTraffic> {
-        self.shunts.values().find(|shunt| shunt.action == action && shunt.selects(flow))
+    /// A shunt that drops a flow.
+    fn dropping_shunt(&self, flow: &Flow) -> Option<&ShuntedTraffic> {
+        self.shunts.values().find(|shunt| shunt.action == ShuntAction::Drop && shunt.selects(flow))
     }
 }

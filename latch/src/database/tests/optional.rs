@@ -1,6 +1,8 @@
 //! Optional protection (RFC 5660 §3.1).
 
-use ipsec::guard::{LogicalEntry, LogicalSpd};
+use std::collections::HashSet;
+
+use ipsec::guard::LogicalSpd;
 use ipsec::plane::ShuntAction;
 
 use super::*;
@@ -8,22 +10,22 @@ use super::*;
 /// The routing's part of the SPD.
 #[derive(Default)]
 struct FakeSpd {
-    entries: Mutex<HashMap<Flow, LogicalEntry>>,
+    bypassed: Mutex<HashSet<Flow>>,
     refuses: AtomicBool,
 }
 
 impl LogicalSpd for FakeSpd {
-    fn put(&self, flow: &Flow, entry: LogicalEntry) -> Result<(), String> {
-        self.entries.lock().unwrap().remove(flow);
+    fn bypass(&self, flow: &Flow) -> Result<(), String> {
+        self.bypassed.lock().unwrap().remove(flow);
         if self.refuses.load(Ordering::SeqCst) {
             return Err("refused".to_owned());
         }
-        self.entries.lock().unwrap().insert(*flow, entry);
+        self.bypassed.lock().unwrap().insert(*flow);
         Ok(())
     }
 
     fn remove(&self, flow: &Flow) {
-        self.entries.lock().unwrap().remove(flow);
+        self.bypassed.lock().unwrap().remove(flow);
     }
 }
 
@@ -63,7 +65,7 @@ fn a_bypassed_flow_passes_under_no_sa_and_stands_in_the_way_of_none() {
         let fragment = Flow { local_port: 0, remote_port: 0, ..flow(1) };
         assert_eq!(verdicts(&database, &fragment, Some(classes[0])), [Verdict::Pass; 2]);
         assert_eq!(barrier.passage(&flow(1)), Some(Passage::Clear));
-        assert_eq!(spd.entries.lock().unwrap().get(&flow(1)), Some(&LogicalEntry::Bypass));
+        assert!(spd.bypassed.lock().unwrap().contains(&flow(1)));
 
         // SAs come and go, of whomever; so does the peer.
         install(&database, 2, classes[1]);
@@ -85,7 +87,7 @@ fn a_bypassed_flow_passes_under_no_sa_and_stands_in_the_way_of_none() {
         // With the latch all of it goes, and what is left of the connection goes nowhere.
         database.release(latch);
         assert_eq!(barrier.flows.lock().unwrap().get(&flow(1)), Some(&(Passage::None, true)));
-        assert!(spd.entries.lock().unwrap().is_empty() && database.bypasses().is_empty());
+        assert!(spd.bypassed.lock().unwrap().is_empty() && database.bypasses().is_empty());
         assert_eq!(verdicts(&database, &flow(1), Some(classes[1])), [Verdict::Pass; 2]);
         assert!(matches!(database.bypass(flow(1), None, ignore()), Err(LatchError::Policy { .. })), "not yet");
         database.lift_abandoned(|_| true);
@@ -111,7 +113,7 @@ fn a_flow_that_has_a_latch_is_never_bypassed_nor_a_bypassed_one_latched() {
     database.release(parent);
     let no_connection = Flow { remote_port: 0, ..flow(0) };
     assert!(matches!(database.bypass(no_connection, None, ignore()), Err(LatchError::NotAConnection(_))));
-    assert!(spd.entries.lock().unwrap().is_empty());
+    assert!(spd.bypassed.lock().unwrap().is_empty());
 
     let latch = database.bypass(flow(0), None, ignore()).unwrap();
     assert!(matches!(refused(0), LatchError::Exists(_)));
@@ -173,7 +175,7 @@ fn what_a_shunt_drops_is_not_bypassed() {
     assert_eq!(verdicts(&database, &flow(1), None), [Verdict::Drop; 2]);
     assert_eq!(verdicts(&database, &flow(1), Some(classes[0])), [Verdict::Drop; 2]);
     assert_eq!(barrier.passage(&flow(1)), Some(Passage::None));
-    assert_eq!(spd.entries.lock().unwrap().keys().collect::<Vec<_>>(), [&flow(2)]);
+    assert_eq!(*spd.bypassed.lock().unwrap(), [flow(2)].into());
     database.unshunted(3);
     assert_eq!(database.inquire(latch).unwrap().state, LatchState::Broken, "its connection was reset");
 }
@@ -211,5 +213,5 @@ fn the_administrator_the_end_of_the_connection_and_the_daemon_s_end_a_bypass() {
             assert_eq!(verdicts(&database, &flow(n), class), [Verdict::Drop; 2]);
         }
     }
-    assert!(spd.entries.lock().unwrap().is_empty());
+    assert!(spd.bypassed.lock().unwrap().is_empty());
 }
