@@ -197,11 +197,11 @@ fn a_latched_listener_takes_the_right_peer_only_and_answers_nobody_else() {
         three.a.initiate("net-b");
         talker.talks();
 
-        // The daemon dies: what has come goes on under the same SAs, and without them nothing does.
+        // The daemon dies, and what has come is disconnected, with its SAs and without.
         three.b.signal("KILL");
         wait_for("B's end", PATIENCE, || !three.b.is_running());
         server.says("daemon gone", 1);
-        talker.talks();
+        talker.is_silenced();
         three.host_b.ip(&["xfrm", "state", "flush"]);
         talker.is_silenced();
         three.b.restart(&three.host_b);
