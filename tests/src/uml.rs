@@ -1,9 +1,9 @@
 //! A real kernel with ESP for tests: User-Mode Linux, which runs as an ordinary process with the host's file system as
 //! its root.
 //!
-//! A test whose body stands in [`in_guest`] runs there: the first such test of a process boots the kernel, in which this
-//! same program runs once more with the same choice of tests. Each test on the outside then takes the result of its
-//! other self. Hosts are namespaces of the guest, so everything else is as in any other test.
+//! A test whose body stands in [`in_guest`] runs there: the first such test of a process boots the kernel, twice, side by side, in
+//! each of which this same program runs once more with half of the tests that it was to run. Each test on the outside then
+//! takes the result of its other self. Hosts are namespaces of the guest, so everything else is as in any other test.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,6 +18,8 @@ const KERNEL: &str = "/usr/bin/linux.uml";
 const OTHER_KERNEL: &str = "LATCHKEY_UML";
 /// Seconds after which a guest is killed, whatever it does.
 const LIMIT: u32 = 1800;
+/// How many boot side by side.
+const GUESTS: usize = 2;
 /// About one boot in a hundred ends at once with a fault of the kernel itself.
 const BOOTS: usize = 4;
 
@@ -53,9 +55,26 @@ pub fn in_guest<F: FnOnce()>(body: F) {
     }
 }
 
-/// Boots the guest and runs this program's chosen tests there; gives what they printed.
+/// Boots guests, which have one processor each, and runs this program's chosen tests there; gives what they printed.
 fn boot() -> Result<String, String> {
-    run(&job(), LIMIT)
+    let chosen = chosen_tests();
+    let shares: Vec<Vec<&str>> =
+        (0..GUESTS).map(|guest| chosen.iter().skip(guest).step_by(GUESTS).map(String::as_str).collect()).collect();
+    std::thread::scope(|scope| {
+        let guests: Vec<_> = shares
+            .iter()
+            .filter(|share| !share.is_empty())
+            .map(|share| scope.spawn(|| run(&job(share), LIMIT)))
+            .collect();
+        guests.into_iter().map(|guest| guest.join().unwrap()).collect()
+    })
+}
+
+/// Names of the tests that this program was asked to run.
+fn chosen_tests() -> Vec<String> {
+    let list = Command::new(std::env::current_exe().unwrap()).args(choice()).arg("--list").output().unwrap();
+    let list = String::from_utf8(list.stdout).unwrap();
+    list.lines().filter_map(|line| line.strip_suffix(": test")).map(str::to_owned).collect()
 }
 
 /// Boots the guest and runs a shell script there, with [`inside`] true; gives what it printed. The guest is killed after so
@@ -124,26 +143,37 @@ fn keep_registers(directory: &Path) -> Result<PathBuf, String> {
     }
 }
 
-/// A script that runs this program in the guest with the same choice of tests.
-fn job() -> String {
+/// A script that runs this program's tests of these names in the guest.
+fn job(tests: &[&str]) -> String {
     let quote = |text: &str| format!("'{}'", text.replace('\'', r"'\''"));
     let mut job = format!("cd {}\n", quote(env!("CARGO_MANIFEST_DIR")));
     if let Ok(level) = std::env::var("LATCHKEY_TEST_LOG") {
         job += &format!("export LATCHKEY_TEST_LOG={}\n", quote(&level));
     }
     job += &quote(std::env::current_exe().unwrap().to_str().unwrap());
+    tests.iter().for_each(|name| job += &format!(" {}", quote(name)));
+    choice()
+        .iter()
+        .filter(|argument| ["--ignored", "--include-ignored"].contains(&argument.as_str()))
+        .for_each(|flag| job += &format!(" {flag}"));
+    job + " --exact --test-threads=4"
+}
+
+/// The arguments by which this program was told what to run.
+fn choice() -> Vec<String> {
+    let mut choice = Vec::new();
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         match argument.as_str() {
-            "--exact" | "--ignored" | "--include-ignored" => job += &format!(" {argument}"),
-            "--skip" => job += &format!(" --skip {}", quote(&arguments.next().unwrap_or_default())),
+            "--exact" | "--ignored" | "--include-ignored" => choice.push(argument),
+            "--skip" => choice.extend([argument, arguments.next().unwrap_or_default()]),
             // What these say is about the outside.
             "--test-threads" | "--format" | "--color" | "--logfile" | "--report-time" | "-Z" => {
                 arguments.next();
             }
             option if option.starts_with('-') => {}
-            filter => job += &format!(" {}", quote(filter)),
+            _ => choice.push(argument),
         }
     }
-    job + " --test-threads=4"
+    choice
 }
