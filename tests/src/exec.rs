@@ -92,11 +92,20 @@ pub fn a_program_that_does_not_block_goes_on_while_the_latch_is_made(kind: Kind)
     let (a, host_a, host_b) = (&scene.a, &scene.host_a, &scene.host_b);
     let _server = echo_server(host_b, 4000);
     let start = |name: &str, peer: &str, script: &str, argument: &str| {
-        // Nobody answers until the program has said that it goes on.
-        if a.established() > 0 {
-            a.control(&["--terminate", "--ike", "site", "--force"]);
+        // Nobody answers until the program has said that it goes on. A late packet of the connection before may have brought the
+        // tunnel up once more.
+        let is_up = || a.sas().contains("list-sa event");
+        loop {
+            while is_up() {
+                // It may go by itself.
+                let _ = a.swanctl(&["--terminate", "--ike", "site", "--force"]);
+            }
+            host_a.block_udp();
+            if !is_up() {
+                break;
+            }
+            host_a.allow_udp();
         }
-        host_a.block_udp();
         let program = ["/usr/bin/python3", "-c", script, argument];
         Talker::start(command(a, host_a, &[&format!("tcp:4000={peer}")], &program), a.path(name))
     };
