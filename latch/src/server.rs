@@ -266,16 +266,8 @@ const MAX_QUEUED: usize = 100_000;
 const EVENT_QUEUE: usize = 1024;
 
 struct Shared {
+    config: ServerConfig,
     database: Arc<Database>,
-    device: Option<String>,
-    initiator: Option<Initiator>,
-    surveyor: Option<Surveyor>,
-    forwarder: Option<Forwarder>,
-    survivor: Option<Arc<Survivor>>,
-    has_received: fn(BorrowedFd<'_>) -> io::Result<bool>,
-    unenforced: Option<String>,
-    access: watch::Receiver<Access>,
-    identifier: Identifier,
     limits: Limits,
     latches: Arc<Semaphore>,
     /// With the user whose latch it is.
@@ -291,33 +283,8 @@ async fn serve_within(config: ServerConfig, database: Arc<Database>, limits: Lim
         // Nobody watches, mostly.
         let _ = observed.send((alert.owner, event(alert)));
     }));
-    let ServerConfig {
-        path,
-        device,
-        initiator,
-        surveyor,
-        forwarder,
-        survivor,
-        has_received,
-        unenforced,
-        access,
-        identifier,
-    } = config;
-    let shared = Arc::new(Shared {
-        database,
-        device,
-        initiator,
-        surveyor,
-        forwarder,
-        survivor,
-        has_received,
-        unenforced,
-        access,
-        identifier,
-        limits,
-        latches,
-        events,
-    });
+    let path = config.path.clone();
+    let shared = Arc::new(Shared { config, database, limits, latches, events });
     let database = Arc::clone(&shared.database);
     let sweep = tokio::spawn(sweep(Arc::clone(&database)));
     let tasks = [tokio::spawn(accept(listener, shared)), sweep];
@@ -452,7 +419,7 @@ async fn accept(listener: UnixListener, shared: Arc<Shared>) {
 }
 
 async fn serve_connection(socket: SeqPacket, shared: Arc<Shared>) {
-    let Identifier(identify) = &shared.identifier;
+    let Identifier(identify) = &shared.config.identifier;
     let who = identify(socket.as_fd());
     let (sender, alerts) = mpsc::unbounded_channel();
     let mut connection = Connection {
@@ -695,7 +662,7 @@ impl Connection {
 
     /// Whether this connection has a right at this moment; the refusal says what would give it.
     fn may(&self, right: Right) -> Result<(), Refusal> {
-        if self.shared.access.borrow().allows(&self.who, right) {
+        if self.shared.config.access.borrow().allows(&self.who, right) {
             return Ok(());
         }
         let message =
@@ -762,7 +729,7 @@ impl Connection {
     }
 
     fn has_received_nothing(&self, socket: &Socket) -> Result<(), Refusal> {
-        match (self.shared.has_received)(socket.as_fd()) {
+        match (self.shared.config.has_received)(socket.as_fd()) {
             Ok(false) => Ok(()),
             Ok(true) => Err(refused_socket("connected, and data has come in under no latch: late says that it may")),
             Err(error) => Err(refused_socket(&format!(
@@ -778,7 +745,7 @@ impl Connection {
         let settled = made.and_then(|()| Ok(self.shared.database.establish(latch, &request, holder)?));
         let (state, reason, code) = match settled {
             Ok((class, packet)) => {
-                if let (Some(packet), Some(Forwarder(forward))) = (packet, self.shared.forwarder.clone()) {
+                if let (Some(packet), Some(Forwarder(forward))) = (packet, self.shared.config.forwarder.clone()) {
                     tokio::task::spawn_blocking(move || forward(&packet));
                 }
                 (State::Established, format!("the peer is {}", class.peer.id), None)
@@ -790,7 +757,7 @@ impl Connection {
     }
 
     fn hold(&mut self, latch: LatchId, socket: Arc<Socket>, permit: OwnedSemaphorePermit, protocol: u8) {
-        let watched = self.shared.survivor.as_ref().and_then(|survivor| survivor.watch(latch, socket.as_fd()));
+        let watched = self.shared.config.survivor.as_ref().and_then(|survivor| survivor.watch(latch, socket.as_fd()));
         self.latches.insert(latch, Held { socket, permit, protocol, watched });
     }
 
@@ -799,7 +766,7 @@ impl Connection {
     }
 
     fn initiate(&self, flow: Flow, narrow: bool) -> impl Future<Output = Result<(), Refusal>> + Send + use<> {
-        let initiating = self.shared.initiator.as_ref().map(|Initiator(initiate)| initiate(flow, narrow));
+        let initiating = self.shared.config.initiator.as_ref().map(|Initiator(initiate)| initiate(flow, narrow));
         async move {
             let Some(initiating) = initiating else { return Ok(()) };
             let failed =
@@ -982,7 +949,7 @@ impl Connection {
         self.enforced()?;
         let (socket, protocol, local, remote) = connection_socket(needed(descriptor)?)?;
         let remote = other_end(remote, bypassing.remote)?;
-        if let Some(device) = &self.shared.device
+        if let Some(device) = &self.shared.config.device
             && socket.device().map_err(not_a_socket)?.as_deref() == Some(device.as_bytes())
         {
             return Err(refused_socket(&format!("bound to {device}, which leads into the tunnel")));
@@ -1003,7 +970,7 @@ impl Connection {
     }
 
     fn enforced(&self) -> Result<(), Refusal> {
-        match &self.shared.unenforced {
+        match &self.shared.config.unenforced {
             Some(reason) => Err(Refusal::new(Code::Unenforced, reason.as_str())),
             None => Ok(()),
         }
@@ -1019,7 +986,7 @@ impl Connection {
 
     /// Before the latch: from the moment the caller knows of it, the socket has no way around the tunnel.
     fn bind(&self, socket: &Socket) -> Result<(), Refusal> {
-        let Some(device) = &self.shared.device else { return Ok(()) };
+        let Some(device) = &self.shared.config.device else { return Ok(()) };
         bind_to(socket, device)
             .map_err(|error| Refusal::new(Code::System, format!("binding the socket to the device {device}: {error}")))
     }
@@ -1131,7 +1098,7 @@ impl Connection {
     async fn survey(&self, flow: Flow) -> Vec<SaInfo> {
         let mut sas = self.shared.database.sas_of(&flow);
         sas.truncate(MAX_SURVEYED);
-        match &self.shared.surveyor {
+        match &self.shared.config.surveyor {
             Some(Surveyor(survey)) if !sas.is_empty() => survey(flow, sas).await,
             _ => Vec::new(),
         }
@@ -1212,7 +1179,7 @@ impl Connection {
                 reset(&socket);
             }
             // The application may still hold the socket and connect it anew, without a latch: lead it nowhere.
-            if shared.device.is_some()
+            if shared.config.device.is_some()
                 && let Err(error) = socket.bind_device(Some(b"lo"))
             {
                 tracing::debug!(latch = latch.0, %error, "binding a socket that lost its latch to the loopback device");

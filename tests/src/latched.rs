@@ -79,7 +79,7 @@ pub fn nothing_leaves_wherever_the_daemon_is_killed(kind: Kind) {
         talker.says(kill_at);
         wait_for("the daemon's end", PATIENCE, || !three.a.is_running());
         if kind == Kind::LatchkeyKernel {
-            // It goes on under the SAs that it has, as long as it has them.
+            // The kernel's SAs outlive the daemon: without them, too, nothing may leave.
             three.host_a.ip(&["xfrm", "state", "flush"]);
         }
         talker.is_silenced();
